@@ -1,0 +1,1 @@
+"""Exporters: trace the reference model into ONNX and TorchScript bundles."""

@@ -7,6 +7,7 @@ dialects lives in :mod:`gemma3_export.config_json`, the published sizes in
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -116,7 +117,7 @@ class Gemma3Config:
     @property
     def attention_scale(self) -> float:
         """What query-key products are multiplied with."""
-        return float(self.query_pre_attn_scalar) ** -0.5
+        return 1.0 / math.sqrt(self.query_pre_attn_scalar)
 
     @property
     def query_size(self) -> int:

@@ -25,7 +25,7 @@ class ParityError(Gemma3ExportError):
 
 
 class InputError(Gemma3ExportError):
-    """Bad usage or bad input: weights, config, tokenizer, bundle, prompt or option (exit code 2)."""
+    """Bad input: weights, config, tokenizer, bundle, prompt or option (exit code 2)."""
 
     exit_code = 2
 

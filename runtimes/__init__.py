@@ -1,0 +1,1 @@
+"""Thin runtimes: one protocol, one sampler and one generation loop for every backend."""

@@ -1,0 +1,96 @@
+"""What a backend must offer: a cache, and a step that advances it.
+
+The generation loop, the parity check and the benchmark see backends only through this module.
+Arrays that cross it are numpy; what stays on a device is the backend's own business.
+
+Shapes: B batch rows, T new tokens, V vocabulary, K key-value heads, L cached tokens, H head size.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gemma3_export.config import Gemma3Config
+from gemma3_export.errors import InputError
+
+__all__ = ["IntArray", "KVCache", "LayerKV", "Logits", "Runtime", "check_capacity"]
+
+IntArray = NDArray[np.int64]
+Logits = NDArray[np.float32]
+LayerKV = tuple[NDArray[np.float32], NDArray[np.float32]]  # key and value, each [K, L, H]
+
+
+class KVCache(Protocol):
+    """The keys and values of ``batch_size`` independent rows, each with its own length."""
+
+    @property
+    def batch_size(self) -> int:
+        """Rows."""
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that each row can hold."""
+
+    @property
+    def lengths(self) -> IntArray:
+        """[B] tokens that each row holds."""
+
+    def read(self, row: int) -> list[LayerKV]:
+        """One (key, value) a layer of ``row``, without padding, for comparison (a copy)."""
+
+
+class Runtime(Protocol):
+    """One backend with one loaded model."""
+
+    @property
+    def name(self) -> str:
+        """``onnx``, ``torchscript`` or ``reference``."""
+
+    @property
+    def config(self) -> Gemma3Config:
+        """The model's shapes and constants."""
+
+    def describe(self) -> dict[str, object]:
+        """Versions, device and providers really used, for reports."""
+
+    def new_cache(self, batch_size: int, capacity: int) -> KVCache:
+        """An empty cache of ``batch_size`` rows with room for ``capacity`` tokens each.
+
+        Raises:
+            InputError: ``capacity`` exceeds ``config.max_position_embeddings``.
+        """
+
+    def step(
+        self, input_ids: IntArray, cache: KVCache, *, num_logits: int, row: int | None = None
+    ) -> Logits:
+        """Append tokens to the cache and return the logits of the last ``num_logits`` of them.
+
+        With ``row`` None, ``input_ids`` is [B, T]: every row takes T tokens, after whatever that
+        row already holds (rows may be of different length). With ``row`` given, ``input_ids`` is
+        [1, T] and only that row advances: this is how prompts of different lengths are prefilled,
+        in as many chunks as one likes, before batched decoding.
+
+        Returns:
+            [rows, num_logits, V] float32; ``num_logits`` 0 means all T.
+
+        Raises:
+            InputError: a row has no room for T more tokens.
+        """
+
+
+def check_capacity(cache: KVCache, new_tokens: int, row: int | None = None) -> None:
+    """Refuse a step that would not fit, before anything is computed.
+
+    Raises:
+        InputError: a row would grow past the cache's capacity.
+    """
+    lengths = cache.lengths if row is None else cache.lengths[row : row + 1]
+    longest = int(lengths.max(initial=0))
+    if longest + new_tokens > cache.capacity:
+        raise InputError(
+            f"the cache holds {longest} of {cache.capacity} tokens and has no room for "
+            f"{new_tokens} more; ask for fewer new tokens or create a larger cache"
+        )
