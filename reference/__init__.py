@@ -1,1 +1,1 @@
-"""The reference: the only definition of Gemma 3, its weights and its runtime adapter (needs torch)."""
+"""The reference: the only definition of Gemma 3, its weights and its runtime (needs torch)."""

@@ -1,0 +1,359 @@
+"""Gemma 3 as a definition: read this file to know what the model computes.
+
+Shape suffixes: B batch rows, T new tokens, S all tokens (cached and new), N query heads,
+K key-value heads, H head size, D hidden size, V vocabulary.
+
+The numeric order follows the official implementation (Gemma Team, "Gemma 3 Technical Report",
+arXiv:2503.19786, and Hugging Face's ``modeling_gemma3``). Parameter names are Hugging Face's, so
+official state dicts load as they are. The exporters trace these modules; they replace some of them
+by equivalents that a runtime has a kernel for, and the parity check holds them to this file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F  # noqa: N812  (torch's own convention)
+from torch import Tensor, nn
+
+from gemma3_export.config import Gemma3Config, LayerType
+
+__all__ = [
+    "MLP",
+    "Attention",
+    "DecoderLayer",
+    "Gemma3",
+    "Gemma3Output",
+    "KeyValue",
+    "LMHead",
+    "LastTokens",
+    "LayerContext",
+    "RMSNorm",
+    "ScaledEmbedding",
+]
+
+KeyValue = tuple[Tensor, Tensor]  # key and value of one layer, each [B, K, S, H]
+
+
+@dataclass(kw_only=True)
+class Gemma3Output:
+    """What one forward pass returns."""
+
+    logits: Tensor  # [B, kept, V] float32 (float64 in a float64 model)
+    past_key_values: list[KeyValue]  # one a layer, new tokens included
+    loss: Tensor | None = None  # mean cross-entropy, if labels were given
+
+
+@dataclass(kw_only=True)
+class LayerContext:
+    """What all layers of one kind share in one forward pass."""
+
+    cos: Tensor  # [B, T, H/2] rotary cosines of the new tokens
+    sin: Tensor  # [B, T, H/2]
+    mask: Tensor  # [B, 1, T, S] added to the attention scores: 0, or hugely negative
+    attention_mask: Tensor  # [B, S] 1 for tokens, 0 for padding
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """Half precision is widened, float64 stays: norms, rotations and logits need it."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+class RMSNorm(nn.Module):
+    """``x / rms(x) * (1 + weight)``, computed in float32 and cast back at the end.
+
+    Zhang and Sennrich, arXiv:1910.07467; the ``1 + weight`` is Gemma's.
+    """
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise the last axis of ``x``."""
+        scale = 1.0 + at_least_float32(self.weight)
+        return F.rms_norm(at_least_float32(x), self.weight.shape, scale, self.eps).to(x.dtype)
+
+
+class ScaledEmbedding(nn.Module):
+    """Token embedding, multiplied by sqrt(hidden_size) **rounded to the weights' dtype**."""
+
+    def __init__(self, vocab_size: int, hidden_size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(vocab_size, hidden_size))
+
+    def forward(self, ids_BT: Tensor) -> Tensor:
+        """[B, T] token ids to [B, T, D]."""
+        # Rounded through float32 first, as the official code does (25.25 in bfloat16 for 640).
+        scale = torch.tensor(self.weight.shape[1] ** 0.5, dtype=torch.float32)
+        return F.embedding(ids_BT, self.weight) * scale.to(self.weight.dtype)
+
+
+class RotaryEmbedding(nn.Module):
+    """Angles of the rotary position embedding for one kind of layer (Su et al., arXiv:2104.09864).
+
+    Sliding layers use ``rope_local_base_freq`` unscaled; full layers use ``rope_theta`` with
+    positions divided by ``rope_scaling_factor``.
+    """
+
+    inverse_frequencies: Tensor
+
+    def __init__(self, config: Gemma3Config, layer_type: LayerType) -> None:
+        super().__init__()
+        is_sliding = layer_type == "sliding_attention"
+        self.base = config.rope_local_base_freq if is_sliding else config.rope_theta
+        self.scaling_factor = 1.0 if is_sliding else config.rope_scaling_factor
+        self.head_dim = config.head_dim
+
+    def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """[...] positions to cosines and sines [..., H/2], float32."""
+        exponents = torch.arange(0, self.head_dim, 2, dtype=torch.int64, device=positions.device)
+        inverse_frequencies = 1.0 / (self.base ** (exponents.float() / self.head_dim))
+        angles = positions[..., None].float() * (inverse_frequencies / self.scaling_factor)
+        return angles.cos(), angles.sin()
+
+
+def rotate(x_BNTH: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate each head's first half against its second half by the given angles [B, T, H/2]."""
+    first, second = x_BNTH.chunk(2, dim=-1)
+    cos, sin = cos[:, None].to(x_BNTH.dtype), sin[:, None].to(x_BNTH.dtype)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with normalised queries and keys."""
+
+    def __init__(self, config: Gemma3Config, layer: int) -> None:
+        super().__init__()
+        self.config = config
+        self.layer = layer
+        hidden, query, key_value = config.hidden_size, config.query_size, config.key_value_size
+        self.q_proj = nn.Linear(hidden, query, bias=False)
+        self.k_proj = nn.Linear(hidden, key_value, bias=False)
+        self.v_proj = nn.Linear(hidden, key_value, bias=False)
+        self.o_proj = nn.Linear(query, hidden, bias=False)
+        self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
+        self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
+
+    def project(self, x_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries [B, T, N*H], keys and values [B, T, K*H]."""
+        return self.q_proj(x_BTD), self.k_proj(x_BTD), self.v_proj(x_BTD)
+
+    def forward(
+        self,
+        x_BTD: Tensor,
+        context: LayerContext,
+        past: KeyValue | None,
+    ) -> tuple[Tensor, KeyValue]:
+        """Attend from the new tokens to all tokens; return [B, T, D] and the extended cache."""
+        heads = (*x_BTD.shape[:2], -1, self.config.head_dim)
+        q, k, v = self.project(x_BTD)
+        q_BNTH = self.q_norm(q.view(heads)).transpose(1, 2)
+        k_BKTH = self.k_norm(k.view(heads)).transpose(1, 2)
+        v_BKTH = v.view(heads).transpose(1, 2)
+
+        q_BNTH = rotate(q_BNTH, context.cos, context.sin)
+        k_BKTH = rotate(k_BKTH, context.cos, context.sin)
+        if past is not None:
+            k_BKTH = torch.cat((past[0], k_BKTH), dim=2)
+            v_BKTH = torch.cat((past[1], v_BKTH), dim=2)
+
+        out_BNTH = F.scaled_dot_product_attention(
+            q_BNTH,
+            k_BKTH,
+            v_BKTH,
+            attn_mask=context.mask,
+            scale=self.config.attention_scale,
+            enable_gqa=True,
+        )
+        out_BTD = out_BNTH.transpose(1, 2).flatten(2)
+        return self.o_proj(out_BTD), (k_BKTH, v_BKTH)
+
+
+class MLP(nn.Module):
+    """Gated feed-forward with the tanh form of GELU (GeGLU; Shazeer, arXiv:2002.05202)."""
+
+    def __init__(self, config: Gemma3Config) -> None:
+        super().__init__()
+        hidden, intermediate = config.hidden_size, config.intermediate_size
+        self.gate_proj = nn.Linear(hidden, intermediate, bias=False)
+        self.up_proj = nn.Linear(hidden, intermediate, bias=False)
+        self.down_proj = nn.Linear(intermediate, hidden, bias=False)
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Gate and up projections, each [B, T, intermediate_size]."""
+        return self.gate_proj(x), self.up_proj(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, T, D] to [B, T, D]."""
+        gate, up = self.project(x)
+        return self.down_proj(F.gelu(gate, approximate="tanh") * up)  # type: ignore[no-any-return]
+
+
+class DecoderLayer(nn.Module):
+    """Attention and feed-forward, each between two norms; the second comes before the add."""
+
+    def __init__(self, config: Gemma3Config, layer: int) -> None:
+        super().__init__()
+        size, eps = config.hidden_size, config.rms_norm_eps
+        self.input_layernorm = RMSNorm(size, eps)
+        self.self_attn = Attention(config, layer)
+        self.post_attention_layernorm = RMSNorm(size, eps)
+        self.pre_feedforward_layernorm = RMSNorm(size, eps)
+        self.mlp = MLP(config)
+        self.post_feedforward_layernorm = RMSNorm(size, eps)
+
+    def forward(
+        self,
+        x: Tensor,
+        context: LayerContext,
+        past: KeyValue | None,
+    ) -> tuple[Tensor, KeyValue]:
+        """[B, T, D] to [B, T, D], and the layer's extended cache."""
+        attended, present = self.self_attn(self.input_layernorm(x), context, past)
+        x = x + self.post_attention_layernorm(attended)
+        fed_forward = self.mlp(self.pre_feedforward_layernorm(x))
+        return x + self.post_feedforward_layernorm(fed_forward), present
+
+
+class LastTokens(nn.Module):
+    """Keep the last ``count`` tokens; 0 keeps all."""
+
+    def forward(self, x_BTD: Tensor, count: Tensor | int) -> Tensor:
+        """[B, T, D] to [B, count, D]."""
+        return x_BTD[:, -count:]
+
+
+class LMHead(nn.Module):
+    """Logits in float32; the weight is the embedding's unless the model unties it."""
+
+    def forward(self, x: Tensor, weight_VD: Tensor) -> Tensor:
+        """[B, T, D] to [B, T, V]."""
+        return at_least_float32(F.linear(x, weight_VD))
+
+
+class Decoder(nn.Module):
+    """Embedding, layers and final norm: what official checkpoints call ``model``."""
+
+    def __init__(self, config: Gemma3Config) -> None:
+        super().__init__()
+        self.embed_tokens = ScaledEmbedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(
+            DecoderLayer(config, layer) for layer in range(config.num_hidden_layers)
+        )
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+
+class Gemma3(nn.Module):
+    """The Gemma 3 text model with its language-modelling head.
+
+    Weights are uninitialised until :meth:`initialize` draws them or a loader fills them.
+    """
+
+    def __init__(self, config: Gemma3Config) -> None:
+        super().__init__()
+        self.config = config
+        self.model = Decoder(config)
+        self.rotary = nn.ModuleDict(
+            {kind: RotaryEmbedding(config, kind) for kind in sorted(set(config.layer_types))}
+        )
+        self.last_tokens = LastTokens()
+        self.head = LMHead()
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    @property
+    def head_weight(self) -> Tensor:
+        """[V, D] the matrix that makes logits."""
+        if self.config.tie_word_embeddings:
+            return self.model.embed_tokens.weight
+        return self.lm_head.weight
+
+    @torch.no_grad()
+    def initialize(self, generator: torch.Generator | None = None) -> None:
+        """Draw fresh weights: N(0, initializer_range) matrices, and norms that scale by one."""
+        for parameter in self.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(0.0, self.config.initializer_range, generator=generator)
+            else:
+                parameter.zero_()
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        past_key_values: Sequence[KeyValue] | None = None,
+        *,
+        num_logits_to_keep: Tensor | int = 0,
+        labels: Tensor | None = None,
+    ) -> Gemma3Output:
+        """Run the new tokens, with or without a cache.
+
+        Args:
+            input_ids: [B, T] int64 new tokens.
+            attention_mask: [B, S] int64, 1 for tokens and 0 for padding, cached tokens included;
+                padding may stand anywhere. None means no padding.
+            past_key_values: one (key, value) a layer, each [B, K, S - T, H]; None means empty.
+            num_logits_to_keep: logits of that many last tokens only; 0 means all.
+            labels: [B, T] int64 the token that each position should predict (already shifted);
+                -100 is ignored.
+        """
+        contexts = self.layer_contexts(input_ids, attention_mask, past_key_values)
+        x_BTD = self.model.embed_tokens(input_ids)
+        present: list[KeyValue] = []
+        for index, layer in enumerate(self.model.layers):
+            past = None if past_key_values is None else past_key_values[index]
+            x_BTD, key_value = layer(x_BTD, contexts[self.config.layer_types[index]], past)
+            present.append(key_value)
+        x_BTD = self.model.norm(self.last_tokens(x_BTD, num_logits_to_keep))
+        logits = self.head(x_BTD, self.head_weight)
+        loss = None
+        if labels is not None:
+            loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten())
+        return Gemma3Output(logits=logits, past_key_values=present, loss=loss)
+
+    def layer_contexts(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        past_key_values: Sequence[KeyValue] | None,
+    ) -> dict[str, LayerContext]:
+        """Rotary angles and masks for each kind of layer.
+
+        Positions count the mask's ones, so padding never shifts a token, wherever it stands.
+        """
+        new = input_ids.shape[1]
+        if attention_mask is None:
+            cached = 0 if past_key_values is None else past_key_values[0][0].shape[2]
+            attention_mask = input_ids.new_ones(input_ids.shape[0], cached + new)
+        key_positions = (attention_mask.cumsum(1) - 1).clamp(min=0)
+        query_positions = key_positions[:, -new:]
+
+        distance_BTS = query_positions[:, :, None] - key_positions[:, None, :]
+        visible = (distance_BTS >= 0) & (attention_mask[:, None, :] != 0)
+        contexts = {}
+        for kind, rotary in self.rotary.items():
+            if kind == "sliding_attention":  # the window includes the query's own position
+                visible_here = visible & (distance_BTS < self.config.sliding_window)
+            else:
+                visible_here = visible
+            cos, sin = rotary(query_positions)
+            contexts[kind] = LayerContext(
+                cos=cos,
+                sin=sin,
+                mask=additive_mask(visible_here[:, None], self.model.embed_tokens.weight.dtype),
+                attention_mask=attention_mask,
+            )
+        return contexts
+
+
+def additive_mask(visible: Tensor, dtype: torch.dtype) -> Tensor:
+    """0 where visible, else the most negative finite number of ``dtype``.
+
+    Minus infinity would turn a row that sees nothing (padding) into NaN, which then spreads.
+    """
+    zero = torch.zeros((), dtype=dtype, device=visible.device)
+    return torch.where(visible, zero, torch.finfo(dtype).min)
