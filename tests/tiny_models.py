@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from gemma3_export.config import Gemma3Config
+from gemma3_export.config_json import config_to_json
 
 TINY = Gemma3Config(
     vocab_size=97,
@@ -59,10 +61,6 @@ def write_hf_folder(
     path: Path, config: Gemma3Config, seed: int = 0, dtype: torch.dtype = torch.float32
 ) -> dict[str, torch.Tensor]:
     """Write ``config.json`` and ``model.safetensors`` as Hugging Face would; return the weights."""
-    import json
-
-    from gemma3_export.config_json import config_to_json
-
     path.mkdir(parents=True, exist_ok=True)
     weights = tiny_weights(config, seed, dtype)
     (path / "config.json").write_text(json.dumps(config_to_json(config)), encoding="utf-8")
