@@ -1,0 +1,323 @@
+"""Opens GGUF files: checks the whole header first, then hands out metadata and mapped tensors.
+
+The package ``gguf`` reads a header by building one array object per vocabulary entry (seconds for
+262,144 of them) and trusts every length in it. This reader walks the header once, believes no
+number that the file's size does not allow, and leaves the rest of the file on disk. Fields and
+tensors are called as in ``gguf.GGUFReader``, so code that reads metadata works with either.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from gemma3_export.errors import InputError, UnavailableError
+
+__all__ = ["GgufField", "GgufFile", "GgufTensor", "gguf_module", "open_gguf"]
+
+_SCALARS = {
+    0: "B",
+    1: "b",
+    2: "H",
+    3: "h",
+    4: "I",
+    5: "i",
+    6: "f",
+    7: "?",
+    10: "Q",
+    11: "q",
+    12: "d",
+}
+_STRING, _ARRAY = 8, 9
+_MAX_KEY_BYTES = 65_535
+_MAX_FIELDS = 100_000
+_MAX_TENSORS = 100_000
+_MAX_ARRAY_ITEMS = 2**24  # bounds the time of a walk; Gemma's vocabulary has 2**18
+_MAX_DIMS = 4
+_MAX_ALIGNMENT = 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class GgufField:
+    """One metadata entry; arrays are decoded only when asked for."""
+
+    name: str
+    _data: memoryview
+    _offset: int  # of the first item
+    _kind: int  # of the value, or of the items of an array
+    _count: int | None  # items of an array, None for a single value
+
+    def contents(self, index: int | None = None) -> Any:
+        """The value (a list for an array), or item ``index`` of an array.
+
+        Raises:
+            InputError: a string is not UTF-8.
+        """
+        if self._count is None:
+            return self._decode(1)[0]
+        if index is None:
+            return self._decode(self._count)
+        return self._decode(index + 1)[index]
+
+    @property
+    def is_array(self) -> bool:
+        """Whether the value is a list."""
+        return self._count is not None
+
+    @property
+    def size(self) -> int:
+        """Number of items; 1 for a single value."""
+        return 1 if self._count is None else self._count
+
+    def _decode(self, count: int) -> list[Any]:
+        if self._kind != _STRING:
+            return list(
+                struct.unpack_from(f"<{count}{_SCALARS[self._kind]}", self._data, self._offset)
+            )
+        found, offset = [], self._offset
+        try:
+            for _ in range(count):
+                (length,) = struct.unpack_from("<Q", self._data, offset)
+                offset += 8
+                found.append(str(self._data[offset : offset + length], "utf-8"))
+                offset += length
+        except UnicodeDecodeError as error:
+            raise InputError(
+                f"GGUF metadata {self.name} is not UTF-8 text; is it corrupt?"
+            ) from error
+        return found
+
+
+@dataclass(frozen=True, slots=True)
+class GgufTensor:
+    """One tensor, still quantised and still on disk."""
+
+    name: str
+    tensor_type: Any  # gguf.GGMLQuantizationType
+    shape: tuple[int, ...]  # as in torch: rows first (gguf's own order is the reverse)
+    n_bytes: int
+    data_offset: int  # from the start of the file
+    data: npt.NDArray[np.uint8]  # [rows, bytes of one row], mapped
+
+    def dequantize_rows(self, start: int, stop: int) -> npt.NDArray[np.float32]:
+        """Rows [start, stop) of the tensor, flattened to two axes, in float32.
+
+        Raises:
+            InputError: ``gguf`` cannot decode this quantisation.
+        """
+        gguf = gguf_module()
+        try:
+            with np.errstate(all="ignore"):  # what is not finite is reported by name elsewhere
+                rows = gguf.quants.dequantize(
+                    np.ascontiguousarray(self.data[start:stop]), self.tensor_type
+                )
+        except NotImplementedError as error:
+            raise InputError(
+                f"tensor {self.name} has quantisation {self.tensor_type.name}, which cannot be "
+                "decoded; give a file in F32, F16, BF16, Q8_0, Q4_0 or a K quantisation"
+            ) from error
+        return np.asarray(rows, dtype=np.float32).reshape(stop - start, -1)
+
+
+@dataclass(frozen=True, slots=True)
+class GgufFile:
+    """A validated GGUF file; its tensors are read-only views of the mapped file."""
+
+    path: Path
+    fields: Mapping[str, GgufField]
+    tensors: tuple[GgufTensor, ...]
+    alignment: int
+
+    def get_field(self, key: str) -> GgufField | None:
+        """The metadata entry called ``key``, or None."""
+        return self.fields.get(key)
+
+    def value(self, key: str, default: Any = None) -> Any:
+        """The value of metadata ``key``, or ``default`` where it is absent."""
+        field = self.fields.get(key)
+        return default if field is None else field.contents()
+
+
+def gguf_module() -> Any:
+    """The package ``gguf``, which knows the block formats.
+
+    Raises:
+        UnavailableError: it is not installed.
+    """
+    try:
+        import gguf
+        import gguf.quants
+    except ImportError as error:
+        raise UnavailableError(
+            "GGUF files need the package gguf: pip install 'gemma3-export[export]'"
+        ) from error
+    return gguf
+
+
+def open_gguf(path: str | Path) -> GgufFile:
+    """Check the header of a GGUF file and map its tensors.
+
+    Raises:
+        InputError: the file is absent, truncated, corrupt, or of a version that is not supported.
+        UnavailableError: the package ``gguf`` is not installed.
+    """
+    path = Path(path)
+    gguf = gguf_module()
+    try:
+        data = np.memmap(path, dtype=np.uint8, mode="r")
+    except FileNotFoundError:
+        raise InputError(f"{path} does not exist; give the path of a .gguf file") from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be mapped as a GGUF file: {error}") from error
+    try:
+        return _Header(data, gguf).parse(path)
+    except InputError as error:
+        raise InputError(f"{path.name}: {error}; download the file again") from error
+
+
+class _Header:
+    """Walks a header once; every number is checked against the file's size before it is used."""
+
+    def __init__(self, data: npt.NDArray[np.uint8], gguf: Any) -> None:
+        self.array = data
+        self.view = data.data
+        self.size = len(self.view)
+        self.offset = 0
+        self.gguf = gguf
+
+    def parse(self, path: Path) -> GgufFile:
+        tensor_count = self._start()
+        (field_count,) = self._take("Q")
+        if field_count > min(_MAX_FIELDS, self.size // 13):
+            raise InputError(f"the header claims {field_count} metadata entries")
+        if tensor_count > min(_MAX_TENSORS, self.size // 24):
+            raise InputError(f"the header claims {tensor_count} tensors")
+        fields: dict[str, GgufField] = {}
+        for _ in range(field_count):
+            field = self._field()
+            if field.name in fields:
+                raise InputError(f"metadata {field.name} is there twice")
+            fields[field.name] = field
+        alignment = self._alignment(fields)
+        infos = [self._tensor_info(alignment) for _ in range(tensor_count)]
+        start = -(-self.offset // alignment) * alignment
+        tensors = {info[0]: self._map(start, *info) for info in infos}
+        if len(tensors) != len(infos):
+            raise InputError("two tensors have the same name")
+        return GgufFile(
+            path=path,
+            fields=MappingProxyType(fields),
+            tensors=tuple(tensors.values()),
+            alignment=alignment,
+        )
+
+    def _start(self) -> int:
+        if bytes(self.view[:4]) != b"GGUF":
+            raise InputError("this is not a GGUF file (it does not begin with GGUF)")
+        self.offset = 4
+        (version,) = self._take("I")
+        if version not in (2, 3):
+            big_endian = version in (2 << 24, 3 << 24)
+            kind = "is big-endian" if big_endian else f"has GGUF version {version}"
+            raise InputError(f"the file {kind}; only little-endian versions 2 and 3 are supported")
+        (tensor_count,) = self._take("Q")
+        return int(tensor_count)
+
+    def _take(self, codes: str) -> tuple[Any, ...]:
+        try:
+            found = struct.unpack_from("<" + codes, self.view, self.offset)
+        except struct.error:
+            raise InputError("the header ends early; the file is truncated or corrupt") from None
+        self.offset += struct.calcsize("<" + codes)
+        return found
+
+    def _skip(self, size_bytes: int) -> None:
+        if size_bytes > self.size - self.offset:
+            raise InputError(
+                f"the header claims {size_bytes} bytes where {self.size - self.offset} are left; "
+                "the file is truncated or corrupt"
+            )
+        self.offset += size_bytes
+
+    def _name(self) -> str:
+        (length,) = self._take("Q")
+        if length > _MAX_KEY_BYTES:
+            raise InputError(f"the header has a name of {length} bytes")
+        start = self.offset
+        self._skip(length)
+        try:
+            return str(self.view[start : self.offset], "utf-8")
+        except UnicodeDecodeError:
+            raise InputError("a name in the header is not UTF-8; the file is corrupt") from None
+
+    def _field(self) -> GgufField:
+        name = self._name()
+        (kind,) = self._take("I")
+        count = None
+        if kind == _ARRAY:
+            kind, count = self._take("IQ")
+            if count > _MAX_ARRAY_ITEMS:
+                raise InputError(f"metadata {name} claims {count} items")
+        if kind not in _SCALARS and kind != _STRING:
+            raise InputError(f"metadata {name} has type {kind}, which is not supported")
+        field = GgufField(name, self.view, self.offset, kind, count)
+        items = 1 if count is None else count
+        if kind == _STRING:
+            if 8 * items > self.size - self.offset:  # else a huge count costs a long walk
+                raise InputError(f"metadata {name} claims {items} strings; the file is corrupt")
+            for _ in range(items):
+                self._skip(self._take("Q")[0])
+        else:
+            self._skip(items * struct.calcsize("<" + _SCALARS[kind]))
+        return field
+
+    @staticmethod
+    def _alignment(fields: Mapping[str, GgufField]) -> int:
+        field = fields.get("general.alignment")
+        value = 32 if field is None else field.contents()
+        is_power = (
+            isinstance(value, int) and 0 < value <= _MAX_ALIGNMENT and not value & (value - 1)
+        )
+        if not is_power or isinstance(value, bool):
+            raise InputError(f"general.alignment is {value!r:.40}; it must be a power of two")
+        return int(value)
+
+    def _tensor_info(self, alignment: int) -> tuple[str, tuple[int, ...], Any, int]:
+        name = self._name()
+        (dims,) = self._take("I")
+        if not 1 <= dims <= _MAX_DIMS:
+            raise InputError(f"tensor {name} claims {dims} dimensions")
+        shape = tuple(reversed(self._take(f"{dims}Q")))
+        kind, offset = self._take("IQ")
+        try:
+            tensor_type = self.gguf.GGMLQuantizationType(kind)
+        except ValueError:
+            raise InputError(f"tensor {name} has the unknown type {kind}") from None
+        if offset % alignment:
+            raise InputError(f"tensor {name} begins at {offset}, which is not aligned")
+        return name, shape, tensor_type, offset
+
+    def _map(
+        self, start: int, name: str, shape: tuple[int, ...], tensor_type: Any, offset: int
+    ) -> GgufTensor:
+        block, block_bytes = self.gguf.GGML_QUANT_SIZES[tensor_type]
+        if 0 in shape or shape[-1] % block:
+            raise InputError(f"tensor {name} cannot have shape {shape} as {tensor_type.name}")
+        row_bytes = shape[-1] // block * block_bytes
+        rows = math.prod(shape[:-1])
+        first, size = start + offset, rows * row_bytes
+        if first + size > self.size:
+            raise InputError(
+                f"tensor {name} reaches to byte {first + size} of a file of {self.size}; "
+                "the file is truncated or corrupt"
+            )
+        data = self.array[first : first + size].reshape(rows, row_bytes)
+        return GgufTensor(name, tensor_type, shape, size, first, data)
