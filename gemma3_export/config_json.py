@@ -26,7 +26,13 @@ from gemma3_export.config_rope import read_rope
 from gemma3_export.errors import InputError
 from gemma3_export.presets import TEXT_VOCAB_SIZE
 
-__all__ = ["config_from_json", "config_to_json", "load_config", "load_json_object"]
+__all__ = [
+    "PADDED_VOCAB_SIZE",
+    "config_from_json",
+    "config_to_json",
+    "load_config",
+    "load_json_object",
+]
 
 PADDED_VOCAB_SIZE = 262_208  # the official multimodal files pad the text vocabulary to this
 MAX_JSON_BYTES = 64 * 2**20

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from gemma3_export.config import Gemma3Config, LayerType, default_layer_types
+from gemma3_export.config_json import PADDED_VOCAB_SIZE
 from gemma3_export.errors import InputError
 from gemma3_export.gguf_file import GgufFile
 from gemma3_export.presets import END_OF_TURN_ID, TEXT_VOCAB_SIZE
@@ -14,7 +15,6 @@ from gemma3_export.presets import END_OF_TURN_ID, TEXT_VOCAB_SIZE
 __all__ = ["config_from_gguf"]
 
 _ARCHITECTURE = "gemma3"
-_PADDED_VOCAB_SIZE = 262_208
 _LAYERS_27B = 62
 _REQUIRED = (
     "context_length",
@@ -159,7 +159,7 @@ class _Metadata:
             raise InputError(
                 f"token_embd.weight has shape {shape}, but embedding_length is {hidden}"
             )
-        return TEXT_VOCAB_SIZE if shape[0] == _PADDED_VOCAB_SIZE else shape[0]
+        return TEXT_VOCAB_SIZE if shape[0] == PADDED_VOCAB_SIZE else shape[0]
 
     def _layer_types(self, layers: int) -> tuple[LayerType, ...]:
         key = "attention.sliding_window_pattern"

@@ -124,7 +124,7 @@ class GgufTensor:
                 f"tensor {self.name} has quantisation {self.tensor_type.name}, which cannot be "
                 "decoded; give a file in F32, F16, BF16, Q8_0, Q4_0 or a K quantisation"
             ) from error
-        return np.asarray(rows, dtype=np.float32).reshape(stop - start, -1)
+        return np.asarray(rows, dtype=np.float32).reshape(stop - start, self.shape[-1])
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,185 @@
+"""A weight source over files: stored names become canonical, and all of them are accounted for."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gemma3_export.config import Gemma3Config
+from gemma3_export.config_json import PADDED_VOCAB_SIZE
+from gemma3_export.errors import InputError
+from gemma3_export.gguf_file import GgufTensor
+from gemma3_export.presets import TEXT_VOCAB_SIZE
+from gemma3_export.reference.weights.naming import NameMap, map_names
+from gemma3_export.reference.weights.source import WeightSource
+from gemma3_export.reference.weights.stores import GgufStore, TensorStore
+
+__all__ = ["CheckpointSource"]
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+READABLE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+MAX_LISTED = 10
+COMPARE_BYTES = 16 * 2**20
+HASH_BYTES = 2**20
+
+
+class CheckpointSource(WeightSource):
+    """Weights from a store of named tensors.
+
+    Args:
+        store: the opened files; closed with this source.
+        config: what the weights must fit.
+        origin: where they come from, for people.
+        location: the same without local folders, for the fingerprint.
+        tokenizer: the tokenizer that came along, if any.
+        is_tie_stated: whether a config file says that the head is tied (then another head is an
+            error), or whether the checkpoint may bring its own head.
+
+    Raises:
+        InputError: names or shapes do not fit ``config``; all of them in one message.
+    """
+
+    def __init__(
+        self,
+        store: TensorStore,
+        config: Gemma3Config,
+        *,
+        origin: str,
+        location: str,
+        tokenizer: Path | None = None,
+        is_tie_stated: bool = True,
+    ) -> None:
+        self.store = store
+        self.config = config
+        self.origin = origin
+        self._location = location
+        self._tokenizer = tokenizer
+        self._fingerprint: dict[str, Any] | None = None
+        names = map_names(store.tensors)
+        _check_fit(store, names, config, origin)
+        self._stored: Mapping[str, str] = names.stored
+        self.skipped = tuple(sorted(names.skipped))
+        if config.tie_word_embeddings and HEAD in names.stored:
+            self._settle_head(is_tie_stated)
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
+        """See :meth:`WeightSource.read`."""
+        start, stop = self._row_range(name, start, stop)
+        rows = self.store.read(self._stored[name], start, stop)
+        if self._is_shifted(name):
+            rows = rows - 1.0
+        return rows.contiguous()
+
+    def stored_dtype(self, name: str) -> torch.dtype:
+        """See :meth:`WeightSource.stored_dtype`."""
+        self._shape(name)
+        return self.store.tensors[self._stored[name]].dtype
+
+    def gguf_tensor(self, name: str) -> GgufTensor | None:
+        """See :meth:`WeightSource.gguf_tensor`."""
+        self._shape(name)
+        return self.store.blocks[self._stored[name]] if isinstance(self.store, GgufStore) else None
+
+    def fingerprint(self) -> dict[str, Any]:
+        """See :meth:`WeightSource.fingerprint`; files are hashed on the first call."""
+        if self._fingerprint is None:
+            self._fingerprint = {
+                "kind": self.store.kind,
+                "location": self._location,
+                "files": {path.name: _sha256(path) for path in self.store.files},
+            }
+        return self._fingerprint
+
+    def tokenizer_file(self) -> Path | None:
+        """See :meth:`WeightSource.tokenizer_file`."""
+        return self._tokenizer
+
+    def close(self) -> None:
+        """See :meth:`WeightSource.close`."""
+        self.store.close()
+
+    def _is_shifted(self, name: str) -> bool:
+        """Whether the file holds ``1 + w`` where the canonical weight is ``w``."""
+        return self.store.kind == "gguf" and name.endswith("norm.weight")
+
+    def _settle_head(self, is_tie_stated: bool) -> None:
+        """Decide whether a head in the checkpoint is the embedding once more, or one of its own."""
+        if self._is_head_embedding():
+            stored = dict(self._stored)
+            self.skipped = tuple(sorted((*self.skipped, stored.pop(HEAD))))
+            self._stored = stored
+        elif is_tie_stated:
+            raise InputError(
+                f"{self.origin}: the config says tie_word_embeddings, but {self._stored[HEAD]} "
+                "differs from the embedding; set tie_word_embeddings to false in the config, or "
+                "remove the head"
+            )
+        else:
+            self.config = replace(self.config, tie_word_embeddings=False)
+
+    def _is_head_embedding(self) -> bool:
+        head, embedding = self._stored[HEAD], self._stored[EMBEDDING]
+        step = max(1, COMPARE_BYTES // (4 * self.config.hidden_size))
+        for start in range(0, self.config.vocab_size, step):
+            stop = min(start + step, self.config.vocab_size)
+            rows = (self.store.read(name, start, stop).float() for name in (head, embedding))
+            if not torch.equal(*rows):
+                return False
+        return True
+
+
+def _check_fit(store: TensorStore, names: NameMap, config: Gemma3Config, origin: str) -> None:
+    expected = dict(config.weight_shapes())
+    missing = [name for name in expected if name not in names.stored]
+    known = expected | {HEAD: expected[EMBEDDING]}  # a head is welcome in a tied checkpoint
+    unexpected = list(names.unexpected)
+    misshapen, unreadable = [], []
+    for name, stored_name in names.stored.items():
+        tensor = store.tensors[stored_name]
+        if name not in known:
+            unexpected.append(stored_name)
+        elif not _fits(name, tensor.shape, known[name]):
+            misshapen.append(f"{stored_name} is {tensor.shape}, the config needs {known[name]}")
+        if tensor.dtype not in READABLE_DTYPES:
+            unreadable.append(f"{stored_name} is {tensor.dtype}".replace("torch.", ""))
+    problems = {
+        "missing": missing,
+        "unexpected": unexpected,
+        "wrong shape": misshapen,
+        "unsupported type": unreadable,
+    }
+    lines = [_summary(kind, items) for kind, items in problems.items() if items]
+    if lines:
+        raise InputError(
+            f"{origin} does not hold the weights of its config:\n  " + "\n  ".join(lines) + "\n"
+            "give the config of these weights (--config), the right --size, or other weights"
+        )
+
+
+def _fits(name: str, stored: tuple[int, ...], needed: tuple[int, ...]) -> bool:
+    if stored == needed:
+        return True
+    # Multimodal checkpoints pad the vocabulary with image placeholders; the text rows come first.
+    is_padded = stored[:1] == (PADDED_VOCAB_SIZE,) and needed[0] == TEXT_VOCAB_SIZE
+    return name in (EMBEDDING, HEAD) and is_padded and stored[1:] == needed[1:]
+
+
+def _summary(kind: str, items: list[str]) -> str:
+    more = f", and {len(items) - MAX_LISTED} more" if len(items) > MAX_LISTED else ""
+    return f"{kind} ({len(items)}): {', '.join(sorted(items)[:MAX_LISTED])}{more}"
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    try:
+        with path.open("rb") as file:
+            while block := file.read(HASH_BYTES):
+                digest.update(block)
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
+    return digest.hexdigest()

@@ -1,0 +1,236 @@
+"""Finds out what a weights argument means and opens it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from gemma3_export.config import Gemma3Config
+from gemma3_export.config_json import (
+    PADDED_VOCAB_SIZE,
+    config_from_json,
+    load_config,
+    load_json_object,
+)
+from gemma3_export.errors import InputError
+from gemma3_export.gguf_config import config_from_gguf
+from gemma3_export.presets import SIZES, TEXT_VOCAB_SIZE, preset
+from gemma3_export.reference.weights.checkpoint import CheckpointSource
+from gemma3_export.reference.weights.hub import download
+from gemma3_export.reference.weights.random_source import RandomSource
+from gemma3_export.reference.weights.safetensors_store import SafetensorsStore, read_shard_index
+from gemma3_export.reference.weights.source import WeightSource
+from gemma3_export.reference.weights.stores import GgufStore, TensorStore
+from gemma3_export.reference.weights.torch_store import TorchStore
+
+__all__ = ["open_weights"]
+
+INDEX = "model.safetensors.index.json"
+TORCH_SUFFIXES = (".pt", ".pth", ".bin")
+SUFFIXES = (".safetensors", ".gguf", *TORCH_SUFFIXES)
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+# Facts that may differ between two descriptions of one model.
+NOT_COMPARED = {"pad_token_id", "bos_token_id", "eos_token_id", "initializer_range"}
+STATED_IN_GGUF = ("rope_theta", "rope_scaling_factor", "rms_norm_eps", "sliding_window")
+
+
+@dataclass(frozen=True, slots=True)
+class _Described:
+    """A config, and whether its file says that the head is tied."""
+
+    config: Gemma3Config
+    is_tie_stated: bool
+
+
+def open_weights(
+    spec: str | None = None,
+    *,
+    size: str | None = None,
+    config_path: Path | None = None,
+    revision: str | None = None,
+    token: str | None = None,
+    random_seed: int | None = None,
+) -> WeightSource:
+    """Open weights, reading no more than their headers.
+
+    Args:
+        spec: a folder as Hugging Face writes it, a ``.safetensors``, ``.gguf`` or ``.pt`` file, or
+            the id of a Hub repository.
+        size: a published size; alone it means the official Hub repository.
+        config_path: the ``config.json`` to use instead of the one that comes with the weights.
+        revision: branch, tag or commit of a Hub repository.
+        token: Hub access token; by default the one that ``hf auth login`` or HF_TOKEN set.
+        random_seed: draw random weights of ``size`` or ``config_path`` instead.
+
+    Raises:
+        InputError: the weights are absent, damaged, not accessible, or do not fit their config.
+        UnavailableError: the Hub cannot be reached.
+    """
+    if random_seed is not None:
+        return _open_random(spec, size, config_path, random_seed)
+    if spec is None:
+        if size is None:
+            raise InputError("no weights given; use --weights, --size or --random-weights")
+        spec = preset(size).hub_id
+        path = None
+    else:
+        path = _local_path(spec)
+    if path is None:
+        folder, commit = download(spec, revision=revision, token=token)
+        location = f"{spec}@{commit}"
+        return _open_path(folder, size, config_path, origin=location, location=location)
+    if revision is not None:
+        raise InputError(f"--revision is for Hub repositories, but {spec} is a local path")
+    return _open_path(path, size, config_path, origin=str(path), location=path.resolve().name)
+
+
+def _open_random(
+    spec: str | None, size: str | None, config_path: Path | None, seed: int
+) -> WeightSource:
+    if spec is not None:
+        raise InputError("--weights and --random-weights exclude each other; drop one")
+    if config_path is not None:
+        config = load_config(config_path)
+        return RandomSource(_agree_with_size(config, size, str(config_path)), seed)
+    if size is None:
+        raise InputError(f"random weights need --size ({', '.join(SIZES)}) or --config")
+    return RandomSource(preset(size).config, seed)
+
+
+def _local_path(spec: str) -> Path | None:
+    """The file or folder that ``spec`` names, or None when it is a Hub id."""
+    try:
+        path = Path(spec).expanduser()
+        if path.exists():
+            return path
+    except (OSError, ValueError, RuntimeError) as error:
+        raise InputError(f"{spec!r:.100} is not a usable path: {error}") from error
+    if HUB_ID.fullmatch(spec) and path.suffix not in SUFFIXES:
+        return None
+    if spec in SIZES:
+        raise InputError(f"{spec!r} is a size, not weights; use --size {spec}")
+    raise InputError(
+        f"{spec!r:.200} does not exist; give a folder, a file ({', '.join(SUFFIXES)}) or a Hub id "
+        "such as google/gemma-3-270m"
+    )
+
+
+def _open_path(
+    path: Path, size: str | None, config_path: Path | None, *, origin: str, location: str
+) -> WeightSource:
+    folder = path if path.is_dir() else path.parent
+    store = _open_store(path)
+    try:
+        described = _describe(store, folder, size, config_path)
+        config = _agree_with_size(described.config, size, origin)
+        tokenizer = store.files[0] if store.kind == "gguf" else folder / "tokenizer.json"
+        return CheckpointSource(
+            store,
+            config,
+            origin=origin,
+            location=location,
+            tokenizer=tokenizer if tokenizer.is_file() else None,
+            is_tie_stated=described.is_tie_stated,
+        )
+    except BaseException:
+        store.close()
+        raise
+
+
+def _open_store(path: Path) -> TensorStore:
+    if path.is_dir():
+        return _open_folder(path)
+    if path.suffix == ".safetensors":
+        return SafetensorsStore([path])
+    if path.suffix == ".gguf":
+        return GgufStore(path)
+    if path.suffix in TORCH_SUFFIXES:
+        return TorchStore(path)
+    raise InputError(f"{path} is none of {', '.join(SUFFIXES)}; convert it or name another file")
+
+
+def _open_folder(folder: Path) -> TensorStore:
+    if (folder / INDEX).is_file():
+        files, weight_map = read_shard_index(folder / INDEX)
+        store = SafetensorsStore(files)
+        wrong = sorted(weight_map.keys() ^ store.tensors.keys())
+        if wrong:
+            raise InputError(
+                f"{INDEX} and the shards disagree about {len(wrong)} tensors: "
+                f"{', '.join(wrong[:10])}; download the folder again"
+            )
+        return store
+    if (folder / "model.safetensors").is_file():
+        return SafetensorsStore([folder / "model.safetensors"])
+    for suffixes in ((".safetensors",), (".gguf",), TORCH_SUFFIXES):
+        found = sorted(p for p in folder.iterdir() if p.suffix in suffixes and p.is_file())
+        if len(found) > 1:
+            names = ", ".join(p.name for p in found[:10])
+            raise InputError(f"{folder} has several weight files ({names}); name one of them")
+        if found:
+            return _open_store(found[0])
+    raise InputError(
+        f"{folder} has no model.safetensors, {INDEX}, .gguf or .pt file; is it a model's folder?"
+    )
+
+
+def _describe(
+    store: TensorStore, folder: Path, size: str | None, config_path: Path | None
+) -> _Described:
+    """The first config there is: given, inside the checkpoint, beside it, or of ``size``."""
+    from_gguf = config_from_gguf(store.reader) if isinstance(store, GgufStore) else None
+    beside = config_path or folder / "config.json"
+    if config_path is None and isinstance(store, TorchStore) and store.model_config is not None:
+        data = store.model_config
+        where = f"the config inside {store.files[0].name}"
+        return _Described(config_from_json(data, where=where), _states_tie(data))
+    if config_path is not None or beside.is_file():
+        config = load_config(beside)
+        if from_gguf is not None:
+            _agree_with_gguf(config, from_gguf, beside)
+        file = beside / "config.json" if beside.is_dir() else beside
+        return _Described(config, _states_tie(load_json_object(file)))
+    if from_gguf is not None:
+        return _Described(from_gguf, is_tie_stated=False)
+    if size is not None:
+        return _Described(preset(size).config, is_tie_stated=False)
+    raise InputError(
+        f"there is no config.json beside {store.files[0].name}; give --config FILE or --size "
+        f"({', '.join(SIZES)})"
+    )
+
+
+def _states_tie(data: Mapping[str, Any]) -> bool:
+    """Hugging Face files tie unless they say otherwise; the ancestors' dictionary says nothing."""
+    return "emb_dim" not in data or "tie_word_embeddings" in data
+
+
+def _agree_with_gguf(config: Gemma3Config, from_gguf: Gemma3Config, where: Path) -> None:
+    for key in STATED_IN_GGUF:
+        stated, stored = getattr(config, key), getattr(from_gguf, key)
+        if stated != stored:
+            raise InputError(f"{where} says {key} is {stated!r}, the GGUF file says {stored!r}")
+
+
+def _agree_with_size(config: Gemma3Config, size: str | None, where: str) -> Gemma3Config:
+    """``config`` with the end-of-text ids of ``size``, which it must otherwise equal."""
+    if size is None:
+        return config
+    expected = preset(size).config
+    differing = []
+    for field in fields(Gemma3Config):
+        stated, wanted = getattr(config, field.name), getattr(expected, field.name)
+        if field.name == "vocab_size" and stated == PADDED_VOCAB_SIZE:
+            stated = TEXT_VOCAB_SIZE
+        if field.name not in NOT_COMPARED and stated != wanted:
+            differing.append(f"{field.name} is {stated!r:.60}, not {wanted!r:.60}")
+    if differing:
+        raise InputError(
+            f"{where} is not a {size} model: {'; '.join(differing)}; drop --size or name the right"
+        )
+    return replace(
+        config, eos_token_id=tuple(dict.fromkeys((*config.eos_token_id, *expected.eos_token_id)))
+    )

@@ -1,0 +1,132 @@
+"""What a source of weights offers: canonical tensors, read row by row."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+
+from gemma3_export.config import Gemma3Config
+from gemma3_export.errors import InputError
+from gemma3_export.gguf_file import GgufTensor
+
+__all__ = ["WeightSource", "check_finite"]
+
+DEFAULT_CHUNK_BYTES = 64 * 2**20
+
+
+class WeightSource(ABC):
+    """The weights of one model under their canonical names, in their stored precision.
+
+    Nothing is held in memory: each read costs the rows it asks for.
+
+    Attributes:
+        config: names and shapes of all weights are ``config.weight_shapes()``.
+        origin: where the weights come from, for people.
+        skipped: stored names that are no weights of the text model (vision tower, buffers, a head
+            that equals the embedding).
+    """
+
+    config: Gemma3Config
+    origin: str
+    skipped: tuple[str, ...] = ()
+
+    @abstractmethod
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
+        """Rows [start, stop) of the canonical tensor ``name``, contiguous and on the CPU.
+
+        Raises:
+            InputError: there is no such tensor or row, or the file cannot be read.
+        """
+
+    @abstractmethod
+    def stored_dtype(self, name: str) -> torch.dtype:
+        """Element type that :meth:`read` returns: float32, float16 or bfloat16.
+
+        Raises:
+            InputError: there is no such tensor.
+        """
+
+    @abstractmethod
+    def fingerprint(self) -> dict[str, Any]:
+        """Kind, location and the SHA-256 of each file; free of local folder names."""
+
+    def tokenizer_file(self) -> Path | None:
+        """The ``tokenizer.json`` or GGUF file that came with the weights, or None."""
+        return None
+
+    def gguf_tensor(self, name: str) -> GgufTensor | None:
+        """The quantised blocks behind ``name``, to be repacked without loss, or None.
+
+        The blocks may have more rows than the canonical tensor, and norms hold ``1 + w``.
+        """
+        del name
+        return None
+
+    def chunks(self, name: str, max_bytes: int = DEFAULT_CHUNK_BYTES) -> Iterator[torch.Tensor]:
+        """The tensor ``name`` as consecutive blocks of leading rows of at most ``max_bytes``.
+
+        One row is the least that is yielded.
+
+        Raises:
+            InputError: there is no such tensor.
+        """
+        shape = self._shape(name)
+        row_bytes = math.prod(shape[1:]) * self.stored_dtype(name).itemsize
+        step = max(1, max_bytes // row_bytes)
+        for start in range(0, shape[0], step):
+            yield self.read(name, start, min(start + step, shape[0]))
+
+    def close(self) -> None:
+        """Let go of the files."""
+        return
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    @cached_property
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        return dict(self.config.weight_shapes())
+
+    def _shape(self, name: str) -> tuple[int, ...]:
+        try:
+            return self._shapes[name]
+        except KeyError:
+            raise InputError(f"{self.origin} has no tensor {name!r}") from None
+
+    def _row_range(self, name: str, start: int, stop: int | None) -> tuple[int, int]:
+        rows = self._shape(name)[0]
+        stop = rows if stop is None else stop
+        if not 0 <= start <= stop <= rows:
+            raise InputError(f"rows [{start}, {stop}) of {name} do not exist; it has {rows}")
+        return start, stop
+
+
+def check_finite(name: str, tensor: torch.Tensor) -> None:
+    """Stop at a weight that is not a number or infinite.
+
+    Raises:
+        InputError: naming the tensor and counting what is wrong in it.
+    """
+    # The sum is finite unless an element is not (or the sum overflows): one pass, no mask.
+    if math.isfinite(float(tensor.sum(dtype=torch.float64))):
+        return
+    bad = int((~torch.isfinite(tensor)).sum())
+    if bad:
+        raise InputError(
+            f"weight {name} has {bad} values that are NaN or infinite; the checkpoint is damaged"
+        )
