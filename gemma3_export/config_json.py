@@ -259,7 +259,7 @@ def _layer_types(text: Mapping[str, Any], num_hidden_layers: object) -> tuple[La
             f"sliding_window_pattern ({public!r}) and _sliding_window_pattern ({private!r}) "
             "contradict each other; keep one"
         )
-    pattern = public if listed is not None else (public or private)
+    pattern = private if public is None and listed is None else public
     if pattern is not None:
         every = _whole(pattern, "sliding_window_pattern")
         if every < 1:
