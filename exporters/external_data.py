@@ -1,0 +1,134 @@
+"""Stream weights into an ONNX graph's external data file.
+
+Each tensor is read, converted, written, hashed and dropped, so peak memory follows the largest
+tensor (or one chunk of it, when it is stored as it is read) and not the model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import BinaryIO
+
+import onnx_ir as ir
+import torch
+
+from gemma3_export.bundle import WeightRecipe
+from gemma3_export.reference.weights import WeightSource, check_finite
+
+__all__ = ["ALIGNMENT_BYTES", "write_external_data"]
+
+ALIGNMENT_BYTES = 4096  # tensors begin on a page, so that a runtime can map them into memory
+CHUNK_BYTES = 64 * 2**20
+
+Progress = Callable[[int], None]  # called with bytes just written
+
+
+class HashingWriter:
+    """Writes a file and its SHA-256 in one pass."""
+
+    def __init__(self, file: BinaryIO, progress: Progress | None) -> None:
+        self.file = file
+        self.digest = hashlib.sha256()
+        self.position = 0
+        self.progress = progress
+
+    def write(self, data: bytes | memoryview) -> None:
+        """Append ``data``."""
+        self.file.write(data)
+        self.digest.update(data)
+        self.position += len(data)
+        if self.progress is not None:
+            self.progress(len(data))
+
+    def align(self) -> None:
+        """Pad with zeros to the next page."""
+        padding = -self.position % ALIGNMENT_BYTES
+        self.file.write(bytes(padding))
+        self.digest.update(bytes(padding))
+        self.position += padding
+
+
+def write_external_data(
+    graph: ir.Graph,
+    recipes: Mapping[str, WeightRecipe],
+    source: WeightSource,
+    path: Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    progress: Progress | None = None,
+) -> str:
+    """Fill the graph's weights from ``source`` through the file ``path``.
+
+    Args:
+        graph: its initializers named in ``recipes`` have no value yet and get one that points
+            into the file.
+        recipes: how each stored tensor is made of canonical weights.
+        source: where the canonical weights come from.
+        path: the external data file, beside the graph's own file.
+        dtype: element type on disk.
+        progress: told the bytes written.
+
+    Returns:
+        The file's SHA-256.
+
+    Raises:
+        InputError: a weight holds NaN or infinity.
+        OSError: the disk is full.
+    """
+    with path.open("wb") as file:
+        writer = HashingWriter(file, progress)
+        for name, recipe in recipes.items():
+            writer.align()
+            start = writer.position
+            extents = write_tensor(writer, recipe, source, dtype)
+            value = graph.initializers[name]
+            value.const_value = ir.ExternalTensor(
+                location=path.name,
+                offset=start,
+                length=writer.position - start,
+                dtype=ONNX_TYPES[dtype],
+                shape=ir.Shape(extents),
+                name=name,
+                base_dir=path.parent,
+            )
+            value.shape = ir.Shape(extents)
+            value.type = ir.TensorType(ONNX_TYPES[dtype])
+    return writer.digest.hexdigest()
+
+
+ONNX_TYPES = {torch.float32: ir.DataType.FLOAT}
+
+
+def write_tensor(
+    writer: HashingWriter, recipe: WeightRecipe, source: WeightSource, dtype: torch.dtype
+) -> tuple[int, ...]:
+    """Write one stored tensor; return its shape."""
+    if recipe.transposed:
+        parts = [read_checked(source, name, dtype) for name in recipe.names]
+        tensor = torch.cat(parts).T.contiguous()
+        del parts
+        writer.write(raw_bytes(tensor))
+        return tuple(tensor.shape)
+    rows, trailing = 0, ()
+    for name in recipe.names:
+        for chunk in source.chunks(name, max_bytes=CHUNK_BYTES):
+            check_finite(name, chunk)
+            writer.write(raw_bytes(chunk.to(dtype).contiguous()))
+            rows, trailing = rows + chunk.shape[0], tuple(chunk.shape[1:])
+    return (rows, *trailing)
+
+
+def read_checked(source: WeightSource, name: str, dtype: torch.dtype) -> torch.Tensor:
+    """One whole canonical weight in ``dtype``, known to be finite."""
+    tensor = source.read(name)
+    check_finite(name, tensor)
+    return tensor.to(dtype)
+
+
+def raw_bytes(tensor: torch.Tensor) -> memoryview:
+    """The tensor's memory, without a copy."""
+    return memoryview(tensor.view(torch.uint8).numpy()).cast("B")
+
+

@@ -1,0 +1,269 @@
+"""Modules that stand in for the reference's while a graph is traced.
+
+Each computes what the module it replaces computes, in a form that ONNX Runtime has a good kernel
+for: projections packed into one matrix product, attention as one fused operator. The parity check
+holds them to the reference.
+
+Shapes: B batch rows, T new tokens, S all tokens, D hidden size, C vocabulary or feature columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F  # noqa: N812  (torch's own convention)
+from torch import Tensor, nn
+from torch.onnx import ops
+
+from gemma3_export.bundle import WeightRecipe
+from gemma3_export.config import Gemma3Config
+from gemma3_export.reference.model import (
+    MLP,
+    Attention,
+    Gemma3,
+    KeyValue,
+    LastTokens,
+    LayerContext,
+    LMHead,
+)
+
+__all__ = ["FusedGemma3", "PortableGemma3", "weight_recipes"]
+
+SLICE_TO_END = torch.iinfo(torch.int64).max
+
+
+class PackedLinear(nn.Module):
+    """Several bias-free linear layers as one product with a matrix stored input-major.
+
+    ``sources`` names the layers, beside which this module stands in the module tree.
+    """
+
+    def __init__(self, in_features: int, out_features: Sequence[int], sources: Sequence[str]) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(in_features, sum(out_features)))
+        self.out_features = tuple(out_features)
+        self.sources = tuple(sources)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """[B, T, in] to one [B, T, out] for each source."""
+        y = x @ self.weight
+        if len(self.out_features) == 1:
+            return (y,)
+        sizes = torch.tensor(self.out_features)
+        shapes = [(*y.shape[:-1], size) for size in self.out_features]
+        return tuple(
+            ops.symbolic_multi_out(
+                "Split",
+                [y, sizes],
+                {"axis": -1},
+                dtypes=[y.dtype] * len(shapes),
+                shapes=shapes,
+                version=18,
+            )
+        )
+
+
+class SingleLinear(PackedLinear):
+    """One linear layer, stored input-major so that no transposition is left in the graph."""
+
+    def __init__(self, in_features: int, out_features: int, source: str) -> None:
+        super().__init__(in_features, [out_features], [source])
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        """[B, T, in] to [B, T, out]."""
+        return super().forward(x)[0]
+
+
+class PackedMLP(MLP):
+    """Gate and up projections in one product."""
+
+    def __init__(self, config: Gemma3Config) -> None:
+        nn.Module.__init__(self)
+        hidden, intermediate = config.hidden_size, config.intermediate_size
+        self.gate_up = PackedLinear(hidden, (intermediate,) * 2, ("gate_proj", "up_proj"))
+        self.down = SingleLinear(intermediate, hidden, "down_proj")
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Gate and up projections, each [B, T, intermediate_size]."""
+        gate, up = self.gate_up(x)
+        return gate, up
+
+    def down_proj(self, x: Tensor) -> Tensor:
+        """[B, T, intermediate_size] to [B, T, D]."""
+        return self.down(x)  # type: ignore[no-any-return]
+
+
+class PackedAttention(Attention):
+    """The reference's attention with queries, keys and values from one product."""
+
+    def __init__(self, original: Attention) -> None:
+        nn.Module.__init__(self)
+        config = self.config = original.config
+        self.layer = original.layer
+        self.q_norm, self.k_norm = original.q_norm, original.k_norm
+        sizes = (config.query_size, config.key_value_size, config.key_value_size)
+        self.qkv = PackedLinear(config.hidden_size, sizes, ("q_proj", "k_proj", "v_proj"))
+        self.out = SingleLinear(config.query_size, config.hidden_size, "o_proj")
+
+    def project(self, x_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries [B, T, N*H], keys and values [B, T, K*H]."""
+        q, k, v = self.qkv(x_BTD)
+        return q, k, v
+
+    def o_proj(self, x: Tensor) -> Tensor:
+        """[B, T, N*H] to [B, T, D]."""
+        return self.out(x)  # type: ignore[no-any-return]
+
+
+def split_heads(x: Tensor, head_dim: int) -> Tensor:
+    """[B, T, C] to [B, T, C/H, H], as one node; ``view`` would compute its shape in the graph."""
+    shape = (*x.shape[:-1], x.shape[-1] // head_dim, head_dim)
+    return reshape(x, [0, 0, -1, head_dim], shape)
+
+
+def merge_heads(x: Tensor) -> Tensor:
+    """[B, T, N, H] to [B, T, N*H], as one node."""
+    return reshape(x, [0, 0, -1], (*x.shape[:2], x.shape[2] * x.shape[3]))
+
+
+def reshape(x: Tensor, target: Sequence[int], shape: Sequence[int | torch.SymInt]) -> Tensor:
+    """ONNX Reshape, in whose ``target`` 0 copies an extent and -1 takes the rest."""
+    return ops.symbolic(
+        "Reshape", [x, torch.tensor(target)], dtype=x.dtype, shape=shape, version=21
+    )
+
+
+@dataclass(kw_only=True)
+class FusedContext:
+    """What GroupQueryAttention takes in place of masks and angles."""
+
+    cos: Tensor  # [max_position_embeddings, H/2] the whole table
+    sin: Tensor
+    last_index: Tensor  # [B] int32 tokens of each row, less one
+    total: Tensor  # [] int32 longest row
+    attention_mask: Tensor  # [B, S]
+
+
+class FusedAttention(PackedAttention):
+    """Rotation, cache update, window and attention in one GroupQueryAttention node."""
+
+    def forward(  # type: ignore[override]
+        self, x_BTD: Tensor, context: FusedContext, past: KeyValue
+    ) -> tuple[Tensor, KeyValue]:
+        """As the reference's, but lengths come from the mask's sums: pad on the right only."""
+        config = self.config
+        batch, new = x_BTD.shape[:2]
+        q, k, v = self.project(x_BTD)
+        q = merge_heads(self.q_norm(split_heads(q, config.head_dim)))
+        k = merge_heads(self.k_norm(split_heads(k, config.head_dim)))
+        cache = (
+            batch,
+            config.num_key_value_heads,
+            context.attention_mask.shape[1],
+            config.head_dim,
+        )
+        out, key, value = ops.symbolic_multi_out(
+            "com.microsoft::GroupQueryAttention",
+            [q, k, v, *past, context.last_index, context.total, context.cos, context.sin],
+            {
+                "num_heads": config.num_attention_heads,
+                "kv_num_heads": config.num_key_value_heads,
+                "scale": config.attention_scale,
+                "local_window_size": config.sliding_window if config.is_sliding(self.layer) else -1,
+                "do_rotary": 1,
+            },
+            dtypes=[x_BTD.dtype] * 3,
+            shapes=[(batch, new, config.query_size), cache, cache],
+            version=1,
+        )
+        return self.o_proj(out), (key, value)
+
+
+class SliceLastTokens(LastTokens):
+    """``x[:, -count:]`` with a ``count`` that is a graph input; -0 starts at 0 and keeps all."""
+
+    def forward(self, x_BTD: Tensor, count: Tensor | int) -> Tensor:
+        """[B, T, D] to [B, count, D]; the traced shape claims T, which is corrected afterwards."""
+        assert isinstance(count, Tensor)
+        end, axis = torch.tensor([SLICE_TO_END]), torch.tensor([1])
+        return ops.symbolic(
+            "Slice", [x_BTD, -count, end, axis], dtype=x_BTD.dtype, shape=x_BTD.shape, version=13
+        )
+
+
+class GemmHead(LMHead):
+    """Logits through a two-dimensional product, which takes the embedding untransposed.
+
+    So one stored matrix serves the embedding and the head.
+    """
+
+    def forward(self, x: Tensor, weight_VD: Tensor) -> Tensor:
+        """[B, T, D] to [B, T, V] float32."""
+        # Extents are read in the graph: the traced ones ignore num_logits_to_keep.
+        vocab_size, hidden_size = weight_VD.shape
+        rows = reshape(x, [-1, hidden_size], (x.shape[0] * x.shape[1], hidden_size))
+        extents = ops.symbolic("Shape", [x], {"end": 2}, dtype=torch.int64, shape=[2], version=21)
+        target = torch.cat((extents, torch.tensor([vocab_size])))
+        logits = F.linear(rows, weight_VD).float()
+        return ops.symbolic(
+            "Reshape",
+            [logits, target],
+            dtype=logits.dtype,
+            shape=(*x.shape[:2], vocab_size),
+            version=21,
+        )
+
+
+class PortableGemma3(Gemma3):
+    """The reference in standard operators, for any ONNX runtime; padding may stand anywhere."""
+
+    attention: type[PackedAttention] = PackedAttention
+
+    def __init__(self, config: Gemma3Config) -> None:
+        super().__init__(config)
+        self.last_tokens = SliceLastTokens()
+        self.head = GemmHead()
+        for layer in self.model.layers:
+            layer.self_attn = self.attention(layer.self_attn)
+            layer.mlp = PackedMLP(config)
+
+
+class FusedGemma3(PortableGemma3):
+    """The reference with ONNX Runtime's fused attention; padding on the right only."""
+
+    attention = FusedAttention
+
+    def layer_contexts(  # type: ignore[override]
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        past_key_values: Sequence[KeyValue],
+    ) -> dict[str, FusedContext]:
+        """Rotary tables and row lengths; the tables are constants that a runtime folds on load."""
+        positions = torch.arange(self.config.max_position_embeddings)
+        last_index = (attention_mask.sum(1) - 1).to(torch.int32)
+        total = torch.scalar_tensor(attention_mask.shape[1], dtype=torch.int32)
+        contexts = {}
+        for kind, rotary in self.rotary.items():
+            cos, sin = rotary(positions)
+            contexts[kind] = FusedContext(
+                cos=cos,
+                sin=sin,
+                last_index=last_index,
+                total=total,
+                attention_mask=attention_mask,
+            )
+        return contexts
+
+
+def weight_recipes(model: Gemma3) -> dict[str, WeightRecipe]:
+    """How each parameter of a stand-in model is made of the canonical weights."""
+    recipes = {name: WeightRecipe(names=(name,)) for name, _ in model.named_parameters()}
+    for path, module in model.named_modules():
+        if isinstance(module, PackedLinear):
+            parent = path.rpartition(".")[0]
+            names = tuple(f"{parent}.{source}.weight" for source in module.sources)
+            recipes[f"{path}.weight"] = WeightRecipe(names=names, transposed=True)
+    return recipes

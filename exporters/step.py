@@ -1,0 +1,51 @@
+"""The traced entry point: the reference behind the KV-cache signature.
+
+Every exporter traces this one wrapper, so ONNX and TorchScript have the same inputs and outputs.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from gemma3_export.config import Gemma3Config
+from gemma3_export.reference.model import Gemma3
+
+__all__ = ["DecoderStep", "example_inputs"]
+
+
+class DecoderStep(nn.Module):
+    """One cached decoder step with flat inputs and outputs, in the signature's order."""
+
+    MODEL = "decoder"  # prefix of every weight's name in a trace
+
+    def __init__(self, model: Gemma3) -> None:
+        super().__init__()
+        self.decoder = model
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        past: list[Tensor],
+        num_logits_to_keep: Tensor,
+    ) -> tuple[Tensor, ...]:
+        """``past`` alternates key and value, layer by layer; so does what follows the logits."""
+        pairs = list(zip(past[::2], past[1::2], strict=True))
+        output = self.decoder(
+            input_ids, attention_mask, pairs, num_logits_to_keep=num_logits_to_keep
+        )
+        return (output.logits, *(tensor for pair in output.past_key_values for tensor in pair))
+
+
+def example_inputs(
+    config: Gemma3Config, *, batch: int = 2, new: int = 3, past: int = 5
+) -> tuple[Tensor, Tensor, list[Tensor], Tensor]:
+    """Inputs for tracing; their extents are distinct, so that none is taken for another."""
+    cache = (batch, config.num_key_value_heads, past, config.head_dim)
+    return (
+        torch.ones(batch, new, dtype=torch.int64),
+        torch.ones(batch, past + new, dtype=torch.int64),
+        [torch.zeros(cache) for _ in range(2 * config.num_hidden_layers)],
+        torch.zeros(1, dtype=torch.int64),
+    )

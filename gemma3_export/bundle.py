@@ -1,0 +1,258 @@
+"""The bundle: one folder that stands alone and says what it is.
+
+    config.json generation_config.json tokenizer.json tokenizer_config.json
+    onnx/model.onnx  onnx/model.onnx_data
+    torchscript/model.ts
+    manifest.json    format version, graphs, signature, origin and SHA-256 of everything
+    parity.json      the proof, when the export was verified
+
+Reading a bundle needs neither torch nor ONNX Runtime.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from gemma3_export.config import Gemma3Config
+from gemma3_export.config_json import load_config
+from gemma3_export.errors import InputError
+from gemma3_export.signature import DType, Signature
+from gemma3_export.staging import write_text_atomically
+
+__all__ = [
+    "FORMAT_VERSION",
+    "MANIFEST",
+    "PARITY",
+    "Bundle",
+    "FileRecord",
+    "Graph",
+    "Manifest",
+    "WeightRecipe",
+    "sha256_of",
+]
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+PARITY = "parity.json"
+MANIFEST_LIMIT_BYTES = 64 * 2**20
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WeightRecipe:
+    """How a graph's stored tensor is made of canonical weights: concatenate rows, then transpose.
+
+    The recipe is also what turns a bundle back into a state dict, so that a bundle can be verified
+    without the weights that it came from.
+    """
+
+    names: tuple[str, ...]
+    transposed: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FileRecord:
+    """Size and hash of one file of the bundle."""
+
+    sha256: str
+    size_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Graph:
+    """One executable form of the model inside a bundle."""
+
+    runtime: str  # onnx or torchscript
+    path: str  # relative, with forward slashes
+    dtype: str  # fp32, fp16, bf16
+    target: str  # portable, ort, or torchscript
+    cache_dtype: DType
+    weights: dict[str, WeightRecipe]  # stored tensor -> canonical weights
+
+
+@dataclass(kw_only=True, slots=True)
+class Manifest:
+    """What ``manifest.json`` holds."""
+
+    graphs: list[Graph]
+    source: dict[str, Any]  # the fingerprint of the weights
+    versions: dict[str, str]  # of the packages that made the bundle
+    verified: bool = False
+    files: dict[str, FileRecord] = field(default_factory=dict)
+    format_version: int = FORMAT_VERSION
+
+
+class Bundle:
+    """An exported model on disk.
+
+    Raises:
+        InputError: the folder is no bundle, or a newer or damaged one.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.manifest = _read_manifest(path)
+        self.config: Gemma3Config = load_config(path / "config.json")
+
+    def graph(self, runtime: str) -> Graph:
+        """The graph for ``runtime``.
+
+        Raises:
+            InputError: this bundle has none.
+        """
+        for graph in self.manifest.graphs:
+            if graph.runtime == runtime:
+                return graph
+        present = ", ".join(graph.runtime for graph in self.manifest.graphs) or "none"
+        raise InputError(
+            f"{self.path} has no {runtime} graph (it has: {present}); "
+            f"export one with `gemma3-export {runtime}`"
+        )
+
+    def signature(self, graph: Graph) -> Signature:
+        """The inputs and outputs of ``graph``."""
+        return Signature.of(self.config, cache_dtype=graph.cache_dtype)
+
+    def file(self, relative: str) -> Path:
+        """Absolute path of a bundle file."""
+        return self.path.joinpath(*PurePosixPath(relative).parts)
+
+    def check_files(self, only: Sequence[str] | None = None) -> None:
+        """Compare sizes and SHA-256 hashes with the manifest.
+
+        Args:
+            only: relative paths to check; None means all.
+
+        Raises:
+            InputError: files are missing or differ; all of them are named.
+        """
+        problems = []
+        for relative, record in self.manifest.files.items():
+            if only is not None and relative not in only:
+                continue
+            problem = _file_problem(self.file(relative), record)
+            if problem:
+                problems.append(f"{relative}: {problem}")
+        if problems:
+            raise InputError(
+                f"{self.path} is not what was exported: {'; '.join(problems)}. "
+                "Copy the bundle again or export it anew"
+            )
+
+    def check_sizes(self) -> None:
+        """The cheap part of :meth:`check_files`: every file is there and has its size.
+
+        Raises:
+            InputError: files are missing or have another size.
+        """
+        problems = []
+        for relative, record in self.manifest.files.items():
+            path = self.file(relative)
+            if not path.is_file():
+                problems.append(f"{relative} is missing")
+            elif path.stat().st_size != record.size_bytes:
+                problems.append(
+                    f"{relative} has {path.stat().st_size} bytes instead of {record.size_bytes}"
+                )
+        if problems:
+            raise InputError(
+                f"{self.path} is damaged: {'; '.join(problems)}. "
+                "Copy the bundle again or export it anew"
+            )
+
+
+def write_manifest(path: Path, manifest: Manifest, hashes: Mapping[str, str]) -> None:
+    """Record every file under ``path`` and write ``manifest.json``.
+
+    Args:
+        path: the bundle's folder.
+        manifest: everything but ``files``, which is filled here.
+        hashes: SHA-256 of files that the writer hashed as it wrote them.
+    """
+    manifest.files = {}
+    for relative in _files_below(path):
+        file = path / relative
+        manifest.files[relative] = FileRecord(
+            sha256=hashes.get(relative) or sha256_of(file), size_bytes=file.stat().st_size
+        )
+    text = json.dumps(asdict(manifest), indent=1, sort_keys=True) + "\n"
+    write_text_atomically(path / MANIFEST, text)
+
+
+def sha256_of(path: Path) -> str:
+    """Hex SHA-256 of a file, read in a stream."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _files_below(path: Path) -> Iterator[str]:
+    for file in sorted(path.rglob("*")):
+        relative = file.relative_to(path).as_posix()
+        if file.is_file() and relative != MANIFEST:
+            yield relative
+
+
+def _file_problem(path: Path, record: FileRecord) -> str | None:
+    if not path.is_file():
+        return "missing"
+    size = path.stat().st_size
+    if size != record.size_bytes:
+        return f"{size} bytes instead of {record.size_bytes}"
+    if sha256_of(path) != record.sha256:
+        return "SHA-256 differs"
+    return None
+
+
+def _read_manifest(path: Path) -> Manifest:
+    file = path / MANIFEST
+    if not file.is_file():
+        raise InputError(
+            f"{path} is not a gemma3-export bundle (no {MANIFEST}); "
+            "make one with `gemma3-export onnx --size 270m -o DIR`"
+        )
+    if file.stat().st_size > MANIFEST_LIMIT_BYTES:
+        raise InputError(f"{file} is larger than {MANIFEST_LIMIT_BYTES} bytes; it is damaged")
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+        version = data["format_version"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{file} is damaged: {error!r}; export the bundle anew") from error
+    if version != FORMAT_VERSION:
+        raise InputError(
+            f"{path} has bundle format version {version!r} and this gemma3-export reads "
+            f"{FORMAT_VERSION}; upgrade gemma3-export or export the bundle anew"
+        )
+    try:
+        return _manifest_from_json(data)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise InputError(f"{file} is damaged: {error!r}; export the bundle anew") from error
+
+
+def _manifest_from_json(data: dict[str, Any]) -> Manifest:
+    graphs = [
+        Graph(
+            **{
+                **graph,
+                "path": _inside(graph["path"]),
+                "weights": {
+                    name: WeightRecipe(names=tuple(recipe["names"]), transposed=recipe["transposed"])
+                    for name, recipe in graph["weights"].items()
+                },
+            }
+        )
+        for graph in data["graphs"]
+    ]
+    files = {_inside(name): FileRecord(**record) for name, record in data["files"].items()}
+    return Manifest(**{**data, "graphs": graphs, "files": files})
+
+
+def _inside(relative: str) -> str:
+    """Refuse paths that lead out of the bundle."""
+    parts = PurePosixPath(relative).parts
+    if not parts or relative.startswith("/") or ".." in parts or "\\" in relative:
+        raise ValueError(f"path {relative!r} leads out of the bundle")
+    return relative

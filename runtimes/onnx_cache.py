@@ -1,0 +1,231 @@
+"""Key-value caches for ONNX graphs: preallocated for fused graphs, growing for portable ones.
+
+Shapes: B rows, K key-value heads, C capacity in tokens, L cached tokens, T new tokens, H head size.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import numpy as np
+
+from gemma3_export.config import Gemma3Config
+from gemma3_export.errors import InputError
+from gemma3_export.runtimes.onnx_session import Device, import_onnxruntime
+from gemma3_export.runtimes.protocol import IntArray, LayerKV
+from gemma3_export.signature import Signature
+
+__all__ = ["GrowingCache", "OnnxCache", "SharedCache"]
+
+
+class OnnxCache(Protocol):
+    """A KV cache that knows how to bind itself to a session."""
+
+    lengths: IntArray
+
+    @property
+    def batch_size(self) -> int:
+        """Rows."""
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that each row can hold."""
+
+    def read(self, row: int) -> list[LayerKV]:
+        """See :class:`gemma3_export.runtimes.protocol.KVCache`."""
+
+    def attention_mask(self, new_tokens: int, row: int | None) -> IntArray:
+        """[rows, S] ones for the tokens that the graph will see, the new ones included."""
+
+    def bind(self, binding: Any, row: int | None) -> None:
+        """Bind past and present tensors of one row, or of all."""
+
+    def advance(self, binding: Any, new_tokens: int, row: int | None) -> None:
+        """Take over what the graph wrote."""
+
+
+def empty_lengths(config: Gemma3Config, batch_size: int, capacity: int) -> IntArray:
+    """Zero tokens in each row.
+
+    Raises:
+        InputError: the batch is empty or the capacity is beyond the model's context.
+    """
+    if batch_size < 1:
+        raise InputError(f"batch_size is {batch_size}; it must be at least 1")
+    if not 0 < capacity <= config.max_position_embeddings:
+        raise InputError(
+            f"a cache of {capacity} tokens was asked for; this model's context is 1 to "
+            f"{config.max_position_embeddings} tokens (max_position_embeddings)"
+        )
+    return np.zeros(batch_size, dtype=np.int64)
+
+
+class SharedCache:
+    """Preallocated buffers [B, K, C, H] that the graph reads as past and extends in place.
+
+    GroupQueryAttention appends to a buffer when past and present are the same memory. Rows may be
+    of different length; row ``r`` holds its tokens at [0, lengths[r]).
+    """
+
+    def __init__(
+        self,
+        config: Gemma3Config,
+        signature: Signature,
+        device: Device,
+        batch_size: int,
+        capacity: int,
+    ) -> None:
+        self.lengths = empty_lengths(config, batch_size, capacity)
+        self.capacity = capacity
+        self.signature = signature
+        self.device = device
+        self.dtype = np.dtype(signature.past_keys[0].dtype)
+        self.shape = (batch_size, config.num_key_value_heads, capacity, config.head_dim)
+        self.row_bytes = self.dtype.itemsize * int(np.prod(self.shape[1:]))
+        self.buffers = [self._allocate() for _ in signature.past]
+
+    @property
+    def batch_size(self) -> int:
+        """Rows."""
+        return self.shape[0]
+
+    def _allocate(self) -> Any:
+        ort = import_onnxruntime()
+        if self.device.kind == "cpu":  # zeroed pages cost nothing until they are written
+            return ort.OrtValue.ortvalue_from_numpy(np.zeros(self.shape, self.dtype))
+        return ort.OrtValue.ortvalue_from_shape_and_type(
+            list(self.shape), self.dtype, self.device.kind, self.device.index
+        )
+
+    def attention_mask(self, new_tokens: int, row: int | None) -> IntArray:
+        """[rows, S] each row's tokens stand first, so its sum is the row's length."""
+        lengths = self._rows(row) + new_tokens
+        return (np.arange(lengths.max()) < lengths[:, None]).astype(np.int64)
+
+    def bind(self, binding: Any, row: int | None) -> None:
+        """Bind the same memory as past and present."""
+        first, rows = (0, self.batch_size) if row is None else (row, 1)
+        shape = [rows, *self.shape[1:]]
+        kind, index = self.device.kind, self.device.index
+        for past, present, buffer in zip(
+            self.signature.past, self.signature.present, self.buffers, strict=True
+        ):
+            pointer = buffer.data_ptr() + first * self.row_bytes
+            binding.bind_input(past.name, kind, index, self.dtype, shape, pointer)
+            binding.bind_output(present.name, kind, index, self.dtype, shape, pointer)
+
+    def advance(self, binding: Any, new_tokens: int, row: int | None) -> None:
+        """Count the tokens; the graph has already written them in place."""
+        self._rows(row)[:] += new_tokens
+
+    def read(self, row: int) -> list[LayerKV]:
+        """One (key, value) a layer, each [K, L, H] float32."""
+        length = self.lengths[row]
+        tensors = [
+            buffer.numpy()[row, :, :length].astype(np.float32, copy=True)
+            for buffer in self.buffers
+        ]
+        return list(zip(tensors[::2], tensors[1::2], strict=True))
+
+    def _rows(self, row: int | None) -> IntArray:
+        return self.lengths if row is None else self.lengths[row : row + 1]
+
+
+class GrowingCache:
+    """Tensors that the graph returns longer by the new tokens, on the device all the while.
+
+    Rows are kept apart while they are prefilled one by one, and joined at the first batched step:
+    shorter rows are filled up with a hole that the mask hides (positions count the mask's ones, so
+    a hole shifts nothing).
+    """
+
+    def __init__(
+        self,
+        config: Gemma3Config,
+        signature: Signature,
+        device: Device,
+        batch_size: int,
+        capacity: int,
+    ) -> None:
+        self.lengths = empty_lengths(config, batch_size, capacity)
+        self.capacity = capacity
+        self.signature = signature
+        self.device = device
+        empty = np.zeros(
+            (1, config.num_key_value_heads, 0, config.head_dim), signature.past_keys[0].dtype
+        )
+        self.rows: list[list[Any]] | None = [
+            [self._to_device(empty) for _ in signature.past] for _ in range(batch_size)
+        ]
+        self.joined: list[Any] = []
+        self.mask: IntArray = np.zeros((batch_size, 0), np.int64)  # of the joined rows
+
+    @property
+    def batch_size(self) -> int:
+        """Rows."""
+        return len(self.lengths)
+
+    def attention_mask(self, new_tokens: int, row: int | None) -> IntArray:
+        """[rows, S] zeros over the holes of joined rows."""
+        if row is not None:
+            return np.ones((1, self.lengths[row] + new_tokens), np.int64)
+        self._join()
+        new = np.ones((self.batch_size, new_tokens), np.int64)
+        return np.concatenate((self.mask, new), axis=1)
+
+    def bind(self, binding: Any, row: int | None) -> None:
+        """Bind the past; the present is allocated by ONNX Runtime."""
+        if row is None:
+            self._join()
+            past = self.joined
+        elif self.rows is None:
+            raise InputError(
+                "this graph cannot prefill a row while others are being decoded; export with "
+                "--target ort for that"
+            )
+        else:
+            past = self.rows[row]
+        for spec, value in zip(self.signature.past, past, strict=True):
+            binding.bind_ortvalue_input(spec.name, value)
+        for spec in self.signature.present:
+            binding.bind_output(spec.name, self.device.kind, self.device.index)
+
+    def advance(self, binding: Any, new_tokens: int, row: int | None) -> None:
+        """Keep the present as the next past."""
+        present = binding.get_outputs()[1:]
+        if row is None:
+            self.joined = present
+            new = np.ones((self.batch_size, new_tokens), np.int64)
+            self.mask = np.concatenate((self.mask, new), axis=1)
+            self.lengths += new_tokens
+            return
+        assert self.rows is not None
+        self.rows[row] = present
+        self.lengths[row] += new_tokens
+
+    def read(self, row: int) -> list[LayerKV]:
+        """One (key, value) a layer, each [K, L, H] float32."""
+        if self.rows is not None:
+            tensors = [value.numpy()[0] for value in self.rows[row]]
+        else:
+            keep = self.mask[row] != 0
+            tensors = [value.numpy()[row][:, keep] for value in self.joined]
+        tensors = [tensor.astype(np.float32, copy=True) for tensor in tensors]
+        return list(zip(tensors[::2], tensors[1::2], strict=True))
+
+    def _join(self) -> None:
+        if self.rows is None:
+            return
+        longest = int(self.lengths.max())
+        self.mask = (np.arange(longest) < self.lengths[:, None]).astype(np.int64)
+        for index in range(len(self.signature.past)):
+            parts = []
+            for row, length in zip(self.rows, self.lengths, strict=True):
+                hole = ((0, 0), (0, 0), (0, longest - int(length)), (0, 0))
+                parts.append(np.pad(row[index].numpy(), hole))
+            self.joined.append(self._to_device(np.concatenate(parts)))
+        self.rows = None
+
+    def _to_device(self, array: np.ndarray[Any, Any]) -> Any:
+        ort = import_onnxruntime()
+        return ort.OrtValue.ortvalue_from_numpy(array, self.device.kind, self.device.index)
