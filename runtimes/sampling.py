@@ -1,0 +1,301 @@
+"""The one sampler: from the logits of one position to one token, the same for every backend.
+
+Filters apply in the order repetition penalty, temperature, top-k, top-p, min-p. Each keeps what the
+Hugging Face filter of the same name keeps. What is left is drawn by inverting the cumulative
+distribution in token-id order, with a random number that depends on the seed, the request and the
+position only. So a seed gives the same text on every backend: when two of them disagree on the
+order of two nearly equal logits, the cumulative sums hardly move and the draw stays where it was.
+
+Shapes: V vocabulary, C candidates that passed the filters.
+"""
+
+from __future__ import annotations
+
+import functools
+import secrets
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from numbers import Integral, Real
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gemma3_export.errors import Gemma3ExportError, InputError
+
+__all__ = ["SampledToken", "Sampler", "SamplingParams", "report_logprobs", "select_candidates"]
+
+Ids = NDArray[np.int64]
+Scores = NDArray[np.float32]
+Weights = NDArray[np.float32] | NDArray[np.float64]
+
+_Rule = tuple[str, type, Callable[[Any], bool], str]
+_INFINITY = float("inf")
+_RULES: tuple[_Rule, ...] = (  # field, kind of number, what is legal, the same in words
+    ("temperature", Real, lambda t: 0 <= t < _INFINITY, "a finite number, 0 or more"),
+    ("top_k", Integral, lambda k: k >= 0, "a whole number, 0 (off) or more"),
+    ("top_p", Real, lambda p: 0 < p <= 1, "a number above 0 and up to 1 (off)"),
+    ("min_p", Real, lambda p: 0 <= p <= 1, "a number from 0 (off) to 1"),
+    ("repetition_penalty", Real, lambda r: 0 < r < _INFINITY, "a finite number above 0 (1: off)"),
+    ("seed", Integral, lambda s: 0 <= s < 2**64, "a whole number from 0 to 2**64 - 1"),
+    ("request_index", Integral, lambda i: 0 <= i < 2**64, "a whole number from 0 to 2**64 - 1"),
+    ("logprobs", Integral, lambda n: n >= 0, "a whole number, 0 (only the chosen token) or more"),
+)
+_STRIDES = 64  # the vocabulary is viewed as this many rows when looking for its largest logits
+_BLOCK = 512  # candidates whose weights are summed before their own cumulative sum is needed
+_SORTABLE = 1024  # below this, sorting is cheaper than halving
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SamplingParams:
+    """How one request picks its tokens; with nothing given it is greedy.
+
+    Raises:
+        InputError: a value is outside its range.
+    """
+
+    temperature: float | None = None  # 0 is greedy; None is 1 with a filter on, 0 without
+    top_k: int | None = None  # keep the k largest and all that tie with the last; 0 or None is off
+    top_p: float | None = None  # keep the fewest whose probabilities reach p; 1 or None is off
+    min_p: float | None = None  # keep what has this share of the largest; 0 or None is off
+    repetition_penalty: float = 1.0  # above 1 discourages tokens of the prompt and the answer
+    seed: int | None = None  # None draws one
+    request_index: int = 0  # tells apart requests that share a seed
+    logprobs: int | None = None  # alternatives to report; 0 is the chosen token only, None nothing
+
+    def __post_init__(self) -> None:
+        for name, kind, is_legal, words in _RULES:
+            value = getattr(self, name)
+            if value is None and name not in ("repetition_penalty", "request_index"):
+                continue
+            # NaN fails every comparison, and bool is a number in Python but not in intent
+            if not isinstance(value, kind) or isinstance(value, bool) or not is_legal(value):
+                raise InputError(f"{name} is {value!r}; it must be {words}")
+
+    @property
+    def has_filter(self) -> bool:
+        """Whether top-k, top-p or min-p is set to a value that can remove a token."""
+        return bool(self.top_k) or self.top_p not in (None, 1) or bool(self.min_p)
+
+    @property
+    def effective_temperature(self) -> float:
+        """The temperature to use: the given one, else 1 if a filter is on, else 0."""
+        if self.temperature is not None:
+            return float(self.temperature)
+        return 1.0 if self.has_filter else 0.0
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether the largest logit always wins."""
+        return self.effective_temperature == 0.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SampledToken:
+    """One chosen token; log-probabilities are there when ``SamplingParams.logprobs`` asked.
+
+    They are of the model's own distribution, before any penalty, temperature or filter.
+    """
+
+    token_id: int
+    logprob: float | None = None
+    top_logprobs: tuple[tuple[int, float], ...] = ()  # (token id, log-probability), largest first
+
+
+class Sampler:
+    """Picks the tokens of one request, one a call, remembering what was seen.
+
+    Because a draw depends on the seed and the position alone, tokens verified several at a time
+    (speculative decoding) are the tokens that one-by-one decoding would have drawn.
+    """
+
+    def __init__(self, params: SamplingParams, prompt_ids: Iterable[int] = ()) -> None:
+        self.params = params
+        self.seed = secrets.randbits(64) if params.seed is None else int(params.seed)
+        self.position = 0  # tokens sampled so far
+        self._is_penalized = params.repetition_penalty != 1.0
+        seen = np.fromiter(prompt_ids if self._is_penalized else (), dtype=np.int64)
+        self._seen: Ids = np.unique(seen)
+
+    def sample(self, logits: Scores) -> SampledToken:
+        """Choose the next token.
+
+        Args:
+            logits: [V] float32, unchanged by the call; an entry of -inf bans its token.
+
+        Raises:
+            Gemma3ExportError: a logit is NaN or +inf, or every token is banned.
+            InputError: ``logits`` has more than one axis.
+        """
+        if logits.ndim != 1:
+            raise InputError(f"logits have shape {logits.shape}; give those of one position, [V]")
+        scores = self._penalize(logits)
+        if self.params.is_greedy:
+            token_id = int(scores.argmax())  # the first of equals; a NaN counts as the largest
+            _check_finite(scores[token_id])
+        else:
+            ids, weights = select_candidates(scores, self.params)
+            token_id = int(ids[_draw(weights, self._uniform())])
+        self.position += 1
+        if self._is_penalized and token_id not in self._seen:
+            self._seen = np.append(self._seen, token_id)
+        if self.params.logprobs is None:
+            return SampledToken(token_id=token_id)
+        return report_logprobs(logits, token_id, self.params.logprobs)
+
+    def _penalize(self, logits: Scores) -> Scores:
+        """[V]: divide the positive and multiply the negative logits of tokens already seen."""
+        if not self._seen.size:
+            return logits
+        penalty = self.params.repetition_penalty
+        seen = logits[self._seen]
+        scores = logits.copy()
+        scores[self._seen] = np.where(seen > 0, seen / penalty, seen * penalty)
+        return scores
+
+    def _uniform(self) -> float:
+        """A number in [0, 1) that is a function of seed, request and position."""
+        key = np.array([self.seed, self.params.request_index], dtype=np.uint64)
+        counter = np.array([self.position, 0, 0, 0], dtype=np.uint64)
+        return (int(np.random.Philox(key=key, counter=counter).random_raw()) >> 11) * 2.0**-53
+
+
+def select_candidates(scores: Scores, params: SamplingParams) -> tuple[Ids, Weights]:
+    """The tokens that pass temperature, top-k, top-p and min-p, with their unscaled probabilities.
+
+    Args:
+        scores: [V] float32 logits, after the repetition penalty.
+        params: must not be greedy.
+
+    Returns:
+        [C] token ids in ascending order, and [C] weights whose largest is 1.
+
+    Raises:
+        Gemma3ExportError: a logit is NaN or +inf, or every token is banned.
+    """
+    top = scores.max()  # NaN if there is one
+    _check_finite(top)
+    ids = _largest(scores, params.top_k) if params.top_k else _all_ids(scores.size)
+    few = ids.size < scores.size
+    # a whole vocabulary is weighed in float32: float64 would take four times as long
+    weights = _weigh(scores[ids] if few else scores, top, params.effective_temperature, few)
+    if params.top_p is not None and params.top_p < 1.0:
+        kept = _nucleus(weights, params.top_p * float(weights.sum()))
+        ids, weights = ids[kept], weights[kept]
+    if params.min_p:
+        kept = np.flatnonzero(weights >= params.min_p)  # the largest weight is 1
+        ids, weights = ids[kept], weights[kept]
+    return ids, weights
+
+
+def report_logprobs(logits: Scores, token_id: int, count: int) -> SampledToken:
+    """``token_id`` with its log-probability and the ``count`` likeliest tokens with theirs.
+
+    Args:
+        logits: [V] float32, as the model gave them.
+        token_id: the token to report on.
+        count: how many alternatives; at most V are returned. Equals come lowest id first.
+
+    Raises:
+        Gemma3ExportError: a logit is NaN or +inf, or every token is banned.
+    """
+    top = logits.max()
+    _check_finite(top)
+    # numpy sums float32 pairwise: the error is far below that of the logits themselves
+    log_total = float(top) + float(np.log(np.exp(logits - top).sum()))
+    ids = _largest(logits, min(count, logits.size)) if count else np.empty(0, dtype=np.int64)
+    ids = ids[np.argsort(-logits[ids], kind="stable")][:count]
+    return SampledToken(
+        token_id=token_id,
+        logprob=float(logits[token_id]) - log_total,
+        top_logprobs=tuple((int(i), float(logits[i]) - log_total) for i in ids),
+    )
+
+
+@functools.lru_cache(maxsize=1)
+def _all_ids(size: int) -> Ids:
+    """[V] every token id; kept, because making it costs as much as everything else in a call."""
+    ids = np.arange(size)
+    ids.flags.writeable = False
+    return ids
+
+
+def _largest(scores: Scores, count: int) -> Ids:
+    """Ascending ids of the ``count`` largest scores and of all that equal the last of them."""
+    if count >= scores.size:
+        return _all_ids(scores.size)
+    columns = scores.size // _STRIDES
+    threshold: np.float32
+    if count * 4 > columns:
+        threshold = np.partition(scores, scores.size - count)[scores.size - count]
+        return np.flatnonzero(scores >= threshold)
+    # The count-th largest of the columns' maxima is a lower bound of the count-th largest score,
+    # and finding it takes one vectorised pass: several times faster than a partition of all.
+    maxima = scores[: columns * _STRIDES].reshape(_STRIDES, columns).max(axis=0)
+    threshold = np.partition(maxima, columns - count)[columns - count]
+    ids = np.flatnonzero(scores >= threshold)
+    values = scores[ids]
+    threshold = np.partition(values, values.size - count)[values.size - count]
+    largest: Ids = ids[values >= threshold]
+    return largest
+
+
+def _weigh(scores: Scores, top: np.float32, temperature: float, in_float64: bool) -> Weights:
+    """[C] probabilities relative to that of ``top``."""
+    differences = (scores.astype(np.float64) if in_float64 else scores) - top
+    # A temperature beyond the dtype's range would give 0/0 or inf/inf; its limit is what is meant.
+    limits = np.finfo(differences.dtype)
+    divisor = min(max(temperature, float(limits.tiny)), float(limits.max))
+    with np.errstate(over="ignore"):
+        differences /= divisor
+    return np.exp(differences, out=differences)
+
+
+def _nucleus(weights: Weights, target: float) -> Ids:
+    """Ascending indices of the fewest weights that sum to ``target``; of equals, the first."""
+    pool: NDArray[Any] = weights  # the last weight to keep is in here
+    above, share = 0, 32  # kept weights above the pool; the first look is at its largest 32nd
+    while pool.size > _SORTABLE:
+        middle = pool.size - pool.size // share
+        pool, share = np.partition(pool, middle), 2
+        upper_sum = float(pool[middle:].sum(dtype=np.float64))
+        if upper_sum >= target:
+            pool = pool[middle:]
+        else:
+            above, target, pool = above + pool.size - middle, target - upper_sum, pool[:middle]
+    descending = np.sort(pool)[::-1]
+    index = int(descending.cumsum(dtype=np.float64).searchsorted(target))
+    index = min(index, pool.size - 1)  # rounding may leave the sum short of the target
+    kept: Ids = np.flatnonzero(weights >= descending[index])
+    if surplus := kept.size - (above + index + 1):
+        equals = np.flatnonzero(weights[kept] == descending[index])
+        kept = np.delete(kept, equals[-surplus:])
+    return kept
+
+
+def _draw(weights: Weights, uniform: float) -> int:
+    """Index of the candidate whose slice of the cumulative sum holds ``uniform`` of the total."""
+    starts = np.arange(0, weights.size, _BLOCK)
+    cumulative = np.add.reduceat(weights, starts, dtype=np.float64).cumsum()
+    target = uniform * cumulative[-1]
+    block = _locate(cumulative, target)
+    if block:
+        target -= cumulative[block - 1]
+    start = int(starts[block])
+    return start + _locate(weights[start : start + _BLOCK].cumsum(dtype=np.float64), target)
+
+
+def _locate(cumulative: NDArray[np.float64], target: float) -> int:
+    """The first index whose sum exceeds ``target``."""
+    index = int(cumulative.searchsorted(target, side="right"))
+    # rounding may lift the target to the total: then it is the last one with any weight
+    return min(index, int(cumulative.searchsorted(cumulative[-1])))
+
+
+def _check_finite(top: np.float32) -> None:
+    if not np.isfinite(top):
+        raise Gemma3ExportError(
+            f"the model gave logits whose largest is {top}, so no token can be chosen; the weights "
+            "are damaged or the numbers overflowed (float16 overflows on Gemma 3: use bfloat16 or "
+            "float32)"
+        )
