@@ -131,10 +131,12 @@ def write_gguf(
     *,
     architecture: str = "gemma3",
     metadata: dict[str, Any] | None = None,
+    tokenizer: list[str] | None = None,
 ) -> None:
     """Write a GGUF file; matrices are quantised, norms are stored as ``1 + w`` in float32.
 
-    ``metadata`` adds or replaces entries under ``gemma3.``, None removes one.
+    ``metadata`` adds or replaces entries under ``gemma3.``, None removes one. ``tokenizer`` is the
+    list of tokens of an instruction model, which gets a chat template.
     """
     import gguf
     from gguf.quants import quantize
@@ -148,6 +150,9 @@ def write_gguf(
     writer.add_eos_token_id(config.eos_token_id[0])
     if len(config.eos_token_id) > 1:
         writer.add_eot_token_id(config.eos_token_id[1])
+    if tokenizer is not None:
+        writer.add_token_list(tokenizer)
+        writer.add_chat_template("<start_of_turn>...<end_of_turn>")
     for name, tensor in weights.items():
         values = tensor.float().numpy()
         if values.ndim == 1:

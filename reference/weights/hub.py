@@ -79,6 +79,8 @@ def download(hub_id: str, *, revision: str | None, token: str | None) -> tuple[P
 
 
 def _translate(error: Exception, at: str) -> InputError | UnavailableError:
+    if isinstance(error, LocalEntryNotFoundError) and isinstance(error.__cause__, HfHubHTTPError):
+        error = error.__cause__  # the client fell back to its cache, which hides why
     if isinstance(error, HfHubHTTPError):
         status = getattr(error.response, "status_code", None)
         if status in DENIED:
