@@ -244,8 +244,10 @@ class Tokenizer:
             raise InputError(f"cannot write the tokenizer into {folder}: {error}") from error
 
     def _hub_config(self) -> dict[str, object]:
+        # transformers' Gemma class would add a <mask>, out of the model's range, where none is.
+        is_hub_gemma = self.is_gemma and self.token_id("<mask>") is not None
         config: dict[str, object] = {
-            "tokenizer_class": "GemmaTokenizer" if self.is_gemma else "PreTrainedTokenizerFast",
+            "tokenizer_class": "GemmaTokenizer" if is_hub_gemma else "PreTrainedTokenizerFast",
             "add_bos_token": self.bos_token_id is not None,
             "add_eos_token": False,
             "clean_up_tokenization_spaces": False,

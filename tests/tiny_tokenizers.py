@@ -1,13 +1,22 @@
-"""Gemma-shaped tokenizers of any small size, for end-to-end tests without downloads."""
+"""Small tokenizers of both kinds, for end-to-end tests without downloads."""
 
 import itertools
 import string
 from collections.abc import Iterator
 
 import tokenizers
-from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import (
+    AddedToken,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 
 from gemma3_export.tokenizer import Tokenizer
+from tests.tokenizer_corpus import TEXTS
 
 SPECIAL_IDS = {
     "<pad>": 0,
@@ -17,6 +26,7 @@ SPECIAL_IDS = {
     "<start_of_turn>": 105,
     "<end_of_turn>": 106,
 }
+MASK_ID = 4  # an ordinary added token; transformers adds one of its own where it is missing
 NEWLINE_RUNS = ("\n", "\n\n", "\n\n\n")
 MIN_VOCAB_SIZE = 300
 Pieces = Iterator[tuple[str, tuple[str, str] | None]]
@@ -25,12 +35,13 @@ Pieces = Iterator[tuple[str, tuple[str, str] | None]]
 def tiny_gemma_tokenizer(vocab_size: int) -> Tokenizer:
     """A tokenizer with Gemma's rules and special ids and exactly ``vocab_size`` tokens (>= 300).
 
-    Ids 0 to 3, 105 and 106 are Gemma's special tokens; all 256 bytes have a piece, so that any text
+    Ids 0 to 4, 105 and 106 are Gemma's special tokens; all 256 bytes have a piece, so that any text
     can be encoded; the rest are characters, their merges and, at the end, ``<unusedN>``.
     """
     assert vocab_size >= MIN_VOCAB_SIZE, f"{vocab_size} < {MIN_VOCAB_SIZE}"
-    vocab = dict(SPECIAL_IDS)
-    free = (i for i in range(vocab_size) if i not in SPECIAL_IDS.values())
+    vocab = {**SPECIAL_IDS, "<mask>": MASK_ID}
+    taken = set(vocab.values())
+    free = (i for i in range(vocab_size) if i not in taken)
     merges: list[tuple[str, str]] = []
     # The pieces come first: zip would otherwise take an id that it then does not use.
     for (piece, merge), token_id in zip(_pieces(), free, strict=False):
@@ -50,10 +61,26 @@ def tiny_gemma_tokenizer(vocab_size: int) -> Tokenizer:
         single="<bos> $A", pair="<bos> $A <bos>:1 $B:1", special_tokens=[("<bos>", 2)]
     )
     backend.add_special_tokens([AddedToken(t, normalized=False) for t in SPECIAL_IDS])
-    backend.add_tokens([AddedToken(t, normalized=False) for t in NEWLINE_RUNS if t in vocab])
+    added = ["<mask>", *(run for run in NEWLINE_RUNS if run in vocab)]
+    backend.add_tokens([AddedToken(t, normalized=False) for t in added])
     tokenizer = Tokenizer(backend)
     assert tokenizer.vocab_size == vocab_size
     return tokenizer
+
+
+def tiny_byte_level_tokenizer(vocab_size: int = 600) -> Tokenizer:
+    """A GPT-2 style tokenizer with ``<|endoftext|>`` as its last token, without ``<bos>``."""
+    backend = tokenizers.Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - 1,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(TEXTS * 3, trainer)
+    backend.add_special_tokens([AddedToken("<|endoftext|>", normalized=False)])
+    return Tokenizer(backend)
 
 
 def _pieces() -> Pieces:
