@@ -111,7 +111,7 @@ def write_tensor(
         del parts
         writer.write(raw_bytes(tensor))
         return tuple(tensor.shape)
-    rows, trailing = 0, ()
+    rows, trailing = 0, tuple[int, ...]()
     for name in recipe.names:
         for chunk in source.chunks(name, max_bytes=CHUNK_BYTES):
             check_finite(name, chunk)
@@ -129,6 +129,4 @@ def read_checked(source: WeightSource, name: str, dtype: torch.dtype) -> torch.T
 
 def raw_bytes(tensor: torch.Tensor) -> memoryview:
     """The tensor's memory, without a copy."""
-    return memoryview(tensor.view(torch.uint8).numpy()).cast("B")
-
-
+    return tensor.view(torch.uint8).numpy().data.cast("B")

@@ -19,9 +19,11 @@ from torch.onnx import ops
 
 from gemma3_export.bundle import WeightRecipe
 from gemma3_export.config import Gemma3Config
+from gemma3_export.exporters.layer_stack import layer_boundary
 from gemma3_export.reference.model import (
     MLP,
     Attention,
+    DecoderLayer,
     Gemma3,
     KeyValue,
     LastTokens,
@@ -40,7 +42,9 @@ class PackedLinear(nn.Module):
     ``sources`` names the layers, beside which this module stands in the module tree.
     """
 
-    def __init__(self, in_features: int, out_features: Sequence[int], sources: Sequence[str]) -> None:
+    def __init__(
+        self, in_features: int, out_features: Sequence[int], sources: Sequence[str]
+    ) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(in_features, sum(out_features)))
         self.out_features = tuple(out_features)
@@ -83,16 +87,12 @@ class PackedMLP(MLP):
         nn.Module.__init__(self)
         hidden, intermediate = config.hidden_size, config.intermediate_size
         self.gate_up = PackedLinear(hidden, (intermediate,) * 2, ("gate_proj", "up_proj"))
-        self.down = SingleLinear(intermediate, hidden, "down_proj")
+        self.down_proj = SingleLinear(intermediate, hidden, "down_proj")  # type: ignore[assignment]
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Gate and up projections, each [B, T, intermediate_size]."""
         gate, up = self.gate_up(x)
         return gate, up
-
-    def down_proj(self, x: Tensor) -> Tensor:
-        """[B, T, intermediate_size] to [B, T, D]."""
-        return self.down(x)  # type: ignore[no-any-return]
 
 
 class PackedAttention(Attention):
@@ -105,16 +105,13 @@ class PackedAttention(Attention):
         self.q_norm, self.k_norm = original.q_norm, original.k_norm
         sizes = (config.query_size, config.key_value_size, config.key_value_size)
         self.qkv = PackedLinear(config.hidden_size, sizes, ("q_proj", "k_proj", "v_proj"))
-        self.out = SingleLinear(config.query_size, config.hidden_size, "o_proj")
+        out = SingleLinear(config.query_size, config.hidden_size, "o_proj")
+        self.o_proj = out  # type: ignore[assignment]
 
     def project(self, x_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries [B, T, N*H], keys and values [B, T, K*H]."""
         q, k, v = self.qkv(x_BTD)
         return q, k, v
-
-    def o_proj(self, x: Tensor) -> Tensor:
-        """[B, T, N*H] to [B, T, D]."""
-        return self.out(x)  # type: ignore[no-any-return]
 
 
 def split_heads(x: Tensor, head_dim: int) -> Tensor:
@@ -181,12 +178,23 @@ class FusedAttention(PackedAttention):
         return self.o_proj(out), (key, value)
 
 
+class MarkedLayer(DecoderLayer):
+    """A layer whose input is marked, so that it can be cut out of the trace."""
+
+    def forward(
+        self, x: Tensor, context: LayerContext, past: KeyValue | None
+    ) -> tuple[Tensor, KeyValue]:
+        """As the reference's."""
+        return super().forward(layer_boundary(x), context, past)
+
+
 class SliceLastTokens(LastTokens):
     """``x[:, -count:]`` with a ``count`` that is a graph input; -0 starts at 0 and keeps all."""
 
     def forward(self, x_BTD: Tensor, count: Tensor | int) -> Tensor:
         """[B, T, D] to [B, count, D]; the traced shape claims T, which is corrected afterwards."""
         assert isinstance(count, Tensor)
+        x_BTD = layer_boundary(x_BTD)  # the end of the last layer
         end, axis = torch.tensor([SLICE_TO_END]), torch.tensor([1])
         return ops.symbolic(
             "Slice", [x_BTD, -count, end, axis], dtype=x_BTD.dtype, shape=x_BTD.shape, version=13
@@ -225,9 +233,11 @@ class PortableGemma3(Gemma3):
         super().__init__(config)
         self.last_tokens = SliceLastTokens()
         self.head = GemmHead()
-        for layer in self.model.layers:
+        for index in range(config.num_hidden_layers):
+            layer = MarkedLayer(config, index)
             layer.self_attn = self.attention(layer.self_attn)
             layer.mlp = PackedMLP(config)
+            self.model.layers[index] = layer
 
 
 class FusedGemma3(PortableGemma3):

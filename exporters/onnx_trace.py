@@ -10,6 +10,7 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import onnx_ir as ir
 import onnx_ir.passes.common as common_passes
@@ -19,14 +20,15 @@ from onnxscript.optimizer._constant_folding import FoldConstantsPass
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from gemma3_export.bundle import WeightRecipe
 from gemma3_export.config import Gemma3Config
+from gemma3_export.exporters.layer_stack import one_layer_of_each_kind, stack_layers
 from gemma3_export.exporters.onnx_modules import (
     FusedGemma3,
     PortableGemma3,
     weight_recipes,
 )
 from gemma3_export.exporters.step import DecoderStep, example_inputs
-from gemma3_export.bundle import WeightRecipe
 from gemma3_export.signature import Signature, TensorSpec
 
 __all__ = ["OPSET_VERSION", "TARGETS", "trace_onnx"]
@@ -49,26 +51,30 @@ def trace_onnx(
     Returns:
         The graph, whose weights are initializers without a value, and the recipe of each.
     """
+    kinds = one_layer_of_each_kind(config)
+    shallow = replace(config, num_hidden_layers=len(kinds), layer_types=kinds)
+    shallow_signature = Signature.of(shallow, cache_dtype=signature.past_keys[0].dtype)
     with quiet_exporter(), FakeTensorMode():
-        model = TARGETS[target](config).eval().requires_grad_(False)
-        recipes = weight_recipes(model)
+        recipes = weight_recipes(TARGETS[target](config))
+        step = DecoderStep(TARGETS[target](shallow)).eval().requires_grad_(False)
         program = torch.onnx.export(
-            export_program(DecoderStep(model), config),
+            export_program(step, shallow),
             dynamo=True,
             opset_version=OPSET_VERSION,
             optimize=False,
             verbose=False,
-            input_names=[spec.name for spec in signature.inputs],
-            output_names=[spec.name for spec in signature.outputs],
+            input_names=[spec.name for spec in shallow_signature.inputs],
+            output_names=[spec.name for spec in shallow_signature.outputs],
         )
     assert program is not None
-    graph_model = program.model
-    detach_weights(graph_model.graph, recipes)
-    optimize(graph_model)
-    declare_signature(graph_model.graph, signature)
-    graph_model.producer_name = "gemma3-export"
-    graph_model.producer_version = None
-    return graph_model, recipes
+    model = program.model
+    detach_weights(model.graph, weight_recipes(step.decoder))
+    optimize(model)
+    stack_layers(model.graph, config, signature)
+    declare_signature(model.graph, signature)
+    assert recipes.keys() <= model.graph.initializers.keys()
+    model.producer_name, model.producer_version = "gemma3-export", None
+    return model, recipes
 
 
 def export_program(step: nn.Module, config: Gemma3Config) -> torch.export.ExportedProgram:
@@ -119,7 +125,7 @@ def optimize(model: ir.Model) -> None:
                 ),
                 rewriter.RewritePass(rewriter._DEFAULT_REWRITE_RULES),
                 common_passes.RemoveUnusedNodesPass(),
-                common_passes.RemoveUnusedFunctionsPass(),
+                common_passes.RemoveUnusedFunctionsPass(),  # type: ignore[no-untyped-call]
                 common_passes.RemoveUnusedOpsetsPass(),
             ],
             steps=2,
@@ -173,5 +179,3 @@ def quiet_exporter() -> Iterator[None]:
             yield
     finally:
         logger.setLevel(level)
-
-

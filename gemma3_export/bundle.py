@@ -239,7 +239,9 @@ def _manifest_from_json(data: dict[str, Any]) -> Manifest:
                 **graph,
                 "path": _inside(graph["path"]),
                 "weights": {
-                    name: WeightRecipe(names=tuple(recipe["names"]), transposed=recipe["transposed"])
+                    name: WeightRecipe(
+                        names=tuple(recipe["names"]), transposed=recipe["transposed"]
+                    )
                     for name, recipe in graph["weights"].items()
                 },
             }

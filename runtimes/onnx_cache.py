@@ -10,9 +10,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from gemma3_export.config import Gemma3Config
-from gemma3_export.errors import InputError
 from gemma3_export.runtimes.onnx_session import Device, import_onnxruntime
-from gemma3_export.runtimes.protocol import IntArray, LayerKV
+from gemma3_export.runtimes.protocol import IntArray, LayerKV, empty_lengths
 from gemma3_export.signature import Signature
 
 __all__ = ["GrowingCache", "OnnxCache", "SharedCache"]
@@ -42,22 +41,6 @@ class OnnxCache(Protocol):
 
     def advance(self, binding: Any, new_tokens: int, row: int | None) -> None:
         """Take over what the graph wrote."""
-
-
-def empty_lengths(config: Gemma3Config, batch_size: int, capacity: int) -> IntArray:
-    """Zero tokens in each row.
-
-    Raises:
-        InputError: the batch is empty or the capacity is beyond the model's context.
-    """
-    if batch_size < 1:
-        raise InputError(f"batch_size is {batch_size}; it must be at least 1")
-    if not 0 < capacity <= config.max_position_embeddings:
-        raise InputError(
-            f"a cache of {capacity} tokens was asked for; this model's context is 1 to "
-            f"{config.max_position_embeddings} tokens (max_position_embeddings)"
-        )
-    return np.zeros(batch_size, dtype=np.int64)
 
 
 class SharedCache:
@@ -122,8 +105,7 @@ class SharedCache:
         """One (key, value) a layer, each [K, L, H] float32."""
         length = self.lengths[row]
         tensors = [
-            buffer.numpy()[row, :, :length].astype(np.float32, copy=True)
-            for buffer in self.buffers
+            buffer.numpy()[row, :, :length].astype(np.float32, copy=True) for buffer in self.buffers
         ]
         return list(zip(tensors[::2], tensors[1::2], strict=True))
 
@@ -178,13 +160,8 @@ class GrowingCache:
         if row is None:
             self._join()
             past = self.joined
-        elif self.rows is None:
-            raise InputError(
-                "this graph cannot prefill a row while others are being decoded; export with "
-                "--target ort for that"
-            )
         else:
-            past = self.rows[row]
+            past = self._split()[row]
         for spec, value in zip(self.signature.past, past, strict=True):
             binding.bind_ortvalue_input(spec.name, value)
         for spec in self.signature.present:
@@ -212,6 +189,19 @@ class GrowingCache:
             tensors = [value.numpy()[row][:, keep] for value in self.joined]
         tensors = [tensor.astype(np.float32, copy=True) for tensor in tensors]
         return list(zip(tensors[::2], tensors[1::2], strict=True))
+
+    def _split(self) -> list[list[Any]]:
+        """Take joined rows apart again, without their holes."""
+        if self.rows is None:
+            self.rows = [
+                [
+                    self._to_device(value.numpy()[row : row + 1, :, self.mask[row] != 0])
+                    for value in self.joined
+                ]
+                for row in range(self.batch_size)
+            ]
+            self.joined = []
+        return self.rows
 
     def _join(self) -> None:
         if self.rows is None:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from gemma3_export.config import Gemma3Config
 from gemma3_export.errors import InputError
 
-__all__ = ["IntArray", "KVCache", "LayerKV", "Logits", "Runtime", "check_capacity"]
+__all__ = ["IntArray", "KVCache", "LayerKV", "Logits", "Runtime", "check_capacity", "empty_lengths"]
 
 IntArray = NDArray[np.int64]
 Logits = NDArray[np.float32]
@@ -94,3 +94,19 @@ def check_capacity(cache: KVCache, new_tokens: int, row: int | None = None) -> N
             f"the cache holds {longest} of {cache.capacity} tokens and has no room for "
             f"{new_tokens} more; ask for fewer new tokens or create a larger cache"
         )
+
+
+def empty_lengths(config: Gemma3Config, batch_size: int, capacity: int) -> IntArray:
+    """Zero tokens in each row.
+
+    Raises:
+        InputError: the batch is empty or the capacity is beyond the model's context.
+    """
+    if batch_size < 1:
+        raise InputError(f"batch_size is {batch_size}; it must be at least 1")
+    if not 0 < capacity <= config.max_position_embeddings:
+        raise InputError(
+            f"a cache of {capacity} tokens was asked for; this model's context is 1 to "
+            f"{config.max_position_embeddings} tokens (max_position_embeddings)"
+        )
+    return np.zeros(batch_size, dtype=np.int64)

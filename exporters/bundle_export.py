@@ -1,0 +1,191 @@
+"""Make a bundle: everything around the graph, all or nothing.
+
+A graph writer adds its graph; this module adds config, tokenizer, manifest and proof, and lets the
+folder appear under its name only when all of it is there.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+from gemma3_export import __version__
+from gemma3_export.bundle import PARITY, Graph, Manifest, write_manifest
+from gemma3_export.config import Gemma3Config
+from gemma3_export.config_json import config_to_json
+from gemma3_export.errors import Gemma3ExportError, InputError
+from gemma3_export.reference.weights import WeightSource
+from gemma3_export.staging import refuse_existing, staged_directory
+from gemma3_export.tokenizer import Tokenizer, load_tokenizer
+
+__all__ = [
+    "ExportResult",
+    "GraphWriter",
+    "Progress",
+    "Verification",
+    "export_bundle",
+    "require_dtype",
+]
+
+Progress = Callable[[str, int, int], None]  # stage, done, total (bytes or steps)
+
+
+class GraphWriter(Protocol):
+    """Writes one executable form of the model into a bundle."""
+
+    def size_bytes(self, config: Gemma3Config) -> int:
+        """About how much room the files need."""
+
+    def write(
+        self, source: WeightSource, folder: Path, progress: Progress
+    ) -> tuple[Graph, dict[str, str]]:
+        """Write the graph below ``folder``; return its record and the hashes that it knows."""
+
+
+class Verification(Protocol):
+    """Proves a staged bundle; called with its folder and the weights that it was made from."""
+
+    def __call__(self, folder: Path, source: WeightSource) -> str:
+        """Return the text of ``parity.json``.
+
+        Raises:
+            ParityError: the bundle does not compute what the reference computes.
+        """
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportResult:
+    """What an export made, and how long it took."""
+
+    path: Path
+    verified: bool
+    size_bytes: int
+    seconds: dict[str, float] = field(default_factory=dict)  # by stage
+
+
+def export_bundle(
+    source: WeightSource,
+    output: Path,
+    writer: GraphWriter,
+    *,
+    tokenizer: Tokenizer | None = None,
+    force: bool = False,
+    verification: Verification | None = None,
+    progress: Progress | None = None,
+) -> ExportResult:
+    """Export ``source`` as a bundle at ``output``.
+
+    Args:
+        source: the weights and their config.
+        output: the folder to create.
+        writer: what kind of graph to write.
+        tokenizer: None takes the one that came with the weights, if any.
+        force: replace an existing folder.
+        verification: the parity check; None skips it, and the manifest says so.
+        progress: told the stage, and how far it is.
+
+    Raises:
+        InputError: the folder exists, or weights, config and tokenizer contradict each other.
+        ParityError: the graph is not the reference; nothing is kept.
+        Gemma3ExportError: the disk is full or cannot be written.
+    """
+    report = progress or (lambda stage, done, total: None)
+    refuse_existing(output, force=force)
+    tokenizer = tokenizer or tokenizer_of(source)
+    if tokenizer is not None:
+        tokenizer.check_vocab_size(source.config.vocab_size)
+    require_space(output, writer.size_bytes(source.config))
+    seconds: dict[str, float] = {}
+    with staged_directory(output, force=force) as folder:
+        started = time.perf_counter()
+        write_model_files(folder, source.config, tokenizer)
+        graph, hashes = writer.write(source, folder, report)
+        report("hashing the source", 0, 1)
+        manifest = Manifest(
+            graphs=[graph], source=source.fingerprint(), versions=package_versions()
+        )
+        write_manifest(folder, manifest, hashes)
+        seconds["export"] = time.perf_counter() - started
+        if verification is not None:
+            started = time.perf_counter()
+            (folder / PARITY).write_text(verification(folder, source), encoding="utf-8")
+            manifest.verified = True
+            known = {name: record.sha256 for name, record in manifest.files.items()}
+            write_manifest(folder, manifest, known)
+            seconds["parity"] = time.perf_counter() - started
+        size = sum(record.size_bytes for record in manifest.files.values())
+    return ExportResult(path=output, verified=manifest.verified, size_bytes=size, seconds=seconds)
+
+
+def tokenizer_of(source: WeightSource) -> Tokenizer | None:
+    """The tokenizer that came with the weights, if any."""
+    file = source.tokenizer_file()
+    return None if file is None else load_tokenizer(file)
+
+
+def require_space(output: Path, size_bytes: int) -> None:
+    """Refuse an export that the disk cannot hold, before anything is written.
+
+    Raises:
+        Gemma3ExportError: too little space.
+    """
+    folder = output.absolute().parent
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    if free < size_bytes:
+        raise Gemma3ExportError(
+            f"the export needs about {size_bytes / 1e9:.2f} GB and {folder} has "
+            f"{free / 1e9:.2f} GB left; free some space or choose another output"
+        )
+
+
+def write_model_files(folder: Path, config: Gemma3Config, tokenizer: Tokenizer | None) -> None:
+    """Config, generation config and tokenizer, as Hugging Face writes them."""
+    write_json(folder / "config.json", config_to_json(config))
+    write_json(folder / "generation_config.json", generation_config(config))
+    if tokenizer is not None:
+        tokenizer.save(folder)
+
+
+def generation_config(config: Gemma3Config) -> dict[str, object]:
+    """Gemma's recommended sampling, for tools that read it; ours is greedy unless told."""
+    eos = config.eos_token_id
+    return {
+        "bos_token_id": config.bos_token_id,
+        "eos_token_id": eos[0] if len(eos) == 1 else list(eos),
+        "pad_token_id": config.pad_token_id,
+        "do_sample": True,
+        "temperature": 1.0,
+        "top_k": 64,
+        "top_p": 0.95,
+    }
+
+
+def write_json(path: Path, data: object) -> None:
+    """Pretty JSON with a final newline."""
+    path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of what made the bundle."""
+    names = ("torch", "onnx", "onnx-ir", "onnxscript")
+    return {"gemma3-export": __version__} | {
+        name: importlib.metadata.version(name) for name in names
+    }
+
+
+def require_dtype(dtype: str, supported: tuple[str, ...]) -> None:
+    """Refuse an element type that a format does not have.
+
+    Raises:
+        InputError: with the choices.
+    """
+    if dtype not in supported:
+        raise InputError(f"dtype {dtype!r} is not supported here; choose {', '.join(supported)}")

@@ -1,0 +1,85 @@
+"""Read the canonical weights back out of an ONNX bundle.
+
+Recipes are inverted: transposed tensors are turned back, packed ones cut apart. So a bundle can be
+verified, or loaded into the reference, without the weights that it came from.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import torch
+
+from gemma3_export.bundle import Bundle, WeightRecipe
+from gemma3_export.errors import InputError
+from gemma3_export.reference.weights import WeightSource
+
+__all__ = ["BundleWeights"]
+
+
+class BundleWeights(WeightSource):
+    """The weights of a bundle's ONNX graph, mapped from its external data.
+
+    Raises:
+        InputError: the graph cannot be read, or lacks a weight that its config needs.
+    """
+
+    def __init__(self, bundle: Bundle) -> None:
+        self.config = bundle.config
+        self.origin = f"the ONNX graph in {bundle.path}"
+        self.bundle = bundle
+        self.graph = bundle.graph("onnx")
+        path = bundle.file(self.graph.path)
+        try:
+            initializers = ir.load(path).graph.initializers
+        except Exception as error:  # protobuf and onnx_ir raise what they like
+            raise InputError(f"{path} cannot be read: {error}; export the bundle anew") from error
+        self.shapes = dict(self.config.weight_shapes())
+        self.stored: dict[str, tuple[Any, WeightRecipe, int]] = {}
+        for name, recipe in self.graph.weights.items():
+            value = initializers.get(name)
+            if value is not None and value.const_value is not None:
+                self._locate(value.const_value, recipe, path)
+        if missing := self.shapes.keys() - self.stored.keys():
+            raise InputError(
+                f"{path} lacks {len(missing)} weights of its config, such as "
+                f"{', '.join(sorted(missing)[:3])}; export the bundle anew"
+            )
+
+    def _locate(self, tensor: Any, recipe: WeightRecipe, path: Path) -> None:
+        rows = 0
+        for name in recipe.names:
+            if name not in self.shapes:
+                raise InputError(f"{path} stores {name}, which its config does not have")
+            self.stored[name] = (tensor, recipe, rows)
+            rows += self.shapes[name][0]
+        shape: tuple[int, ...] = (rows, *self.shapes[recipe.names[0]][1:])
+        expected = shape[::-1] if recipe.transposed else shape
+        if tuple(tensor.shape) != expected:
+            raise InputError(
+                f"{path} stores {' + '.join(recipe.names)} as {list(tensor.shape)}, but its "
+                f"config needs {list(expected)}; config.json or the graph was changed"
+            )
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
+        """See :class:`gemma3_export.reference.weights.WeightSource`."""
+        tensor, recipe, first = self.stored[name]
+        stop = self.shapes[name][0] if stop is None else stop
+        try:
+            array = tensor.numpy()  # a view of the mapped file
+        except Exception as error:  # missing or truncated external data
+            raise InputError(f"{self.origin}: {name} cannot be read: {error}") from error
+        rows = slice(first + start, first + stop)
+        part = array[:, rows].T if recipe.transposed else array[rows]
+        return torch.from_numpy(np.ascontiguousarray(part).copy())
+
+    def stored_dtype(self, name: str) -> torch.dtype:
+        """See :class:`gemma3_export.reference.weights.WeightSource`."""
+        return self.read(name, 0, 1).dtype
+
+    def fingerprint(self) -> dict[str, Any]:
+        """The fingerprint of the weights that the bundle was made from."""
+        return self.bundle.manifest.source

@@ -1,0 +1,60 @@
+"""The reference model as a backend like any other: the definition, run by the common loop."""
+
+from __future__ import annotations
+
+import torch
+
+from gemma3_export.config import Gemma3Config
+from gemma3_export.reference.model import Gemma3
+from gemma3_export.runtimes.protocol import IntArray, KVCache, Logits, check_capacity
+from gemma3_export.runtimes.torch_cache import TorchCache, as_numpy
+
+__all__ = ["ReferenceRuntime"]
+
+
+class ReferenceRuntime:
+    """Runs a :class:`gemma3_export.reference.model.Gemma3` step by step with its own cache.
+
+    Logits and caches come out in float32, or in float64 when the model is float64.
+    """
+
+    name = "reference"
+
+    def __init__(self, model: Gemma3) -> None:
+        self.model = model.eval()
+        self.config: Gemma3Config = model.config
+        weight = model.model.embed_tokens.weight
+        self.dtype, self.device = weight.dtype, weight.device
+
+    def describe(self) -> dict[str, object]:
+        """Versions and device really used."""
+        return {
+            "runtime": self.name,
+            "torch": torch.__version__,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "device": str(self.device),
+            "threads": torch.get_num_threads(),
+        }
+
+    def new_cache(self, batch_size: int, capacity: int) -> TorchCache:
+        """See :class:`gemma3_export.runtimes.protocol.Runtime`."""
+        return TorchCache(self.config, batch_size, capacity, dtype=self.dtype, device=self.device)
+
+    @torch.inference_mode()
+    def step(
+        self, input_ids: IntArray, cache: KVCache, *, num_logits: int, row: int | None = None
+    ) -> Logits:
+        """See :class:`gemma3_export.runtimes.protocol.Runtime`."""
+        assert isinstance(cache, TorchCache)
+        new = input_ids.shape[1]
+        check_capacity(cache, new, row)
+        mask, past = cache.prepare(new, row)
+        output = self.model(
+            torch.from_numpy(input_ids).to(self.device),
+            mask,
+            list(zip(past[::2], past[1::2], strict=True)),
+            num_logits_to_keep=num_logits,
+        )
+        present = [tensor for pair in output.past_key_values for tensor in pair]
+        cache.accept(present, new, row)
+        return as_numpy(output.logits)

@@ -1,0 +1,98 @@
+"""The preallocated key-value cache of the backends that run on torch.
+
+Shapes: B rows, K key-value heads, C capacity in tokens, L cached tokens, T new tokens, H head size.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gemma3_export.config import Gemma3Config
+from gemma3_export.runtimes.protocol import IntArray, LayerKV, empty_lengths
+
+__all__ = ["TorchCache"]
+
+
+class TorchCache:
+    """Buffers [B, K, C, H] a layer, filled from the left.
+
+    Rows that are prefilled one by one end at different places; a batched step then writes all rows
+    at the same place, behind the longest. The hole that this leaves in shorter rows is masked, and
+    positions count the mask's ones, so it shifts nothing.
+    """
+
+    def __init__(
+        self,
+        config: Gemma3Config,
+        batch_size: int,
+        capacity: int,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.lengths: IntArray = empty_lengths(config, batch_size, capacity)
+        self.capacity = capacity
+        shape = (batch_size, config.num_key_value_heads, capacity, config.head_dim)
+        self.buffers = [
+            torch.zeros(shape, dtype=dtype, device=device)
+            for _ in range(2 * config.num_hidden_layers)
+        ]
+        self.filled = np.zeros((batch_size, capacity), dtype=bool)
+        self.ends: IntArray = np.zeros(batch_size, dtype=np.int64)  # behind each row's last token
+
+    @property
+    def batch_size(self) -> int:
+        """Rows."""
+        return len(self.lengths)
+
+    def prepare(self, new_tokens: int, row: int | None) -> tuple[Tensor, list[Tensor]]:
+        """The mask [rows, S] and the past tensors [rows, K, S - T, H] of the next step."""
+        rows = self._rows(row)
+        if int(self.ends[rows].max()) + new_tokens > self.capacity:
+            self._close_holes()
+        start = int(self.ends[rows].max())
+        new = np.ones((rows.stop - rows.start, new_tokens), dtype=bool)
+        mask = np.concatenate((self.filled[rows, :start], new), axis=1)
+        device = self.buffers[0].device
+        past = [buffer[rows, :, :start] for buffer in self.buffers]
+        return torch.from_numpy(mask.astype(np.int64)).to(device), past
+
+    def accept(self, present: list[Tensor], new_tokens: int, row: int | None) -> None:
+        """Keep the new tokens of what a step returned, [rows, K, S, H] each."""
+        rows = self._rows(row)
+        start = int(self.ends[rows].max())
+        stop = start + new_tokens
+        for buffer, tensor in zip(self.buffers, present, strict=True):
+            buffer[rows, :, start:stop] = tensor[:, :, start:]
+        self.filled[rows, start:stop] = True
+        self.ends[rows] = stop
+        self.lengths[rows] += new_tokens
+
+    def read(self, row: int) -> list[LayerKV]:
+        """One (key, value) a layer, each [K, L, H], without holes."""
+        keep = torch.from_numpy(np.flatnonzero(self.filled[row]))
+        tensors = [
+            as_numpy(buffer[row].index_select(1, keep.to(buffer.device))) for buffer in self.buffers
+        ]
+        return list(zip(tensors[::2], tensors[1::2], strict=True))
+
+    def _rows(self, row: int | None) -> slice:
+        return slice(0, self.batch_size) if row is None else slice(row, row + 1)
+
+    def _close_holes(self) -> None:
+        for row, length in enumerate(self.lengths):
+            keep = torch.from_numpy(np.flatnonzero(self.filled[row]))
+            for buffer in self.buffers:
+                kept = buffer[row].index_select(1, keep.to(buffer.device))
+                buffer[row, :, : int(length)] = kept
+            self.filled[row] = np.arange(self.capacity) < length
+        self.ends[:] = self.lengths
+
+
+def as_numpy(tensor: Tensor) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
+    """A host copy in float32, or in float64 when the tensor is float64."""
+    if tensor.dtype != torch.float64:
+        tensor = tensor.float()
+    return tensor.detach().cpu().numpy()
