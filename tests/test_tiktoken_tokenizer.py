@@ -69,6 +69,15 @@ def test_ids_equal_those_of_tiktoken(ranks, name):
         assert converted.decode(ids) == text
 
 
+@pytest.mark.parametrize("pattern", [r"in$|\w|\W", r"^in|\w|\W", r"[$^]in|\$in|\w|\W"])
+def test_line_ends_inside_the_text_are_no_ends_of_the_text(ranks, pattern):
+    assert b"in" in ranks
+    encoding = encoding_of(ranks, pattern)
+    converted = tokenizer_from_tiktoken(encoding)
+    for text in ("in\nin", "in\nin\nin\n", "$in^in$"):
+        assert converted.encode_ordinary(text) == encoding.encode_ordinary(text)
+
+
 def test_special_tokens_keep_their_ids_also_after_a_gap(ranks):
     specials = {"<|endoftext|>": len(ranks) + 3, "<|other|>": len(ranks) + 7}
     encoding = encoding_of(ranks, specials=specials)
