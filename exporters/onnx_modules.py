@@ -14,15 +14,13 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F  # noqa: N812  (torch's own convention)
-from torch import Tensor, nn
+from torch import Tensor
 from torch.onnx import ops
 
-from gemma3_export.bundle import WeightRecipe
 from gemma3_export.config import Gemma3Config
 from gemma3_export.exporters.layer_stack import layer_boundary
+from gemma3_export.exporters.packing import PackedAttention, PackedMLP, PackedProjection
 from gemma3_export.reference.model import (
-    MLP,
-    Attention,
     DecoderLayer,
     Gemma3,
     KeyValue,
@@ -31,87 +29,33 @@ from gemma3_export.reference.model import (
     LMHead,
 )
 
-__all__ = ["FusedGemma3", "PortableGemma3", "weight_recipes"]
+__all__ = ["FusedGemma3", "PortableGemma3"]
 
 SLICE_TO_END = torch.iinfo(torch.int64).max
 
 
-class PackedLinear(nn.Module):
-    """Several bias-free linear layers as one product with a matrix stored input-major.
+class OnnxProjection(PackedProjection):
+    """A product with a matrix stored input-major, so that no transposition is left in the graph."""
 
-    ``sources`` names the layers, beside which this module stands in the module tree.
-    """
+    is_transposed = True
 
-    def __init__(
-        self, in_features: int, out_features: Sequence[int], sources: Sequence[str]
-    ) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(in_features, sum(out_features)))
-        self.out_features = tuple(out_features)
-        self.sources = tuple(sources)
+    def product(self, x: Tensor) -> Tensor:
+        """[B, T, in] to [B, T, sum of out_features]."""
+        return x @ self.weight
 
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        """[B, T, in] to one [B, T, out] for each source."""
-        y = x @ self.weight
-        if len(self.out_features) == 1:
-            return (y,)
-        sizes = torch.tensor(self.out_features)
+    def split(self, y: Tensor) -> tuple[Tensor, ...]:
+        """As one node; torch's own split becomes a sequence and a node for each part."""
         shapes = [(*y.shape[:-1], size) for size in self.out_features]
         return tuple(
             ops.symbolic_multi_out(
                 "Split",
-                [y, sizes],
+                [y, torch.tensor(self.out_features)],
                 {"axis": -1},
                 dtypes=[y.dtype] * len(shapes),
                 shapes=shapes,
                 version=18,
             )
         )
-
-
-class SingleLinear(PackedLinear):
-    """One linear layer, stored input-major so that no transposition is left in the graph."""
-
-    def __init__(self, in_features: int, out_features: int, source: str) -> None:
-        super().__init__(in_features, [out_features], [source])
-
-    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
-        """[B, T, in] to [B, T, out]."""
-        return super().forward(x)[0]
-
-
-class PackedMLP(MLP):
-    """Gate and up projections in one product."""
-
-    def __init__(self, config: Gemma3Config) -> None:
-        nn.Module.__init__(self)
-        hidden, intermediate = config.hidden_size, config.intermediate_size
-        self.gate_up = PackedLinear(hidden, (intermediate,) * 2, ("gate_proj", "up_proj"))
-        self.down_proj = SingleLinear(intermediate, hidden, "down_proj")  # type: ignore[assignment]
-
-    def project(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Gate and up projections, each [B, T, intermediate_size]."""
-        gate, up = self.gate_up(x)
-        return gate, up
-
-
-class PackedAttention(Attention):
-    """The reference's attention with queries, keys and values from one product."""
-
-    def __init__(self, original: Attention) -> None:
-        nn.Module.__init__(self)
-        config = self.config = original.config
-        self.layer = original.layer
-        self.q_norm, self.k_norm = original.q_norm, original.k_norm
-        sizes = (config.query_size, config.key_value_size, config.key_value_size)
-        self.qkv = PackedLinear(config.hidden_size, sizes, ("q_proj", "k_proj", "v_proj"))
-        out = SingleLinear(config.query_size, config.hidden_size, "o_proj")
-        self.o_proj = out  # type: ignore[assignment]
-
-    def project(self, x_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries [B, T, N*H], keys and values [B, T, K*H]."""
-        q, k, v = self.qkv(x_BTD)
-        return q, k, v
 
 
 def split_heads(x: Tensor, head_dim: int) -> Tensor:
@@ -235,8 +179,8 @@ class PortableGemma3(Gemma3):
         self.head = GemmHead()
         for index in range(config.num_hidden_layers):
             layer = MarkedLayer(config, index)
-            layer.self_attn = self.attention(layer.self_attn)
-            layer.mlp = PackedMLP(config)
+            layer.self_attn = self.attention(layer.self_attn, OnnxProjection)
+            layer.mlp = PackedMLP(config, OnnxProjection)
             self.model.layers[index] = layer
 
 
@@ -266,14 +210,3 @@ class FusedGemma3(PortableGemma3):
                 attention_mask=attention_mask,
             )
         return contexts
-
-
-def weight_recipes(model: Gemma3) -> dict[str, WeightRecipe]:
-    """How each parameter of a stand-in model is made of the canonical weights."""
-    recipes = {name: WeightRecipe(names=(name,)) for name, _ in model.named_parameters()}
-    for path, module in model.named_modules():
-        if isinstance(module, PackedLinear):
-            parent = path.rpartition(".")[0]
-            names = tuple(f"{parent}.{source}.weight" for source in module.sources)
-            recipes[f"{path}.weight"] = WeightRecipe(names=names, transposed=True)
-    return recipes

@@ -26,8 +26,8 @@ from gemma3_export.exporters.layer_stack import one_layer_of_each_kind, stack_la
 from gemma3_export.exporters.onnx_modules import (
     FusedGemma3,
     PortableGemma3,
-    weight_recipes,
 )
+from gemma3_export.exporters.packing import weight_recipes
 from gemma3_export.exporters.step import DecoderStep, example_inputs
 from gemma3_export.signature import Signature, TensorSpec
 
