@@ -42,7 +42,7 @@ class PackedProjection(nn.Module):
 
     def split(self, y: Tensor) -> tuple[Tensor, ...]:
         """[B, T, sum of out_features] to one [B, T, out] for each source."""
-        return y.split(self.out_features, dim=-1)
+        return torch.split(y, list(self.out_features), dim=-1)
 
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, ...]:
         """[B, T, in] to [B, T, out], or to a tuple of them for several sources."""

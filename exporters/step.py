@@ -39,13 +39,18 @@ class DecoderStep(nn.Module):
 
 
 def example_inputs(
-    config: Gemma3Config, *, batch: int = 2, new: int = 3, past: int = 5
+    config: Gemma3Config,
+    *,
+    batch: int = 2,
+    new: int = 3,
+    past: int = 5,
+    dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor, list[Tensor], Tensor]:
     """Inputs for tracing; their extents are distinct, so that none is taken for another."""
     cache = (batch, config.num_key_value_heads, past, config.head_dim)
     return (
         torch.ones(batch, new, dtype=torch.int64),
         torch.ones(batch, past + new, dtype=torch.int64),
-        [torch.zeros(cache) for _ in range(2 * config.num_hidden_layers)],
+        [torch.zeros(cache, dtype=dtype) for _ in range(2 * config.num_hidden_layers)],
         torch.zeros(1, dtype=torch.int64),
     )

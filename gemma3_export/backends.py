@@ -6,6 +6,7 @@ never imports torch.
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 
 from gemma3_export.bundle import Bundle
@@ -14,7 +15,7 @@ from gemma3_export.runtimes.protocol import Runtime
 
 __all__ = ["RUNTIMES", "open_runtime"]
 
-RUNTIMES = ("onnx", "reference")
+RUNTIMES = ("onnx", "torchscript", "reference")
 
 
 def open_runtime(
@@ -23,14 +24,17 @@ def open_runtime(
     *,
     device: str = "auto",
     threads: int | None = None,
+    trust: bool = False,
 ) -> Runtime:
     """Load one of a bundle's runtimes.
 
     Args:
         bundle: an opened bundle, or its folder.
-        runtime: ``onnx``, or ``reference``: the PyTorch model with the bundle's weights.
+        runtime: ``onnx``, ``torchscript``, or ``reference``: the PyTorch model with the bundle's
+            weights.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         threads: threads inside one operator; None lets the backend choose.
+        trust: load a TorchScript archive although it is not the one that was exported.
 
     Raises:
         InputError: the bundle is damaged or has no such graph.
@@ -42,32 +46,39 @@ def open_runtime(
         from gemma3_export.runtimes.onnx_runtime import OnnxRuntime
 
         return OnnxRuntime(bundle, device=device, threads=threads)
+    if runtime == "torchscript":
+        require_torch("torchscript")
+        from gemma3_export.runtimes.torchscript_runtime import TorchScriptRuntime
+
+        return TorchScriptRuntime(bundle, device=device, threads=threads, trust=trust)
     if runtime == "reference":
         return _open_reference(bundle, device, threads)
     raise InputError(f"unknown runtime {runtime!r}; choose {', '.join(RUNTIMES)}")
 
 
 def _open_reference(bundle: Bundle, device: str, threads: int | None) -> Runtime:
-    try:
-        import torch
-    except ImportError as error:
-        raise UnavailableError(
-            'the reference runtime needs torch; run: pip install "gemma3-export[export]"'
-        ) from error
+    require_torch("reference")
+    import torch
+
     from gemma3_export.exporters.onnx_weights import BundleWeights
     from gemma3_export.reference.loading import load_reference
     from gemma3_export.reference.runtime import ReferenceRuntime
-    from gemma3_export.runtimes.onnx_session import parse_device
+    from gemma3_export.runtimes.torchscript_runtime import torch_device
 
-    wanted = parse_device(device)
-    has_cuda = torch.cuda.is_available()
-    if wanted is not None and wanted.kind == "cuda" and not has_cuda:
-        raise UnavailableError(
-            "CUDA was asked for, but torch finds no GPU; pass --device cpu, or install a CUDA "
-            "build of torch and an NVIDIA driver"
-        )
+    place = torch_device(device)
     if threads is not None:
         torch.set_num_threads(threads)
-    place = "cuda" if wanted is None and has_cuda else str(wanted or "cpu")
     bundle.check_sizes()
     return ReferenceRuntime(load_reference(BundleWeights(bundle), device=place))
+
+
+def require_torch(runtime: str) -> None:
+    """Complain when torch is missing.
+
+    Raises:
+        UnavailableError: with the command that installs it.
+    """
+    if importlib.util.find_spec("torch") is None:
+        raise UnavailableError(
+            f'the {runtime} runtime needs torch; run: pip install "gemma3-export[export]"'
+        )

@@ -84,12 +84,18 @@ class ScaledEmbedding(nn.Module):
     def __init__(self, vocab_size: int, hidden_size: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(vocab_size, hidden_size))
+        self.hidden_size = hidden_size
+
+    def lookup(self, ids_BT: Tensor) -> Tensor:
+        """[B, T] token ids to unscaled [B, T, D]."""
+        return F.embedding(ids_BT, self.weight)
 
     def forward(self, ids_BT: Tensor) -> Tensor:
         """[B, T] token ids to [B, T, D]."""
+        x_BTD = self.lookup(ids_BT)
         # Rounded through float32 first, as the official code does (25.25 in bfloat16 for 640).
-        scale = torch.tensor(self.weight.shape[1] ** 0.5, dtype=torch.float32)
-        return F.embedding(ids_BT, self.weight) * scale.to(self.weight.dtype)
+        scale = torch.tensor(self.hidden_size**0.5, dtype=torch.float32)
+        return x_BTD * scale.to(x_BTD.dtype)
 
 
 class RotaryEmbedding(nn.Module):
@@ -99,8 +105,6 @@ class RotaryEmbedding(nn.Module):
     positions divided by ``rope_scaling_factor``.
     """
 
-    inverse_frequencies: Tensor
-
     def __init__(self, config: Gemma3Config, layer_type: LayerType) -> None:
         super().__init__()
         is_sliding = layer_type == "sliding_attention"
@@ -108,11 +112,14 @@ class RotaryEmbedding(nn.Module):
         self.scaling_factor = 1.0 if is_sliding else config.rope_scaling_factor
         self.head_dim = config.head_dim
 
+    def inverse_frequencies(self, device: torch.device) -> Tensor:
+        """[H/2] float32 radians a position."""
+        exponents = torch.arange(0, self.head_dim, 2, dtype=torch.int64, device=device)
+        return 1.0 / (self.base ** (exponents.float() / self.head_dim)) / self.scaling_factor
+
     def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """[...] positions to cosines and sines [..., H/2], float32."""
-        exponents = torch.arange(0, self.head_dim, 2, dtype=torch.int64, device=positions.device)
-        inverse_frequencies = 1.0 / (self.base ** (exponents.float() / self.head_dim))
-        angles = positions[..., None].float() * (inverse_frequencies / self.scaling_factor)
+        angles = positions[..., None].float() * self.inverse_frequencies(positions.device)
         return angles.cos(), angles.sin()
 
 
@@ -230,9 +237,13 @@ class LastTokens(nn.Module):
 class LMHead(nn.Module):
     """Logits in float32; the weight is the embedding's unless the model unties it."""
 
-    def forward(self, x: Tensor, weight_VD: Tensor) -> Tensor:
+    def product(self, x: Tensor, weight_VD: Tensor) -> Tensor:
         """[B, T, D] to [B, T, V]."""
-        return at_least_float32(F.linear(x, weight_VD))
+        return F.linear(x, weight_VD)
+
+    def forward(self, x: Tensor, weight_VD: Tensor) -> Tensor:
+        """[B, T, D] to [B, T, V], float32 or wider."""
+        return at_least_float32(self.product(x, weight_VD))
 
 
 class Decoder(nn.Module):
@@ -344,7 +355,7 @@ class Gemma3(nn.Module):
             contexts[kind] = LayerContext(
                 cos=cos,
                 sin=sin,
-                mask=additive_mask(visible_here[:, None], self.model.embed_tokens.weight.dtype),
+                mask=additive_mask(visible_here[:, None], self.model.norm.weight.dtype),
                 attention_mask=attention_mask,
             )
         return contexts
@@ -355,5 +366,4 @@ def additive_mask(visible: Tensor, dtype: torch.dtype) -> Tensor:
 
     Minus infinity would turn a row that sees nothing (padding) into NaN, which then spreads.
     """
-    zero = torch.zeros((), dtype=dtype, device=visible.device)
-    return torch.where(visible, zero, torch.finfo(dtype).min)
+    return torch.where(visible, 0.0, torch.finfo(dtype).min).to(dtype)

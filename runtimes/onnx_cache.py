@@ -10,7 +10,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from gemma3_export.config import Gemma3Config
-from gemma3_export.runtimes.onnx_session import Device, import_onnxruntime
+from gemma3_export.runtimes.device import Device
+from gemma3_export.runtimes.onnx_session import import_onnxruntime
 from gemma3_export.runtimes.protocol import IntArray, LayerKV, empty_lengths
 from gemma3_export.signature import Signature
 

@@ -4,46 +4,19 @@ from __future__ import annotations
 
 import importlib.metadata
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gemma3_export.errors import InputError, UnavailableError
+from gemma3_export.runtimes.device import Device, parse_device
 
 if TYPE_CHECKING:
     import onnxruntime
 
-__all__ = ["Device", "open_session", "parse_device"]
+__all__ = ["open_session"]
 
 CUDA_PROVIDER = "CUDAExecutionProvider"
 CPU_PROVIDER = "CPUExecutionProvider"
-
-
-@dataclass(frozen=True, slots=True)
-class Device:
-    """Where tensors live: ``cpu``, or ``cuda`` with an index."""
-
-    kind: str
-    index: int = 0
-
-    def __str__(self) -> str:
-        return self.kind if self.kind == "cpu" else f"{self.kind}:{self.index}"
-
-
-def parse_device(text: str) -> Device | None:
-    """``cpu``, ``cuda`` or ``cuda:N``; ``auto`` is None.
-
-    Raises:
-        InputError: anything else.
-    """
-    if text == "auto":
-        return None
-    kind, colon, index = text.partition(":")
-    if kind == "cpu" and not colon:
-        return Device("cpu")
-    if kind == "cuda" and (not colon or index.isdecimal()):
-        return Device("cuda", int(index or 0))
-    raise InputError(f"unknown device {text!r}; choose auto, cpu, cuda or cuda:N")
 
 
 def open_session(
