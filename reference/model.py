@@ -362,8 +362,10 @@ class Gemma3(nn.Module):
 
 
 def additive_mask(visible: Tensor, dtype: torch.dtype) -> Tensor:
-    """0 where visible, else the most negative finite number of ``dtype``.
+    """0 where visible, else the most negative finite number of ``dtype`` (float32 if wider).
 
     Minus infinity would turn a row that sees nothing (padding) into NaN, which then spreads.
     """
-    return torch.where(visible, 0.0, torch.finfo(dtype).min).to(dtype)
+    # Two Python numbers make a float32 tensor, which the smallest float64 would overflow.
+    lowest = max(torch.finfo(dtype).min, torch.finfo(torch.float32).min)
+    return torch.where(visible, 0.0, lowest).to(dtype)
