@@ -1,0 +1,97 @@
+"""The group of commands: found lazily, and with one place that turns errors into exit codes."""
+
+from __future__ import annotations
+
+import errno
+import importlib
+import importlib.util
+import io
+import sys
+import traceback
+from typing import NoReturn
+
+import click
+
+from gemma3_export import __version__
+from gemma3_export.cli.interruption import exit_code_of, handle_signals
+from gemma3_export.errors import Gemma3ExportError
+
+__all__ = ["command_line", "main"]
+
+# In the order of `--help`. The command NAME is the function NAME in the module NAME_command.
+COMMANDS = ("onnx", "generate", "verify", "inspect", "bench")
+EPILOG = """\b
+Exit codes: 0 done, 1 failed (parity included), 2 usage or bad input,
+3 could not run (a package, device or network is missing),
+130 interrupted, 143 terminated.
+
+\b
+Example:
+  gemma3-export onnx --weights google/gemma-3-270m -o gemma-3-270m
+  gemma3-export generate gemma-3-270m --prompt "The sea is"
+"""
+
+
+class CommandLine(click.Group):
+    """Imports a command when it is asked for, and reports errors in one line."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """All commands of this installation."""
+        return [name for name in COMMANDS if importlib.util.find_spec(_module_of(name))]
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Import the module of ``cmd_name``."""
+        if cmd_name not in self.list_commands(ctx):
+            return None
+        command = getattr(importlib.import_module(_module_of(cmd_name)), cmd_name)
+        assert isinstance(command, click.Command)
+        return command
+
+    def invoke(self, ctx: click.Context) -> object:
+        """Run a command; what it raises on purpose ends it with a line and an exit code."""
+        try:
+            return super().invoke(ctx)
+        except Gemma3ExportError as error:
+            if ctx.params.get("debug"):
+                traceback.print_exc()
+            click.echo(f"error: {error}", err=True)
+            ctx.exit(error.exit_code)
+        except KeyboardInterrupt as interruption:
+            click.echo("interrupted", err=True)
+            ctx.exit(exit_code_of(interruption))
+        except OSError as error:
+            if error.errno != errno.EPIPE:
+                raise
+            _discard_stdout()  # the reader (head, less) has gone and wants no complaint
+            ctx.exit(1)
+
+
+def _module_of(name: str) -> str:
+    return f"gemma3_export.cli.{name}_command"
+
+
+def _discard_stdout() -> None:
+    """Keep Python from flushing into the broken pipe once more when it exits."""
+    sys.stdout = io.StringIO()
+
+
+@click.group(
+    cls=CommandLine,
+    epilog=EPILOG,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+@click.version_option(__version__, prog_name="gemma3-export")
+@click.option("--debug", is_flag=True, help="Show the traceback of errors.")
+def command_line(debug: bool) -> None:
+    """Gemma 3 from weights to ONNX to text, with proof that nothing changed on the way."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # A terminal without UTF-8 shows a replacement instead of ending the program.
+            stream.reconfigure(errors="replace" if stream is sys.stdout else "backslashreplace")
+
+
+def main() -> NoReturn:
+    """What ``gemma3-export`` and ``python -m gemma3_export`` run."""
+    handle_signals()
+    command_line(prog_name="gemma3-export")
+    raise AssertionError("click ends the process")

@@ -1,0 +1,147 @@
+"""``gemma3-export generate``."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from gemma3_export.cli.generated_text import Printer
+    from gemma3_export.runtimes.generation import Generation
+    from gemma3_export.tokenizer import StreamingDecoder, Tokenizer
+
+__all__ = ["generate"]
+
+RUNTIMES = ("onnx", "torchscript", "reference")
+END_OF_TURN = "<end_of_turn>"
+EPILOG = """\b
+Examples:
+  gemma3-export generate gemma-3-270m --prompt "The sea is"
+  gemma3-export generate gemma-3-270m-it --chat --prompt "Who wrote Faust?" --temperature 0.7
+  gemma3-export generate DIR --prompt "One" --prompt "Two" --seed 7 --top-k 64 --json
+  cat letter.txt | gemma3-export generate DIR --prompt - --stop "Yours"
+"""
+
+
+@click.command(epilog=EPILOG)
+@click.argument("bundle_path", metavar="DIR", type=click.Path(path_type=Path))
+@click.option(
+    "--prompt", "prompts", multiple=True, metavar="TEXT", help="May be repeated; - reads stdin."
+)
+@click.option(
+    "--prompt-file",
+    "prompt_files",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="A UTF-8 file that is one prompt; may be repeated.",
+)
+@click.option(
+    "--prompt-ids", "id_lists", multiple=True, metavar="IDS", help="Token ids, such as 2,651,4864."
+)
+@click.option("--chat", is_flag=True, help="Each prompt is a user's message in a conversation.")
+@click.option("--system", metavar="TEXT", help="System message; needs --chat.")
+@click.option(
+    "--max-new-tokens", type=click.IntRange(min=1), default=128, show_default=True, metavar="N"
+)
+@click.option("--temperature", type=float, metavar="T", help="0 is greedy, which is the default.")
+@click.option("--top-k", type=int, metavar="K", help="Sample among the K likeliest tokens.")
+@click.option("--top-p", type=float, metavar="P", help="Sample among tokens that add up to P.")
+@click.option("--min-p", type=float, metavar="P", help="Drop tokens below P times the likeliest.")
+@click.option("--repetition-penalty", type=float, default=1.0, metavar="R", help="1 is off.")
+@click.option("--seed", type=int, metavar="N", help="The same seed gives the same text.")
+@click.option("--stop", "stop_texts", multiple=True, metavar="TEXT", help="End before this text.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+@click.option("--runtime", type=click.Choice(RUNTIMES), default="onnx", show_default=True)
+@click.option("--threads", type=click.IntRange(min=1), metavar="N", help="Threads an operator.")
+@click.option("--logprobs", type=int, metavar="N", help="With --json: N alternatives a token.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object a prompt and line.")
+def generate(
+    bundle_path: Path,
+    prompts: tuple[str, ...],
+    prompt_files: tuple[Path, ...],
+    id_lists: tuple[str, ...],
+    chat: bool,
+    system: str | None,
+    max_new_tokens: int,
+    stop_texts: tuple[str, ...],
+    device: str,
+    runtime: str,
+    threads: int | None,
+    as_json: bool,
+    **sampling: Any,
+) -> None:
+    """Continue prompts with a bundle; greedy unless a temperature or a filter is given.
+
+    Text streams to stdout as it comes, and a line of speeds goes to stderr. Several prompts run as
+    one batch; their texts are printed one after another. Ctrl-C ends the generation and keeps what
+    there is.
+    """
+    if not (prompts or prompt_files or id_lists):
+        raise click.UsageError("no prompt; give --prompt TEXT, --prompt-file or --prompt-ids")
+    if system is not None and not chat:
+        raise click.UsageError("--system needs --chat")
+    if sampling["logprobs"] is not None and not as_json:
+        raise click.UsageError("--logprobs needs --json")
+
+    from gemma3_export.backends import open_runtime
+    from gemma3_export.bundle import Bundle
+    from gemma3_export.cli.generated_text import printer_for
+    from gemma3_export.cli.prompts import (
+        encode_prompts,
+        read_prompt,
+        read_prompt_file,
+        tokenizer_of,
+    )
+    from gemma3_export.runtimes.generation import generate as start_generation
+    from gemma3_export.runtimes.sampling import SamplingParams
+
+    if sampling["seed"] is None:
+        sampling["seed"] = secrets.randbits(32)  # one for all prompts, printed, so repeatable
+    params = SamplingParams(**sampling)
+    bundle = Bundle(bundle_path)
+    tokenizer = tokenizer_of(bundle)
+    texts = [*map(read_prompt, prompts), *map(read_prompt_file, prompt_files)]
+    asked = encode_prompts(tokenizer, texts, id_lists, chat=chat, system=system)
+    started = time.perf_counter()
+    backend = open_runtime(bundle, runtime, device=device, threads=threads)
+    load_s = time.perf_counter() - started
+    generation = start_generation(
+        backend,
+        [prompt.token_ids for prompt in asked],
+        params,
+        max_new_tokens=max_new_tokens,
+        stop_token_ids=_stop_ids(bundle.config.eos_token_id, tokenizer, chat=chat),
+        stop_texts=stop_texts,
+        detokenize=_detokenizer(tokenizer),
+    )
+    _print_generation(generation, printer_for(asked, tokenizer, as_json, load_s))
+
+
+def _stop_ids(
+    eos_token_ids: tuple[int, ...], tokenizer: Tokenizer | None, *, chat: bool
+) -> tuple[int, ...]:
+    """A conversation also ends where the turn does, which base models' configs do not say."""
+    end_of_turn = tokenizer.token_id(END_OF_TURN) if chat and tokenizer is not None else None
+    return eos_token_ids if end_of_turn is None else (*eos_token_ids, end_of_turn)
+
+
+def _detokenizer(tokenizer: Tokenizer | None) -> Callable[[], StreamingDecoder] | None:
+    from gemma3_export.tokenizer import StreamingDecoder
+
+    return None if tokenizer is None else lambda: StreamingDecoder(tokenizer)
+
+
+def _print_generation(generation: Generation, printer: Printer) -> None:
+    """Print events as they come; what there is at an interruption is printed too."""
+    try:
+        for event in generation:
+            printer.show(event)
+    except KeyboardInterrupt:
+        printer.finish(generation.completions)
+        raise
+    printer.finish(generation.completions)

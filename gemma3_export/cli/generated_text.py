@@ -1,0 +1,172 @@
+"""How ``generate`` prints: a stream of text, or one JSON object a prompt."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import click
+
+from gemma3_export.cli.prompts import Prompt
+from gemma3_export.runtimes.generation import Completion, Event, TokenEvent
+from gemma3_export.runtimes.sampling import SampledToken
+from gemma3_export.tokenizer import Tokenizer
+
+__all__ = ["Printer", "completion_to_json", "printer_for"]
+
+LABEL_CHARACTERS = 60
+
+
+class Printer(Protocol):
+    """Shows a running generation."""
+
+    def show(self, event: Event) -> None:
+        """Print what an event adds."""
+
+    def finish(self, completions: Sequence[Completion]) -> None:
+        """Print what has not been shown, the prompts that did not end included."""
+
+
+def printer_for(
+    prompts: Sequence[Prompt], tokenizer: Tokenizer | None, as_json: bool, load_s: float
+) -> Printer:
+    """The printer for ``--json`` or for people."""
+    if as_json:
+        return JsonPrinter(prompts, tokenizer, load_s)
+    return TextPrinter(prompts, has_text=tokenizer is not None, load_s=load_s)
+
+
+@dataclass(slots=True)
+class TextPrinter:
+    """Streams the text of the first prompt that has not ended; the others wait for their turn.
+
+    So the texts come in order and unmixed, and nothing waits that could be shown. Without a
+    tokenizer, token ids take the place of text.
+    """
+
+    prompts: Sequence[Prompt]
+    has_text: bool
+    load_s: float
+    current: int = 0
+    waiting: dict[int, list[str]] = field(default_factory=dict)
+    ended: set[int] = field(default_factory=set)
+    is_labelled: bool = False
+
+    def show(self, event: Event) -> None:
+        """See :class:`Printer`."""
+        if isinstance(event, TokenEvent):
+            text = event.text if self.has_text else f"{event.token_id} "
+            self.waiting.setdefault(event.request, []).append(text)
+        else:
+            self.ended.add(event.request)
+        self._advance()
+
+    def finish(self, completions: Sequence[Completion]) -> None:
+        """See :class:`Printer`."""
+        self.ended.update(range(len(self.prompts)))
+        self._advance()
+        click.echo(speed_line(completions, self.load_s), err=True)
+
+    def _advance(self) -> None:
+        while self.current < len(self.prompts):
+            self._write("".join(self.waiting.pop(self.current, [])))
+            if self.current not in self.ended:
+                return
+            self._write("\n")
+            self.current, self.is_labelled = self.current + 1, False
+
+    def _write(self, text: str) -> None:
+        if text and len(self.prompts) > 1 and not self.is_labelled:
+            self.is_labelled = True
+            click.echo(f"[{self.current + 1}/{len(self.prompts)}] {self._label()}")
+        if text:
+            click.echo(text, nl=False)
+
+    def _label(self) -> str:
+        prompt = self.prompts[self.current]
+        shown = ",".join(map(str, prompt.token_ids)) if prompt.text is None else prompt.text
+        shown = " ".join(shown.split())
+        cut = LABEL_CHARACTERS
+        return shown if len(shown) <= cut else shown[: cut - 3] + "..."
+
+
+@dataclass(slots=True)
+class JsonPrinter:
+    """One object a prompt, in the order of the prompts, as soon as that order allows."""
+
+    prompts: Sequence[Prompt]
+    tokenizer: Tokenizer | None
+    load_s: float
+    printed: int = 0
+    ended: dict[int, Completion] = field(default_factory=dict)
+
+    def show(self, event: Event) -> None:
+        """See :class:`Printer`."""
+        if isinstance(event, Completion):
+            self.ended[event.request] = event
+            self._advance()
+
+    def finish(self, completions: Sequence[Completion]) -> None:
+        """See :class:`Printer`."""
+        self.ended |= {completion.request: completion for completion in completions}
+        self._advance()
+        click.echo(speed_line(completions, self.load_s), err=True)
+
+    def _advance(self) -> None:
+        while completion := self.ended.get(self.printed):
+            data = completion_to_json(completion, self.prompts[self.printed], self.tokenizer)
+            data["timings"]["load_s"] = self.load_s
+            # ASCII only, so that no terminal and no pipe can spoil it.
+            click.echo(json.dumps(data, ensure_ascii=True, allow_nan=False))
+            self.printed += 1
+
+
+def completion_to_json(
+    completion: Completion, prompt: Prompt, tokenizer: Tokenizer | None
+) -> dict[str, Any]:
+    """Everything about a completion; with ``seed`` and ``index`` it can be repeated."""
+    data: dict[str, Any] = {
+        "index": completion.request,
+        "prompt": prompt.text,
+        "prompt_tokens": completion.prompt_tokens,
+        "text": completion.text,
+        "token_ids": list(completion.token_ids),
+        "finish_reason": completion.finish_reason,
+        "stop_reason": completion.stop_reason,
+        "seed": completion.seed,
+        "timings": {
+            "time_to_first_token_s": completion.time_to_first_token_s,
+            "prefill_tokens_per_s": completion.prefill_tokens_per_s,
+            "decode_tokens_per_s": completion.decode_tokens_per_s,
+        },
+    }
+    if any(token.logprob is not None for token in completion.tokens):
+        data["logprobs"] = [_logprobs(token, tokenizer) for token in completion.tokens]
+    return data
+
+
+def _logprobs(token: SampledToken, tokenizer: Tokenizer | None) -> dict[str, Any]:
+    def entry(token_id: int, logprob: float | None) -> dict[str, Any]:
+        text = None if tokenizer is None else tokenizer.token_text(token_id)
+        return {"token_id": token_id, "token": text, "logprob": logprob}
+
+    top = [entry(token_id, logprob) for token_id, logprob in token.top_logprobs]
+    return entry(token.token_id, token.logprob) | {"top": top}
+
+
+def speed_line(completions: Sequence[Completion], load_s: float) -> str:
+    """Load, prefill and decode of the whole batch, in one line."""
+    prompt_tokens = sum(done.prompt_tokens for done in completions if done.tokens)
+    new_tokens = sum(len(done.tokens) for done in completions)
+    prefill_s = sum(done.prefill_s for done in completions if done.tokens)
+    later_tokens = sum(max(len(done.tokens) - 1, 0) for done in completions)
+    decode_s = max((done.decode_s for done in completions), default=0.0)  # the rows run together
+    parts = [f"load {load_s:.1f} s", f"prompt {prompt_tokens} tokens"]
+    if prefill_s:
+        parts[-1] += f" at {prompt_tokens / prefill_s:,.0f}/s"
+    parts.append(f"generated {new_tokens} tokens")
+    if decode_s:
+        parts[-1] += f" at {later_tokens / decode_s:,.1f}/s"
+    return ", ".join(parts)

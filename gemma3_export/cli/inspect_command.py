@@ -1,0 +1,123 @@
+"""``gemma3-export inspect``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+
+__all__ = ["inspect"]
+
+EPILOG = """\b
+Examples:
+  gemma3-export inspect gemma-3-270m
+  gemma3-export inspect gemma-3-270m --check
+  gemma3-export inspect gemma-3-270m --json | python3 -m json.tool
+"""
+
+
+@click.command(epilog=EPILOG)
+@click.argument("bundle_path", metavar="DIR", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Everything, as one JSON object.")
+@click.option("--check", is_flag=True, help="Hash every file and compare with the manifest.")
+def inspect(bundle_path: Path, as_json: bool, check: bool) -> None:
+    """Say what a bundle is: model, graphs, files, where its weights come from, and its proof."""
+    from gemma3_export.bundle import Bundle
+    from gemma3_export.inspection import inspect_bundle
+
+    bundle = Bundle(bundle_path)
+    if check:
+        bundle.check_files()
+    else:
+        bundle.check_sizes()
+    facts = inspect_bundle(bundle)
+    facts["files_checked"] = "sha256" if check else "size"
+    click.echo(json.dumps(facts, indent=1) if as_json else "\n".join(_lines(facts)))
+
+
+def _lines(facts: Mapping[str, Any]) -> Iterator[str]:
+    yield f"{facts['path']}: bundle of format {facts['format_version']}"
+    yield from _model_lines(facts["model"])
+    for graph in facts["graphs"]:
+        yield ""
+        yield from _graph_lines(graph)
+    yield ""
+    yield from _proof_lines(facts)
+    yield ""
+    yield from _file_lines(facts)
+    yield ""
+    yield "made with: " + ", ".join(f"{k} {v}" for k, v in sorted(facts["versions"].items()))
+
+
+def _model_lines(model: Mapping[str, Any]) -> Iterator[str]:
+    sliding = sum(kind == "sliding_attention" for kind in model["layer_types"])
+    layers = model["num_hidden_layers"]
+    yield (
+        f"model: {model['parameters']:,} parameters, {layers} layers "
+        f"({sliding} sliding with window {model['sliding_window']}, {layers - sliding} full)"
+    )
+    yield (
+        f"  hidden {model['hidden_size']}, feed-forward {model['intermediate_size']}, "
+        f"{model['num_attention_heads']} query heads, {model['num_key_value_heads']} "
+        f"key-value heads of {model['head_dim']}, vocabulary {model['vocab_size']:,}, "
+        f"context {model['max_position_embeddings']:,}"
+    )
+
+
+def _graph_lines(graph: Mapping[str, Any]) -> Iterator[str]:
+    yield (
+        f"graph {graph['path']}: runtime {graph['runtime']}, target {graph['target']}, "
+        f"weights {graph['dtype']}, cache {graph['cache_dtype']}"
+    )
+    if graph["operators"] is None:
+        yield f"  operators not counted: {graph['operators_missing']}"
+    else:
+        opsets = ", ".join(f"{domain} {version}" for domain, version in graph["opsets"].items())
+        total = sum(graph["operators"].values())
+        counts = ", ".join(f"{name} {count}" for name, count in graph["operators"].items())
+        yield f"  opsets: {opsets}"
+        yield f"  {total} nodes: {counts}"
+    yield f"  cache: {graph['cache_bytes_per_token']:,} bytes a token" + "".join(
+        f"; {int(tokens):,} tokens {size / 1e6:,.1f} MB"
+        for tokens, size in graph["cache_bytes"].items()
+    )
+    for kind in ("inputs", "outputs"):
+        yield f"  {kind}:"
+        yield from _signature_lines(graph["signature"][kind])
+
+
+def _signature_lines(specs: list[dict[str, Any]]) -> Iterator[str]:
+    """One line for each tensor, and one for all layers' keys or values."""
+    cache = [spec for spec in specs if len(spec["axes"]) == 4]
+    for spec in specs:
+        if spec in cache[2:]:
+            continue
+        axes = ", ".join(map(str, spec["axes"]))
+        name = spec["name"]
+        if spec in cache and len(cache) > 2:
+            name += f" ... {cache[-2 + cache.index(spec)]['name']}"
+        optional = " (optional)" if spec.get("optional") else ""
+        yield f"    {name}: {spec['dtype']} [{axes}]{optional}"
+
+
+def _proof_lines(facts: Mapping[str, Any]) -> Iterator[str]:
+    from gemma3_export.inspection import parity_line
+
+    if facts["proof"] is None:
+        yield (
+            "proof: none; the parity check was skipped. "
+            f"To check it: gemma3-export verify {facts['path']}"
+        )
+    else:
+        yield f"proof: {parity_line(facts['proof'])}"
+    yield "weights: " + json.dumps(facts["source"], indent=2).replace("\n", "\n  ")
+
+
+def _file_lines(facts: Mapping[str, Any]) -> Iterator[str]:
+    checked = "SHA-256 checked" if facts["files_checked"] == "sha256" else "sizes checked"
+    yield f"files: {facts['size_bytes']:,} bytes in all, {checked}"
+    for name, record in facts["files"].items():
+        yield f"  {record['size_bytes']:>15,}  {record['sha256'][:16]}...  {name}"

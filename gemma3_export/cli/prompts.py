@@ -1,0 +1,115 @@
+"""Prompts from the command line: texts, files, standard input, conversations and token ids."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from gemma3_export.bundle import Bundle
+from gemma3_export.errors import InputError
+from gemma3_export.tokenizer import Tokenizer
+
+__all__ = ["Prompt", "encode_prompts", "tokenizer_of"]
+
+STDIN = "-"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Prompt:
+    """What was asked, and what the model sees of it."""
+
+    text: str | None  # None for token ids
+    token_ids: list[int]
+
+
+def tokenizer_of(bundle: Bundle) -> Tokenizer | None:
+    """The tokenizer of ``bundle``, checked against its model, or None.
+
+    Raises:
+        InputError: it is damaged, or another model's.
+    """
+    if not bundle.file("tokenizer.json").is_file():
+        return None
+    tokenizer = Tokenizer.from_folder(bundle.path)
+    tokenizer.check_vocab_size(bundle.config.vocab_size)
+    return tokenizer
+
+
+def encode_prompts(
+    tokenizer: Tokenizer | None,
+    texts: Sequence[str],
+    id_lists: Sequence[str],
+    *,
+    chat: bool,
+    system: str | None,
+) -> list[Prompt]:
+    """Texts first, then token ids, in the order in which they were given.
+
+    Raises:
+        InputError: a prompt is empty or cannot be encoded, or there is no tokenizer for it.
+    """
+    prompts = []
+    for number, text in enumerate(texts, 1):
+        if tokenizer is None:
+            raise InputError(
+                "this bundle has no tokenizer, so it takes no text; give token ids with "
+                "--prompt-ids 2,651,4864, or export it again with --tokenizer"
+            )
+        if not text.strip():
+            raise InputError(f"prompt {number} is empty; give some text, or --prompt-ids 2")
+        ids = _encode_chat(tokenizer, text, system) if chat else tokenizer.encode(text)
+        prompts.append(Prompt(text=text, token_ids=ids))
+    prompts += [Prompt(text=None, token_ids=_parse_ids(ids)) for ids in id_lists]
+    return prompts
+
+
+def read_prompt(text: str) -> str:
+    """``text`` itself, or standard input when it is ``-``.
+
+    Raises:
+        InputError: the input is not UTF-8.
+    """
+    return _decode(sys.stdin.buffer.read(), "standard input") if text == STDIN else text
+
+
+def read_prompt_file(path: Path) -> str:
+    """The text of a prompt file, without its last newline.
+
+    Raises:
+        InputError: it cannot be read or is not UTF-8.
+    """
+    if str(path) == STDIN:
+        return read_prompt(STDIN)
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"cannot read the prompt: {error}") from error
+    return _decode(data, str(path))
+
+
+def _decode(data: bytes, where: str) -> str:
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{where} is not UTF-8 text ({error}); convert it first") from error
+    return text.removesuffix("\n").removesuffix("\r")
+
+
+def _encode_chat(tokenizer: Tokenizer, text: str, system: str | None) -> list[int]:
+    from gemma3_export.chat import ChatMessage
+
+    messages = [ChatMessage(role="user", content=text)]
+    if system is not None:
+        messages.insert(0, ChatMessage(role="system", content=system))
+    return tokenizer.encode_chat(messages)
+
+
+def _parse_ids(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise InputError(
+            f"--prompt-ids {text!r:.60} is not a list of token ids; write it like 2,651,4864"
+        ) from None

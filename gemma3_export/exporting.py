@@ -1,0 +1,127 @@
+"""Export in one call, parity check included: what ``gemma3-export onnx`` runs.
+
+    from gemma3_export.exporting import export_onnx, open_weights
+
+    with open_weights("google/gemma-3-270m") as source:
+        result = export_onnx(source, "gemma-3-270m")
+
+Importing this module imports nothing heavy; calling it needs the extra ``export``.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from gemma3_export.errors import UnavailableError
+
+if TYPE_CHECKING:
+    from gemma3_export.exporters.bundle_export import ExportResult, Progress, Verification
+    from gemma3_export.reference.weights import WeightSource
+    from gemma3_export.tokenizer import Tokenizer
+
+__all__ = ["export_onnx", "open_weights"]
+
+PACKAGES = ("torch", "onnx", "onnx_ir", "onnxscript")
+
+
+def open_weights(
+    spec: str | None = None,
+    *,
+    size: str | None = None,
+    config_path: Path | None = None,
+    revision: str | None = None,
+    token: str | None = None,
+    random_seed: int | None = None,
+) -> WeightSource:
+    """Open weights, reading no more than their headers.
+
+    Args:
+        spec: a folder as Hugging Face writes it, a ``.safetensors``, ``.gguf`` or ``.pt`` file, or
+            the id of a Hub repository.
+        size: a published size; alone it means the official Hub repository.
+        config_path: the ``config.json`` to use instead of the one that comes with the weights.
+        revision: branch, tag or commit of a Hub repository.
+        token: Hub access token.
+        random_seed: draw random weights of ``size`` or ``config_path`` instead.
+
+    Raises:
+        InputError: the weights are absent, damaged, not accessible, or do not fit their config.
+        UnavailableError: the extra ``export`` is not installed, or the Hub cannot be reached.
+    """
+    require_packages()
+    from gemma3_export.reference.weights import open_weights as open_source
+
+    return open_source(
+        spec,
+        size=size,
+        config_path=config_path,
+        revision=revision,
+        token=token,
+        random_seed=random_seed,
+    )
+
+
+def export_onnx(
+    source: WeightSource,
+    output: Path | str,
+    *,
+    target: str = "ort",
+    dtype: str = "fp32",
+    tokenizer: Tokenizer | None = None,
+    verify: bool = True,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> ExportResult:
+    """Export ``source`` as an ONNX bundle at ``output``, and prove it.
+
+    Args:
+        source: from :func:`open_weights`.
+        output: the folder to create; it appears when it is complete and proven.
+        target: ``ort`` for ONNX Runtime's fused kernels, ``portable`` for standard operators.
+        dtype: element type of weights and cache.
+        tokenizer: None takes the one that came with the weights, if any.
+        verify: check parity; without it the manifest says that the bundle is unproven.
+        force: replace an existing folder.
+        progress: told the stage, and how far it is.
+
+    Raises:
+        InputError: the folder exists, or weights, config and tokenizer contradict each other.
+        ParityError: the graph does not compute what the reference computes; nothing is kept.
+        UnavailableError: the extra ``export`` is not installed.
+        Gemma3ExportError: the disk is full or cannot be written.
+    """
+    require_packages()
+    from gemma3_export.exporters.bundle_export import export_bundle
+    from gemma3_export.exporters.onnx_export import OnnxWriter
+
+    return export_bundle(
+        source,
+        Path(output),
+        OnnxWriter(target=target, dtype=dtype),
+        tokenizer=tokenizer,
+        force=force,
+        verification=parity_check(progress) if verify else None,
+        progress=progress,
+    )
+
+
+def parity_check(progress: Progress | None) -> Verification | None:
+    """The parity check as a step of an export."""
+    if importlib.util.find_spec("gemma3_export.parity.verification") is None:
+        return None
+    raise NotImplementedError
+
+
+def require_packages() -> None:
+    """Complain when the extra ``export`` is not installed.
+
+    Raises:
+        UnavailableError: naming what is missing.
+    """
+    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UnavailableError(
+            f'exporting needs {", ".join(missing)}; run: pip install "gemma3-export[export,cpu]"'
+        )

@@ -1,0 +1,113 @@
+"""What a bundle is, as data: model, graphs, files, origin, proof and the cost of its cache.
+
+Needs neither torch nor ONNX Runtime; operators are counted when the package ``onnx`` is there.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+from gemma3_export.bundle import PARITY, Bundle, Graph
+from gemma3_export.errors import InputError
+
+__all__ = ["CONTEXTS", "cache_bytes_per_token", "inspect_bundle", "parity_line", "read_proof"]
+
+CONTEXTS = (2048, 8192, 32768)  # tokens for which the cache's size is shown
+DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+
+
+def inspect_bundle(bundle: Bundle) -> dict[str, Any]:
+    """Everything that ``gemma3-export inspect --json`` prints.
+
+    Raises:
+        InputError: the graph or the proof cannot be read.
+    """
+    config, manifest = bundle.config, bundle.manifest
+    return {
+        "path": str(bundle.path),
+        "format_version": manifest.format_version,
+        "model": {"parameters": config.num_parameters, **asdict(config)},
+        "graphs": [_describe_graph(bundle, graph) for graph in manifest.graphs],
+        "files": {name: asdict(record) for name, record in manifest.files.items()},
+        "size_bytes": sum(record.size_bytes for record in manifest.files.values()),
+        "source": manifest.source,
+        "versions": manifest.versions,
+        "verified": manifest.verified,
+        "proof": read_proof(bundle),
+    }
+
+
+def _describe_graph(bundle: Bundle, graph: Graph) -> dict[str, Any]:
+    per_token = cache_bytes_per_token(bundle, graph)
+    limit = bundle.config.max_position_embeddings
+    return {
+        "runtime": graph.runtime,
+        "target": graph.target,
+        "dtype": graph.dtype,
+        "path": graph.path,
+        "cache_dtype": graph.cache_dtype,
+        "cache_bytes_per_token": per_token,
+        "cache_bytes": {str(n): per_token * n for n in CONTEXTS if n <= limit},
+        "signature": bundle.signature(graph).to_json(),
+        **_operators(bundle, graph),
+    }
+
+
+def cache_bytes_per_token(bundle: Bundle, graph: Graph) -> int:
+    """Bytes of keys and values that one token of one row occupies."""
+    total = 0
+    for spec in bundle.signature(graph).past:
+        literal = math.prod(axis for axis in spec.axes if isinstance(axis, int))
+        total += literal * DTYPE_BYTES[spec.dtype]
+    return total
+
+
+def _operators(bundle: Bundle, graph: Graph) -> dict[str, Any]:
+    """Opsets and nodes by operator; None, with the reason, when they cannot be counted."""
+    if graph.runtime != "onnx":
+        return {"opsets": None, "operators": None, "operators_missing": "no ONNX graph"}
+    try:
+        import onnx
+    except ImportError:
+        return {"opsets": None, "operators": None, "operators_missing": "onnx is not installed"}
+    path = bundle.file(graph.path)
+    try:
+        model = onnx.load(path, load_external_data=False)
+    except Exception as error:  # protobuf raises what it likes
+        raise InputError(f"{path} cannot be read: {error}; export the bundle anew") from error
+    counts = Counter(
+        f"{node.domain}::{node.op_type}" if node.domain else node.op_type
+        for node in model.graph.node
+    )
+    return {
+        "opsets": {opset.domain or "ai.onnx": opset.version for opset in model.opset_import},
+        "operators": dict(counts.most_common()),
+    }
+
+
+def read_proof(bundle: Bundle) -> dict[str, Any] | None:
+    """The parity report that the bundle carries, or None when it was never verified.
+
+    Raises:
+        InputError: the report is not JSON.
+    """
+    path = bundle.file(PARITY)
+    if not path.is_file():
+        return None
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{path} is damaged: {error}; export the bundle anew") from error
+    if not isinstance(data, dict):
+        raise InputError(f"{path} is damaged: it holds no object; export the bundle anew")
+    return data
+
+
+def parity_line(report: Mapping[str, Any]) -> str:
+    """A parity report in one line."""
+    return "passed" if report.get("passed") else "FAILED"
