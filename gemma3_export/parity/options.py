@@ -1,0 +1,69 @@
+"""What a parity check is asked to do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from gemma3_export.errors import InputError
+
+__all__ = ["Progress", "VerifyOptions", "floor_dtype"]
+
+Progress = Callable[[str, int, int], None]  # stage, done, total
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class VerifyOptions:
+    """Everything that a report must repeat to be reproducible.
+
+    Raises:
+        InputError: a value is out of range.
+    """
+
+    seed: int = 0  # of the random token ids
+    decode_steps: int = 64  # cached single-token steps, half of them before the window's edge
+    greedy_steps: int = 24  # of these, how many tokens the reference itself chooses
+    prompt_tokens: int = 40  # longest text prompt
+    factor: float = 8.0  # how far above the noise floor an error may lie; see verdict.py
+    max_mean_kld: float = 0.01  # gate B, nats a token
+    min_top1: float = 0.93  # gate B, share of positions
+    max_perplexity_ratio: float = 1.03  # gate B
+    locate: bool = True  # look for the first diverging layer when something fails
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.seed < 2**63:
+            raise InputError(f"the parity seed is {self.seed}; it must be within 0 and 2^63")
+        for name in ("decode_steps", "prompt_tokens"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if not self.factor >= 1:
+            raise InputError(f"the parity factor is {self.factor}; it must be at least 1")
+
+
+def floor_dtype(declared: object) -> torch.dtype:
+    """The precision whose own rounding is the noise floor of a runtime of type ``declared``.
+
+    A float64 runtime is held to float32's floor: there is no better truth to measure it against.
+
+    Raises:
+        InputError: the type is unknown.
+    """
+    names = {
+        "fp16": torch.float16,
+        "float16": torch.float16,
+        "bf16": torch.bfloat16,
+        "bfloat16": torch.bfloat16,
+        "fp32": torch.float32,
+        "float32": torch.float32,
+        "fp64": torch.float32,
+        "float64": torch.float32,
+    }
+    try:
+        return names[str(declared)]
+    except KeyError:
+        # Quantised graphs (int8, q8, int4 ...) compute in float32 around dequantised weights.
+        if str(declared).startswith(("int", "q", "u")):
+            return torch.float32
+        raise InputError(f"a runtime declares the unknown element type {declared!r}") from None

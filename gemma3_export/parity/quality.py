@@ -1,0 +1,69 @@
+"""Gate B: what rounding or quantising the weights costs, against full precision.
+
+Gate A holds a runtime to the reference with the *same* weights; this gate asks what those weights
+are worth. For an fp32 bundle both are the same weights and the answer is trivial.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from gemma3_export.parity.differences import LogitDifference, compare_logits
+from gemma3_export.parity.floor import next_ids
+from gemma3_export.parity.judge import SeenLogits
+from gemma3_export.parity.options import VerifyOptions
+from gemma3_export.parity.prompts import TokenSequence
+from gemma3_export.parity.report import GateResult, MetricResult
+from gemma3_export.parity.truth import Truth
+
+__all__ = ["judge_quality", "requality"]
+
+
+def requality(seen: SeenLogits, full: Truth, sequences: Sequence[TokenSequence]) -> LogitDifference:
+    """The same observation against the full-precision model."""
+    item = seen.observation
+    return compare_logits(
+        full.logits(item.sequence, item.positions),
+        torch.from_numpy(item.logits),
+        next_ids(sequences[item.sequence], item.positions),
+    )
+
+
+def judge_quality(differences: Sequence[LogitDifference], options: VerifyOptions) -> GateResult:
+    """Divergence, agreement of the greedy choice, and perplexity, against the thresholds."""
+    all_of = LogitDifference.join(differences)
+    kld, top1 = float(all_of.kld.mean()), float(all_of.is_same_top1.mean())
+    known = np.isfinite(all_of.nll_truth)
+    lost = float((all_of.nll[known] - all_of.nll_truth[known]).mean()) if known.any() else 0.0
+    ratio = math.exp(min(lost, 700.0)) if math.isfinite(lost) else math.inf
+    metrics = (
+        MetricResult(
+            name="mean_kld",
+            value=kld,
+            limit=options.max_mean_kld,
+            passed=kld <= options.max_mean_kld,
+        ),
+        MetricResult(
+            name="top1_agreement",
+            value=top1,
+            limit=options.min_top1,
+            passed=top1 >= options.min_top1,
+            is_minimum=True,
+        ),
+        MetricResult(
+            name="perplexity_ratio",
+            value=ratio,
+            limit=options.max_perplexity_ratio,
+            passed=ratio <= options.max_perplexity_ratio,
+        ),
+    )
+    return GateResult(
+        name="quality",
+        question="How far do these weights lie from full precision?",
+        passed=all(metric.passed for metric in metrics),
+        metrics=metrics,
+    )
