@@ -11,17 +11,17 @@ import json
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 from gemma3_export import __version__
-from gemma3_export.bundle import PARITY, Graph, Manifest, write_manifest
+from gemma3_export.bundle import MANIFEST, PARITY, Bundle, Graph, Manifest, write_manifest
 from gemma3_export.config import Gemma3Config
 from gemma3_export.config_json import config_to_json
 from gemma3_export.errors import Gemma3ExportError, InputError
 from gemma3_export.reference.weights import WeightSource
-from gemma3_export.staging import refuse_existing, staged_directory
+from gemma3_export.staging import refuse_existing, staged_directory, write_text_atomically
 from gemma3_export.tokenizer import Tokenizer, load_tokenizer
 
 __all__ = [
@@ -39,6 +39,8 @@ Progress = Callable[[str, int, int], None]  # stage, done, total (bytes or steps
 class GraphWriter(Protocol):
     """Writes one executable form of the model into a bundle."""
 
+    runtime: ClassVar[str]  # the backend that runs it
+
     def size_bytes(self, config: Gemma3Config) -> int:
         """About how much room the files need."""
 
@@ -52,7 +54,7 @@ class Verification(Protocol):
     """Proves a staged bundle; called with its folder and the weights that it was made from."""
 
     def __call__(self, folder: Path, source: WeightSource) -> str:
-        """Return the text of ``parity.json``.
+        """Return the parity report as JSON.
 
         Raises:
             ParityError: the bundle does not compute what the reference computes.
@@ -79,11 +81,12 @@ def export_bundle(
     verification: Verification | None = None,
     progress: Progress | None = None,
 ) -> ExportResult:
-    """Export ``source`` as a bundle at ``output``.
+    """Export ``source`` as a bundle at ``output``, or add a graph to the bundle that is there.
 
     Args:
         source: the weights and their config.
-        output: the folder to create.
+        output: the folder to create. When it is a bundle of the same weights without a graph for
+            this runtime, the graph is added; the folder is still replaced in one step.
         writer: what kind of graph to write.
         tokenizer: None takes the one that came with the weights, if any.
         force: replace an existing folder.
@@ -96,31 +99,93 @@ def export_bundle(
         Gemma3ExportError: the disk is full or cannot be written.
     """
     report = progress or (lambda stage, done, total: None)
-    refuse_existing(output, force=force)
+    existing = None if force else extendable_bundle(output, writer.runtime, source)
+    if existing is None:
+        refuse_existing(output, force=force)
     tokenizer = tokenizer or tokenizer_of(source)
     if tokenizer is not None:
         tokenizer.check_vocab_size(source.config.vocab_size)
     require_space(output, writer.size_bytes(source.config))
     seconds: dict[str, float] = {}
-    with staged_directory(output, force=force) as folder:
+    with staged_directory(output, force=force or existing is not None) as folder:
         started = time.perf_counter()
-        write_model_files(folder, source.config, tokenizer)
+        if existing is None:
+            write_model_files(folder, source.config, tokenizer)
+        else:
+            link_files(existing, folder)
         graph, hashes = writer.write(source, folder, report)
-        report("hashing the source", 0, 1)
-        manifest = Manifest(
-            graphs=[graph], source=source.fingerprint(), versions=package_versions()
-        )
-        write_manifest(folder, manifest, hashes)
+        manifest = combine(existing, graph, source)
+        write_manifest(folder, manifest, known_hashes(existing) | hashes)
         seconds["export"] = time.perf_counter() - started
         if verification is not None:
             started = time.perf_counter()
-            (folder / PARITY).write_text(verification(folder, source), encoding="utf-8")
-            manifest.verified = True
-            known = {name: record.sha256 for name, record in manifest.files.items()}
-            write_manifest(folder, manifest, known)
+            add_proof(folder, graph.runtime, verification(folder, source))
+            manifest.graphs[-1] = replace(graph, verified=True)
+            hashes = {name: record.sha256 for name, record in manifest.files.items()}
+            hashes.pop(PARITY, None)
+            write_manifest(folder, manifest, hashes)
             seconds["parity"] = time.perf_counter() - started
         size = sum(record.size_bytes for record in manifest.files.values())
-    return ExportResult(path=output, verified=manifest.verified, size_bytes=size, seconds=seconds)
+    return ExportResult(
+        path=output, verified=verification is not None, size_bytes=size, seconds=seconds
+    )
+
+
+def extendable_bundle(output: Path, runtime: str, source: WeightSource) -> Bundle | None:
+    """The bundle at ``output``, when a graph for ``runtime`` can be added to it.
+
+    Raises:
+        InputError: it is a bundle of other weights.
+    """
+    if not (output / MANIFEST).is_file():
+        return None
+    bundle = Bundle(output)
+    if any(graph.runtime == runtime for graph in bundle.manifest.graphs):
+        return None
+    if bundle.config != source.config or bundle.manifest.source != source.fingerprint():
+        raise InputError(
+            f"{output} is a bundle of other weights, so no {runtime} graph is added to it; "
+            "choose another output, or pass --force to replace it"
+        )
+    return bundle
+
+
+def link_files(bundle: Bundle, folder: Path) -> None:
+    """Bring a bundle's files into ``folder`` without copying them, where the disk allows it.
+
+    The links are the only names of the files again once the old folder is gone.
+    """
+    bundle.check_sizes()
+    for relative in bundle.manifest.files:
+        target = folder / relative
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            target.hardlink_to(bundle.file(relative))
+        except OSError:  # a file system without hard links
+            shutil.copyfile(bundle.file(relative), target)
+
+
+def known_hashes(bundle: Bundle | None) -> dict[str, str]:
+    """Hashes of files that are taken over unchanged."""
+    if bundle is None:
+        return {}
+    return {name: record.sha256 for name, record in bundle.manifest.files.items()}
+
+
+def combine(existing: Bundle | None, graph: Graph, source: WeightSource) -> Manifest:
+    """The manifest with ``graph`` added; files are filled in when it is written."""
+    graphs = [] if existing is None else existing.manifest.graphs
+    return Manifest(
+        graphs=[*graphs, graph], source=source.fingerprint(), versions=package_versions()
+    )
+
+
+def add_proof(folder: Path, runtime: str, report: str) -> None:
+    """Add one runtime's parity report to ``parity.json``."""
+    path = folder / PARITY
+    proofs = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    proofs[runtime] = json.loads(report)
+    write_text_atomically(path, json.dumps(proofs, indent=1) + "\n")
 
 
 def tokenizer_of(source: WeightSource) -> Tokenizer | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import onnx_ir as ir
 import torch
@@ -36,6 +37,7 @@ class OnnxWriter:
     """
 
     target: str = "ort"
+    runtime: ClassVar[str] = "onnx"
     dtype: str = "fp32"
 
     def __post_init__(self) -> None:
@@ -58,7 +60,7 @@ class OnnxWriter:
         progress("tracing", 1, 1)
 
         path = folder / "onnx" / "model.onnx"
-        path.parent.mkdir()
+        path.parent.mkdir(exist_ok=True)
         data = path.with_name(path.name + "_data")
         total = source.config.num_parameters * weights_dtype.itemsize
         written = 0
@@ -73,7 +75,7 @@ class OnnxWriter:
         )
         ir.save(model, path)
         graph = Graph(
-            runtime="onnx",
+            runtime=self.runtime,
             path=path.relative_to(folder).as_posix(),
             dtype=self.dtype,
             target=self.target,

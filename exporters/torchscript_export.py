@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -41,6 +41,7 @@ class TorchScriptWriter:
         InputError: unknown dtype.
     """
 
+    runtime: ClassVar[str] = "torchscript"
     dtype: str = "fp32"
     prepack: bool = True
 
@@ -57,7 +58,7 @@ class TorchScriptWriter:
         """Load the packed weights, trace, and save ``torchscript/model.ts``."""
         dtype, cache_dtype = DTYPES[self.dtype]
         path = folder / "torchscript" / "model.ts"
-        path.parent.mkdir()
+        path.parent.mkdir(exist_ok=True)
         with torchscript(), torch.inference_mode():
             model, recipes = load_packed(source, dtype, progress)
             install_matrices(model, prepack=self.prepack)
@@ -73,7 +74,7 @@ class TorchScriptWriter:
             archive.save(str(path))
             progress("writing weights", 1, 1)
         graph = Graph(
-            runtime="torchscript",
+            runtime=self.runtime,
             path=path.relative_to(folder).as_posix(),
             dtype=self.dtype,
             target="prepacked" if self.prepack else "plain",

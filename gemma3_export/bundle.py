@@ -4,7 +4,7 @@
     onnx/model.onnx  onnx/model.onnx_data
     torchscript/model.ts
     manifest.json    format version, graphs, signature, origin and SHA-256 of everything
-    parity.json      the proof, when the export was verified
+    parity.json      the proof of each graph that was verified, by runtime
 
 Reading a bundle needs neither torch nor ONNX Runtime.
 """
@@ -72,6 +72,7 @@ class Graph:
     target: str  # portable, ort, or torchscript
     cache_dtype: DType
     weights: dict[str, WeightRecipe]  # stored tensor -> canonical weights
+    verified: bool = False  # parity.json holds this graph's proof
 
 
 @dataclass(kw_only=True, slots=True)
@@ -81,7 +82,6 @@ class Manifest:
     graphs: list[Graph]
     source: dict[str, Any]  # the fingerprint of the weights
     versions: dict[str, str]  # of the packages that made the bundle
-    verified: bool = False
     files: dict[str, FileRecord] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
 

@@ -37,7 +37,6 @@ def inspect_bundle(bundle: Bundle) -> dict[str, Any]:
         "size_bytes": sum(record.size_bytes for record in manifest.files.values()),
         "source": manifest.source,
         "versions": manifest.versions,
-        "verified": manifest.verified,
         "proof": read_proof(bundle),
     }
 
@@ -50,6 +49,7 @@ def _describe_graph(bundle: Bundle, graph: Graph) -> dict[str, Any]:
         "target": graph.target,
         "dtype": graph.dtype,
         "path": graph.path,
+        "verified": graph.verified,
         "cache_dtype": graph.cache_dtype,
         "cache_bytes_per_token": per_token,
         "cache_bytes": {str(n): per_token * n for n in CONTEXTS if n <= limit},
@@ -90,24 +90,48 @@ def _operators(bundle: Bundle, graph: Graph) -> dict[str, Any]:
     }
 
 
-def read_proof(bundle: Bundle) -> dict[str, Any] | None:
-    """The parity report that the bundle carries, or None when it was never verified.
+def read_proof(bundle: Bundle) -> dict[str, Any]:
+    """The parity reports that the bundle carries, by runtime; none when it was never verified.
 
     Raises:
         InputError: the report is not JSON.
     """
     path = bundle.file(PARITY)
     if not path.is_file():
-        return None
+        return {}
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise InputError(f"{path} is damaged: {error}; export the bundle anew") from error
-    if not isinstance(data, dict):
+    if not isinstance(data, dict) or not all(isinstance(v, dict) for v in data.values()):
         raise InputError(f"{path} is damaged: it holds no object; export the bundle anew")
     return data
 
 
 def parity_line(report: Mapping[str, Any]) -> str:
-    """A parity report in one line."""
-    return "passed" if report.get("passed") else "FAILED"
+    """A parity report, as ``parity.json`` holds it, in one line."""
+    cases = report.get("cases", [])
+    positions = sum(case["positions"] for case in cases)
+    worst = max(
+        (
+            metric["value"] / metric["floor"]
+            for case in cases
+            for metric in case["metrics"]
+            if metric["floor"] and metric["value"] is not None and "kld" not in metric["name"]
+        ),
+        default=0.0,
+    )
+    error = max(
+        (
+            metric["value"]
+            for case in cases
+            for metric in case["metrics"]
+            if metric["name"] == "logits_max_abs" and metric["value"] is not None
+        ),
+        default=0.0,
+    )
+    verdict = "passed" if report.get("passed") else "FAILED"
+    return (
+        f"{verdict}; {len(cases)} cases, {positions} positions, largest error of a logit "
+        f"{error:.2g}, worst error {worst:.2f} x the noise floor of {report['floor_dtype']}"
+    )

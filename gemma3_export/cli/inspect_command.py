@@ -106,13 +106,15 @@ def _signature_lines(specs: list[dict[str, Any]]) -> Iterator[str]:
 def _proof_lines(facts: Mapping[str, Any]) -> Iterator[str]:
     from gemma3_export.inspection import parity_line
 
-    if facts["proof"] is None:
-        yield (
-            "proof: none; the parity check was skipped. "
-            f"To check it: gemma3-export verify {facts['path']}"
-        )
-    else:
-        yield f"proof: {parity_line(facts['proof'])}"
+    for graph in facts["graphs"]:
+        runtime = graph["runtime"]
+        if graph["verified"] and runtime in facts["proof"]:
+            yield f"proof of {runtime}: {parity_line(facts['proof'][runtime])}"
+        else:
+            yield (
+                f"proof of {runtime}: none; the parity check was skipped. "
+                f"To check it: gemma3-export verify {facts['path']} --runtime {runtime}"
+            )
     yield "weights: " + json.dumps(facts["source"], indent=2).replace("\n", "\n  ")
 
 

@@ -151,4 +151,4 @@ def _parity_line(path: Path) -> str:
     from gemma3_export.bundle import PARITY
     from gemma3_export.inspection import parity_line
 
-    return parity_line(json.loads((path / PARITY).read_text(encoding="utf-8")))
+    return parity_line(json.loads((path / PARITY).read_text(encoding="utf-8"))["onnx"])
