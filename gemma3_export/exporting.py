@@ -10,20 +10,17 @@ Importing this module imports nothing heavy; calling it needs the extra ``export
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gemma3_export.errors import UnavailableError
+from gemma3_export.verifying import ParityCheck, require_packages
 
 if TYPE_CHECKING:
-    from gemma3_export.exporters.bundle_export import ExportResult, Progress, Verification
+    from gemma3_export.exporters.bundle_export import ExportResult, Progress
     from gemma3_export.reference.weights import WeightSource
     from gemma3_export.tokenizer import Tokenizer
 
 __all__ = ["export_onnx", "open_weights"]
-
-PACKAGES = ("torch", "onnx", "onnx_ir", "onnxscript")
 
 
 def open_weights(
@@ -102,26 +99,6 @@ def export_onnx(
         OnnxWriter(target=target, dtype=dtype),
         tokenizer=tokenizer,
         force=force,
-        verification=parity_check(progress) if verify else None,
+        verification=ParityCheck(runtime="onnx", progress=progress) if verify else None,
         progress=progress,
     )
-
-
-def parity_check(progress: Progress | None) -> Verification | None:
-    """The parity check as a step of an export."""
-    if importlib.util.find_spec("gemma3_export.parity.verification") is None:
-        return None
-    raise NotImplementedError
-
-
-def require_packages() -> None:
-    """Complain when the extra ``export`` is not installed.
-
-    Raises:
-        UnavailableError: naming what is missing.
-    """
-    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
-    if missing:
-        raise UnavailableError(
-            f'exporting needs {", ".join(missing)}; run: pip install "gemma3-export[export,cpu]"'
-        )

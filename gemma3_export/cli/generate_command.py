@@ -91,20 +91,16 @@ def generate(
     from gemma3_export.backends import open_runtime
     from gemma3_export.bundle import Bundle
     from gemma3_export.cli.generated_text import printer_for
-    from gemma3_export.cli.prompts import (
-        encode_prompts,
-        read_prompt,
-        read_prompt_file,
-        tokenizer_of,
-    )
+    from gemma3_export.cli.prompts import encode_prompts, read_prompt, read_prompt_file
     from gemma3_export.runtimes.generation import generate as start_generation
     from gemma3_export.runtimes.sampling import SamplingParams
+    from gemma3_export.verifying import bundle_tokenizer
 
     if sampling["seed"] is None:
         sampling["seed"] = secrets.randbits(32)  # one for all prompts, printed, so repeatable
     params = SamplingParams(**sampling)
     bundle = Bundle(bundle_path)
-    tokenizer = tokenizer_of(bundle)
+    tokenizer = bundle_tokenizer(bundle)
     texts = [*map(read_prompt, prompts), *map(read_prompt_file, prompt_files)]
     asked = encode_prompts(tokenizer, texts, id_lists, chat=chat, system=system)
     started = time.perf_counter()

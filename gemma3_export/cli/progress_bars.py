@@ -15,12 +15,14 @@ class ProgressBars:
 
     def __init__(self) -> None:
         self._bar: Any = None
-        self._stage: str | None = None
+        self._kind: str | None = None
 
     def __call__(self, stage: str, done: int, total: int) -> None:
         """Show that ``done`` of ``total`` bytes or steps of ``stage`` are behind us."""
-        if stage != self._stage:
-            self._open(stage, total)
+        kind = stage.split()[0]  # "comparing decode" goes on in the bar of "comparing prefill"
+        if kind != self._kind:
+            self._open(kind, stage, total)
+        self._bar.set_description_str(stage, refresh=False)
         self._bar.total = total
         self._bar.update(done - self._bar.n)
 
@@ -35,11 +37,11 @@ class ProgressBars:
     ) -> None:
         self._close()
 
-    def _open(self, stage: str, total: int) -> None:
+    def _open(self, kind: str, stage: str, total: int) -> None:
         from tqdm import tqdm
 
         self._close()
-        self._stage = stage
+        self._kind = kind
         is_bytes = stage in BYTE_STAGES and total > 1
         self._bar = tqdm(
             desc=stage,
@@ -53,4 +55,4 @@ class ProgressBars:
     def _close(self) -> None:
         if self._bar is not None:
             self._bar.close()
-        self._bar, self._stage = None, None
+        self._bar, self._kind = None, None

@@ -7,11 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from gemma3_export.bundle import Bundle
 from gemma3_export.errors import InputError
 from gemma3_export.tokenizer import Tokenizer
 
-__all__ = ["Prompt", "encode_prompts", "tokenizer_of"]
+__all__ = ["Prompt", "encode_prompts", "read_prompt", "read_prompt_file"]
 
 STDIN = "-"
 
@@ -22,19 +21,6 @@ class Prompt:
 
     text: str | None  # None for token ids
     token_ids: list[int]
-
-
-def tokenizer_of(bundle: Bundle) -> Tokenizer | None:
-    """The tokenizer of ``bundle``, checked against its model, or None.
-
-    Raises:
-        InputError: it is damaged, or another model's.
-    """
-    if not bundle.file("tokenizer.json").is_file():
-        return None
-    tokenizer = Tokenizer.from_folder(bundle.path)
-    tokenizer.check_vocab_size(bundle.config.vocab_size)
-    return tokenizer
 
 
 def encode_prompts(

@@ -1,0 +1,106 @@
+"""``gemma3-export verify``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from gemma3_export.cli.progress_bars import ProgressBars
+
+if TYPE_CHECKING:
+    from gemma3_export.parity import ParityReport
+
+__all__ = ["verify"]
+
+RUNTIMES = ("onnx", "torchscript", "reference")
+FAILED = 1
+EPILOG = """\b
+Examples:
+  gemma3-export verify gemma-3-270m
+  gemma3-export verify gemma-3-270m --weights google/gemma-3-270m --html report.html
+  gemma3-export verify gemma-3-270m --against transformers
+  gemma3-export verify portable-export --against ort-export --junit parity.xml
+"""
+file_option = click.Path(path_type=Path, dir_okay=False)
+
+
+@click.command(epilog=EPILOG)
+@click.argument("bundle_path", metavar="DIR", type=click.Path(path_type=Path))
+@click.option("--runtime", type=click.Choice(RUNTIMES), default="onnx", show_default=True)
+@click.option(
+    "--weights", metavar="SRC", help="The weights it should have (default: those in the bundle)."
+)
+@click.option(
+    "--against",
+    metavar="OTHER",
+    help="Another bundle, transformers, or a Hugging Face folder (default: the reference).",
+)
+@click.option("--report", "report_file", type=file_option, help="Write the report as JSON.")
+@click.option("--junit", "junit_file", type=file_option, help="Write the report as JUnit XML.")
+@click.option("--html", "html_file", type=file_option, help="Write the report as a page.")
+@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the random tokens.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+@click.option("--threads", type=click.IntRange(min=1), metavar="N", help="Threads an operator.")
+def verify(
+    bundle_path: Path,
+    runtime: str,
+    weights: str | None,
+    against: str | None,
+    report_file: Path | None,
+    junit_file: Path | None,
+    html_file: Path | None,
+    as_json: bool,
+    seed: int,
+    device: str,
+    threads: int | None,
+) -> None:
+    """Prove that a bundle computes what Gemma 3 computes with its weights.
+
+    Every file is hashed first. Then logits and all cached keys and values are compared at prefill,
+    chunked prefill and cached decoding; an error may not exceed a small multiple of the reference's
+    own rounding, which is measured in the same run. Exit code 1 when parity fails.
+    """
+    from gemma3_export.bundle import Bundle
+    from gemma3_export.exporting import open_weights
+    from gemma3_export.verifying import verify_bundle
+
+    bundle = Bundle(bundle_path)
+    source = None if weights is None else open_weights(weights)
+    with ProgressBars() as progress:
+        report = verify_bundle(
+            bundle,
+            runtime=runtime,
+            device=device,
+            threads=threads,
+            source=source,
+            against=against,
+            seed=seed,
+            progress=progress,
+        )
+    _write_reports(report, report_file, junit_file, html_file)
+    _print_report(report, as_json=as_json)
+    if not report.passed:
+        raise click.exceptions.Exit(FAILED)
+
+
+def _write_reports(
+    report: ParityReport, json_file: Path | None, junit_file: Path | None, html_file: Path | None
+) -> None:
+    from gemma3_export.parity import render_html, render_junit
+    from gemma3_export.staging import write_text_atomically
+
+    if json_file is not None:
+        write_text_atomically(json_file, report.to_json())
+    if junit_file is not None:
+        write_text_atomically(junit_file, render_junit(report))
+    if html_file is not None:
+        write_text_atomically(html_file, render_html(report))
+
+
+def _print_report(report: ParityReport, *, as_json: bool) -> None:
+    from gemma3_export.parity import render_terminal
+
+    click.echo(report.to_json() if as_json else render_terminal(report), nl=False)

@@ -1,0 +1,172 @@
+"""Check a bundle in one call: what ``gemma3-export verify`` and the end of every export run.
+
+    from gemma3_export.verifying import verify_bundle
+
+    report = verify_bundle("gemma-3-270m")
+    assert report.passed
+
+Importing this module imports nothing heavy; calling it needs the extra ``export``.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from gemma3_export.backends import open_runtime
+from gemma3_export.bundle import Bundle
+from gemma3_export.errors import InputError, ParityError, UnavailableError
+from gemma3_export.tokenizer import load_tokenizer
+
+if TYPE_CHECKING:
+    from gemma3_export.exporters.bundle_export import Progress
+    from gemma3_export.parity import ParityReport
+    from gemma3_export.reference.weights import WeightSource
+    from gemma3_export.runtimes.protocol import Runtime
+    from gemma3_export.tokenizer import Tokenizer
+
+__all__ = ["ParityCheck", "bundle_tokenizer", "require_packages", "verify_bundle"]
+
+PACKAGES = ("torch", "onnx", "onnx_ir", "onnxscript")
+TRANSFORMERS = "transformers"
+
+
+def verify_bundle(
+    bundle: Bundle | Path | str,
+    *,
+    runtime: str = "onnx",
+    device: str = "auto",
+    threads: int | None = None,
+    source: WeightSource | None = None,
+    against: str | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> ParityReport:
+    """Hold a runtime of ``bundle`` against the reference, or against another runtime.
+
+    Args:
+        bundle: an opened bundle, or its folder; all its files are hashed first.
+        runtime: which runtime of the bundle to check.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+        threads: threads inside one operator; None lets the backend choose.
+        source: the weights it should compute with; None takes those in the bundle.
+        against: another bundle's folder, ``transformers`` (which gets the bundle's weights) or a
+            Hugging Face folder; None is the reference in float64.
+        seed: of the random token ids.
+        progress: told the stage, and how far it is.
+
+    Raises:
+        InputError: the bundle is not what was exported, or the two are different models.
+        UnavailableError: a package or the device is missing.
+    """
+    require_packages()
+    from gemma3_export.exporters.onnx_weights import BundleWeights
+    from gemma3_export.parity import VerifyOptions, compare, verify
+
+    if not isinstance(bundle, Bundle):
+        bundle = Bundle(Path(bundle))
+    bundle.check_files()
+    options = VerifyOptions(seed=seed)
+    tokenizer = bundle_tokenizer(bundle)
+    candidate = open_runtime(bundle, runtime, device=device, threads=threads)
+    source = source or BundleWeights(bundle)
+    files = {name: record.sha256 for name, record in bundle.manifest.files.items()}
+    if against is None:
+        return verify(
+            candidate, source, options=options, tokenizer=tokenizer, files=files, progress=progress
+        )
+    baseline = open_baseline(against, bundle, runtime, device=device, threads=threads)
+    return compare(
+        candidate,
+        baseline,
+        source,
+        options=options,
+        tokenizer=tokenizer,
+        files=files,
+        progress=progress,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParityCheck:
+    """The parity check as the last step of an export.
+
+    It is a :class:`gemma3_export.exporters.bundle_export.Verification`, and runs on the CPU so that
+    the proof does not depend on the machine that exports.
+    """
+
+    runtime: str
+    progress: Progress | None = None
+
+    def __call__(self, folder: Path, source: WeightSource) -> str:
+        """Return the text of ``parity.json``.
+
+        Raises:
+            ParityError: naming the first case and the layer that differ.
+        """
+        from gemma3_export.parity import verify
+        from gemma3_export.parity.terminal import divergence_text, verdict_line
+
+        bundle = Bundle(folder)
+        report = verify(
+            open_runtime(bundle, self.runtime, device="cpu"),
+            source,
+            tokenizer=bundle_tokenizer(bundle),
+            files={name: record.sha256 for name, record in bundle.manifest.files.items()},
+            progress=self.progress,
+        )
+        if not report.passed:
+            where = f"; {divergence_text(report)}" if report.divergence else ""
+            raise ParityError(
+                "the export does not compute what the model computes, and nothing was kept: "
+                f"{verdict_line(report)}{where}. To look into it, export with --no-verify and run "
+                "`gemma3-export verify DIR --html report.html`"
+            )
+        return report.to_json()
+
+
+def bundle_tokenizer(bundle: Bundle) -> Tokenizer | None:
+    """The tokenizer of ``bundle``, checked against its model, or None.
+
+    Raises:
+        InputError: it is damaged, or another model's.
+    """
+    path = bundle.file("tokenizer.json")
+    if not path.is_file():
+        return None
+    tokenizer = load_tokenizer(path)
+    tokenizer.check_vocab_size(bundle.config.vocab_size)
+    return tokenizer
+
+
+def open_baseline(
+    against: str, bundle: Bundle, runtime: str, *, device: str, threads: int | None
+) -> Runtime:
+    """The runtime that ``--against`` names.
+
+    Raises:
+        InputError: it is neither a bundle nor a Hugging Face folder.
+    """
+    folder = Path(against)
+    if (folder / "manifest.json").is_file():
+        other = Bundle(folder)
+        other.check_files()
+        return open_runtime(other, runtime, device=device, threads=threads)
+    raise InputError(
+        f"--against {against!r} is neither a bundle nor {TRANSFORMERS!r} nor a Hugging Face folder"
+    )
+
+
+def require_packages() -> None:
+    """Complain when the extra ``export`` is not installed.
+
+    Raises:
+        UnavailableError: naming what is missing.
+    """
+    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UnavailableError(
+            f'this needs {", ".join(missing)}; run: pip install "gemma3-export[export,cpu]"'
+        )
