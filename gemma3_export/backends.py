@@ -60,7 +60,7 @@ def _open_reference(bundle: Bundle, device: str, threads: int | None) -> Runtime
     require_torch("reference")
     import torch
 
-    from gemma3_export.exporters.onnx_weights import BundleWeights
+    from gemma3_export.exporters.bundle_weights import open_bundle_weights
     from gemma3_export.reference.loading import load_reference
     from gemma3_export.reference.runtime import ReferenceRuntime
     from gemma3_export.runtimes.torchscript_runtime import torch_device
@@ -69,7 +69,7 @@ def _open_reference(bundle: Bundle, device: str, threads: int | None) -> Runtime
     if threads is not None:
         torch.set_num_threads(threads)
     bundle.check_sizes()
-    return ReferenceRuntime(load_reference(BundleWeights(bundle), device=place))
+    return ReferenceRuntime(load_reference(open_bundle_weights(bundle), device=place))
 
 
 def require_torch(runtime: str) -> None:

@@ -62,7 +62,7 @@ def verify_bundle(
         UnavailableError: a package or the device is missing.
     """
     require_packages()
-    from gemma3_export.exporters.onnx_weights import BundleWeights
+    from gemma3_export.exporters.bundle_weights import open_bundle_weights
     from gemma3_export.parity import VerifyOptions, compare, verify
 
     if not isinstance(bundle, Bundle):
@@ -71,7 +71,7 @@ def verify_bundle(
     options = VerifyOptions(seed=seed)
     tokenizer = bundle_tokenizer(bundle)
     candidate = open_runtime(bundle, runtime, device=device, threads=threads)
-    source = source or BundleWeights(bundle)
+    source = source or open_bundle_weights(bundle, runtime)
     files = {name: record.sha256 for name, record in bundle.manifest.files.items()}
     if against is None:
         return verify(

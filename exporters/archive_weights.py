@@ -1,0 +1,77 @@
+"""Read the canonical weights back out of a TorchScript bundle."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from gemma3_export.bundle import Bundle, WeightRecipe
+from gemma3_export.errors import InputError
+from gemma3_export.exporters.step import DecoderStep
+from gemma3_export.reference.weights import WeightSource
+from gemma3_export.runtimes.torchscript_runtime import TorchScriptRuntime
+
+__all__ = ["ArchiveWeights"]
+
+
+class ArchiveWeights(WeightSource):
+    """The weights of a bundle's TorchScript archive, which is loaded as a runtime would load it.
+
+    Raises:
+        InputError: the archive was changed, or lacks a weight that its config needs.
+    """
+
+    def __init__(self, bundle: Bundle, *, trust: bool = False) -> None:
+        self.bundle = bundle
+        self.config = bundle.config
+        self.origin = f"the TorchScript archive in {bundle.path}"
+        self.shapes = dict(self.config.weight_shapes())
+        module = TorchScriptRuntime(bundle, device="cpu", trust=trust).module
+        self.stored: dict[str, tuple[torch.Tensor, int]] = {}
+        for name, recipe in bundle.graph("torchscript").weights.items():
+            self._locate(stored_tensor(module, name), recipe)
+        if missing := self.shapes.keys() - self.stored.keys():
+            raise InputError(
+                f"{self.origin} lacks {len(missing)} weights of its config, such as "
+                f"{', '.join(sorted(missing)[:3])}; export the bundle anew"
+            )
+
+    def _locate(self, tensor: torch.Tensor, recipe: WeightRecipe) -> None:
+        start = 0
+        for name in recipe.names:
+            self.stored[name] = (tensor, start)
+            start += self.shapes.get(name, (0,))[0]
+        if tensor.shape[0] != start:
+            raise InputError(
+                f"{self.origin} stores {' + '.join(recipe.names)} with {tensor.shape[0]} rows, "
+                f"but its config needs {start}; config.json or the archive was changed"
+            )
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
+        """See :class:`gemma3_export.reference.weights.WeightSource`."""
+        tensor, first = self.stored[name]
+        stop = self.shapes[name][0] if stop is None else stop
+        if tensor.is_mkldnn:  # laid out for the CPU; the way back is exact
+            tensor = tensor.to_dense()
+        return tensor[first + start : first + stop].clone()
+
+    def stored_dtype(self, name: str) -> torch.dtype:
+        """See :class:`gemma3_export.reference.weights.WeightSource`."""
+        return self.stored[name][0].dtype
+
+    def fingerprint(self) -> dict[str, Any]:
+        """The fingerprint of the weights that the bundle was made from."""
+        return self.bundle.manifest.source
+
+
+def stored_tensor(module: Any, name: str) -> torch.Tensor:
+    """The tensor behind a parameter's name in a loaded archive, packed or not."""
+    *path, attribute = f"{DecoderStep.MODEL}.{name}".replace("lm_head.", "head.").split(".")
+    owner = module
+    for part in path:
+        owner = getattr(owner, part)
+    if hasattr(owner, "matrix"):
+        owner = owner.matrix
+    tensor: torch.Tensor = getattr(owner, attribute)
+    return tensor if tensor.numel() else owner.packed
