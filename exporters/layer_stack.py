@@ -79,6 +79,7 @@ def stack_layers(graph: ir.Graph, config: Gemma3Config, signature: Signature) ->
     end.outputs[0].replace_all_uses_with(x)
     set_interface(graph, past_inputs, present_outputs)
     remove_cuttings(graph, cuttings.values(), markers)
+    graph.opset_imports.pop(BOUNDARY_DOMAIN, None)  # no runtime knows it
 
 
 def cut_layer(graph: ir.Graph, start: ir.Node, end: ir.Node, index: int) -> Cutting:
