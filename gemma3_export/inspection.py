@@ -15,7 +15,7 @@ from typing import Any
 from gemma3_export.bundle import PARITY, Bundle, Graph
 from gemma3_export.errors import InputError
 
-__all__ = ["CONTEXTS", "cache_bytes_per_token", "inspect_bundle", "parity_line", "read_proof"]
+__all__ = ["CONTEXTS", "cache_bytes_per_token", "inspect_bundle", "parity_line", "read_proofs"]
 
 CONTEXTS = (2048, 8192, 32768)  # tokens for which the cache's size is shown
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
@@ -37,7 +37,7 @@ def inspect_bundle(bundle: Bundle) -> dict[str, Any]:
         "size_bytes": sum(record.size_bytes for record in manifest.files.values()),
         "source": manifest.source,
         "versions": manifest.versions,
-        "proof": read_proof(bundle),
+        "proofs": read_proofs(bundle),
     }
 
 
@@ -90,11 +90,11 @@ def _operators(bundle: Bundle, graph: Graph) -> dict[str, Any]:
     }
 
 
-def read_proof(bundle: Bundle) -> dict[str, Any]:
-    """The parity reports that the bundle carries, by runtime; none when it was never verified.
+def read_proofs(bundle: Bundle) -> dict[str, Any]:
+    """The parity reports that the bundle carries, by runtime; empty when it was never verified.
 
     Raises:
-        InputError: the report is not JSON.
+        InputError: the file is damaged.
     """
     path = bundle.file(PARITY)
     if not path.is_file():
@@ -104,7 +104,7 @@ def read_proof(bundle: Bundle) -> dict[str, Any]:
     except ValueError as error:
         raise InputError(f"{path} is damaged: {error}; export the bundle anew") from error
     if not isinstance(data, dict) or not all(isinstance(v, dict) for v in data.values()):
-        raise InputError(f"{path} is damaged: it holds no object; export the bundle anew")
+        raise InputError(f"{path} is damaged: it holds no objects; export the bundle anew")
     return data
 
 

@@ -19,7 +19,7 @@ from gemma3_export.errors import Gemma3ExportError
 __all__ = ["command_line", "main"]
 
 # In the order of `--help`. The command NAME is the function NAME in the module NAME_command.
-COMMANDS = ("onnx", "generate", "verify", "inspect", "bench")
+COMMANDS = ("onnx", "torchscript", "generate", "verify", "inspect", "bench")
 EPILOG = """\b
 Exit codes: 0 done, 1 failed (parity included), 2 usage or bad input,
 3 could not run (a package, device or network is missing),

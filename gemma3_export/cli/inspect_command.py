@@ -44,8 +44,9 @@ def _lines(facts: Mapping[str, Any]) -> Iterator[str]:
     for graph in facts["graphs"]:
         yield ""
         yield from _graph_lines(graph)
+        yield f"  proof: {_proof_line(graph, facts)}"
     yield ""
-    yield from _proof_lines(facts)
+    yield "weights: " + json.dumps(facts["source"], indent=2)
     yield ""
     yield from _file_lines(facts)
     yield ""
@@ -103,19 +104,13 @@ def _signature_lines(specs: list[dict[str, Any]]) -> Iterator[str]:
         yield f"    {name}: {spec['dtype']} [{axes}]{optional}"
 
 
-def _proof_lines(facts: Mapping[str, Any]) -> Iterator[str]:
+def _proof_line(graph: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
     from gemma3_export.inspection import parity_line
 
-    for graph in facts["graphs"]:
-        runtime = graph["runtime"]
-        if graph["verified"] and runtime in facts["proof"]:
-            yield f"proof of {runtime}: {parity_line(facts['proof'][runtime])}"
-        else:
-            yield (
-                f"proof of {runtime}: none; the parity check was skipped. "
-                f"To check it: gemma3-export verify {facts['path']} --runtime {runtime}"
-            )
-    yield "weights: " + json.dumps(facts["source"], indent=2).replace("\n", "\n  ")
+    if not graph["verified"]:
+        command = f"gemma3-export verify {facts['path']} --runtime {graph['runtime']}"
+        return f"NONE; the parity check was skipped. To run it: {command}"
+    return parity_line(facts["proofs"].get(graph["runtime"], {}))
 
 
 def _file_lines(facts: Mapping[str, Any]) -> Iterator[str]:
