@@ -37,11 +37,14 @@ class Case:
     is_text: bool = False
 
 
-def cases_for(runtime: Runtime, sequences: Sequences, options: VerifyOptions) -> list[Case]:
-    """All cases that this runtime and model allow."""
-    config = runtime.config
+def cases_for(
+    runtime: Runtime, config: Gemma3Config, sequences: Sequences, options: VerifyOptions
+) -> list[Case]:
+    """All cases that this runtime and model allow; ``config`` is the reference's."""
     window, long = config.sliding_window, len(sequences[LONG].ids)
-    lengths = sorted({n for n in (window - 1, window, window + 1, 2 * window + 3) if 0 < n <= long})
+    lengths = sorted(
+        {min(n, long) for n in (window - 1, window, window + 1, 2 * window + 3) if n > 0}
+    )
     cases = [
         Case(f"prefill-{n}", f"{n} tokens at once", partial(prefill, sequences=sequences, length=n))
         for n in lengths
@@ -53,7 +56,7 @@ def cases_for(runtime: Runtime, sequences: Sequences, options: VerifyOptions) ->
         Case(
             "chunked",
             f"{lengths[-1]} tokens in chunks of {chunk}, the last few one by one",
-            partial(chunked, sequences=sequences, length=lengths[-1], chunk=chunk),
+            partial(chunked, sequences=sequences, length=lengths[-1], chunk=chunk, window=window),
         ),
         Case(
             "decode",
@@ -63,7 +66,7 @@ def cases_for(runtime: Runtime, sequences: Sequences, options: VerifyOptions) ->
         Case(
             "ragged-batch",
             "three rows of different length, decoded together",
-            partial(ragged_batch, sequences=sequences),
+            partial(ragged_batch, sequences=sequences, window=window),
         ),
         Case(
             "batch",
@@ -110,9 +113,10 @@ def prefill(runtime: Runtime, *, sequences: Sequences, length: int) -> Iterator[
     yield from walk.read()
 
 
-def chunked(runtime: Runtime, *, sequences: Sequences, length: int, chunk: int) -> Iterator[Seen]:
+def chunked(
+    runtime: Runtime, *, sequences: Sequences, length: int, chunk: int, window: int
+) -> Iterator[Seen]:
     """Chunks of several tokens, which cross the window's edge, then single tokens."""
-    window = runtime.config.sliding_window
     walk = TeacherForcing(runtime, sequences, [LONG])
     singles = min(KEPT, length - 1)
     while left := length - singles - walk.fed[0]:
@@ -133,13 +137,12 @@ def decode(runtime: Runtime, *, sequences: Sequences, start: int, steps: int) ->
     yield from walk.read()
 
 
-def ragged_batch(runtime: Runtime, *, sequences: Sequences) -> Iterator[Seen]:
+def ragged_batch(runtime: Runtime, *, sequences: Sequences, window: int) -> Iterator[Seen]:
     """Rows prefilled one by one, the long one up to just before its window; then joint steps."""
     rows = [SHORT[0], LONG, SHORT[1]]
     walk = TeacherForcing(runtime, sequences, rows)
     shortest = min(len(sequences[row].ids) for row in rows)
     steps = min(BATCH_STEPS, shortest - 1)
-    window = runtime.config.sliding_window
     for index, row in enumerate(rows):
         length = len(sequences[row].ids) - steps
         if row == LONG:

@@ -134,7 +134,7 @@ def _check(
     if yardstick is None:
         yardstick = make_yardstick(candidate, source, options=options, tokenizer=tokenizer)
     options = yardstick.options
-    cases = cases_for(candidate, yardstick.sequences, options)
+    cases = cases_for(candidate, yardstick.config, yardstick.sequences, options)
     truth: Truth = yardstick.truth
     if baseline is not None:
         needed = needed_positions(candidate.config, cases, yardstick.sequences)
