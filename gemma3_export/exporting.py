@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING
 from gemma3_export.verifying import ParityCheck, require_packages
 
 if TYPE_CHECKING:
-    from gemma3_export.exporters.bundle_export import ExportResult, Progress
+    from gemma3_export.exporters.bundle_export import ExportResult, GraphWriter, Progress
     from gemma3_export.reference.weights import WeightSource
     from gemma3_export.tokenizer import Tokenizer
 
-__all__ = ["export_onnx", "open_weights"]
+__all__ = ["export_onnx", "export_torchscript", "open_weights"]
 
 
 def open_weights(
@@ -90,15 +90,77 @@ def export_onnx(
         Gemma3ExportError: the disk is full or cannot be written.
     """
     require_packages()
-    from gemma3_export.exporters.bundle_export import export_bundle
     from gemma3_export.exporters.onnx_export import OnnxWriter
+
+    return _export(
+        OnnxWriter(target=target, dtype=dtype),
+        source,
+        output,
+        tokenizer=tokenizer,
+        verify=verify,
+        force=force,
+        progress=progress,
+    )
+
+
+def export_torchscript(
+    source: WeightSource,
+    output: Path | str,
+    *,
+    dtype: str = "fp32",
+    prepack: bool = True,
+    tokenizer: Tokenizer | None = None,
+    verify: bool = True,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> ExportResult:
+    """Export ``source`` as a TorchScript bundle at ``output``, and prove it.
+
+    Args:
+        source: from :func:`open_weights`.
+        output: the folder to create, or a bundle of the same weights to add the archive to.
+        dtype: element type of weights and cache: ``fp32``, ``bf16`` or ``fp16``.
+        prepack: let the archive lay out its matrices for the CPU when it is loaded.
+        tokenizer: None takes the one that came with the weights, if any.
+        verify: check parity; without it the manifest says that the archive is unproven.
+        force: replace an existing folder.
+        progress: told the stage, and how far it is.
+
+    Raises:
+        Gemma3ExportError: as :func:`export_onnx`.
+    """
+    require_packages()
+    from gemma3_export.exporters.torchscript_export import TorchScriptWriter
+
+    return _export(
+        TorchScriptWriter(dtype=dtype, prepack=prepack),
+        source,
+        output,
+        tokenizer=tokenizer,
+        verify=verify,
+        force=force,
+        progress=progress,
+    )
+
+
+def _export(
+    writer: GraphWriter,
+    source: WeightSource,
+    output: Path | str,
+    *,
+    tokenizer: Tokenizer | None,
+    verify: bool,
+    force: bool,
+    progress: Progress | None,
+) -> ExportResult:
+    from gemma3_export.exporters.bundle_export import export_bundle
 
     return export_bundle(
         source,
         Path(output),
-        OnnxWriter(target=target, dtype=dtype),
+        writer,
         tokenizer=tokenizer,
         force=force,
-        verification=ParityCheck(runtime="onnx", progress=progress) if verify else None,
+        verification=ParityCheck(runtime=writer.runtime, progress=progress) if verify else None,
         progress=progress,
     )
