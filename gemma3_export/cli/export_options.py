@@ -1,4 +1,4 @@
-"""What all exporting commands share: where weights come from, where the bundle goes, the summary."""
+"""What exporting commands share: where weights come from, where the bundle goes, the summary."""
 
 from __future__ import annotations
 
