@@ -1,0 +1,55 @@
+"""Tiny exported bundles, each made once in a test run."""
+
+from __future__ import annotations
+
+import functools
+import tempfile
+from pathlib import Path
+
+from gemma3_export.config import Gemma3Config
+from gemma3_export.exporters.bundle_export import export_bundle
+from gemma3_export.exporters.onnx_export import OnnxWriter
+from gemma3_export.reference.weights.random_source import RandomSource
+from tests.tiny_models import tiny_config
+
+TARGETS = ("ort", "portable")
+SEED = 4
+VARIANTS: dict[str, Gemma3Config] = {
+    "irregular": tiny_config(),
+    "one sliding layer, many tokens": tiny_config(
+        num_hidden_layers=1, layer_types=("sliding_attention",), vocab_size=40_000
+    ),
+    "all full, one kv head, untied": tiny_config(
+        num_hidden_layers=3,
+        layer_types=("full_attention",) * 3,
+        num_key_value_heads=1,
+        tie_word_embeddings=False,
+    ),
+}
+
+
+def source_of(variant: str = "irregular") -> RandomSource:
+    """The weights that a bundle is made of."""
+    return RandomSource(VARIANTS[variant], SEED)
+
+
+def export_tiny(path: Path, target: str, variant: str = "irregular") -> Path:
+    """Export anew, without a tokenizer and without the parity check."""
+    return export_bundle(source_of(variant), path, OnnxWriter(target=target)).path
+
+
+def exported_bundle(target: str, variant: str = "irregular") -> Path:
+    """The bundle's folder; do not change what is in it."""
+    return export_once(target, variant)
+
+
+@functools.cache
+def export_once(target: str, variant: str) -> Path:
+    """A bundle in a folder that lives as long as the process."""
+    return export_tiny(Path(scratch().name) / f"{target} {variant}", target, variant)
+
+
+@functools.cache
+def scratch() -> tempfile.TemporaryDirectory[str]:
+    """Removed when the process ends."""
+    return tempfile.TemporaryDirectory(prefix="gemma3-export-tests-")
