@@ -112,12 +112,9 @@ def run_export(options: ExportOptions, runtime: str, description: str, export: E
         description: dtype and target, for the summary.
         export: writes the bundle.
     """
-    from gemma3_export.bundle import MANIFEST
     from gemma3_export.exporting import open_weights
-    from gemma3_export.staging import refuse_existing
 
-    if not (options.output / MANIFEST).is_file():  # a bundle may be added to
-        refuse_existing(options.output, force=options.force)
+    refuse_early(options.output, runtime, force=options.force)
     tokenizer = None if options.tokenizer_path is None else load_tokenizer(options.tokenizer_path)
     source = open_weights(
         options.weights,
@@ -138,6 +135,21 @@ def run_export(options: ExportOptions, runtime: str, description: str, export: E
         )
         parameters = source.config.num_parameters
     print_summary(result, runtime, f"{parameters / 1e6:,.1f}M parameters, {description}")
+
+
+def refuse_early(output: Path, runtime: str, *, force: bool) -> None:
+    """Complain about the output before weights are downloaded.
+
+    A bundle that has no graph for ``runtime`` yet may get one.
+    """
+    from gemma3_export.bundle import MANIFEST, Bundle
+    from gemma3_export.staging import refuse_existing
+
+    if not force and (output / MANIFEST).is_file():
+        runtimes = [graph.runtime for graph in Bundle(output).manifest.graphs]
+        if runtime not in runtimes:
+            return
+    refuse_existing(output, force=force)
 
 
 def load_tokenizer(path: str) -> Tokenizer:

@@ -1,0 +1,57 @@
+"""Fixtures that several test modules share."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from gemma3_export.config_json import config_to_json
+from gemma3_export.exporting import export_onnx, open_weights
+from tests.tiny_models import tiny_config, write_hf_folder
+from tests.tiny_tokenizers import tiny_gemma_tokenizer
+
+VOCAB_SIZE = 400
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Hugging Face folder: weights, config and a tokenizer that fits; do not change it."""
+    folder = tmp_path_factory.mktemp("weights") / "tiny"
+    write_hf_folder(folder, tiny_config(vocab_size=VOCAB_SIZE))
+    tiny_gemma_tokenizer(VOCAB_SIZE).save(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def one_layer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A ``config.json`` of a model that traces quickly, for ``--random-weights``."""
+    config = tiny_config(num_hidden_layers=1, layer_types=("sliding_attention",))
+    path = tmp_path_factory.mktemp("one layer") / "config.json"
+    path.write_text(json.dumps(config_to_json(config)), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def ort_bundle(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The ``tiny_folder`` exported for ONNX Runtime, with its proof; do not change it."""
+    return _export(tiny_folder, tmp_path_factory.mktemp("bundles"), "ort", verify=True)
+
+
+@pytest.fixture(scope="session")
+def portable_bundle(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The ``tiny_folder`` exported in standard operators, without a proof; do not change it."""
+    return _export(tiny_folder, tmp_path_factory.mktemp("bundles"), "portable", verify=False)
+
+
+@pytest.fixture(params=["ort", "portable"])
+def tiny_bundle(request: pytest.FixtureRequest) -> Path:
+    """Each target's bundle in turn, with a tokenizer; do not change it."""
+    folder: Path = request.getfixturevalue(f"{request.param}_bundle")
+    return folder
+
+
+def _export(weights: Path, parent: Path, target: str, *, verify: bool) -> Path:
+    with open_weights(str(weights)) as source:
+        return export_onnx(source, parent / target, target=target, verify=verify).path
