@@ -1,0 +1,94 @@
+"""Cross-entropy of a large vocabulary without ever holding all logits.
+
+32 windows of 128 tokens over 262,144 words would be 4 GB of float32 logits, and as much of their
+gradients. Here both exist for one chunk of tokens at a time, and the gradients of hidden states
+and head are formed in the forward pass, so nothing is computed twice.
+
+Shape suffixes: N tokens, C tokens of one chunk, D hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+__all__ = ["IGNORED_LABEL", "chunked_cross_entropy"]
+
+IGNORED_LABEL = -100
+
+
+def chunked_cross_entropy(
+    x_ND: Tensor,
+    weight_VD: Tensor,
+    labels_N: Tensor,
+    *,
+    chunk_tokens: int,
+    compute_dtype: torch.dtype,
+) -> Tensor:
+    """Mean of ``-log softmax(x @ weight.T)[label]`` over tokens whose label is not -100.
+
+    Args:
+        x_ND: hidden states after the final norm.
+        weight_VD: the head.
+        labels_N: int64 token ids.
+        chunk_tokens: tokens whose logits exist at a time.
+        compute_dtype: of the matrix products; softmax and sums are float32 or wider.
+    """
+    # Inside the function gradients are always off, so whether they are wanted is asked here.
+    needs_gradient = torch.is_grad_enabled() and (x_ND.requires_grad or weight_VD.requires_grad)
+    loss = _ChunkedCrossEntropy.apply(  # type: ignore[no-untyped-call]  # torch has no types
+        x_ND, weight_VD, labels_N, chunk_tokens, compute_dtype, needs_gradient
+    )
+    return cast("Tensor", loss)
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_ND: Tensor,
+        weight_VD: Tensor,
+        labels_N: Tensor,
+        chunk_tokens: int,
+        compute_dtype: torch.dtype,
+        needs_gradient: bool,
+    ) -> Tensor:
+        wide = torch.promote_types(compute_dtype, torch.float32)
+        grad_x_ND = torch.empty_like(x_ND, dtype=wide) if needs_gradient else None
+        grad_VD = torch.zeros_like(weight_VD, dtype=wide) if needs_gradient else None
+        total = x_ND.new_zeros((), dtype=wide)
+        kept_N = labels_N != IGNORED_LABEL
+        with torch.autocast(x_ND.device.type, enabled=False):
+            head_VD = weight_VD.to(compute_dtype)
+            for start in range(0, x_ND.shape[0], chunk_tokens):
+                part = slice(start, start + chunk_tokens)
+                x_CD, kept_C = x_ND[part].to(compute_dtype), kept_N[part]
+                target_C1 = labels_N[part].clamp(min=0)[:, None]
+                logits_CV = (x_CD @ head_VD.T).to(wide)
+                normaliser_C1 = logits_CV.logsumexp(1, keepdim=True)
+                losses_C = (normaliser_C1 - logits_CV.gather(1, target_C1))[:, 0]
+                total = total + (losses_C * kept_C).sum()
+                if grad_x_ND is None or grad_VD is None:
+                    continue
+                # The gradient of the sum is softmax minus one-hot. Its values fit half precision;
+                # those of the mean would not, so the division waits for the backward pass.
+                grad_CV = (logits_CV.sub_(normaliser_C1)).exp_()
+                grad_CV.scatter_add_(1, target_C1, -torch.ones_like(normaliser_C1))
+                grad_CV = (grad_CV * kept_C[:, None]).to(compute_dtype)
+                grad_x_ND[part] = grad_CV @ head_VD
+                grad_VD += grad_CV.T @ x_CD
+        count = kept_N.sum().clamp(min=1)
+        if needs_gradient:
+            ctx.save_for_backward(grad_x_ND, grad_VD, count)
+            ctx.dtypes = x_ND.dtype, weight_VD.dtype
+        return total / count
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:
+        grad_x_ND, grad_VD, count = ctx.saved_tensors
+        scale = grad_outputs[0] / count
+        x_dtype, weight_dtype = ctx.dtypes
+        grads = (grad_x_ND * scale).to(x_dtype), (grad_VD * scale).to(weight_dtype)
+        return (*grads, None, None, None, None)

@@ -1,0 +1,52 @@
+"""AdamW with decay on matrices only, and a learning rate that is a function of the step."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+from gemma3_export.reference.training.options import TrainOptions
+
+__all__ = ["learning_rate", "make_optimizer", "set_learning_rate"]
+
+
+def learning_rate(step: int, options: TrainOptions) -> float:
+    """Linear warm-up, then a cosine that reaches the minimum at the last step.
+
+    Args:
+        step: updates made so far; the next one uses this rate.
+        options: the peak, the minimum, and both lengths in updates, whatever is accumulated.
+    """
+    peak, lowest = options.learning_rate, options.min_learning_rate
+    if step < options.warmup_steps:
+        return peak * (step + 1) / options.warmup_steps
+    length = max(1, options.steps - 1 - options.warmup_steps)
+    progress = min(1.0, (step - options.warmup_steps) / length)
+    return lowest + (peak - lowest) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def make_optimizer(module: nn.Module, options: TrainOptions) -> torch.optim.AdamW:
+    """AdamW (Loshchilov and Hutter, arXiv:1711.05101) over all weights of ``module``.
+
+    Norms are scales around one: decay would pull them towards the wrong place.
+    """
+    matrices = [weight for weight in module.parameters() if weight.ndim > 1]
+    vectors = [weight for weight in module.parameters() if weight.ndim == 1]
+    return torch.optim.AdamW(
+        [
+            {"params": matrices, "weight_decay": options.weight_decay},
+            {"params": vectors, "weight_decay": 0.0},
+        ],
+        lr=options.learning_rate,
+        betas=(options.beta1, options.beta2),
+        eps=options.epsilon,
+        fused=True,
+    )
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Give all groups the rate of the next update."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate

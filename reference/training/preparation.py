@@ -1,0 +1,225 @@
+"""Text to token files: parallel, resumable, all or nothing.
+
+Work goes on in a hidden sibling of the output, which records after each batch of documents how far
+it is. A run that is killed leaves it there, and the next run with the same text and tokenizer goes
+on from it; the output appears under its name when it is complete.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from gemma3_export.config_json import load_json_object
+from gemma3_export.errors import Gemma3ExportError, InputError
+from gemma3_export.reference.training.documents import Document, DocumentSource, Split
+from gemma3_export.reference.training.token_data import (
+    FORMAT_VERSION,
+    META,
+    SPLITS,
+    TokenMeta,
+    open_token_data,
+    token_dtype,
+    tokenizer_fingerprint,
+)
+from gemma3_export.staging import refuse_existing, write_text_atomically
+from gemma3_export.tokenizer import Tokenizer
+
+__all__ = ["prepare_tokens"]
+
+Progress = Callable[[str, int, int], None]  # stage, done, total
+BATCH_PIECES = 512  # encoded at once, on all processors
+PLAN, STATE = "plan.json", "progress.json"
+
+
+@dataclass(kw_only=True, slots=True)
+class _State:
+    """How far a preparation is."""
+
+    pieces: int = 0  # of the source, behind us
+    last_split: str = "train"  # where the document goes that the last piece belongs to
+    tokens: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
+    documents: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
+    characters: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
+
+
+def prepare_tokens(
+    source: DocumentSource,
+    tokenizer: Tokenizer,
+    output: Path,
+    *,
+    validation_fraction: float = 0.05,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> TokenMeta:
+    """Write the tokens of ``source`` to the folder ``output``.
+
+    Every document begins with ``<bos>``, if the tokenizer has it, and ends with ``<eos>``; that is
+    how a model learns to stop. Special tokens that the text spells stay plain characters.
+
+    Args:
+        source: the texts.
+        tokenizer: stored along with the tokens.
+        output: the folder to create.
+        validation_fraction: share of characters kept from training, spread evenly over the text;
+            a source with a validation part of its own keeps that instead.
+        force: replace an existing folder.
+        progress: told the stage, and the bytes of text done and in all.
+
+    Raises:
+        InputError: the folder exists, or an interrupted preparation of it used another tokenizer
+            or other text; or a split would be empty.
+        Gemma3ExportError: the disk is full or cannot be written.
+    """
+    if not 0 <= validation_fraction < 1:
+        raise InputError(f"the validation fraction is {validation_fraction}; give 0 to below 1")
+    if tokenizer.eos_token_id is None:
+        raise InputError("the tokenizer has no <eos> or <|endoftext|> to end documents with")
+    refuse_existing(output, force=force)
+    work = output.absolute().with_name(f".{output.name}.preparing")
+    plan = {
+        "format_version": FORMAT_VERSION,
+        "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer),
+        "validation_fraction": validation_fraction,
+        "source": source.description,
+    }
+    try:
+        state = _begin(work, plan, tokenizer, force=force)
+        _encode_all(source, tokenizer, work, state, validation_fraction, progress)
+        meta = _finish(work, output, plan, state, tokenizer)
+    except OSError as error:
+        raise Gemma3ExportError(
+            f"preparing {output} failed: {error}; free some space and run it again, it goes on "
+            "where it stopped"
+        ) from error
+    return meta
+
+
+def _begin(work: Path, plan: dict[str, Any], tokenizer: Tokenizer, *, force: bool) -> _State:
+    if force or not (work / PLAN).is_file():
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir(parents=True)
+        tokenizer.save(work)
+        write_text_atomically(work / PLAN, json.dumps(plan, indent=2) + "\n")
+    found = load_json_object(work / PLAN)
+    for key, what in (
+        ("tokenizer_fingerprint", "another tokenizer"),
+        ("source", "other text"),
+        ("validation_fraction", "another validation fraction"),
+        ("format_version", "another version of this program"),
+    ):
+        if found.get(key) != plan[key]:
+            raise InputError(
+                f"an interrupted preparation in {work} used {what}; finish that one first, or "
+                "pass --force to start over"
+            )
+    if not (work / STATE).is_file():
+        return _State()
+    return _State(**load_json_object(work / STATE))
+
+
+def _encode_all(
+    source: DocumentSource,
+    tokenizer: Tokenizer,
+    work: Path,
+    state: _State,
+    fraction: float,
+    progress: Progress | None,
+) -> None:
+    dtype = token_dtype(tokenizer.vocab_size)
+    with ExitStack() as stack:
+        files: dict[str, IO[bytes]] = {}
+        for split in SPLITS:
+            files[split] = stack.enter_context((work / f"{split}.bin").open("ab"))
+            # What was written after the last record is written once more.
+            files[split].truncate(state.tokens[split] * dtype.itemsize)
+        for batch in _batches(itertools.islice(source, state.pieces, None)):
+            encoded = tokenizer.encode_ordinary_batch([piece.text for piece in batch])
+            for piece, ids in zip(batch, encoded, strict=True):
+                split = _choose_split(piece, state, fraction)
+                marked = _with_separators(piece, ids, tokenizer)
+                files[split].write(np.asarray(marked, dtype).tobytes())
+                state.tokens[split] += len(marked)
+                state.documents[split] += piece.is_end
+                state.characters[split] += len(piece.text)
+            _record(files, work, state, len(batch))
+            if progress is not None:
+                done = sum(state.characters.values())
+                progress("tokenizing", done, max(done, source.size_bytes or 0))
+
+
+def _choose_split(piece: Document, state: _State, fraction: float) -> str:
+    """Even spread: validation gets a document when its share has fallen half of one behind."""
+    if piece.split is not None:
+        state.last_split = piece.split
+    elif piece.is_start or len(piece.text) > 2**13:
+        # A long document may be divided: each piece is long enough to be judged on its own.
+        held, total = state.characters["validation"], sum(state.characters.values())
+        is_due = held + len(piece.text) / 2 <= fraction * (total + len(piece.text))
+        chosen: Split = "validation" if is_due else "train"
+        state.last_split = chosen
+    return state.last_split
+
+
+def _with_separators(piece: Document, ids: Sequence[int], tokenizer: Tokenizer) -> list[int]:
+    begin = [tokenizer.bos_token_id] if piece.is_start else []
+    end = [tokenizer.eos_token_id] if piece.is_end else []
+    return [token_id for token_id in (*begin, *ids, *end) if token_id is not None]
+
+
+def _record(files: dict[str, IO[bytes]], work: Path, state: _State, pieces: int) -> None:
+    for file in files.values():
+        file.flush()
+        os.fsync(file.fileno())
+    state.pieces += pieces
+    write_text_atomically(work / STATE, json.dumps(asdict(state)))
+
+
+def _finish(
+    work: Path, output: Path, plan: dict[str, Any], state: _State, tokenizer: Tokenizer
+) -> TokenMeta:
+    if state.tokens["train"] == 0:
+        shutil.rmtree(work, ignore_errors=True)
+        raise InputError("the text is empty; give files with some text in them")
+    if plan["validation_fraction"] > 0 and state.tokens["validation"] == 0:
+        shutil.rmtree(work, ignore_errors=True)
+        raise InputError(
+            f"{sum(state.characters.values())} characters are too few to keep "
+            f"{plan['validation_fraction']:.0%} of them for validation; give more text or "
+            "--validation-fraction 0"
+        )
+    assert tokenizer.eos_token_id is not None
+    meta = TokenMeta(
+        format_version=FORMAT_VERSION,
+        vocab_size=tokenizer.vocab_size,
+        dtype=token_dtype(tokenizer.vocab_size).name,
+        tokenizer_fingerprint=plan["tokenizer_fingerprint"],
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        tokens=state.tokens,
+        documents=state.documents,
+        characters=state.characters,
+        source=plan["source"],
+    )
+    write_text_atomically(work / META, json.dumps(meta.to_json(), indent=2) + "\n")
+    open_token_data(work)
+    for name in (PLAN, STATE):
+        (work / name).unlink()
+    if output.exists():  # empty, or to be replaced
+        shutil.rmtree(output)
+    work.rename(output)
+    return meta
+
+
+def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
+    while batch := list(itertools.islice(documents, BATCH_PIECES)):
+        yield batch
