@@ -21,6 +21,7 @@ __all__ = ["Case", "cases_for", "chunk_size"]
 LONG = 0  # index of the long random sequence
 SHORT = (1, 2)
 KEPT = 8  # logits kept of a long prefill
+CROSSING = 24  # logits kept of the chunk that crosses the window's edge
 KEEP_ALL_BYTES = 32 * 2**20  # a step keeps all its logits when they are no more than this
 BATCH_STEPS = 8
 
@@ -99,11 +100,11 @@ def chunk_size(config: Gemma3Config, length: int) -> int:
     return chunk
 
 
-def keep_of(runtime: Runtime, count: int) -> int:
+def keep_of(runtime: Runtime, count: int, least: int = KEPT) -> int:
     """Logits to keep of a step of ``count`` tokens; 0, all of them, when they are small."""
     if count * runtime.config.vocab_size * 4 <= KEEP_ALL_BYTES:
         return 0
-    return min(KEPT, count)
+    return min(least, count)
 
 
 def prefill(runtime: Runtime, *, sequences: Sequences, length: int) -> Iterator[Seen]:
@@ -122,7 +123,7 @@ def chunked(
     while left := length - singles - walk.fed[0]:
         count = min(chunk, left)
         crosses = walk.fed[0] < window <= walk.fed[0] + count
-        yield from walk.step(count, keep=0 if crosses else keep_of(runtime, count))
+        yield from walk.step(count, keep=keep_of(runtime, count, CROSSING if crosses else KEPT))
     for _ in range(singles):
         yield from walk.step(1)
     yield from walk.read()

@@ -65,26 +65,29 @@ def compare_logits(truth: Tensor, found: Tensor, next_ids: Sequence[int]) -> Log
 
 
 def _compare_block(truth: Tensor, found: Tensor, next_ids: Sequence[int]) -> LogitDifference:
-    rows = torch.arange(truth.shape[0])
     delta = found - truth
-    log_p, log_q = truth.log_softmax(-1), found.log_softmax(-1)
-    kld = (log_p.exp() * (log_p - log_q)).sum(-1)
+    p = truth.softmax(-1)
+    growth = torch.expm1(delta)
+    mean_growth = (p * growth).sum(-1)
+    # log(sum p e^d) - sum p d, arranged so that nothing cancels when the delta is tiny.
+    kld = (torch.log1p(mean_growth) - mean_growth) + (p * growth.sub_(delta)).sum(-1)
     best = truth.topk(2, dim=-1)
-    ids = torch.tensor([next_ids[row] for row in rows])
+    ids = torch.tensor(list(next_ids[: truth.shape[0]]))[:, None]
+    at = ids.clamp(min=0)
+    nll_truth = -p.gather(1, at).log()
+    nll = nll_truth - delta.gather(1, at) + torch.log1p(mean_growth)[:, None]
     is_end = ids < 0
     nan = float("nan")
-    nll_truth = (-log_p[rows, ids.clamp(min=0)]).masked_fill(is_end, nan)
-    nll = (-log_q[rows, ids.clamp(min=0)]).masked_fill(is_end, nan)
     return LogitDifference(
         max_abs=finite(delta.abs().amax(-1)),
         mean_square=finite(delta.square().mean(-1)),
-        # Cancellation may leave the divergence of two equals a few ulps below zero.
+        # Rounding may leave the divergence of two equals a little below zero.
         kld=finite(kld.clamp(min=0)),
         scale=truth.abs().amax(-1).numpy(),
         margin=(best.values[:, 0] - best.values[:, 1]).numpy(),
         is_same_top1=(found.argmax(-1) == best.indices[:, 0]).numpy(),
-        nll_truth=nll_truth.numpy(),
-        nll=nll.numpy(),
+        nll_truth=nll_truth.masked_fill(is_end, nan)[:, 0].numpy(),
+        nll=nll.masked_fill(is_end, nan)[:, 0].numpy(),
     )
 
 

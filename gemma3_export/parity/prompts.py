@@ -43,7 +43,7 @@ TEXTS = {
         '{"status": "ok", "items": [1, 2, 3]} 🎉'
     ),
 }
-SHORT_LENGTHS = (48, 23)  # two more random sequences, of different length, for batches
+SHORT_LENGTHS = (37, 20)  # two more random sequences, of different length, for batches
 
 
 @dataclass(frozen=True, slots=True)
