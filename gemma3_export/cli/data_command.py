@@ -1,0 +1,131 @@
+"""``gemma3-export data``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from gemma3_export.cli.progress_bars import ProgressBars
+
+if TYPE_CHECKING:
+    from gemma3_export.reference.training.documents import DocumentSource
+    from gemma3_export.tokenizer import Tokenizer
+
+__all__ = ["data"]
+
+TIKTOKEN_PREFIX = "tiktoken:"
+TINY_STORIES = "roneneldan/TinyStories"  # what --dataset means without a name
+EPILOG = """\b
+Examples:
+  gemma3-export data -o tokens
+  gemma3-export data book.txt articles/ --vocab-size 8192 -o tokens
+  gemma3-export data --dataset roneneldan/TinyStories --tokenizer tiktoken:gpt2 -o stories
+  gemma3-export data notes/ --tokenizer gemma-3-270m/tokenizer.json -o tokens
+"""
+
+
+@click.command(epilog=EPILOG)
+@click.argument("paths", nargs=-1, metavar="[TEXT]...", type=click.Path(path_type=Path))
+@click.option(
+    "--dataset",
+    is_flag=False,
+    flag_value=TINY_STORIES,
+    metavar="NAME",
+    help=f"A Hugging Face dataset; without a name {TINY_STORIES}.",
+)
+@click.option("--column", default="text", show_default=True, help="The dataset's column of text.")
+@click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Rows of each split.")
+@click.option(
+    "--tokenizer",
+    "tokenizer_path",
+    metavar="PATH",
+    help="tokenizer.json, its folder, a .gguf file, or tiktoken:NAME (default: a small BPE "
+    "trained on the text).",
+)
+@click.option(
+    "--vocab-size",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Tokens of the small BPE.  [default: 2048]",
+)
+@click.option(
+    "--validation-fraction",
+    type=float,
+    default=0.05,
+    show_default=True,
+    metavar="F",
+    help="Share of the text kept from training.",
+)
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), required=True, help="The folder to create."
+)
+@click.option("--force", is_flag=True, help="Replace an existing folder.")
+def data(
+    paths: tuple[Path, ...],
+    dataset: str | None,
+    column: str,
+    limit: int | None,
+    tokenizer_path: str | None,
+    vocab_size: int | None,
+    validation_fraction: float,
+    output: Path,
+    force: bool,
+) -> None:
+    """Turn text into tokens to train on.
+
+    TEXT is files and folders of UTF-8 text. Without any, and without --dataset, it is what every
+    Python has: the documentation topics and sources of its standard library. An interrupted
+    preparation goes on where it stopped when the same command is run again.
+    """
+    if paths and dataset is not None:
+        raise click.UsageError("give text or --dataset, not both")
+    if tokenizer_path is not None and vocab_size is not None:
+        raise click.UsageError("--vocab-size is for the small BPE; drop it or --tokenizer")
+
+    from gemma3_export.reference.training.preparation import prepare_tokens
+    from gemma3_export.staging import refuse_existing
+
+    refuse_existing(output, force=force)
+    source = _open_source(paths, dataset, column, limit)
+    with ProgressBars() as progress:
+        meta = prepare_tokens(
+            source,
+            _open_tokenizer(source, tokenizer_path, vocab_size or 2048),
+            output,
+            validation_fraction=validation_fraction,
+            force=force,
+            progress=progress,
+        )
+    train, held = meta.tokens["train"], meta.tokens["validation"]
+    click.echo(
+        f"{output}: {train:,} training and {held:,} validation tokens of {meta.vocab_size:,} kinds "
+        f"({meta.dtype}), {sum(meta.characters.values()) / (train + held):.2f} characters a token"
+    )
+    click.echo(f"next: gemma3-export train {output} --size demo -o run")
+
+
+def _open_source(
+    paths: tuple[Path, ...], dataset: str | None, column: str, limit: int | None
+) -> DocumentSource:
+    from gemma3_export.reference.training.documents import HubDataset, LocalFiles, PythonLibrary
+
+    if dataset is not None:
+        return HubDataset(dataset, column=column, limit=limit)
+    return LocalFiles(paths) if paths else PythonLibrary()
+
+
+def _open_tokenizer(source: DocumentSource, path: str | None, vocab_size: int) -> Tokenizer:
+    if path is None:
+        from gemma3_export.reference.training.small_bpe import train_bpe
+
+        click.echo(f"learning a vocabulary of {vocab_size:,} tokens from the text", err=True)
+        return train_bpe(source, vocab_size)
+    if path.startswith(TIKTOKEN_PREFIX):
+        from gemma3_export.tiktoken_tokenizer import load_tiktoken
+
+        return load_tiktoken(path.removeprefix(TIKTOKEN_PREFIX))
+    from gemma3_export.tokenizer import load_tokenizer
+
+    return load_tokenizer(path)

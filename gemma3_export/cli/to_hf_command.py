@@ -1,0 +1,79 @@
+"""``gemma3-export to-hf``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from gemma3_export.cli.progress_bars import ProgressBars
+
+__all__ = ["to_hf"]
+
+DTYPES = ("fp32", "fp16", "bf16")
+EPILOG = """\b
+Examples:
+  gemma3-export to-hf --weights run -o my-gemma
+  gemma3-export to-hf --weights model.gguf --dtype bf16 -o unpacked
+"""
+
+
+@click.command(name="to-hf", epilog=EPILOG)
+@click.option(
+    "--weights",
+    metavar="SRC",
+    required=True,
+    help="A run, Hub id, folder, .safetensors, .gguf or .pt file.",
+)
+@click.option(
+    "--config",
+    "config_path",
+    type=click.Path(path_type=Path),
+    help="config.json to use instead of the one that comes with the weights.",
+)
+@click.option("--revision", help="Branch, tag or commit of a Hub repository.")
+@click.option("--hf-token", metavar="TOKEN", help="Hub access token (default: HF_TOKEN or login).")
+@click.option("--tokenizer", "tokenizer_path", metavar="PATH", help="Default: the weights' own.")
+@click.option("--dtype", type=click.Choice(DTYPES), help="Default: as the weights are stored.")
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), required=True, help="The folder to create."
+)
+@click.option("--force", is_flag=True, help="Replace an existing folder.")
+def to_hf(
+    weights: str,
+    config_path: Path | None,
+    revision: str | None,
+    hf_token: str | None,
+    tokenizer_path: str | None,
+    dtype: str | None,
+    output: Path,
+    force: bool,
+) -> None:
+    """Write weights of any format as a folder that `transformers` loads."""
+    from gemma3_export.exporting import open_weights
+    from gemma3_export.staging import refuse_existing
+    from gemma3_export.tokenizer import load_tokenizer
+
+    refuse_existing(output, force=force)
+    source = open_weights(weights, config_path=config_path, revision=revision, token=hf_token)
+    tokenizer = None if tokenizer_path is None else load_tokenizer(tokenizer_path)
+
+    import torch
+
+    from gemma3_export.reference.training.model_folder import export_hf_folder
+
+    kinds = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+    with source, ProgressBars() as progress:
+        export_hf_folder(
+            source,
+            output,
+            dtype=None if dtype is None else kinds[dtype],
+            tokenizer=tokenizer,
+            force=force,
+            progress=progress,
+        )
+        click.echo(f"{output}: {source.config.num_parameters / 1e6:,.1f}M parameters")
+    click.echo(
+        f'next: python -c "from transformers import AutoModelForCausalLM as A; '
+        f"A.from_pretrained('{output}')\""
+    )

@@ -1,0 +1,54 @@
+"""The main job on the real Gemma 3 270M: weights to ONNX to text, through the command line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from gemma3_export.cli import command_line
+
+pytestmark = pytest.mark.real_weights
+CAPITALS = ("The capital of France is", "The capital of Italy is")
+
+
+def run_ok(*arguments: object) -> Result:
+    result = CliRunner().invoke(command_line, [str(argument) for argument in arguments])
+    assert result.exit_code == 0, (result.output, result.exception)
+    return result
+
+
+@pytest.fixture(scope="module")
+def real_export(real_gguf, tmp_path_factory) -> tuple[Path, str]:
+    """The bundle for ONNX Runtime, and what the export printed."""
+    output = tmp_path_factory.mktemp("real") / "270m"
+    return output, run_ok("onnx", "--weights", real_gguf, "-o", output).stdout
+
+
+def test_the_export_is_proven(real_export):
+    bundle, printed = real_export
+    assert "parity: passed" in printed
+    facts = json.loads(run_ok("inspect", bundle, "--json").stdout)
+    assert facts["model"]["parameters"] == 268_098_176
+    assert facts["graphs"][0]["verified"]
+    # the embedding is stored once
+    assert facts["files"]["onnx/model.onnx_data"]["size_bytes"] < 1.01 * 268_098_176 * 4
+
+
+def test_it_knows_some_capitals(real_export):
+    prompts = [part for text in CAPITALS for part in ("--prompt", text)]
+    printed = run_ok("generate", real_export[0], *prompts, "--max-new-tokens", 8, "--json").stdout
+    paris, rome = [json.loads(line)["text"] for line in printed.splitlines()]
+    assert "Paris" in paris
+    assert "Rome" in rome
+
+
+def test_a_batch_gives_what_single_prompts_give(real_export):
+    def tokens(*texts: str) -> list[list[int]]:
+        prompts = [part for text in texts for part in ("--prompt", text)]
+        arguments = ("generate", real_export[0], *prompts, "--max-new-tokens", 12, "--json")
+        return [json.loads(line)["token_ids"] for line in run_ok(*arguments).stdout.splitlines()]
+
+    assert tokens(*CAPITALS) == [*tokens(CAPITALS[0]), *tokens(CAPITALS[1])]
