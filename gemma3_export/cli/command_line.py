@@ -18,8 +18,19 @@ from gemma3_export.errors import Gemma3ExportError
 
 __all__ = ["command_line", "main"]
 
-# In the order of `--help`. The command NAME is the function NAME in the module NAME_command.
-COMMANDS = ("onnx", "torchscript", "generate", "verify", "inspect", "bench")
+# In the order of `--help`. The command NAME is the function NAME in the module NAME_command,
+# with _ for -.
+COMMANDS = (
+    "data",
+    "train",
+    "to-hf",
+    "onnx",
+    "torchscript",
+    "generate",
+    "verify",
+    "inspect",
+    "bench",
+)
 EPILOG = """\b
 Exit codes: 0 done, 1 failed (parity included), 2 usage or bad input,
 3 could not run (a package, device or network is missing),
@@ -43,7 +54,7 @@ class CommandLine(click.Group):
         """Import the module of ``cmd_name``."""
         if cmd_name not in self.list_commands(ctx):
             return None
-        command = getattr(importlib.import_module(_module_of(cmd_name)), cmd_name)
+        command = getattr(importlib.import_module(_module_of(cmd_name)), _identifier(cmd_name))
         assert isinstance(command, click.Command)
         return command
 
@@ -67,7 +78,11 @@ class CommandLine(click.Group):
 
 
 def _module_of(name: str) -> str:
-    return f"gemma3_export.cli.{name}_command"
+    return f"gemma3_export.cli.{_identifier(name)}_command"
+
+
+def _identifier(name: str) -> str:
+    return name.replace("-", "_")
 
 
 def _discard_stdout() -> None:
