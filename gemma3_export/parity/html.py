@@ -34,7 +34,10 @@ def render_html(report: ParityReport) -> str:
         "</div>",
         case_table(report),
         gate_table(report),
+        '<div class="pair">',
         facts("Environment", environment(report)),
+        facts("Options and timings", settings(report)),
+        "</div>",
         facts("Weights and files", {**flatten(report.source), **report.files}, folded=True),
     ]
     return (
@@ -67,7 +70,7 @@ def cards(report: ParityReport) -> str:
     error = max((point.max_abs for point in points), default=0.0)
     factor = float(str(report.options["factor"]))
     shown = [
-        (f"{worst:.2f} x", f"worst error, in units of the noise floor (limit {factor:g})"),
+        (f"{worst:.2f} &times;", f"worst error, in units of the noise floor (limit {factor:g})"),
         (number(error), "largest error of a logit"),
         (number(kld), "mean KL divergence, nats"),
         (f"{same} / {len(points)}", "same greedy token"),
@@ -152,9 +155,13 @@ def environment(report: ParityReport) -> dict[str, str]:
     """What ran where."""
     found = {f"candidate {key}": text(value) for key, value in report.candidate.items()}
     found |= {f"baseline {key}": text(value) for key, value in report.baseline.items()}
-    found |= dict(report.versions)
-    found |= {f"option {key}": text(value) for key, value in report.options.items()}
-    return found | {f"seconds, {key}": f"{value:.1f}" for key, value in report.seconds.items()}
+    return found | report.versions
+
+
+def settings(report: ParityReport) -> dict[str, str]:
+    """What was asked for, and how long it took."""
+    found = {key.replace("_", " "): text(value) for key, value in report.options.items()}
+    return found | {key: f"{value:.1f} s" for key, value in report.seconds.items()}
 
 
 def facts(title: str, items: Mapping[str, str], *, folded: bool = False) -> str:

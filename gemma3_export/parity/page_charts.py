@@ -36,12 +36,15 @@ def position_chart(report: ParityReport) -> str:
     guides = [(window - 0.5, f"window {window}")]
     if 2 * window <= last:
         guides.append((2 * window - 0.5, f"twice: {2 * window}"))
+    floors = [
+        Mark(
+            place, worst[place].floor, "noise", f"position {place}: floor {worst[place].floor:.2e}"
+        )
+        for place in places[:: max(1, len(places) // MOST_MARKS)]
+    ]
     chart = log_chart(
-        marks,
-        [
-            ("floor", [(place, worst[place].floor) for place in places]),
-            ("limit", [(0, max(limits)), (last, max(limits))]),
-        ],
+        [*floors, *marks],
+        [("limit", [(0, max(limits)), (last, max(limits))])],
         x_range=(0, last),
         x_label="position in the long sequence",
         x_ticks=ticks(last),

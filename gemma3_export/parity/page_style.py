@@ -26,6 +26,9 @@ header p { flex-basis: 100%; color: var(--soft); }
 .cards, .charts { display: grid; gap: 14px; margin-bottom: 14px; }
 .cards { grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); }
 .charts { grid-template-columns: repeat(auto-fit, minmax(min(100%, 460px), 1fr)); }
+.pair { display: grid; gap: 14px; align-items: start; margin-bottom: 14px;
+  grid-template-columns: repeat(auto-fit, minmax(min(100%, 460px), 1fr)); }
+.pair section { margin: 0; }
 section, .card { background: var(--card); border: 1px solid var(--line); border-radius: 10px;
   padding: 16px 18px; min-width: 0; }
 section { margin-bottom: 14px; } .charts section { margin: 0; }
@@ -47,12 +50,12 @@ td.wrap { white-space: normal; overflow-wrap: anywhere; text-align: left; }
   margin-right: 6px; } .legend i.dash { height: 0; width: 16px; border-radius: 0;
   border-top: 2px dashed currentColor; vertical-align: middle; }
 svg { width: 100%; height: auto; display: block; }
-svg text { font: 11px system-ui, sans-serif; fill: var(--soft); }
-svg .name { font-size: 12px; fill: var(--ink); }
-svg .axis-label { font-size: 12px; }
+svg text { font: 14px system-ui, sans-serif; fill: var(--soft); }
+svg .name { font-size: 13px; fill: var(--ink); }
+svg .axis-label { font-size: 14px; }
 svg .grid, svg .axis { stroke: var(--line); stroke-width: 1; }
 svg .guide { stroke: var(--soft); stroke-width: 1; stroke-dasharray: 2 4; }
-svg .floor { fill: none; stroke: var(--soft); stroke-width: 1.4; }
+svg .noise { fill: var(--soft); opacity: .55; }
 svg .floor-value { fill: none; stroke: var(--value); stroke-width: 1; opacity: .55; }
 svg .floor-key { fill: none; stroke: var(--key); stroke-width: 1; opacity: .55; }
 svg .limit { fill: none; stroke: var(--bad); stroke-width: 1.4; stroke-dasharray: 6 4; }

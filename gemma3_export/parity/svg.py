@@ -9,8 +9,8 @@ from html import escape
 
 __all__ = ["Bar", "LogScale", "Mark", "histogram", "log_chart", "share_bars"]
 
-WIDTH, HEIGHT = 720, 280
-LEFT, RIGHT, TOP, BOTTOM = 56, 14, 14, 40
+WIDTH, HEIGHT = 720, 320
+LEFT, RIGHT, TOP, BOTTOM = 56, 14, 14, 48
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +99,7 @@ def log_chart(
         shift = -5 if anchor == "end" else 5
         parts.append(
             f'<line class="guide" x1="{at:.1f}" y1="{TOP}" x2="{at:.1f}" y2="{HEIGHT - BOTTOM}"/>'
-            f'<text class="guide-label" x="{at + shift:.1f}" y="{TOP + 10}" '
+            f'<text class="guide-label" x="{at + shift:.1f}" y="{TOP + 12}" '
             f'text-anchor="{anchor}">{escape(label)}</text>'
         )
     for style, line in lines:
@@ -152,7 +152,7 @@ def histogram(values: Sequence[float], *, x_label: str, title: str, limit: float
 
 def share_bars(bars: Sequence[Bar], *, title: str) -> str:
     """Horizontal bars from 0 to 1, one a row."""
-    row, label_width, text_width = 24, 190, 110
+    row, label_width, text_width = 24, 210, 130
     height = row * len(bars) + 6
     full = WIDTH - label_width - text_width
     parts = []
@@ -183,7 +183,7 @@ def grid(scale: LogScale) -> Iterator[str]:
 def x_tick(x: float, label: str) -> str:
     """A label under the x axis."""
     return (
-        f'<text class="tick" x="{x:.1f}" y="{HEIGHT - BOTTOM + 17}" text-anchor="middle">'
+        f'<text class="tick" x="{x:.1f}" y="{HEIGHT - BOTTOM + 19}" text-anchor="middle">'
         f"{escape(label)}</text>"
     )
 

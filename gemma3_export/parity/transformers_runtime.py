@@ -1,0 +1,108 @@
+"""Hugging Face transformers behind the runtime protocol, as an independent baseline.
+
+Each row has its own cache, so no padding is involved; this is for comparing, not for speed.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from gemma3_export.config import Gemma3Config
+from gemma3_export.config_json import load_config
+from gemma3_export.errors import InputError, UnavailableError
+from gemma3_export.runtimes.protocol import IntArray, KVCache, LayerKV, Logits, check_capacity
+
+__all__ = ["TransformersRuntime"]
+
+
+class TransformersCache:
+    """One growing transformers cache a row."""
+
+    def __init__(self, caches: list[Any], capacity: int) -> None:
+        self.caches = caches
+        self.capacity = capacity
+        self.lengths: IntArray = np.zeros(len(caches), np.int64)
+
+    @property
+    def batch_size(self) -> int:
+        """Rows."""
+        return len(self.caches)
+
+    def read(self, row: int) -> list[LayerKV]:
+        """One (key, value) a layer, each [K, L, H] float32."""
+        return [
+            (layer.keys[0].float().numpy(), layer.values[0].float().numpy())
+            for layer in self.caches[row].layers
+        ]
+
+
+class TransformersRuntime:
+    """A :class:`gemma3_export.runtimes.protocol.Runtime` over ``AutoModelForCausalLM``.
+
+    Args:
+        folder: a text model as Hugging Face writes it, ``config.json`` and safetensors.
+        dtype: precision to compute in.
+
+    Raises:
+        UnavailableError: transformers is not installed.
+        InputError: it cannot load the folder.
+    """
+
+    name = "transformers"
+
+    def __init__(self, folder: Path, dtype: torch.dtype = torch.float32) -> None:
+        try:
+            import transformers
+        except ImportError as error:
+            raise UnavailableError(
+                "comparing with transformers needs it; run: pip install transformers"
+            ) from error
+        self.config: Gemma3Config = load_config(folder / "config.json")
+        self.transformers = transformers
+        self.dtype = dtype
+        try:
+            self.model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+        except (OSError, ValueError) as error:
+            raise InputError(f"transformers cannot load {folder}: {error}") from error
+        self.model.eval()
+
+    def describe(self) -> dict[str, object]:
+        """Versions and device really used."""
+        return {
+            "runtime": self.name,
+            "transformers": self.transformers.__version__,
+            "torch": torch.__version__,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "device": str(self.model.device),
+        }
+
+    def new_cache(self, batch_size: int, capacity: int) -> KVCache:
+        """See :class:`gemma3_export.runtimes.protocol.Runtime`."""
+        # Without a config all layers keep all tokens, so that every key can be compared.
+        caches = [self.transformers.DynamicCache() for _ in range(batch_size)]
+        return TransformersCache(caches, capacity)
+
+    @torch.inference_mode()
+    def step(
+        self, input_ids: IntArray, cache: KVCache, *, num_logits: int, row: int | None = None
+    ) -> Logits:
+        """See :class:`gemma3_export.runtimes.protocol.Runtime`."""
+        assert isinstance(cache, TransformersCache)
+        new = input_ids.shape[1]
+        check_capacity(cache, new, row)
+        rows = range(cache.batch_size) if row is None else [row]
+        found = []
+        for index, r in enumerate(rows):
+            output = self.model(
+                input_ids=torch.from_numpy(input_ids[index : index + 1]),
+                past_key_values=cache.caches[r],
+                use_cache=True,
+                logits_to_keep=num_logits,
+            )
+            cache.lengths[r] += new
+            found.append(output.logits.float().numpy())
+        return np.concatenate(found)
