@@ -1,0 +1,106 @@
+"""Retrain the bundled demo model from nothing, offline, and hold it to the recorded loss.
+
+    python -m gemma3_export.reference.training.demo -o build/demo
+
+The text is Python's own library, the tokenizer a small BPE learned from it. ``--install`` replaces
+the bundled model by the result.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+
+import gemma3_export
+from gemma3_export.cli.progress_bars import ProgressBars
+from gemma3_export.config_json import load_json_object
+from gemma3_export.errors import Gemma3ExportError
+from gemma3_export.reference.training.documents import PythonLibrary
+from gemma3_export.reference.training.logbook import LOG
+from gemma3_export.reference.training.model_folder import export_hf_folder
+from gemma3_export.reference.training.options import TrainOptions
+from gemma3_export.reference.training.preparation import prepare_tokens
+from gemma3_export.reference.training.runs import RECORD, resume_training, train
+from gemma3_export.reference.training.small_bpe import train_bpe
+from gemma3_export.reference.training.starting import DEMO
+from gemma3_export.reference.weights import open_weights
+
+__all__ = ["DEMO_FOLDER", "DEMO_OPTIONS", "DEMO_VOCAB_SIZE", "retrain_demo"]
+
+DEMO_FOLDER = Path(gemma3_export.__file__).parent / "demo_model"
+DEMO_VOCAB_SIZE = 2048
+DEMO_OPTIONS = TrainOptions(
+    steps=2000,
+    batch_size=8,
+    context_length=256,
+    learning_rate=3e-3,
+    min_learning_rate=1e-4,
+    warmup_steps=100,
+    eval_interval=200,
+    eval_batches=24,
+    sample_interval=400,
+    sample_prompt="def ",
+    checkpoint_interval=200,
+    seed=2026,
+)
+TOLERANCE = 0.02  # of the recorded validation loss
+COPIED = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", LOG)
+
+
+def retrain_demo(folder: Path) -> float:
+    """Prepare the data, train (or go on), and return the best validation loss.
+
+    Raises:
+        Gemma3ExportError: the loss is no number any more, or the disk is full.
+    """
+    tokens, run = folder / "tokens", folder / "run"
+    if not tokens.exists():
+        source = PythonLibrary()
+        with ProgressBars() as progress:
+            bpe = train_bpe(source, DEMO_VOCAB_SIZE)
+            prepare_tokens(source, bpe, tokens, progress=progress)
+    if (run / "checkpoints").is_dir():
+        result = resume_training(run, data_path=tokens, report=click.echo)
+    else:
+        result = train(tokens, run, DEMO_OPTIONS, size=DEMO, force=True, report=click.echo)
+    return result.progress.best_validation_loss
+
+
+def install(run: Path) -> None:
+    """Make the model of ``run`` the bundled one: bfloat16 weights, and how they came about."""
+    record = load_json_object(run / RECORD)
+    del record["data_path"]  # a folder of this machine
+    with open_weights(str(run)) as source:
+        export_hf_folder(source, DEMO_FOLDER, dtype=torch.bfloat16, force=True)
+    for name in COPIED:
+        shutil.copyfile(run / name, DEMO_FOLDER / name)
+    (DEMO_FOLDER / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+@click.command()
+@click.option("-o", "--output", type=click.Path(path_type=Path), required=True)
+@click.option("--install", "is_to_install", is_flag=True, help="Replace the bundled model.")
+def main(output: Path, is_to_install: bool) -> None:
+    """Retrain the demo model; fails if it is more than 2 % worse than recorded."""
+    loss = retrain_demo(output)
+    if is_to_install:
+        install(output / "run")
+        click.echo(f"installed: validation loss {loss:.4f}")
+        return
+    recorded: dict[str, Any] = load_json_object(DEMO_FOLDER / RECORD)
+    expected = recorded["result"]["best_validation_loss"]
+    click.echo(
+        f"validation loss {loss:.4f}, recorded {expected:.4f} ({loss / expected - 1:+.2%}; "
+        f"recorded with Python {recorded['versions']['python']})"
+    )
+    if loss > expected * (1 + TOLERANCE):
+        raise Gemma3ExportError(f"the validation loss is more than {TOLERANCE:.0%} above")
+
+
+if __name__ == "__main__":
+    main()
