@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -10,9 +11,11 @@ import torch
 
 from gemma3_export.bundle import Graph, WeightRecipe, sha256_of
 from gemma3_export.config import Gemma3Config
+from gemma3_export.config_json import config_to_json
 from gemma3_export.exporters.bundle_export import Progress, require_dtype
 from gemma3_export.exporters.packing import weight_recipes
 from gemma3_export.exporters.step import DecoderStep, example_inputs
+from gemma3_export.exporters.torchscript_debug import drop_source_paths
 from gemma3_export.exporters.torchscript_modules import TorchScriptGemma3, install_matrices
 from gemma3_export.reference.weights import WeightSource, check_finite
 from gemma3_export.runtimes.torchscript_support import torchscript
@@ -71,7 +74,10 @@ class TorchScriptWriter:
             )
             progress("tracing", 1, 1)
             progress("writing weights", 0, 1)
-            archive.save(str(path))
+            # A service that has nothing but the archive learns shapes and stop tokens from it.
+            config = json.dumps(config_to_json(source.config), indent=2)
+            archive.save(str(path), _extra_files={"config.json": config})
+            drop_source_paths(path)
             progress("writing weights", 1, 1)
         graph = Graph(
             runtime=self.runtime,

@@ -17,7 +17,7 @@ from gemma3_export.errors import Gemma3ExportError, InputError, UnavailableError
 from gemma3_export.runtimes.device import parse_device
 from gemma3_export.runtimes.protocol import IntArray, KVCache, Logits, check_capacity
 from gemma3_export.runtimes.torch_cache import TorchCache, as_numpy
-from gemma3_export.runtimes.torchscript_support import torchscript
+from gemma3_export.runtimes.torchscript_support import executor_for, torchscript
 
 __all__ = ["TorchScriptRuntime", "torch_device"]
 
@@ -94,7 +94,7 @@ class TorchScriptRuntime:
         check_capacity(cache, new, row)
         mask, past = cache.prepare(new, row)
         ids = torch.from_numpy(input_ids).to(self.device)
-        with torchscript():
+        with executor_for(self.device):
             try:
                 logits, *present = self.module(ids, mask, past, torch.tensor([num_logits]))
             except RuntimeError as error:

@@ -9,12 +9,16 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import TYPE_CHECKING
 
 from gemma3_export.errors import UnavailableError
 
-__all__ = ["torchscript"]
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["executor_for", "torchscript"]
 
 FIRST_UNSUPPORTED_PYTHON = (3, 14)
 
@@ -42,3 +46,19 @@ def torchscript() -> Iterator[None]:
         warnings.filterwarnings("ignore", message=r".*torch\.jit.*", category=FutureWarning)
         warnings.filterwarnings("ignore", category=torch.jit.TracerWarning)  # type: ignore[attr-defined]
         yield
+
+
+def executor_for(device: torch.device) -> AbstractContextManager[None]:
+    """The graph executor as it suits ``device``, for the steps that run inside the context.
+
+    On a CPU its specialisation makes the first steps several times as slow and no later step
+    faster: nearly all time is spent inside a few large operators. On a GPU it fuses small kernels,
+    so there it stays as torch sets it.
+    """
+    import torch
+
+    if device.type != "cpu":
+        return nullcontext()
+    optimized_execution: Callable[[bool], AbstractContextManager[None]]
+    optimized_execution = torch.jit.optimized_execution  # type: ignore[attr-defined]
+    return optimized_execution(False)
