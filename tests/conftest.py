@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from gemma3_export.config_json import config_to_json
 from gemma3_export.exporting import export_onnx, open_weights
@@ -14,6 +15,9 @@ from tests.tiny_tokenizers import tiny_gemma_tokenizer
 
 REPOSITORY = Path(__file__).parent.parent
 VOCAB_SIZE = 400
+
+# Tiny matrices are slower on two threads than on one, and far slower on a busy machine.
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
