@@ -14,7 +14,7 @@ from gemma3_export.parity.page_charts import (
 )
 from gemma3_export.parity.page_style import STYLE
 from gemma3_export.parity.report import MetricResult, ParityReport
-from gemma3_export.parity.terminal import HEADER, case_row, described, worst_ratio
+from gemma3_export.parity.terminal import HEADER, case_row, described, times, worst_ratio
 
 __all__ = ["render_html"]
 
@@ -70,7 +70,7 @@ def cards(report: ParityReport) -> str:
     error = max((point.max_abs for point in points), default=0.0)
     factor = float(str(report.options["factor"]))
     shown = [
-        (f"{worst:.2f} &times;", f"worst error, in units of the noise floor (limit {factor:g})"),
+        (f"{times(worst)} &times;", f"worst error, in units of the noise floor (limit {factor:g})"),
         (number(error), "largest error of a logit"),
         (number(kld), "mean KL divergence, nats"),
         (f"{same} / {len(points)}", "same greedy token"),

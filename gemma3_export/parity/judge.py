@@ -2,9 +2,10 @@
 
 The rule (gate A): an error may be ``factor`` times the noise floor, the reference's own error in
 the runtime's precision at the same places. Two correct implementations differ in the order of their
-sums, so their errors have the same size but not the same value; measured over seeds, shapes and
-backends, the largest ratio is below 4, and the smallest that a real defect gives is above 100.
-``factor`` 8 lies between. The divergence is quadratic in the error, so its factor is squared.
+sums, so their errors have the same size but not the same value. Measured: 1.8 is the largest ratio
+of 54 correct tiny runtimes (three shapes, six seeds, three backends), 3.2 that of the real 270M;
+the subtlest of 24 real defects (GELU without its tanh form) gives 600. ``factor`` 8 leaves room on
+both sides. The divergence is quadratic in the error, so its factor is squared.
 
 A tiny guard keeps the rule sensible where the floor is zero: two units in the last place of the
 largest expected number.

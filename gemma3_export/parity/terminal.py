@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from gemma3_export.parity.report import CaseResult, MetricResult, ParityReport
 
-__all__ = ["render_terminal", "verdict_line"]
+__all__ = ["HEADER", "case_row", "described", "render_terminal", "times", "verdict_line"]
 
 HEADER = (
     "case",
@@ -21,6 +21,9 @@ HEADER = (
 )
 
 
+SHOWN_FAILURES = 9
+
+
 def render_terminal(report: ParityReport) -> str:
     """What was compared, how close it came, and the verdict on the last line."""
     compared = f"{described(report.candidate)} against {described(report.baseline)}"
@@ -33,7 +36,10 @@ def render_terminal(report: ParityReport) -> str:
     for gate in report.gates:
         lines.append(f"{gate.name}: {'pass' if gate.passed else 'FAIL'}  ({gate.question})")
         lines += [f"  {metric_text(metric)}" for metric in gate.metrics]
-    lines += [f"  {line}" for line in failures(report)]
+    failed = list(failures(report))
+    lines += [f"  {line}" for line in failed[:SHOWN_FAILURES]]
+    if len(failed) > SHOWN_FAILURES:
+        lines.append(f"  and {len(failed) - SHOWN_FAILURES} more, see the JSON report")
     if report.divergence is not None:
         lines += ["", divergence_text(report)]
     return "\n".join([*lines, "", verdict_line(report), ""])
@@ -50,7 +56,7 @@ def verdict_line(report: ParityReport) -> str:
         tied = f", {ties} ties" if ties else ""
         return (
             f"PASS  {cases} cases, {positions} positions, every KV tensor; worst error "
-            f"{worst:.2f} x the noise floor (limit {report.options['factor']:g}){tied}, "
+            f"{times(worst)} x the noise floor (limit {report.options['factor']:g}){tied}, "
             f"{seconds:.1f} s"
         )
     bad = [case.name for case in report.cases if not case.passed]
@@ -93,12 +99,17 @@ def case_row(case: CaseResult) -> tuple[str, ...]:
         str(case.positions),
         f"{error.value:.2e}",
         f"{error.floor:.2e}",
-        "" if error.ratio is None else f"{error.ratio:.2f}",
-        f"{max(caches):.2f}" if caches else "",
+        "" if error.ratio is None else times(error.ratio),
+        times(max(caches)) if caches else "",
         f"{kld.value:.1e}",
         f"{same}/{case.positions}{ties}",
         "pass" if case.passed else "FAIL",
     )
+
+
+def times(ratio: float) -> str:
+    """A multiple of the floor, short even when it is absurd."""
+    return f"{ratio:.2f}" if ratio < 1000 else f"{ratio:.1e}"
 
 
 def worst_ratio(case: CaseResult) -> float | None:
@@ -112,7 +123,7 @@ def worst_ratio(case: CaseResult) -> float | None:
 
 
 def failures(report: ParityReport) -> Iterator[str]:
-    """Every metric beyond its limit, in the cases where no more than the table says it."""
+    """Every metric beyond its limit."""
     for case in report.cases:
         for metric in case.metrics:
             if not metric.passed:
