@@ -12,10 +12,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
 
 from gemma3_export.parity.observations import CacheRead, Observation, Seen
 from gemma3_export.parity.prompts import TokenSequence
 from gemma3_export.runtimes.protocol import IntArray, Runtime
+from gemma3_export.runtimes.torch_cache import as_numpy
 
 __all__ = ["accepts_padding", "padded_batch"]
 
@@ -24,7 +26,7 @@ FloatArray = np.ndarray[Any, np.dtype[np.floating[Any]]]
 
 def accepts_padding(runtime: Runtime) -> bool:
     """Whether this module knows how to feed padding to ``runtime``."""
-    return runtime.name in ("onnx", "reference")
+    return runtime.name in ("onnx", "torchscript", "reference")
 
 
 def padded_batch(
@@ -68,9 +70,16 @@ def _forward(runtime: Any, ids: IntArray, mask: IntArray) -> tuple[FloatArray, l
             feeds[spec.name] = np.zeros(empty, spec.dtype)
         logits, *present = runtime.session.run([spec.name for spec in signature.outputs], feeds)
         return logits, present
-    import torch
-
+    tokens, ones = (torch.from_numpy(array).to(runtime.device) for array in (ids, mask))
     with torch.inference_mode():
-        output = runtime.model(torch.from_numpy(ids), torch.from_numpy(mask))
-    present = [tensor.float().numpy() for pair in output.past_key_values for tensor in pair]
-    return output.logits.numpy(), present
+        if runtime.name == "torchscript":
+            shape = (ids.shape[0], runtime.config.num_key_value_heads, 0, runtime.config.head_dim)
+            past = [
+                torch.zeros(shape, dtype=runtime.dtype, device=runtime.device)
+                for _ in range(2 * runtime.config.num_hidden_layers)
+            ]
+            logits, *tensors = runtime.module(tokens, ones, past, torch.tensor([0]))
+        else:
+            output = runtime.model(tokens, ones)
+            logits, tensors = output.logits, [t for pair in output.past_key_values for t in pair]
+    return as_numpy(logits), [as_numpy(tensor) for tensor in tensors]

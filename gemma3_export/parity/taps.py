@@ -64,13 +64,13 @@ def tap_model(model: Gemma3, ids: IntArray, past: list[KeyValue] | None = None) 
         if isinstance(layer.self_attn.o_proj, nn.Module)
     ]
     try:
-        output = model(torch.from_numpy(ids)[None], None, past)
+        output = model(torch.from_numpy(ids)[None].to(model.head_weight.device), None, past)
     finally:
         for handle in handles:
             handle.remove()
     for index, (key, _) in enumerate(output.past_key_values):
         taps[Tap(index, ROTARY_KEY)] = flat(key[0, :, -len(ids) :].transpose(0, 1))
-    taps[Tap(None, "head")] = output.logits[0]
+    taps[Tap(None, "head")] = output.logits[0].cpu()
     return taps
 
 
@@ -90,7 +90,7 @@ def tapped_step(runtime: Runtime) -> Callable[[IntArray, IntArray], Taps] | None
 def _tap_after(model: Gemma3, before: IntArray, new: IntArray) -> Taps:
     past = None
     if len(before):
-        ids = torch.from_numpy(before)[None]
+        ids = torch.from_numpy(before)[None].to(model.head_weight.device)
         past = model(ids, None, None, num_logits_to_keep=1).past_key_values
     return tap_model(model, new, past)
 
@@ -121,5 +121,5 @@ def _keep_input(taps: Taps, tap: Tap, module: nn.Module, inputs: tuple[Tensor]) 
 
 
 def flat(value: Tensor) -> Tensor:
-    """[T, ...] to [T, C]."""
-    return value.reshape(value.shape[0], -1).clone()
+    """[T, ...] to a copy [T, C] on the CPU."""
+    return value.reshape(value.shape[0], -1).to("cpu", copy=True)
