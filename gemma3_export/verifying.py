@@ -11,12 +11,13 @@ Importing this module imports nothing heavy; calling it needs the extra ``export
 from __future__ import annotations
 
 import importlib.util
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gemma3_export.backends import open_runtime
-from gemma3_export.bundle import Bundle
+from gemma3_export.bundle import MANIFEST, Bundle
 from gemma3_export.errors import InputError, ParityError, UnavailableError
 from gemma3_export.tokenizer import load_tokenizer
 
@@ -77,7 +78,7 @@ def verify_bundle(
         return verify(
             candidate, source, options=options, tokenizer=tokenizer, files=files, progress=progress
         )
-    baseline = open_baseline(against, bundle, runtime, device=device, threads=threads)
+    baseline = open_baseline(against, source, runtime, device=device, threads=threads)
     return compare(
         candidate,
         baseline,
@@ -142,21 +143,33 @@ def bundle_tokenizer(bundle: Bundle) -> Tokenizer | None:
 
 
 def open_baseline(
-    against: str, bundle: Bundle, runtime: str, *, device: str, threads: int | None
+    against: str, source: WeightSource, runtime: str, *, device: str, threads: int | None
 ) -> Runtime:
-    """The runtime that ``--against`` names.
+    """The runtime that ``against`` names: see :func:`verify_bundle`.
 
     Raises:
         InputError: it is neither a bundle nor a Hugging Face folder.
+        UnavailableError: transformers is not installed.
     """
     folder = Path(against)
-    if (folder / "manifest.json").is_file():
+    if (folder / MANIFEST).is_file():
         other = Bundle(folder)
         other.check_files()
         return open_runtime(other, runtime, device=device, threads=threads)
-    raise InputError(
-        f"--against {against!r} is neither a bundle nor {TRANSFORMERS!r} nor a Hugging Face folder"
-    )
+    from gemma3_export.parity.transformers_runtime import TransformersRuntime
+
+    if (folder / "config.json").is_file():
+        return TransformersRuntime(folder)
+    if against != TRANSFORMERS:
+        raise InputError(
+            f"{against!r} is neither a bundle nor a Hugging Face folder; give one of them, or "
+            f"{TRANSFORMERS!r} to compare with that package"
+        )
+    from gemma3_export.reference.training.model_folder import export_hf_folder
+
+    with tempfile.TemporaryDirectory(prefix="gemma3-export-") as parent:
+        export_hf_folder(source, Path(parent) / "model", dtype=None)
+        return TransformersRuntime(Path(parent) / "model")
 
 
 def require_packages() -> None:

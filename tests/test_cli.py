@@ -262,6 +262,20 @@ def test_verify_against_another_bundle(ort_bundle, portable_bundle):
     assert json.loads(result.stdout)["baseline"]["target"] == "ort"
 
 
+@pytest.mark.parametrize("is_folder", [False, True], ids=["its weights", "a folder"])
+def test_verify_against_transformers(ort_bundle, tiny_folder, is_folder):
+    pytest.importorskip("transformers")
+    other = tiny_folder if is_folder else "transformers"
+    result = run_ok("verify", ort_bundle, "--against", other, "--json")
+    assert json.loads(result.stdout)["baseline"]["runtime"] == "transformers"
+
+
+def test_verify_against_nothing_known(ort_bundle, tmp_path):
+    result = run("verify", ort_bundle, "--against", tmp_path / "nothing")
+    assert result.exit_code == 2
+    assert "neither a bundle nor" in result.stderr
+
+
 def test_verify_fails_for_other_weights(ort_bundle, tmp_path):
     write_hf_folder(tmp_path / "other", Bundle(ort_bundle).config, seed=9)
     result = run("verify", ort_bundle, "--weights", tmp_path / "other", "--report", tmp_path / "r")
