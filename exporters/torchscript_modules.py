@@ -41,10 +41,11 @@ class MatrixEmbedding(ScaledEmbedding):
     """Token embedding out of a :class:`Matrix` that it shares with the head."""
 
     matrix: nn.Module
+    scale: float  # sqrt(D) rounded to the weights' dtype
 
-    def lookup(self, ids_BT: Tensor) -> Tensor:
-        """[B, T] token ids to unscaled [B, T, D]."""
-        return self.matrix.rows(ids_BT)  # type: ignore[no-any-return,operator]
+    def forward(self, ids_BT: Tensor) -> Tensor:
+        """[B, T] token ids to [B, T, D]; a tensor for the scale would be bound to a device."""
+        return self.matrix.rows(ids_BT) * self.scale  # type: ignore[no-any-return,operator]
 
 
 class MatrixHead(LMHead):
@@ -107,8 +108,11 @@ def install_matrices(model: TorchScriptGemma3, *, prepack: bool) -> None:
             module.matrix = torch.jit.script(make(module.weight.data, False))
             del module.weight
     embedding = model.model.embed_tokens
+    assert isinstance(embedding, MatrixEmbedding)
     table = torch.jit.script(make(embedding.weight.data, True))
     embedding.matrix = table
+    scale = torch.tensor(embedding.hidden_size**0.5, dtype=torch.float32)
+    embedding.scale = float(scale.to(embedding.weight.dtype))
     if model.config.tie_word_embeddings:
         model.head = MatrixHead(table)
     else:
