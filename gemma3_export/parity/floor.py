@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from gemma3_export.parity.differences import (
+    BLOCK,
     LogitDifference,
     TensorDifference,
     compare_logits,
@@ -43,14 +44,14 @@ class NoiseFloor:
     def logits(self, sequence: int, positions: IntArray) -> LogitDifference:
         """At each of ``positions``."""
         new = [int(p) for p in positions if (sequence, int(p)) not in self._logits]
-        if new:
-            wanted = np.array(new)
+        for start in range(0, len(new), BLOCK):
+            wanted = np.array(new[start : start + BLOCK])
             found = compare_logits(
                 self.truth.logits(sequence, wanted),
                 self.noisy.logits(sequence, wanted),
                 next_ids(self.sequences[sequence], wanted),
             )
-            for row, position in enumerate(new):
+            for row, position in enumerate(wanted.tolist()):
                 self._logits[sequence, position] = take(found, row)
         return LogitDifference.join([self._logits[sequence, int(p)] for p in positions])
 

@@ -58,10 +58,10 @@ def needed_positions(
 ) -> dict[int, set[int]]:
     """The positions of each sequence whose logits some case compares."""
     runtime = PlanningRuntime(config)
-    # The padded case goes below the protocol, and compares all of its two sequences.
-    needed = {index: set(range(len(sequences[index].ids))) for index in SHORT}
+    needed: dict[int, set[int]] = {}
     for case in cases:
-        if case.name == "padded":
+        if case.name == "padded":  # goes below the protocol, and compares all of two sequences
+            needed |= {index: set(range(len(sequences[index].ids))) for index in SHORT}
             continue
         for seen in case.run(runtime):
             if isinstance(seen, Observation):

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 
+import numpy as np
 import torch
 
 from gemma3_export import __version__
@@ -191,6 +192,7 @@ def run_cases(
     for index, case in enumerate(cases):
         progress(f"comparing {case.name}", index, len(cases))
         started = time.perf_counter()
+        prepare_floor(case, yardstick)
         result, seen = judge_case(case, case.run(candidate), truth, yardstick.floor, limits)
         outcome.cases.append(result)
         if case.is_text or not has_text:  # quality on text, where there is text
@@ -198,6 +200,13 @@ def run_cases(
         outcome.seconds[case.name] = time.perf_counter() - started
     progress("comparing", len(cases), len(cases))
     return outcome
+
+
+def prepare_floor(case: Case, yardstick: Yardstick) -> None:
+    """Compute what a case will need in blocks: one position at a time would read the head anew."""
+    needed = needed_positions(yardstick.config, [case], yardstick.sequences)
+    for sequence, positions in needed.items():
+        yardstick.floor.logits(sequence, np.array(sorted(positions)))
 
 
 def quality_of(part: SeenLogits, full: Truth | None, yardstick: Yardstick) -> LogitDifference:
