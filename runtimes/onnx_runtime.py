@@ -49,9 +49,8 @@ class OnnxRuntime:
         self.signature: Signature = bundle.signature(graph)
         self.target = graph.target
         self.dtype = graph.dtype
-        self.session, self.device = open_session(
-            bundle.file(graph.path), device=device, threads=threads
-        )
+        self.path = bundle.file(graph.path)
+        self.session, self.device = open_session(self.path, device=device, threads=threads)
         self.threads = threads
         self._check_interface(bundle.path)
 

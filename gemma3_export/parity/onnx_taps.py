@@ -7,7 +7,6 @@ their operator and their order within a layer; a graph that does not have them y
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -50,7 +49,7 @@ class OnnxTaps:
                 'naming the diverging layer needs onnx; run: pip install "gemma3-export[export]"'
             ) from error
         self.runtime = runtime
-        path = Path(runtime.session._model_path)
+        path = runtime.path
         model = onnx.load(path, load_external_data=False)
         self.names = tap_names(model.graph.node)
         known = {value.name for value in model.graph.output}
