@@ -23,7 +23,7 @@ DEMO = "demo"
 _DEMO_CONFIG = Gemma3Config(
     vocab_size=2048,
     hidden_size=128,
-    intermediate_size=512,
+    intermediate_size=384,
     num_hidden_layers=6,
     num_attention_heads=4,
     num_key_value_heads=1,
@@ -40,7 +40,7 @@ def fresh_config(data: TokenData, size: str | None, config_path: Path | None) ->
 
     Args:
         data: decides over ids.
-        size: ``demo``, about 1.7M parameters, or a published size.
+        size: ``demo``, about 1.4M parameters, or a published size.
         config_path: a ``config.json`` instead.
 
     Raises:
