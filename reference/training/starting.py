@@ -17,10 +17,10 @@ from gemma3_export.reference.training.token_data import TokenData, tokenizer_fin
 from gemma3_export.reference.weights import WeightSource
 from gemma3_export.tokenizer import load_tokenizer
 
-__all__ = ["DEMO", "fresh_config", "fresh_model", "model_from_weights"]
+__all__ = ["DEMO", "DEMO_CONFIG", "fresh_config", "fresh_model", "model_from_weights"]
 
 DEMO = "demo"
-_DEMO_CONFIG = Gemma3Config(
+DEMO_CONFIG = Gemma3Config(
     vocab_size=2048,
     hidden_size=128,
     intermediate_size=384,
@@ -56,7 +56,7 @@ def fresh_config(data: TokenData, size: str | None, config_path: Path | None) ->
                 f"{data.meta.vocab_size}; raise vocab_size or prepare the data anew"
             )
         return _with_ids_of(config, data)
-    config = _DEMO_CONFIG if size == DEMO else preset(str(size)).config
+    config = DEMO_CONFIG if size == DEMO else preset(str(size)).config
     return replace(_with_ids_of(config, data), vocab_size=data.meta.vocab_size)
 
 

@@ -1,0 +1,196 @@
+"""Our training recipe against the ancestor trainer's as documented, on the same tokens.
+
+    python benchmarks/training_recipes.py TOKENS -o recipes.png
+
+Three runs see the same windows in the same order. The ancestor's recipe keeps bfloat16 weights and
+optimiser states (here: rounded to bfloat16 after every update, so that no bfloat16 hardware is
+needed), draws embeddings from N(0, 1) with an untied head, decays everything, and sizes warm-up and
+cosine in micro-batches while counting them in updates. It runs with its own learning rate, and once
+more with ours.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import click
+import torch
+from torch import nn
+
+from gemma3_export.config import Gemma3Config
+from gemma3_export.reference.model import Gemma3
+from gemma3_export.reference.training.loss_module import LossModule
+from gemma3_export.reference.training.optimisation import learning_rate, make_optimizer
+from gemma3_export.reference.training.options import TrainOptions
+from gemma3_export.reference.training.starting import DEMO_CONFIG, fresh_model
+from gemma3_export.reference.training.token_data import TokenData, open_token_data
+from gemma3_export.reference.training.windows import TRAIN_STREAM, VALIDATION_STREAM, Windows
+
+# Of the ancestor: the shares of its 150,000 micro-batches, and what each update accumulates.
+WARMUP_SHARE, ANCESTOR_ACCUMULATION, ANCESTOR_RATE = 1000 / 150_000, 32, 1e-4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """What differs between the runs."""
+
+    label: str
+    model: Gemma3
+    optimizer: torch.optim.Optimizer
+    rate: Callable[[int], float]
+    has_bf16_weights: bool = False
+
+
+@click.command()
+@click.argument("tokens", type=click.Path(path_type=Path))
+@click.option("-o", "--output", type=click.Path(path_type=Path), required=True)
+@click.option("--updates", default=300, show_default=True)
+@click.option("--accumulation", default=2, show_default=True)
+@click.option("--batch-size", default=4, show_default=True)
+@click.option("--context-length", default=128, show_default=True)
+def main(
+    tokens: Path,
+    output: Path,
+    updates: int,
+    accumulation: int,
+    batch_size: int,
+    context_length: int,
+) -> None:
+    """Train three times, print the validation losses, and draw them."""
+    options = TrainOptions(
+        steps=updates,
+        accumulation=accumulation,
+        batch_size=batch_size,
+        context_length=context_length,
+        learning_rate=3e-3,
+        warmup_steps=max(1, updates // 15),
+    )
+    data = open_token_data(tokens)
+    config = replace(
+        DEMO_CONFIG,
+        vocab_size=data.meta.vocab_size,
+        hidden_size=64,
+        intermediate_size=192,
+        num_hidden_layers=4,
+        layer_types=DEMO_CONFIG.layer_types[:4],
+    )
+    curves = {}
+    for recipe in (
+        ours(config, options),
+        ancestor(config, options, ANCESTOR_RATE, "the ancestor's recipe (rate 1e-4)"),
+        ancestor(config, options, options.learning_rate, "the ancestor's recipe, our rate"),
+    ):
+        curves[recipe.label] = run(recipe, data, options)
+        click.echo(f"{recipe.label}: validation loss {curves[recipe.label][-1][1]:.4f}")
+    with output.with_suffix(".csv").open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(("recipe", "updates", "validation_loss"))
+        writer.writerows((label, *point) for label, curve in curves.items() for point in curve)
+    draw(curves, output)
+
+
+def ours(config: Gemma3Config, options: TrainOptions) -> Recipe:
+    """Float32 weights, N(0, 0.02), tied head, decay of matrices, schedule in updates."""
+    model = fresh_model(config, options.seed)
+    return Recipe(
+        label="this trainer",
+        model=model,
+        optimizer=make_optimizer(model, options),
+        rate=lambda step: learning_rate(step, options),
+    )
+
+
+def ancestor(config: Gemma3Config, options: TrainOptions, rate: float, label: str) -> Recipe:
+    """See the module's text."""
+    torch.manual_seed(options.seed)
+    model = fresh_model(replace(config, tie_word_embeddings=False), options.seed)
+    model.model.embed_tokens.weight.data.normal_(0.0, 1.0)
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            module.reset_parameters()  # torch's own, as the ancestor left it
+    micro_batches = options.steps * ANCESTOR_ACCUMULATION
+    warmup = max(1, round(WARMUP_SHARE * micro_batches))  # sized in one unit, counted in another
+
+    def scheduled(step: int) -> float:
+        if step < warmup:
+            return rate * (step + 1) / warmup
+        progress = (step - warmup) / (micro_batches - warmup)
+        return rate / 2 + rate / 4 * (1 + math.cos(math.pi * progress))
+
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=rate, betas=(0.9, 0.95), eps=1e-9, weight_decay=0.1
+    )
+    return Recipe(
+        label=label, model=model, optimizer=optimizer, rate=scheduled, has_bf16_weights=True
+    )
+
+
+def run(recipe: Recipe, data: TokenData, options: TrainOptions) -> list[tuple[int, float]]:
+    """The validation loss after every tenth of the updates."""
+    module = LossModule(
+        recipe.model,
+        compute_dtype=torch.float32,
+        loss_chunk_tokens=1024,
+        gradient_checkpointing=False,
+    )
+    assert data.validation is not None
+    train, held = (
+        Windows(
+            ids,
+            context_length=options.context_length,
+            batch_size=options.batch_size,
+            seed=0,
+            stream=stream,
+        )
+        for ids, stream in ((data.train, TRAIN_STREAM), (data.validation, VALIDATION_STREAM))
+    )
+    curve = []
+    for step in range(options.steps):
+        for micro in range(options.accumulation):
+            loss = module(*train.batch(step * options.accumulation + micro))
+            (loss / options.accumulation).backward()
+        nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+        for group in recipe.optimizer.param_groups:
+            group["lr"] = recipe.rate(step)
+        recipe.optimizer.step()
+        recipe.optimizer.zero_grad(set_to_none=True)
+        if recipe.has_bf16_weights:
+            round_to_bf16(recipe)
+        if (step + 1) % max(1, options.steps // 10) == 0:
+            with torch.no_grad():
+                losses = [float(module(*held.batch(index))) for index in range(16)]
+            curve.append((step + 1, sum(losses) / len(losses)))
+    return curve
+
+
+@torch.no_grad()
+def round_to_bf16(recipe: Recipe) -> None:
+    """Lose what bfloat16 storage of weights and optimiser states loses."""
+    for weight in recipe.model.parameters():
+        weight.copy_(weight.bfloat16())
+        for value in recipe.optimizer.state[weight].values():
+            if value.ndim:
+                value.copy_(value.bfloat16())
+
+
+def draw(curves: dict[str, list[tuple[int, float]]], output: Path) -> None:
+    """One line a recipe."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.2), dpi=120, layout="constrained")
+    axes = figure.add_subplot()
+    for label, curve in curves.items():
+        axes.plot(*zip(*curve, strict=True), marker="o", ms=3, label=label)
+    axes.set_xlabel("updates")
+    axes.set_ylabel("validation loss (nats a token)")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(output)
+
+
+if __name__ == "__main__":
+    main()
