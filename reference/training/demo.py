@@ -16,7 +16,6 @@ from typing import Any
 import click
 import torch
 
-import gemma3_export
 from gemma3_export.cli.progress_bars import ProgressBars
 from gemma3_export.config_json import load_json_object
 from gemma3_export.errors import Gemma3ExportError
@@ -29,10 +28,10 @@ from gemma3_export.reference.training.runs import RECORD, resume_training, train
 from gemma3_export.reference.training.small_bpe import train_bpe
 from gemma3_export.reference.training.starting import DEMO
 from gemma3_export.reference.weights import open_weights
+from gemma3_export.reference.weights.opening import DEMO_FOLDER
 
-__all__ = ["DEMO_FOLDER", "DEMO_OPTIONS", "DEMO_VOCAB_SIZE", "retrain_demo"]
+__all__ = ["DEMO_OPTIONS", "DEMO_VOCAB_SIZE", "install", "retrain_demo"]
 
-DEMO_FOLDER = Path(gemma3_export.__file__).parent / "demo_model"
 DEMO_VOCAB_SIZE = 2048
 DEMO_OPTIONS = TrainOptions(
     steps=1600,

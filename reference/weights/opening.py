@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+import gemma3_export
 from gemma3_export.config import Gemma3Config
 from gemma3_export.config_json import (
     PADDED_VOCAB_SIZE,
@@ -26,8 +27,10 @@ from gemma3_export.reference.weights.source import WeightSource
 from gemma3_export.reference.weights.stores import GgufStore, TensorStore
 from gemma3_export.reference.weights.torch_store import TorchStore
 
-__all__ = ["open_weights"]
+__all__ = ["DEMO", "DEMO_FOLDER", "open_weights"]
 
+DEMO = "demo"  # what the model that comes with this package is called
+DEMO_FOLDER = Path(gemma3_export.__file__).parent / "demo_model"
 INDEX = "model.safetensors.index.json"
 TORCH_SUFFIXES = (".pt", ".pth", ".bin")
 SUFFIXES = (".safetensors", ".gguf", *TORCH_SUFFIXES)
@@ -57,8 +60,8 @@ def open_weights(
     """Open weights, reading no more than their headers.
 
     Args:
-        spec: a folder as Hugging Face writes it, a ``.safetensors``, ``.gguf`` or ``.pt`` file, or
-            the id of a Hub repository.
+        spec: a folder as Hugging Face writes it, a ``.safetensors``, ``.gguf`` or ``.pt`` file, the
+            id of a Hub repository, or ``demo`` for the model that comes with this package.
         size: a published size; alone it means the official Hub repository.
         config_path: the ``config.json`` to use instead of the one that comes with the weights.
         revision: branch, tag or commit of a Hub repository.
@@ -102,6 +105,8 @@ def _open_random(
 
 def _local_path(spec: str) -> Path | None:
     """The file or folder that ``spec`` names, or None when it is a Hub id."""
+    if spec == DEMO:  # a folder of that name is ./demo
+        return DEMO_FOLDER
     try:
         path = Path(spec).expanduser()
         if path.exists():
