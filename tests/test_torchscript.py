@@ -17,30 +17,15 @@ import pytest
 import torch
 
 from gemma3_export.bundle import Bundle
-from gemma3_export.config import Gemma3Config
 from gemma3_export.errors import InputError, UnavailableError
 from gemma3_export.exporters.bundle_export import export_bundle
 from gemma3_export.exporters.torchscript_export import DTYPES, TorchScriptWriter
-from gemma3_export.reference.loading import load_reference
-from gemma3_export.reference.runtime import ReferenceRuntime
-from gemma3_export.reference.weights.random_source import RandomSource
 from gemma3_export.runtimes import torchscript_support
 from gemma3_export.runtimes.generation import generate
-from gemma3_export.runtimes.protocol import Runtime
 from gemma3_export.runtimes.sampling import SamplingParams
 from gemma3_export.runtimes.torchscript_runtime import TorchScriptRuntime
-from tests.tiny_models import tiny_config
+from tests.observed_runs import VARIANTS, errors, observe, reference, source_of
 
-SEED = 11
-VARIANTS: dict[str, Gemma3Config] = {
-    "tied": tiny_config(),
-    "untied": tiny_config(tie_word_embeddings=False),
-    "one sliding layer": tiny_config(num_hidden_layers=1, layer_types=("sliding_attention",)),
-    "one full layer": tiny_config(num_hidden_layers=1, layer_types=("full_attention",)),
-    "wide": tiny_config(  # so many weights that code hardly counts
-        vocab_size=60_000, hidden_size=64, num_hidden_layers=1, layer_types=("full_attention",)
-    ),
-}
 PROMPT = [2, 30, 31, 32, 33, 34, 35, 36, 37]  # longer than the window of 6
 
 
@@ -52,7 +37,7 @@ def scratch() -> tempfile.TemporaryDirectory[str]:
 
 def export_to(path: Path, variant: str, dtype: str, *, prepack: bool = True) -> Path:
     writer = TorchScriptWriter(dtype=dtype, prepack=prepack)
-    return export_bundle(RandomSource(VARIANTS[variant], SEED), path, writer).path
+    return export_bundle(source_of(variant), path, writer).path
 
 
 def exported(variant: str = "tied", dtype: str = "fp32", prepack: bool = True) -> Path:
@@ -63,44 +48,6 @@ def exported(variant: str = "tied", dtype: str = "fp32", prepack: bool = True) -
 
 def archive_of(bundle: Path) -> Path:
     return bundle / "torchscript" / "model.ts"
-
-
-def reference(variant: str, dtype: torch.dtype) -> ReferenceRuntime:
-    return ReferenceRuntime(load_reference(RandomSource(VARIANTS[variant], SEED), dtype))
-
-
-def observe(runtime: Runtime) -> list[np.ndarray]:
-    """Logits and caches of all ways to run a model, on both sides of the sliding window."""
-    ids = np.random.default_rng(5).integers(3, runtime.config.vocab_size, (3, 24))
-    seen: list[np.ndarray] = []
-    whole = runtime.new_cache(1, 24)
-    seen.append(runtime.step(ids[:1, :15], whole, num_logits=0))  # prefill
-    seen += [runtime.step(ids[:1, at : at + 1], whole, num_logits=1) for at in range(15, 19)]
-    seen.append(runtime.step(ids[:1, 19:], whole, num_logits=2))  # several tokens on a cache
-    chunked = runtime.new_cache(1, 15)
-    for start, stop in ((0, 4), (4, 5), (5, 15)):
-        seen.append(runtime.step(ids[:1, start:stop], chunked, num_logits=0))
-    ragged = runtime.new_cache(3, 24)
-    for row, length in enumerate((3, 13, 1)):
-        seen.append(runtime.step(ids[row : row + 1, :length], ragged, num_logits=1, row=row))
-    seen += [runtime.step(ids[:, at : at + 1], ragged, num_logits=1) for at in range(13, 17)]
-    for cache in (whole, chunked, ragged):
-        for row in range(cache.batch_size):
-            seen += [tensor for pair in cache.read(row) for tensor in pair]
-    return seen
-
-
-@functools.cache
-def truth(variant: str) -> list[np.ndarray]:
-    return observe(reference(variant, torch.float64))
-
-
-def errors(variant: str, runtime: Runtime) -> list[float]:
-    """The largest error of each thing observed, against the reference in float64."""
-    return [
-        float(np.abs(found - exact).max())
-        for found, exact in zip(observe(runtime), truth(variant), strict=True)
-    ]
 
 
 class TestComputation:

@@ -1,0 +1,147 @@
+"""What the runtimes of torch's archives share: TorchScript's and torch.export's.
+
+An archive holds code, so it is loaded only when its hash is the manifest's, or when the caller says
+that it is trusted.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+
+from gemma3_export.bundle import Bundle
+from gemma3_export.config import Gemma3Config
+from gemma3_export.errors import Gemma3ExportError, InputError, UnavailableError
+from gemma3_export.runtimes.device import parse_device
+from gemma3_export.runtimes.protocol import IntArray, KVCache, Logits, check_capacity
+from gemma3_export.runtimes.torch_cache import TorchCache, as_numpy
+
+__all__ = ["ArchiveRuntime", "last_line", "torch_device"]
+
+
+class ArchiveRuntime:
+    """A bundle's archive behind :class:`gemma3_export.runtimes.protocol.Runtime`.
+
+    Args:
+        bundle: an opened bundle, or its folder.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+        threads: threads inside one operator; None lets torch choose.
+        trust: load the archive although its hash is not the manifest's.
+
+    Raises:
+        InputError: the bundle is damaged, has no archive, or the archive was changed.
+        UnavailableError: the device, or what the format needs, is missing.
+    """
+
+    name: ClassVar[str]
+
+    def __init__(
+        self,
+        bundle: Bundle | Path,
+        *,
+        device: str = "auto",
+        threads: int | None = None,
+        trust: bool = False,
+    ) -> None:
+        if isinstance(bundle, Path):
+            bundle = Bundle(bundle)
+        graph = bundle.graph(self.name)
+        if not trust:
+            require_untouched(bundle, graph.path)
+        self.config: Gemma3Config = bundle.config
+        self.dtype = getattr(torch, graph.cache_dtype)
+        self.target = graph.target
+        self.device = torch_device(device)
+        if threads is not None:
+            torch.set_num_threads(threads)
+        self.module = self.load(bundle.file(graph.path))
+
+    def load(self, path: Path) -> Any:
+        """The archive's step, on the runtime's device.
+
+        Raises:
+            InputError: the archive cannot be read.
+        """
+        raise NotImplementedError
+
+    def executing(self) -> AbstractContextManager[None]:
+        """What surrounds every step."""
+        return nullcontext()
+
+    def describe(self) -> dict[str, object]:
+        """Versions and device really used."""
+        return {
+            "runtime": self.name,
+            "torch": torch.__version__,
+            "target": self.target,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "device": str(self.device),
+            "threads": torch.get_num_threads(),
+        }
+
+    def new_cache(self, batch_size: int, capacity: int) -> TorchCache:
+        """See :class:`gemma3_export.runtimes.protocol.Runtime`."""
+        return TorchCache(self.config, batch_size, capacity, dtype=self.dtype, device=self.device)
+
+    @torch.inference_mode()
+    def step(
+        self, input_ids: IntArray, cache: KVCache, *, num_logits: int, row: int | None = None
+    ) -> Logits:
+        """See :class:`gemma3_export.runtimes.protocol.Runtime`."""
+        assert isinstance(cache, TorchCache)
+        new = input_ids.shape[1]
+        check_capacity(cache, new, row)
+        mask, past = cache.prepare(new, row)
+        ids = torch.from_numpy(input_ids).to(self.device)
+        with self.executing():
+            try:
+                logits, *present = self.module(ids, mask, past, torch.tensor([num_logits]))
+            except RuntimeError as error:
+                raise Gemma3ExportError(
+                    f"the {self.name} archive failed on a step of {new} tokens after "
+                    f"{cache.lengths.tolist()}: {last_line(error)}"
+                ) from error
+        cache.accept(present, new, row)
+        return as_numpy(logits)
+
+
+def require_untouched(bundle: Bundle, path: str) -> None:
+    """Refuse an archive that is not the one that was exported.
+
+    Raises:
+        InputError: its hash is not the manifest's.
+    """
+    try:
+        bundle.check_files([path, "config.json"])
+    except InputError as error:
+        raise InputError(
+            f"{error}. Archives contain code, so a changed one is not loaded; pass "
+            "--trust if you know where it comes from"
+        ) from error
+
+
+def torch_device(name: str) -> torch.device:
+    """The torch device for ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+
+    Raises:
+        InputError: unknown name.
+        UnavailableError: CUDA was asked for and torch finds no GPU.
+    """
+    wanted = parse_device(name)
+    if wanted is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if wanted.kind == "cuda" and not wanted.index < torch.cuda.device_count():
+        raise UnavailableError(
+            f"{wanted} was asked for, but torch {torch.__version__} finds "
+            f"{torch.cuda.device_count()} GPUs; install a CUDA build of torch and an NVIDIA "
+            "driver, or pass --device cpu"
+        )
+    return torch.device(str(wanted))
+
+
+def last_line(error: Exception) -> str:
+    """TorchScript puts the cause last, after the stack of its own code."""
+    return str(error).strip().rsplit("\n", 1)[-1]
