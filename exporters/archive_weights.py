@@ -1,4 +1,4 @@
-"""Read the canonical weights back out of a TorchScript bundle."""
+"""Read the canonical weights back out of a torch archive: TorchScript's or torch.export's."""
 
 from __future__ import annotations
 
@@ -6,30 +6,33 @@ from typing import Any
 
 import torch
 
+from gemma3_export.backends import open_runtime
 from gemma3_export.bundle import Bundle, WeightRecipe
 from gemma3_export.errors import InputError
 from gemma3_export.exporters.step import DecoderStep
 from gemma3_export.reference.weights import WeightSource
-from gemma3_export.runtimes.torchscript_runtime import TorchScriptRuntime
+from gemma3_export.runtimes.archive_runtime import ArchiveRuntime
 
 __all__ = ["ArchiveWeights"]
 
 
 class ArchiveWeights(WeightSource):
-    """The weights of a bundle's TorchScript archive, which is loaded as a runtime would load it.
+    """The weights of a bundle's archive, which is loaded as its runtime would load it.
 
     Raises:
         InputError: the archive was changed, or lacks a weight that its config needs.
     """
 
-    def __init__(self, bundle: Bundle, *, trust: bool = False) -> None:
+    def __init__(self, bundle: Bundle, runtime: str, *, trust: bool = False) -> None:
         self.bundle = bundle
         self.config = bundle.config
-        self.origin = f"the TorchScript archive in {bundle.path}"
+        self.origin = f"the {runtime} archive in {bundle.path}"
         self.shapes = dict(self.config.weight_shapes())
-        module = TorchScriptRuntime(bundle, device="cpu", trust=trust).module
+        opened = open_runtime(bundle, runtime, device="cpu", trust=trust)
+        assert isinstance(opened, ArchiveRuntime)
+        module = opened.module
         self.stored: dict[str, tuple[torch.Tensor, int]] = {}
-        for name, recipe in bundle.graph("torchscript").weights.items():
+        for name, recipe in bundle.graph(runtime).weights.items():
             self._locate(stored_tensor(module, name), recipe)
         if missing := self.shapes.keys() - self.stored.keys():
             raise InputError(
@@ -67,10 +70,11 @@ class ArchiveWeights(WeightSource):
 
 def stored_tensor(module: Any, name: str) -> torch.Tensor:
     """The tensor behind a parameter's name in a loaded archive, packed or not."""
-    *path, attribute = f"{DecoderStep.MODEL}.{name}".replace("lm_head.", "head.").split(".")
+    *path, attribute = f"{DecoderStep.MODEL}.{name}".split(".")
     owner = module
     for part in path:
-        owner = getattr(owner, part)
+        # An untied head's matrix belongs to the head itself in TorchScript.
+        owner = getattr(owner, "head" if part == "lm_head" and not hasattr(owner, part) else part)
     if hasattr(owner, "matrix"):
         owner = owner.matrix
     tensor: torch.Tensor = getattr(owner, attribute)

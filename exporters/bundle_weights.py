@@ -18,10 +18,10 @@ def open_bundle_weights(
     """
     runtimes = [graph.runtime for graph in bundle.manifest.graphs]
     chosen = runtime if runtime in runtimes else runtimes[0]
-    if chosen == "torchscript":
+    if chosen != "onnx":
         from gemma3_export.exporters.archive_weights import ArchiveWeights
 
-        return ArchiveWeights(bundle, trust=trust)
+        return ArchiveWeights(bundle, chosen, trust=trust)
     from gemma3_export.exporters.onnx_weights import BundleWeights
 
     return BundleWeights(bundle)

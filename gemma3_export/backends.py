@@ -9,13 +9,11 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
-from gemma3_export.bundle import Bundle
+from gemma3_export.bundle import RUNTIMES, Bundle
 from gemma3_export.errors import InputError, UnavailableError
 from gemma3_export.runtimes.protocol import Runtime
 
-__all__ = ["RUNTIMES", "open_runtime"]
-
-RUNTIMES = ("onnx", "torchscript", "reference")
+__all__ = ["open_runtime"]
 
 
 def open_runtime(
@@ -30,11 +28,11 @@ def open_runtime(
 
     Args:
         bundle: an opened bundle, or its folder.
-        runtime: ``onnx``, ``torchscript``, or ``reference``: the PyTorch model with the bundle's
-            weights.
+        runtime: ``onnx``, ``torchscript``, ``pt2``, or ``reference``: the PyTorch model with the
+            bundle's weights.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         threads: threads inside one operator; None lets the backend choose.
-        trust: load a TorchScript archive although it is not the one that was exported.
+        trust: load a torch archive although it is not the one that was exported.
 
     Raises:
         InputError: the bundle is damaged or has no such graph.
@@ -51,6 +49,11 @@ def open_runtime(
         from gemma3_export.runtimes.torchscript_runtime import TorchScriptRuntime
 
         return TorchScriptRuntime(bundle, device=device, threads=threads, trust=trust)
+    if runtime == "pt2":
+        require_torch("pt2")
+        from gemma3_export.runtimes.pt2_runtime import Pt2Runtime
+
+        return Pt2Runtime(bundle, device=device, threads=threads, trust=trust)
     if runtime == "reference":
         return _open_reference(bundle, device, threads)
     raise InputError(f"unknown runtime {runtime!r}; choose {', '.join(RUNTIMES)}")

@@ -26,8 +26,7 @@ from typing import Any
 import numpy as np
 
 from gemma3_export import errors
-from gemma3_export.backends import RUNTIMES
-from gemma3_export.bundle import Bundle
+from gemma3_export.bundle import RUNTIMES, Bundle
 from gemma3_export.config import Gemma3Config
 from gemma3_export.errors import Gemma3ExportError, InputError, UnavailableError
 

@@ -127,7 +127,7 @@ def open_candidate(name: str, bundle_path: Path, device: str, threads: int) -> C
     """Load one candidate.
 
     Args:
-        name: ``transformers``, or one of :data:`gemma3_export.backends.RUNTIMES`.
+        name: ``transformers``, or one of :data:`gemma3_export.bundle.RUNTIMES`.
         bundle_path: where the weights are.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         threads: threads inside one operator.

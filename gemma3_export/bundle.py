@@ -2,7 +2,7 @@
 
     config.json generation_config.json tokenizer.json tokenizer_config.json
     onnx/model.onnx  onnx/model.onnx_data
-    torchscript/model.ts
+    torchscript/model.ts  pt2/model.pt2
     manifest.json    format version, graphs, signature, origin and SHA-256 of everything
     parity.json      the proof of each graph that was verified, by runtime
 
@@ -28,6 +28,7 @@ __all__ = [
     "FORMAT_VERSION",
     "MANIFEST",
     "PARITY",
+    "RUNTIMES",
     "Bundle",
     "FileRecord",
     "Graph",
@@ -37,6 +38,8 @@ __all__ = [
 ]
 
 FORMAT_VERSION = 1
+RUNTIMES = ("onnx", "torchscript", "pt2", "reference")  # what runs a bundle; all but the last
+# have a graph of their own in it
 MANIFEST = "manifest.json"
 PARITY = "parity.json"
 MANIFEST_LIMIT_BYTES = 64 * 2**20
@@ -66,10 +69,10 @@ class FileRecord:
 class Graph:
     """One executable form of the model inside a bundle."""
 
-    runtime: str  # onnx or torchscript
+    runtime: str  # one of RUNTIMES
     path: str  # relative, with forward slashes
     dtype: str  # fp32, fp16, bf16
-    target: str  # portable, ort, or torchscript
+    target: str  # which form of it, such as portable or ort
     cache_dtype: DType
     weights: dict[str, WeightRecipe]  # stored tensor -> canonical weights
     verified: bool = False  # parity.json holds this graph's proof

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from gemma3_export.reference.weights import WeightSource
     from gemma3_export.tokenizer import Tokenizer
 
-__all__ = ["export_onnx", "export_torchscript", "open_weights"]
+__all__ = ["export_onnx", "export_pt2", "export_torchscript", "open_weights"]
 
 
 def open_weights(
@@ -134,6 +134,44 @@ def export_torchscript(
 
     return _export(
         TorchScriptWriter(dtype=dtype, prepack=prepack),
+        source,
+        output,
+        tokenizer=tokenizer,
+        verify=verify,
+        force=force,
+        progress=progress,
+    )
+
+
+def export_pt2(
+    source: WeightSource,
+    output: Path | str,
+    *,
+    dtype: str = "fp32",
+    tokenizer: Tokenizer | None = None,
+    verify: bool = True,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> ExportResult:
+    """Export ``source`` as a ``torch.export`` program, and prove it.
+
+    Args:
+        source: from :func:`open_weights`.
+        output: the folder to create, or a bundle of the same weights to add the program to.
+        dtype: element type of weights and cache: ``fp32``, ``bf16`` or ``fp16``.
+        tokenizer: None takes the one that came with the weights, if any.
+        verify: check parity; without it the manifest says that the program is unproven.
+        force: replace an existing folder.
+        progress: told the stage, and how far it is.
+
+    Raises:
+        Gemma3ExportError: as :func:`export_onnx`.
+    """
+    require_packages()
+    from gemma3_export.exporters.pt2_export import Pt2Writer
+
+    return _export(
+        Pt2Writer(dtype=dtype),
         source,
         output,
         tokenizer=tokenizer,

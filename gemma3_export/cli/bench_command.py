@@ -9,9 +9,10 @@ from typing import Any
 
 import click
 
+from gemma3_export.bundle import RUNTIMES
+
 __all__ = ["bench"]
 
-RUNTIMES = ("onnx", "torchscript", "reference")
 PEERS = ("transformers", "reference")
 EPILOG = """\b
 Examples:

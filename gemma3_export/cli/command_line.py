@@ -26,6 +26,7 @@ COMMANDS = (
     "to-hf",
     "onnx",
     "torchscript",
+    "pt2",
     "generate",
     "verify",
     "inspect",

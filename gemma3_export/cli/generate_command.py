@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from gemma3_export.bundle import RUNTIMES
+
 if TYPE_CHECKING:
     from gemma3_export.cli.generated_text import Printer
     from gemma3_export.runtimes.generation import Generation
@@ -17,7 +19,6 @@ if TYPE_CHECKING:
 
 __all__ = ["generate"]
 
-RUNTIMES = ("onnx", "torchscript", "reference")
 END_OF_TURN = "<end_of_turn>"
 EPILOG = """\b
 Examples:

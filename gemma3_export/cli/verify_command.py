@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from gemma3_export.bundle import RUNTIMES
 from gemma3_export.cli.progress_bars import ProgressBars
 
 if TYPE_CHECKING:
@@ -14,7 +15,6 @@ if TYPE_CHECKING:
 
 __all__ = ["verify"]
 
-RUNTIMES = ("onnx", "torchscript", "reference")
 FAILED = 1
 EPILOG = """\b
 Examples:

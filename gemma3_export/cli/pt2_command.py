@@ -1,0 +1,31 @@
+"""``gemma3-export pt2``."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import click
+
+from gemma3_export.cli.export_options import ExportOptions, export_options, run_export
+from gemma3_export.cli.torchscript_command import DTYPES
+
+__all__ = ["pt2"]
+
+EPILOG = """\b
+Examples:
+  gemma3-export pt2 --size 270m -o gemma-3-270m
+  gemma3-export pt2 --weights model.gguf -o existing-onnx-bundle
+"""
+
+
+@click.command(epilog=EPILOG)
+@export_options
+@click.option("--dtype", type=click.Choice(DTYPES), default="fp32", show_default=True)
+def pt2(options: ExportOptions, dtype: str) -> None:
+    """Export Gemma 3 with torch.export, TorchScript's successor, and prove the result.
+
+    The program needs torch alone and runs on the CPU. docs/torchscript.md compares the two.
+    """
+    from gemma3_export.exporting import export_pt2
+
+    run_export(options, "pt2", dtype, partial(export_pt2, dtype=dtype))
