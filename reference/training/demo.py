@@ -34,7 +34,7 @@ __all__ = ["DEMO_OPTIONS", "DEMO_VOCAB_SIZE", "install", "retrain_demo"]
 
 DEMO_VOCAB_SIZE = 2048
 DEMO_OPTIONS = TrainOptions(
-    steps=1600,
+    steps=1000,
     batch_size=4,
     context_length=256,
     learning_rate=3e-3,

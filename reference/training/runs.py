@@ -31,7 +31,7 @@ from gemma3_export.reference.training.starting import (
     fresh_model,
     model_from_weights,
 )
-from gemma3_export.reference.training.token_data import TokenData, TokenMeta, open_token_data
+from gemma3_export.reference.training.token_data import TokenMeta, open_token_data
 from gemma3_export.reference.training.trainer import Progress, Trainer
 from gemma3_export.reference.weights import WeightSource
 from gemma3_export.staging import refuse_existing, write_text_atomically
@@ -81,7 +81,7 @@ def train(
     """
     data = open_token_data(data_path)
     with join_ranks(options.device) as ranks:
-        _check(options, data, ranks)
+        _check(options, ranks)
         if source is not None:
             if size is not None or config_path is not None:
                 raise InputError("weights bring their own shapes; drop --size and --config")
@@ -143,8 +143,7 @@ def _run(trainer: Trainer) -> TrainResult:
     return TrainResult(run=run, progress=trainer.progress, has_loss_curve=has_curve)
 
 
-def _check(options: TrainOptions, data: TokenData, ranks: Ranks) -> None:
-    del data
+def _check(options: TrainOptions, ranks: Ranks) -> None:
     if options.precision == "fp16" and options.sharding == "fsdp" and not ranks.is_alone:
         raise InputError("fp16 is not supported with --sharding fsdp; use bf16")
 
