@@ -44,7 +44,8 @@ def test_demo_model_is_small_and_has_both_kinds_of_layer() -> None:
 def test_demo_model_knows_python_and_english() -> None:
     code = "import os\n\n\ndef main():\n    for name in os.listdir(path):\n        return None\n"
     noise = "zq;; vx)( kjw 7f# ]]{ ~~ pwq 09x zzt ^^ bqq vv@@ \n wq%% xx ((( }} kk jqz"
-    assert loss_of(code) < 5.0 < 7.0 < loss_of(noise)
+    assert loss_of(code) < 5.0
+    assert loss_of(noise) > loss_of(code) + 1.5
 
 
 def test_record_says_how_the_model_came_about_and_names_no_folder() -> None:

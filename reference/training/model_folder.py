@@ -135,6 +135,7 @@ def _read(source: WeightSource, name: str, dtype: torch.dtype | None) -> Tensor:
 def _save(weights: dict[str, Tensor], path: Path) -> None:
     try:
         save_file({k: v.contiguous().cpu() for k, v in weights.items()}, path, {"format": "pt"})
+        path.chmod(0o644)  # the library makes it private; a model is meant to be shared
         with path.open("rb") as file:
             os.fsync(file.fileno())
     except OSError:
