@@ -59,6 +59,7 @@ Examples:
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 @click.option("--runtime", type=click.Choice(RUNTIMES), default="onnx", show_default=True)
 @click.option("--threads", type=click.IntRange(min=1), metavar="N", help="Threads an operator.")
+@click.option("--trust", is_flag=True, help="Load a torch archive that is not what was exported.")
 @click.option("--logprobs", type=int, metavar="N", help="With --json: N alternatives a token.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a prompt and line.")
 def generate(
@@ -73,6 +74,7 @@ def generate(
     device: str,
     runtime: str,
     threads: int | None,
+    trust: bool,
     as_json: bool,
     **sampling: Any,
 ) -> None:
@@ -105,7 +107,7 @@ def generate(
     texts = [*map(read_prompt, prompts), *map(read_prompt_file, prompt_files)]
     asked = encode_prompts(tokenizer, texts, id_lists, chat=chat, system=system)
     started = time.perf_counter()
-    backend = open_runtime(bundle, runtime, device=device, threads=threads)
+    backend = open_runtime(bundle, runtime, device=device, threads=threads, trust=trust)
     load_s = time.perf_counter() - started
     generation = start_generation(
         backend,
