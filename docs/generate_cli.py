@@ -9,7 +9,7 @@ import click
 from gemma3_export.cli import command_line
 
 PAGE = Path(__file__).with_name("cli.md")
-WIDTHS = {"terminal_width": 100, "max_content_width": 100}
+WIDTH = 100
 HEADER = """\
 # Command line
 
@@ -20,12 +20,13 @@ Generated from `--help` by `make docs`; a test checks that it is current.
 
 def cli_page() -> str:
     """The whole page."""
-    top = click.Context(command_line, info_name="gemma3-export", **WIDTHS)
+    settings = command_line.context_settings | {"terminal_width": WIDTH, "max_content_width": WIDTH}
+    top = click.Context(command_line, info_name="gemma3-export", **settings)
     parts = [HEADER, section("gemma3-export", command_line.get_help(top))]
     for name in command_line.list_commands(top):
         command = command_line.get_command(top, name)
         assert command is not None
-        context = click.Context(command, parent=top, info_name=name, **WIDTHS)
+        context = click.Context(command, parent=top, info_name=name, terminal_width=WIDTH)
         parts.append(section(f"gemma3-export {name}", command.get_help(context)))
     return "\n".join(parts)
 
