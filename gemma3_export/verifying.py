@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gemma3_export.backends import open_runtime
-from gemma3_export.bundle import MANIFEST, Bundle
+from gemma3_export.bundle import MANIFEST, RUNTIMES, Bundle
 from gemma3_export.errors import InputError, ParityError, UnavailableError
 from gemma3_export.tokenizer import load_tokenizer
 
@@ -53,8 +53,9 @@ def verify_bundle(
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         threads: threads inside one operator; None lets the backend choose.
         source: the weights it should compute with; None takes those in the bundle.
-        against: another bundle's folder, ``transformers`` (which gets the bundle's weights) or a
-            Hugging Face folder; None is the reference in float64.
+        against: another runtime of this bundle by its name, another bundle's folder,
+            ``transformers`` (which gets the bundle's weights) or a Hugging Face folder; None is the
+            reference in float64.
         seed: of the random token ids.
         progress: told the stage, and how far it is.
 
@@ -78,7 +79,10 @@ def verify_bundle(
         return verify(
             candidate, source, options=options, tokenizer=tokenizer, files=files, progress=progress
         )
-    baseline = open_baseline(against, source, runtime, device=device, threads=threads)
+    if against in RUNTIMES:
+        baseline = open_runtime(bundle, against, device=device, threads=threads)
+    else:
+        baseline = open_baseline(against, source, runtime, device=device, threads=threads)
     return compare(
         candidate,
         baseline,

@@ -21,6 +21,7 @@ Examples:
   gemma3-export verify gemma-3-270m
   gemma3-export verify gemma-3-270m --weights google/gemma-3-270m --html report.html
   gemma3-export verify gemma-3-270m --against transformers
+  gemma3-export verify gemma-3-270m --runtime torchscript --against onnx
   gemma3-export verify portable-export --against ort-export --junit parity.xml
 """
 file_option = click.Path(path_type=Path, dir_okay=False)
@@ -35,7 +36,7 @@ file_option = click.Path(path_type=Path, dir_okay=False)
 @click.option(
     "--against",
     metavar="OTHER",
-    help="Another bundle, transformers, or a Hugging Face folder (default: the reference).",
+    help="A runtime of this bundle, another bundle, transformers or a Hugging Face folder.",
 )
 @click.option("--report", "report_file", type=file_option, help="Write the report as JSON.")
 @click.option("--junit", "junit_file", type=file_option, help="Write the report as JUnit XML.")
