@@ -5,7 +5,7 @@ The call sequence of ``gemma3-export verify``::
     bundle = Bundle(path)
     bundle.check_files()                                     # InputError: not what was exported
     runtime = open_runtime(bundle, "onnx", device=device)    # UnavailableError: exit code 3
-    source = BundleWeights(bundle)                           # or open_weights(...), the original
+    source = open_bundle_weights(bundle, "onnx")             # or open_weights(...), the original
     tokenizer = load_tokenizer(path) if (path / "tokenizer.json").is_file() else None
     with terminal_progress() as progress:
         report = verify(

@@ -26,7 +26,7 @@ class VerifyOptions:
     decode_steps: int = 64  # cached single-token steps, half of them before the window's edge
     greedy_steps: int = 16  # of these, how many tokens the reference itself chooses
     prompt_tokens: int = 32  # longest text prompt
-    factor: float = 8.0  # how far above the noise floor an error may lie; see verdict.py
+    factor: float = 8.0  # how far above the noise floor an error may lie; see judge.py
     max_mean_kld: float = 0.01  # gate B, nats a token
     min_top1: float = 0.93  # gate B, share of positions
     max_perplexity_ratio: float = 1.03  # gate B
