@@ -290,10 +290,24 @@ def test_gguf(tmp_path: Path, weights: Weights, quantization: str) -> None:
             blocks = gguf.quants.quantize(tensor.numpy(), kind)
             expected[name] = torch.from_numpy(gguf.quants.dequantize(blocks, kind).copy())
     assert_same(source, expected)
-    assert source.tokenizer_file() == path
     blocks = source.gguf_tensor("model.embed_tokens.weight")
     assert blocks is not None
     assert (blocks.tensor_type, blocks.shape) == (kind, (97, 64))
+
+
+def test_gguf_without_a_tokenizer_takes_the_one_beside_it(tmp_path: Path, weights: Weights) -> None:
+    path = tmp_path / "m.gguf"
+    write_gguf(path, CONFIG, weights)
+    assert open_weights(str(path)).tokenizer_file() is None
+    (tmp_path / "tokenizer.json").write_text("{}")
+    assert open_weights(str(path)).tokenizer_file() == tmp_path / "tokenizer.json"
+
+
+def test_gguf_with_a_tokenizer_is_where_it_comes_from(tmp_path: Path, weights: Weights) -> None:
+    path = tmp_path / "m.gguf"
+    write_gguf(path, CONFIG, weights, tokenizer=["<pad>"] * CONFIG.vocab_size)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    assert open_weights(str(path)).tokenizer_file() == path
 
 
 def test_gguf_with_a_head(tmp_path: Path, weights: Weights) -> None:

@@ -151,6 +151,7 @@ def write_gguf(
     if len(config.eos_token_id) > 1:
         writer.add_eot_token_id(config.eos_token_id[1])
     if tokenizer is not None:
+        writer.add_tokenizer_model("llama")
         writer.add_token_list(tokenizer)
         writer.add_chat_template("<start_of_turn>...<end_of_turn>")
     for name, tensor in weights.items():

@@ -33,6 +33,7 @@ DEMO = "demo"  # what the model that comes with this package is called
 DEMO_FOLDER = Path(gemma3_export.__file__).parent / "demo_model"
 INDEX = "model.safetensors.index.json"
 TORCH_SUFFIXES = (".pt", ".pth", ".bin")
+GGUF_TOKENIZER = "tokenizer.ggml.model"  # present in every GGUF that has a tokenizer
 SUFFIXES = (".safetensors", ".gguf", *TORCH_SUFFIXES)
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 # Facts that may differ between two descriptions of one model.
@@ -131,18 +132,25 @@ def _open_path(
     try:
         described = _describe(store, folder, size, config_path)
         config = _agree_with_size(described.config, size, origin)
-        tokenizer = store.files[0] if store.kind == "gguf" else folder / "tokenizer.json"
         return CheckpointSource(
             store,
             config,
             origin=origin,
             location=location,
-            tokenizer=tokenizer if tokenizer.is_file() else None,
+            tokenizer=_find_tokenizer(store, folder),
             is_tie_stated=described.is_tie_stated,
         )
     except BaseException:
         store.close()
         raise
+
+
+def _find_tokenizer(store: TensorStore, folder: Path) -> Path | None:
+    """The GGUF file itself where it has a tokenizer, else what lies beside the weights."""
+    if isinstance(store, GgufStore) and store.reader.get_field(GGUF_TOKENIZER) is not None:
+        return store.files[0]
+    beside = folder / "tokenizer.json"
+    return beside if beside.is_file() else None
 
 
 def _open_store(path: Path) -> TensorStore:
