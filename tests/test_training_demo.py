@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
+import pytest
 import torch
+from click.testing import CliRunner
 
 from gemma3_export.config import Gemma3Config
 from gemma3_export.reference.loading import load_reference
+from gemma3_export.reference.training import demo
 from gemma3_export.reference.training.demo import DEMO_OPTIONS, install
 from gemma3_export.reference.training.loss_module import LossModule
 from gemma3_export.reference.training.options import TrainOptions
+from gemma3_export.reference.training.runs import train
 from gemma3_export.reference.training.samples import sample_text
 from gemma3_export.reference.weights import open_weights
 from gemma3_export.reference.weights.opening import DEMO_FOLDER
 from gemma3_export.tokenizer import Tokenizer
+from tests.token_folders import quick_options, random_tokens, write_config, write_tokens
 
 MAX_BYTES = 4 * 10**6
 
@@ -76,3 +82,55 @@ def test_retrained_model_can_take_its_place(tmp_path: Path, monkeypatch) -> None
     install(run)
     installed = {file.name: file.read_bytes() for file in (tmp_path / "installed").iterdir()}
     assert installed == {file.name: file.read_bytes() for file in DEMO_FOLDER.iterdir()}
+
+
+@pytest.mark.parametrize(
+    ("share", "exit_code", "said"),
+    [(0.9, 0, "-10.00%"), (1.019, 0, "+1.90%"), (1.021, 1, "+2.10%")],
+)
+def test_retraining_is_held_to_the_recorded_loss(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, share: float, exit_code: int, said: str
+) -> None:
+    record = json.loads((DEMO_FOLDER / "training.json").read_text())
+    recorded = record["result"]["best_validation_loss"]
+    monkeypatch.setattr(demo, "retrain_demo", lambda folder: recorded * share)
+    result = CliRunner().invoke(demo.main, ["-o", str(tmp_path)])
+    assert result.exit_code == exit_code
+    assert (
+        f"validation loss {recorded * share:.4f}, recorded {recorded:.4f} ({said}" in result.output
+    )
+
+
+def test_retraining_goes_on_with_its_own_run_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_tokens(tmp_path / "text", random_tokens(400), random_tokens(100, seed=1))
+    config = write_config(tmp_path / "config.json")
+    options = quick_options(steps=4)
+
+    def begin(source, tokenizer, output, **_):
+        shutil.copytree(tmp_path / "text", output, dirs_exist_ok=True)
+
+    def train_small(tokens, run, options, *, size, force, report):
+        return train(tokens, run, options, config_path=config, force=force, report=report)
+
+    monkeypatch.setattr(demo, "DEMO_OPTIONS", options)
+    monkeypatch.setattr(demo, "train_bpe", lambda source, size: None)
+    monkeypatch.setattr(demo, "prepare_tokens", begin)
+    monkeypatch.setattr(demo, "train", train_small)
+    first = demo.retrain_demo(tmp_path / "out")
+    run = tmp_path / "out" / "run"
+
+    def saved_at(step: int) -> int:
+        return (run / "checkpoints" / f"step-{step:08d}.pt").stat().st_mtime_ns
+
+    for newest in (run / "checkpoints").glob("step-00000004.*"):
+        newest.unlink()
+    record = json.loads((run / "training.json").read_text())
+    del record["result"]  # as a killed run leaves it
+    (run / "training.json").write_text(json.dumps(record))
+    kept = saved_at(2)
+    assert demo.retrain_demo(tmp_path / "out") == first
+    assert saved_at(2) == kept, "went on after step 2"
+    assert demo.retrain_demo(tmp_path / "out") == first
+    assert saved_at(2) > kept, "a finished run is no start from nothing"
