@@ -1,6 +1,7 @@
 # Everything sets itself up: python3 (3.11 to 3.13) and make are all that a machine needs.
 
 VENV := .venv
+CUDA_VENV := .venv-cuda
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 WEIGHTS := .cache/gemma-3-270m-q4_k_m.gguf
@@ -18,7 +19,7 @@ PIP_ARGS ?=
 PYTEST_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup weights tokenizer demo demo-270m train-demo test test-full test-cuda lint docs \
+.PHONY: help setup weights tokenizer demo demo-270m train-demo test test-full test-cuda placement lint docs \
 	bench bench-peers peers clean
 
 help: ## Show what there is
@@ -86,13 +87,22 @@ lint: $(INSTALLED) ## Style and types
 	$(BIN)/mypy
 
 test: lint $(WEIGHTS) tokenizer ## Lint, types and all tests that fit into 20 minutes
-	$(BIN)/python -m pytest -m "not slow and not network and not cuda" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "not slow and not network and not cuda and not placement" $(PYTEST_ARGS)
 
 test-full: lint $(WEIGHTS) tokenizer ## The slow tests and those that need a network as well
-	$(BIN)/python -m pytest -m "not cuda" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "not cuda and not placement" $(PYTEST_ARGS)
 
 test-cuda: $(INSTALLED) ## Tests that need an NVIDIA GPU and gemma3-export[cuda]
 	$(BIN)/python -m pytest -m cuda $(PYTEST_ARGS)
+
+placement: $(INSTALLED) $(CUDA_VENV)/.installed ## What runs on a GPU, shown without one (255 MB)
+	GEMMA3_CUDA_PYTHON=$(CURDIR)/$(CUDA_VENV)/bin/python $(BIN)/python -m pytest -m placement $(PYTEST_ARGS)
+
+# onnxruntime and onnxruntime-gpu cannot share an environment; the stub replaces CUDA's libraries.
+$(CUDA_VENV)/.installed: pyproject.toml | $(INSTALLED)
+	$(BIN)/python -m venv $(CUDA_VENV)
+	$(CUDA_VENV)/bin/python -m pip install --quiet $(PIP_ARGS) 'onnxruntime-gpu>=1.28' numpy
+	@touch $@
 
 docs: $(INSTALLED) ## Write docs/cli.md anew from --help
 	$(BIN)/python docs/generate_cli.py
