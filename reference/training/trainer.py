@@ -16,6 +16,7 @@ import torch
 from gemma3_export.errors import Gemma3ExportError
 from gemma3_export.reference.model import Gemma3
 from gemma3_export.reference.training.checkpoints import save_checkpoint
+from gemma3_export.reference.training.compiling import compile_in_place
 from gemma3_export.reference.training.logbook import Logbook, LogRow
 from gemma3_export.reference.training.loss_module import LossModule, compute_dtype_of
 from gemma3_export.reference.training.model_folder import write_weights
@@ -67,6 +68,7 @@ class Trainer:
 
     Raises:
         InputError: there is too little text.
+        UnavailableError: the model is to be compiled, and nothing can be compiled here.
     """
 
     def __init__(
@@ -93,7 +95,7 @@ class Trainer:
             gradient_checkpointing=options.gradient_checkpointing,
         )
         if options.compile:
-            self.module.compile()
+            compile_in_place(self.module, ranks.device)
         self.wrapped = distribute(self.module, ranks, options.sharding)
         self.optimizer = make_optimizer(self.wrapped, options)
         self.scaler = torch.amp.GradScaler(ranks.device.type, enabled=options.precision == "fp16")
