@@ -1,12 +1,13 @@
-"""Our training recipe against the ancestor trainer's as documented, on the same tokens.
+"""Our training recipe against the ancestor trainer's as documented, on the same text.
 
     python benchmarks/training_recipes.py TOKENS -o recipes.png
 
-Three runs see the same windows in the same order. The ancestor's recipe keeps bfloat16 weights and
-optimiser states (here: rounded to bfloat16 after every update, so that no bfloat16 hardware is
+Each recipe runs with each of several learning rates. All see the same draws of windows
+and are judged by the same windows of held-out text, in which the separators' own predictions do not
+count. The ancestor's recipe has no separators in its training text, keeps weights and optimiser
+states in bfloat16 (here: rounded to bfloat16 after every update, so that no bfloat16 hardware is
 needed), draws embeddings from N(0, 1) with an untied head, decays everything, and sizes warm-up and
-cosine in micro-batches while counting them in updates. It runs with its own learning rate, and once
-more with ours.
+cosine in micro-batches while counting them in updates.
 """
 
 from __future__ import annotations
@@ -16,13 +17,17 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import click
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from gemma3_export.config import Gemma3Config
 from gemma3_export.reference.model import Gemma3
+from gemma3_export.reference.training.loss import IGNORED_LABEL
 from gemma3_export.reference.training.loss_module import LossModule
 from gemma3_export.reference.training.optimisation import learning_rate, make_optimizer
 from gemma3_export.reference.training.options import TrainOptions
@@ -31,7 +36,8 @@ from gemma3_export.reference.training.token_data import TokenData, open_token_da
 from gemma3_export.reference.training.windows import TRAIN_STREAM, VALIDATION_STREAM, Windows
 
 # Of the ancestor: the shares of its 150,000 micro-batches, and what each update accumulates.
-WARMUP_SHARE, ANCESTOR_ACCUMULATION, ANCESTOR_RATE = 1000 / 150_000, 32, 1e-4
+WARMUP_SHARE, ANCESTOR_ACCUMULATION = 1000 / 150_000, 32
+RATES = (1e-4, 3e-3, 1e-2)  # the first is the ancestor's own
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,13 +48,13 @@ class Recipe:
     model: Gemma3
     optimizer: torch.optim.Optimizer
     rate: Callable[[int], float]
-    has_bf16_weights: bool = False
+    is_ancestor: bool = False  # bfloat16 weights, no separators
 
 
 @click.command()
 @click.argument("tokens", type=click.Path(path_type=Path))
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True)
-@click.option("--updates", default=300, show_default=True)
+@click.option("--updates", default=400, show_default=True)
 @click.option("--accumulation", default=2, show_default=True)
 @click.option("--batch-size", default=4, show_default=True)
 @click.option("--context-length", default=128, show_default=True)
@@ -60,13 +66,12 @@ def main(
     batch_size: int,
     context_length: int,
 ) -> None:
-    """Train three times, print the validation losses, and draw them."""
+    """Train six times, print the validation losses, and draw them."""
     options = TrainOptions(
         steps=updates,
         accumulation=accumulation,
         batch_size=batch_size,
         context_length=context_length,
-        learning_rate=3e-3,
         warmup_steps=max(1, updates // 15),
     )
     data = open_token_data(tokens)
@@ -79,13 +84,11 @@ def main(
         layer_types=DEMO_CONFIG.layer_types[:4],
     )
     curves = {}
-    for recipe in (
-        ours(config, options),
-        ancestor(config, options, ANCESTOR_RATE, "the ancestor's recipe (rate 1e-4)"),
-        ancestor(config, options, options.learning_rate, "the ancestor's recipe, our rate"),
-    ):
-        curves[recipe.label] = run(recipe, data, options)
-        click.echo(f"{recipe.label}: validation loss {curves[recipe.label][-1][1]:.4f}")
+    for rate in RATES:
+        rated = replace(options, learning_rate=rate, min_learning_rate=rate / 30)
+        for recipe in (ours(config, rated), ancestor(config, rated)):
+            curves[recipe.label] = run(recipe, data, options)
+            click.echo(f"{recipe.label}: validation loss {curves[recipe.label][-1][1]:.4f}")
     with output.with_suffix(".csv").open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(("recipe", "updates", "validation_loss"))
@@ -97,17 +100,20 @@ def ours(config: Gemma3Config, options: TrainOptions) -> Recipe:
     """Float32 weights, N(0, 0.02), tied head, decay of matrices, schedule in updates."""
     model = fresh_model(config, options.seed)
     return Recipe(
-        label="this trainer",
+        label=f"this trainer, rate {options.learning_rate:g}",
         model=model,
         optimizer=make_optimizer(model, options),
         rate=lambda step: learning_rate(step, options),
     )
 
 
-def ancestor(config: Gemma3Config, options: TrainOptions, rate: float, label: str) -> Recipe:
+def ancestor(config: Gemma3Config, options: TrainOptions) -> Recipe:
     """See the module's text."""
+    rate = options.learning_rate
     torch.manual_seed(options.seed)
     model = fresh_model(replace(config, tie_word_embeddings=False), options.seed)
+    for weight in model.parameters():
+        weight.data.zero_()  # norms
     model.model.embed_tokens.weight.data.normal_(0.0, 1.0)
     for module in model.modules():
         if isinstance(module, nn.Linear):
@@ -125,7 +131,11 @@ def ancestor(config: Gemma3Config, options: TrainOptions, rate: float, label: st
         model.parameters(), lr=rate, betas=(0.9, 0.95), eps=1e-9, weight_decay=0.1
     )
     return Recipe(
-        label=label, model=model, optimizer=optimizer, rate=scheduled, has_bf16_weights=True
+        label=f"the ancestor's recipe, rate {rate:g}",
+        model=model,
+        optimizer=optimizer,
+        rate=scheduled,
+        is_ancestor=True,
     )
 
 
@@ -138,6 +148,7 @@ def run(recipe: Recipe, data: TokenData, options: TrainOptions) -> list[tuple[in
         gradient_checkpointing=False,
     )
     assert data.validation is not None
+    text = without_separators(data) if recipe.is_ancestor else data.train
     train, held = (
         Windows(
             ids,
@@ -146,7 +157,7 @@ def run(recipe: Recipe, data: TokenData, options: TrainOptions) -> list[tuple[in
             seed=0,
             stream=stream,
         )
-        for ids, stream in ((data.train, TRAIN_STREAM), (data.validation, VALIDATION_STREAM))
+        for ids, stream in ((text, TRAIN_STREAM), (data.validation, VALIDATION_STREAM))
     )
     curve = []
     for step in range(options.steps):
@@ -158,13 +169,30 @@ def run(recipe: Recipe, data: TokenData, options: TrainOptions) -> list[tuple[in
             group["lr"] = recipe.rate(step)
         recipe.optimizer.step()
         recipe.optimizer.zero_grad(set_to_none=True)
-        if recipe.has_bf16_weights:
+        if recipe.is_ancestor:
             round_to_bf16(recipe)
         if (step + 1) % max(1, options.steps // 10) == 0:
-            with torch.no_grad():
-                losses = [float(module(*held.batch(index))) for index in range(16)]
-            curve.append((step + 1, sum(losses) / len(losses)))
+            curve.append((step + 1, judge(module, held, data)))
     return curve
+
+
+def without_separators(data: TokenData) -> NDArray[np.unsignedinteger[Any]]:
+    """The training tokens as the ancestor had them."""
+    separators = [data.meta.bos_token_id, data.meta.eos_token_id]
+    return data.train[~np.isin(data.train, [one for one in separators if one is not None])]
+
+
+@torch.no_grad()
+def judge(module: LossModule, held: Windows, data: TokenData) -> float:
+    """Mean loss of what both recipes were taught to predict: everything but separators."""
+    losses = []
+    for index in range(16):
+        inputs, labels = held.batch(index)
+        for separator in (data.meta.bos_token_id, data.meta.eos_token_id):
+            if separator is not None:
+                labels[labels == separator] = IGNORED_LABEL
+        losses.append(float(module(inputs, labels)))
+    return sum(losses) / len(losses)
 
 
 @torch.no_grad()
@@ -178,13 +206,14 @@ def round_to_bf16(recipe: Recipe) -> None:
 
 
 def draw(curves: dict[str, list[tuple[int, float]]], output: Path) -> None:
-    """One line a recipe."""
+    """One line a run; colours are rates, and the ancestor's lines are dashed."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4.2), dpi=120, layout="constrained")
     axes = figure.add_subplot()
-    for label, curve in curves.items():
-        axes.plot(*zip(*curve, strict=True), marker="o", ms=3, label=label)
+    for index, (label, curve) in enumerate(curves.items()):
+        style = {"ls": "-" if index % 2 == 0 else "--", "color": f"C{index // 2}"}
+        axes.plot(*zip(*curve, strict=True), marker="o", ms=3, label=label, **style)
     axes.set_xlabel("updates")
     axes.set_ylabel("validation loss (nats a token)")
     axes.grid(alpha=0.3)

@@ -20,14 +20,14 @@ gemma3-export torchscript --weights demo -o "$bundle"
 step "3. Compare the two runtimes with each other"
 gemma3-export verify "$bundle" --runtime torchscript --against onnx
 
-step "4. Stream text: ONNX Runtime, greedily"
-gemma3-export generate "$bundle" --max-new-tokens 60 --repetition-penalty 1.2 \
-    --prompt "    def __init__(self"
+step "4. Stream text: ONNX Runtime"
+gemma3-export generate "$bundle" --max-new-tokens 60 \
+    --seed 3 --temperature 0.5 --top-k 20 --prompt "    def get(self"
 
 step "5. The same seed gives the same text on both runtimes"
 sampled() {
     gemma3-export generate "$bundle" --runtime "$1" --max-new-tokens 40 \
-        --seed 1 --temperature 0.8 --top-k 40 --prompt "The module "
+        --seed 1 --temperature 0.5 --top-k 20 --prompt "This module provides "
 }
 onnx_text=$(sampled onnx)
 torchscript_text=$(sampled torchscript)

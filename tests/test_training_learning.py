@@ -70,15 +70,15 @@ def test_loss_reaches_the_entropy_of_a_grammar_and_not_less(tmp_path: Path) -> N
         tmp_path / "tokens", grammar.write(120_000, seed=1), grammar.write(30_000, seed=2)
     )
     options = quick_options(
-        steps=700,
+        steps=500,
         batch_size=16,
         context_length=48,
         learning_rate=1e-2,
         min_learning_rate=1e-4,
         warmup_steps=30,
-        eval_interval=700,
+        eval_interval=500,
         eval_batches=30,
-        checkpoint_interval=700,
+        checkpoint_interval=500,
         log_interval=100,
     )
     config = write_config(tmp_path / "config.json", small_config(intermediate_size=128))

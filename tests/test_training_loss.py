@@ -104,6 +104,24 @@ def test_trained_module_is_the_reference_model(gradient_checkpointing: bool) -> 
         torch.testing.assert_close(found[name], weight.grad, rtol=1e-4, atol=1e-8)
 
 
+def test_fresh_sublayers_add_as_much_as_the_embeddings_and_no_more() -> None:
+    kinds = ("sliding_attention", "full_attention") * 3
+    config = small_config(hidden_size=64, num_hidden_layers=6, layer_types=kinds)
+    model = fresh_model(config, seed=1)
+    added: list[torch.Tensor] = []
+    for name, module in model.named_modules():
+        if name.endswith(("post_attention_layernorm", "post_feedforward_layernorm")):
+            module.register_forward_hook(lambda module, inputs, output: added.append(output))
+    tokens = torch.from_numpy(random_tokens(3 * 20)).view(3, 20)
+    with torch.no_grad():
+        model(tokens)
+        embedded = float(model.model.embed_tokens(tokens).var())
+    assert len(added) == 12
+    assert sum(float(part.var()) for part in added) == pytest.approx(
+        embedded, rel=0.5
+    )  # a gain of one adds 400 times
+
+
 def test_only_matrices_decay() -> None:
     model = Gemma3(small_config())
     decayed, others = make_optimizer(model, TrainOptions()).param_groups

@@ -36,17 +36,17 @@ __all__ = ["DEMO_OPTIONS", "DEMO_VOCAB_SIZE", "install", "retrain_demo"]
 
 DEMO_VOCAB_SIZE = 2048
 DEMO_OPTIONS = TrainOptions(
-    steps=1000,
+    steps=2500,
     batch_size=4,
     context_length=256,
-    learning_rate=3e-3,
+    learning_rate=6e-3,
     min_learning_rate=1e-4,
     warmup_steps=100,
-    eval_interval=200,
+    eval_interval=250,
     eval_batches=48,
-    sample_interval=400,
+    sample_interval=500,
     sample_prompt="def ",
-    checkpoint_interval=200,
+    checkpoint_interval=250,
     seed=2026,
 )
 TOLERANCE = 0.02  # of the recorded validation loss

@@ -20,6 +20,8 @@ from gemma3_export.tokenizer import load_tokenizer
 __all__ = ["DEMO", "DEMO_CONFIG", "fresh_config", "fresh_model", "model_from_weights"]
 
 DEMO = "demo"
+# What a sublayer passes through on its way into the residual stream.
+SUBLAYER_NORMS = ("post_attention_layernorm.weight", "post_feedforward_layernorm.weight")
 DEMO_CONFIG = Gemma3Config(
     vocab_size=2048,
     hidden_size=128,
@@ -61,9 +63,20 @@ def fresh_config(data: TokenData, size: str | None, config_path: Path | None) ->
 
 
 def fresh_model(config: Gemma3Config, seed: int) -> Gemma3:
-    """Float32 weights drawn from ``seed``."""
+    """Float32 weights drawn from ``seed``; sublayers begin quietly.
+
+    Each sublayer ends in a norm, so with a gain of one it adds unit variance from the first step,
+    whatever its weights are: noise that drowns embeddings of ``initializer_range``. The gains begin
+    where all sublayers together add as much variance as the embeddings have.
+    """
     model = Gemma3(config)
     model.initialize(torch.Generator().manual_seed(seed))
+    embedding_rms = config.initializer_range * config.hidden_size**0.5
+    gain = min(1.0, embedding_rms / (2 * config.num_hidden_layers) ** 0.5)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if name.endswith(SUBLAYER_NORMS):
+                weight.fill_(gain - 1.0)  # the model adds one
     return model
 
 
