@@ -281,3 +281,30 @@ def test_command_prepares_a_folder(texts: Path, tmp_path: Path) -> None:
     assert open_token_data(out).meta.vocab_size == 300
     result = CliRunner().invoke(command_line, [*arguments, "--tokenizer", "x.json"])
     assert result.exit_code == 2
+
+
+def test_tiktoken_names_a_tokenizer(
+    texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiktoken = pytest.importorskip("tiktoken")
+    ranks = {bytes([byte]): byte for byte in range(256)} | {b"th": 256, b"the": 257}
+    pattern = r" ?\w+| ?[^\s\w]+|\s+"
+    encoding = tiktoken.Encoding(
+        "gpt2", pat_str=pattern, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 258}
+    )
+    monkeypatch.setattr(tiktoken, "get_encoding", {"gpt2": encoding}.__getitem__)
+    out = tmp_path / "out"
+    arguments = ["data", str(texts), "--tokenizer", "tiktoken:gpt2", "-o", str(out)]
+    result = CliRunner().invoke(command_line, arguments)
+    assert result.exit_code == 0, result.output
+    data = open_token_data(out)
+    assert (data.meta.vocab_size, data.meta.eos_token_id, data.meta.bos_token_id) == (
+        259,
+        258,
+        None,
+    )
+    first = (texts / "00.txt").read_text()
+    ids = [int(token) for token in data.train[: np.flatnonzero(data.train == 258)[0]]]
+    written = [encoding.decode(ids), first, (texts / "01.txt").read_text()]
+    assert ids == encoding.encode_ordinary(written[0])
+    assert written[0] in written[1:], "the first document, or the second if that one is held out"

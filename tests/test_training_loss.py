@@ -11,12 +11,13 @@ import torch.nn.functional as F  # noqa: N812
 
 from gemma3_export.errors import InputError
 from gemma3_export.reference.model import Gemma3
+from gemma3_export.reference.training import throughput
 from gemma3_export.reference.training.loss import IGNORED_LABEL, chunked_cross_entropy
 from gemma3_export.reference.training.loss_module import LossModule
 from gemma3_export.reference.training.optimisation import learning_rate, make_optimizer
 from gemma3_export.reference.training.options import TrainOptions
 from gemma3_export.reference.training.starting import fresh_model
-from gemma3_export.reference.training.throughput import flops_per_token
+from gemma3_export.reference.training.throughput import flops_per_token, measure_peak_flops
 from gemma3_export.reference.training.windows import TRAIN_STREAM, VALIDATION_STREAM, Windows
 from tests.token_folders import quick_options, random_tokens, small_config
 
@@ -188,6 +189,13 @@ def test_flops_count_the_keys_that_layers_see() -> None:
     matrices = sum(s[0] * s[1] for _, s in config.weight_shapes() if len(s) == 2)
     attention = 2 * 2 * config.query_size * 2.5  # keys and values, two layers, mean of 1 to 4
     assert flops_per_token(config, 4) == pytest.approx(6 * (matrices + attention))
+
+
+def test_emulated_precision_does_not_lower_the_peak(monkeypatch: pytest.MonkeyPatch) -> None:
+    speeds = {torch.float32: 100.0, torch.float16: 7.0, torch.bfloat16: 800.0}
+    monkeypatch.setattr(throughput, "_probe", lambda device, dtype: speeds[dtype])
+    found = [measure_peak_flops(torch.device("cpu"), dtype) for dtype in speeds]
+    assert found == [100.0, 100.0, 800.0]
 
 
 @pytest.mark.parametrize(

@@ -182,6 +182,37 @@ def test_command_trains_and_says_what_comes_next(tokens: Path, tmp_path: Path) -
     assert result.exit_code == 2
 
 
+@pytest.mark.parametrize(
+    ("arguments", "highest", "lowest"),
+    [
+        (["--size", "demo"], 6e-3, 6e-4),
+        (["--config", "CONFIG"], 1e-3, 1e-4),
+        (["--weights", "demo"], 2e-5, 2e-6),
+        (["--weights", "demo", "--learning-rate", "1e-4"], 1e-4, 1e-5),
+    ],
+)
+def test_learning_rate_follows_what_is_trained(
+    tokens: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    highest: float,
+    lowest: float,
+) -> None:
+    seen: list[TrainOptions] = []
+
+    def noting(data_path, run, options, **_):
+        seen.append(options)
+        raise InputError("seen")
+
+    monkeypatch.setattr("gemma3_export.reference.training.runs.train", noting)
+    config = str(write_config(tmp_path / "config.json", small_config(vocab_size=300)))
+    arguments = [config if argument == "CONFIG" else argument for argument in arguments]
+    CliRunner().invoke(command_line, ["train", str(tokens), "-o", str(tmp_path / "r"), *arguments])
+    assert seen[0].learning_rate == highest
+    assert seen[0].min_learning_rate == pytest.approx(lowest)
+
+
 def test_command_offers_every_option_of_the_trainer() -> None:
     assert PRECISIONS == training_options.PRECISIONS
     assert SHARDINGS == training_options.SHARDINGS

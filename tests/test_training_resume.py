@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 import resource
@@ -21,7 +22,7 @@ from gemma3_export.reference.training.checkpoints import (
     load_latest_checkpoint,
     save_checkpoint,
 )
-from gemma3_export.reference.training.logbook import LOG, read_log
+from gemma3_export.reference.training.logbook import LOG, Logbook, read_log
 from gemma3_export.reference.training.runs import resume_training, train
 from gemma3_export.reference.weights import open_weights
 from tests.token_folders import quick_options, random_tokens, write_config, write_tokens
@@ -231,6 +232,23 @@ def test_full_disk_keeps_the_older_checkpoint(tmp_path: Path) -> None:
     ]
 
 
+def test_disk_full_to_the_last_byte_is_named_and_the_checkpoint_stays(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(self, row):
+        if row.step == 5:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        add(self, row)
+
+    add = Logbook.add
+    with monkeypatch.context() as patch:
+        patch.setattr(Logbook, "add", full)
+        with pytest.raises(Gemma3ExportError, match=r"No space left.*free some space and resume"):
+            train_quickly(folder, tmp_path / "run")
+    resume_training(tmp_path / "run", report=lambda line: None)
+    assert losses(tmp_path / "run") == losses(folder / "whole")
+
+
 def test_checkpoints_rotate(tmp_path: Path) -> None:
     for step in (1, 5, 12):
         save_checkpoint(tmp_path, step, {"step": step}, keep=2)
@@ -258,3 +276,25 @@ def test_evaluating_more_often_changes_no_training(folder: Path, tmp_path: Path)
     train_quickly(folder, tmp_path / "run", eval_interval=1)
     often = [(row.step, row.train_loss) for row in read_log(tmp_path / "run")]
     assert often == [(row.step, row.train_loss) for row in read_log(folder / "whole")]
+
+
+def test_tensorboard_has_every_number_of_the_log_once(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 5, RuntimeError("power cut"))
+        with pytest.raises(RuntimeError):
+            train_quickly(folder, run, tensorboard=True)
+    resume_training(run, report=lambda line: None)
+    board = EventAccumulator(str(run / "tensorboard"))
+    board.Reload()
+    for name in ("train_loss", "validation_loss", "learning_rate", "gradient_norm"):
+        found = {event.step: event.value for event in board.Scalars(name)}
+        assert len(found) == len(board.Scalars(name)), "step 5 was trained twice and is shown once"
+        logged = {row.step: getattr(row, name) for row in read_log(run)}
+        wanted = {step: value for step, value in logged.items() if value is not None}
+        assert found == pytest.approx(wanted, rel=1e-6)

@@ -17,10 +17,12 @@ __all__ = ["train"]
 # Repeated from the trainer, which needs torch to be imported; a test holds them equal.
 PRECISIONS = ("fp32", "bf16", "fp16")
 SHARDINGS = ("ddp", "fsdp")
+# Small models take larger steps; trained ones must not be torn from where they are.
+DEMO_RATE, FINE_TUNING_RATE = 6e-3, 2e-5
 EPILOG = """\b
 Examples:
   gemma3-export data -o tokens && gemma3-export train tokens --size demo -o run
-  gemma3-export train tokens --weights google/gemma-3-270m --learning-rate 2e-5 -o tuned
+  gemma3-export train tokens --weights google/gemma-3-270m -o tuned
   gemma3-export train --resume run
   torchrun --nproc-per-node 4 -m gemma3_export train tokens --size 1b --sharding fsdp -o run
   gemma3-export onnx --weights run -o bundle
@@ -30,8 +32,12 @@ OPTIONS: tuple[tuple[str, Any, str], ...] = (
     ("--batch-size", int, "Windows in a micro-batch, for each process."),
     ("--context-length", int, "Tokens of a window."),
     ("--accumulation", int, "Micro-batches a step."),
-    ("--learning-rate", float, "The highest, after the warm-up."),
-    ("--min-learning-rate", float, "Where the cosine ends."),
+    (
+        "--learning-rate",
+        float,
+        "The highest, after the warm-up (default: 1e-3, demo size 6e-3, --weights 2e-5).",
+    ),
+    ("--min-learning-rate", float, "Where the cosine ends (default: a tenth of the highest)."),
     ("--warmup-steps", int, "Steps of linear warm-up."),
     ("--beta1", float, "Of AdamW."),
     ("--beta2", float, "Of AdamW."),
@@ -117,8 +123,12 @@ def train(
     from gemma3_export.reference.weights import open_weights
 
     assert {field.name for field in fields(TrainOptions)} == set(given)
-    if "learning_rate" in chosen and "min_learning_rate" not in chosen:
-        chosen["min_learning_rate"] = chosen["learning_rate"] / 10
+    if weights is not None:
+        chosen.setdefault("learning_rate", FINE_TUNING_RATE)
+    elif size == "demo":
+        chosen.setdefault("learning_rate", DEMO_RATE)
+    if "learning_rate" in chosen:
+        chosen.setdefault("min_learning_rate", chosen["learning_rate"] / 10)
     options = TrainOptions(**chosen)
     source = None if weights is None else open_weights(weights)
     result = start_training(

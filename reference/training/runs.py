@@ -10,7 +10,8 @@ import importlib.metadata
 import json
 import platform
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ import torch
 
 from gemma3_export import __version__
 from gemma3_export.config_json import load_config, load_json_object
-from gemma3_export.errors import InputError
+from gemma3_export.errors import Gemma3ExportError, InputError
 from gemma3_export.reference.model import Gemma3
 from gemma3_export.reference.training.checkpoints import load_latest_checkpoint
 from gemma3_export.reference.training.logbook import Logbook, draw_loss_curve
@@ -91,10 +92,11 @@ def train(
         if ranks.is_first:
             refuse_existing(run, force=force)
         trainer = Trainer(options, data, model, run, ranks, report)
-        if ranks.is_first:
-            shutil.rmtree(run, ignore_errors=True)
-            _write_folder(run, trainer, source)
-        return _run(trainer)
+        with _full_disk_is_named(run):
+            if ranks.is_first:
+                shutil.rmtree(run, ignore_errors=True)
+                _write_folder(run, trainer, source)
+            return _run(trainer)
 
 
 def resume_training(
@@ -120,7 +122,20 @@ def resume_training(
         trainer = Trainer(options, data, Gemma3(load_config(run)), run, ranks, report)
         trainer.restore(state)
         trainer.report(f"resuming after step {trainer.progress.step}")
-        return _run(trainer)
+        with _full_disk_is_named(run):
+            return _run(trainer)
+
+
+@contextmanager
+def _full_disk_is_named(run: Path) -> Iterator[None]:
+    """Log, curve and record are small, but a disk may be full to the last byte."""
+    try:
+        yield
+    except OSError as error:
+        raise Gemma3ExportError(
+            f"cannot write to {run}: {error}; what checkpoints it has are kept, free some space "
+            "and resume"
+        ) from error
 
 
 def _run(trainer: Trainer) -> TrainResult:
