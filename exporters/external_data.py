@@ -67,7 +67,7 @@ def write_external_data(
         recipes: how each stored tensor is made of canonical weights.
         source: where the canonical weights come from.
         path: the external data file, beside the graph's own file.
-        dtype: element type on disk.
+        dtype: element type of matrices on disk; vectors, which are the norms', stay float32.
         progress: told the bytes written.
 
     Returns:
@@ -82,23 +82,29 @@ def write_external_data(
         for name, recipe in recipes.items():
             writer.align()
             start = writer.position
-            extents = write_tensor(writer, recipe, source, dtype)
+            is_vector = len(dict(source.config.weight_shapes())[recipe.names[0]]) == 1
+            stored = torch.float32 if is_vector else dtype
+            extents = write_tensor(writer, recipe, source, stored)
             value = graph.initializers[name]
             value.const_value = ir.ExternalTensor(
                 location=path.name,
                 offset=start,
                 length=writer.position - start,
-                dtype=ONNX_TYPES[dtype],
+                dtype=ONNX_TYPES[stored],
                 shape=ir.Shape(extents),
                 name=name,
                 base_dir=path.parent,
             )
             value.shape = ir.Shape(extents)
-            value.type = ir.TensorType(ONNX_TYPES[dtype])
+            value.type = ir.TensorType(ONNX_TYPES[stored])
     return writer.digest.hexdigest()
 
 
-ONNX_TYPES = {torch.float32: ir.DataType.FLOAT}
+ONNX_TYPES = {
+    torch.float32: ir.DataType.FLOAT,
+    torch.float16: ir.DataType.FLOAT16,
+    torch.bfloat16: ir.DataType.BFLOAT16,
+}
 
 
 def write_tensor(

@@ -20,8 +20,12 @@ from gemma3_export.signature import DType, Signature
 
 __all__ = ["DTYPES", "OnnxWriter"]
 
-# --dtype: weights on disk, and the cache's element type
-DTYPES: dict[str, tuple[torch.dtype, DType]] = {"fp32": (torch.float32, "float32")}
+# --dtype: matrices on disk, and the cache's element type
+DTYPES: dict[str, tuple[torch.dtype, DType]] = {
+    "fp32": (torch.float32, "float32"),
+    "bf16": (torch.bfloat16, "bfloat16"),
+    "fp16": (torch.float16, "float16"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +48,10 @@ class OnnxWriter:
         require_dtype(self.dtype, tuple(DTYPES))
         if self.target not in TARGETS:
             raise InputError(f"unknown target {self.target!r}; choose {' or '.join(TARGETS)}")
+        if self.target != "ort" and self.dtype != "fp32":
+            raise InputError(
+                f"target {self.target} has fp32 only; leave --target out to export in {self.dtype}"
+            )
 
     def size_bytes(self, config: Gemma3Config) -> int:
         """Weights and graph."""
@@ -56,7 +64,7 @@ class OnnxWriter:
         weights_dtype, cache_dtype = DTYPES[self.dtype]
         signature = Signature.of(source.config, cache_dtype=cache_dtype)
         progress("tracing", 0, 1)
-        model, recipes = trace_onnx(source.config, signature, self.target)
+        model, recipes = trace_onnx(source.config, signature, self.target, weights_dtype)
         progress("tracing", 1, 1)
 
         path = folder / "onnx" / "model.onnx"

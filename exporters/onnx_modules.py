@@ -4,6 +4,9 @@ Each computes what the module it replaces computes, in a form that ONNX Runtime 
 for: projections packed into one matrix product, attention as one fused operator. The parity check
 holds them to the reference.
 
+In half precision, matrices and whatever is between two products are half, while norms and the
+residual stream are float32: there the numbers grow largest, and rounding adds up over the layers.
+
 Shapes: B batch rows, T new tokens, S all tokens, D hidden size, C vocabulary or feature columns.
 """
 
@@ -27,6 +30,8 @@ from gemma3_export.reference.model import (
     LastTokens,
     LayerContext,
     LMHead,
+    RMSNorm,
+    ScaledEmbedding,
 )
 
 __all__ = ["FusedGemma3", "PortableGemma3"]
@@ -42,6 +47,10 @@ class OnnxProjection(PackedProjection):
     def product(self, x: Tensor) -> Tensor:
         """[B, T, in] to [B, T, sum of out_features]."""
         return x @ self.weight
+
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, ...]:
+        """As :class:`PackedProjection`; ``x`` is brought to the product's element type."""
+        return super().forward(x.to(self.weight.dtype))
 
     def split(self, y: Tensor) -> tuple[Tensor, ...]:
         """As one node; torch's own split becomes a sequence and a node for each part."""
@@ -115,15 +124,37 @@ class FusedAttention(PackedAttention):
                 "local_window_size": config.sliding_window if config.is_sliding(self.layer) else -1,
                 "do_rotary": 1,
             },
-            dtypes=[x_BTD.dtype] * 3,
+            dtypes=[q.dtype] * 3,
             shapes=[(batch, new, config.query_size), cache, cache],
             version=1,
         )
         return self.o_proj(out), (key, value)
 
 
+class FloatNorm(RMSNorm):
+    """A norm on the residual stream: float32 out, whatever comes in."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise the last axis of ``x``."""
+        return super().forward(x.float())
+
+
+class FloatEmbedding(ScaledEmbedding):
+    """Token embedding that opens a float32 residual stream."""
+
+    def forward(self, ids_BT: Tensor) -> Tensor:
+        """[B, T] token ids to [B, T, D] float32; the scale is rounded to the weights' type."""
+        scale = torch.tensor(self.hidden_size**0.5, dtype=torch.float32)
+        return self.lookup(ids_BT).float() * scale.to(self.weight.dtype).float()
+
+
 class MarkedLayer(DecoderLayer):
     """A layer whose input is marked, so that it can be cut out of the trace."""
+
+    def __init__(self, config: Gemma3Config, layer: int) -> None:
+        super().__init__(config, layer)
+        self.post_attention_layernorm = FloatNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_feedforward_layernorm = FloatNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(
         self, x: Tensor, context: LayerContext, past: KeyValue | None
@@ -140,8 +171,14 @@ class SliceLastTokens(LastTokens):
         assert isinstance(count, Tensor)
         x_BTD = layer_boundary(x_BTD)  # the end of the last layer
         end, axis = torch.tensor([SLICE_TO_END]), torch.tensor([1])
+        # -count, by way of an extent: arithmetic on extents stays on the CPU, where a GPU's Slice
+        # wants its bounds, while a bare negation goes to the GPU and has to be copied back.
+        extent = ops.symbolic(
+            "Shape", [x_BTD], {"start": 1, "end": 2}, dtype=torch.int64, shape=[1], version=21
+        )
+        start = extent - count - extent
         return ops.symbolic(
-            "Slice", [x_BTD, -count, end, axis], dtype=x_BTD.dtype, shape=x_BTD.shape, version=13
+            "Slice", [x_BTD, start, end, axis], dtype=x_BTD.dtype, shape=x_BTD.shape, version=13
         )
 
 
@@ -156,6 +193,7 @@ class GemmHead(LMHead):
         # Extents are read in the graph: the traced ones ignore num_logits_to_keep.
         vocab_size, hidden_size = weight_VD.shape
         rows = reshape(x, [-1, hidden_size], (x.shape[0] * x.shape[1], hidden_size))
+        rows = rows.to(weight_VD.dtype)
         extents = ops.symbolic("Shape", [x], {"end": 2}, dtype=torch.int64, shape=[2], version=21)
         target = torch.cat((extents, torch.tensor([vocab_size])))
         logits = F.linear(rows, weight_VD).float()
@@ -175,6 +213,7 @@ class PortableGemma3(Gemma3):
 
     def __init__(self, config: Gemma3Config) -> None:
         super().__init__(config)
+        self.model.embed_tokens = FloatEmbedding(config.vocab_size, config.hidden_size)
         self.last_tokens = SliceLastTokens()
         self.head = GemmHead()
         for index in range(config.num_hidden_layers):
@@ -182,6 +221,12 @@ class PortableGemma3(Gemma3):
             layer.self_attn = self.attention(layer.self_attn, OnnxProjection)
             layer.mlp = PackedMLP(config, OnnxProjection)
             self.model.layers[index] = layer
+
+    def round_matrices(self, dtype: torch.dtype) -> None:
+        """Hold matrices in ``dtype``; the vectors, which are the norms', stay float32."""
+        for parameter in self.parameters():
+            if parameter.ndim > 1:
+                parameter.data = parameter.data.to(dtype)
 
 
 class FusedGemma3(PortableGemma3):
@@ -203,8 +248,8 @@ class FusedGemma3(PortableGemma3):
         for kind, rotary in self.rotary.items():
             cos, sin = rotary(positions)
             contexts[kind] = FusedContext(
-                cos=cos,
-                sin=sin,
+                cos=cos.to(self.head_weight.dtype),  # the attention's element type
+                sin=sin.to(self.head_weight.dtype),
                 last_index=last_index,
                 total=total,
                 attention_mask=attention_mask,

@@ -39,7 +39,10 @@ TARGETS: dict[str, type[PortableGemma3]] = {"ort": FusedGemma3, "portable": Port
 
 
 def trace_onnx(
-    config: Gemma3Config, signature: Signature, target: str
+    config: Gemma3Config,
+    signature: Signature,
+    target: str,
+    dtype: torch.dtype = torch.float32,
 ) -> tuple[ir.Model, dict[str, WeightRecipe]]:
     """The graph of one decoder step, and how to fill its weights.
 
@@ -47,6 +50,7 @@ def trace_onnx(
         config: the model.
         signature: names, types and axes of the graph's inputs and outputs.
         target: ``ort`` for ONNX Runtime's fused kernels, ``portable`` for standard operators.
+        dtype: element type of matrices, attention and what passes between them.
 
     Returns:
         The graph, whose weights are initializers without a value, and the recipe of each.
@@ -56,9 +60,11 @@ def trace_onnx(
     shallow_signature = Signature.of(shallow, cache_dtype=signature.past_keys[0].dtype)
     with quiet_exporter(), FakeTensorMode():
         recipes = weight_recipes(TARGETS[target](config))
-        step = DecoderStep(TARGETS[target](shallow)).eval().requires_grad_(False)
+        decoder = TARGETS[target](shallow)
+        decoder.round_matrices(dtype)
+        step = DecoderStep(decoder).eval().requires_grad_(False)
         program = torch.onnx.export(
-            export_program(step, shallow),
+            export_program(step, shallow, dtype),
             dynamo=True,
             opset_version=OPSET_VERSION,
             optimize=False,
@@ -77,7 +83,9 @@ def trace_onnx(
     return model, recipes
 
 
-def export_program(step: nn.Module, config: Gemma3Config) -> torch.export.ExportedProgram:
+def export_program(
+    step: nn.Module, config: Gemma3Config, cache_dtype: torch.dtype
+) -> torch.export.ExportedProgram:
     """torch.export of ``step`` with batch, new and past lengths dynamic."""
     dim = torch.export.Dim
     batch, new, past = dim("batch_size"), dim("sequence_length"), dim("past_sequence_length")
@@ -85,7 +93,7 @@ def export_program(step: nn.Module, config: Gemma3Config) -> torch.export.Export
     count = 2 * config.num_hidden_layers
     return torch.export.export(
         step,
-        example_inputs(config),
+        example_inputs(config, dtype=cache_dtype),
         dynamic_shapes=(
             {0: batch, 1: new},
             {0: batch, 1: dim.DYNAMIC},

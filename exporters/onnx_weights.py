@@ -73,8 +73,10 @@ class BundleWeights(WeightSource):
         except Exception as error:  # missing or truncated external data
             raise InputError(f"{self.origin}: {name} cannot be read: {error}") from error
         rows = slice(first + start, first + stop)
-        part = array[:, rows].T if recipe.transposed else array[rows]
-        return torch.from_numpy(np.ascontiguousarray(part).copy())
+        part = np.ascontiguousarray(array[:, rows].T if recipe.transposed else array[rows])
+        if tensor.dtype == ir.DataType.BFLOAT16:  # which torch does not take from numpy
+            return torch.from_numpy(part.view(np.uint16).copy()).view(torch.bfloat16)
+        return torch.from_numpy(part.copy())
 
     def stored_dtype(self, name: str) -> torch.dtype:
         """See :class:`gemma3_export.reference.weights.WeightSource`."""

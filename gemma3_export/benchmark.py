@@ -1,8 +1,8 @@
-"""Measure a bundle's runtimes, alone or against a peer in the same run.
+"""Measure a bundle's runtimes, alone or against peers in the same run.
 
 Each candidate lives in its own process, so that memory and threads are its own; the candidates take
-turns (A B A B), and the one that waits is stopped by a signal, spinning threads included. So a
-change of the machine's load strikes both, and ratios mean more than the absolute numbers.
+turns (A B C A B C), and those that wait are stopped by a signal, spinning threads included. So a
+change of the machine's load strikes all, and ratios mean more than the absolute numbers.
 
 This module imports neither torch nor ONNX Runtime.
 """
@@ -10,34 +10,36 @@ This module imports neither torch nor ONNX Runtime.
 from __future__ import annotations
 
 import importlib.util
-import json
-import os
-import platform
-import signal
 import statistics
-import subprocess
-import sys
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from gemma3_export import errors
+from gemma3_export.benchmark_machine import available_processors, describe_machine, read_bandwidths
+from gemma3_export.benchmark_process import Worker, own_worker, peer_worker
 from gemma3_export.bundle import RUNTIMES, Bundle
 from gemma3_export.config import Gemma3Config
-from gemma3_export.errors import Gemma3ExportError, InputError, UnavailableError
+from gemma3_export.errors import InputError, UnavailableError
+from gemma3_export.peers import DEFAULT_PLACE, PEERS, find_peer, parse
 
-__all__ = ["PEERS", "BenchmarkOptions", "describe_machine", "run_benchmark"]
+__all__ = ["OWN_PEERS", "BenchmarkOptions", "run_benchmark"]
 
-PEERS = ("transformers", "reference")
+OWN_PEERS = ("transformers", "reference")  # they need no environment of their own
 WARM_UP_TOKENS = 2
-TIMES = ("time_to_first_token_s", "prefill_tokens_per_s", "decode_tokens_per_s")
+SPREADS = (
+    "time_to_first_token_s",
+    "prefill_tokens_per_s",
+    "decode_tokens_per_s",
+    "busy_processors",
+)
 PACKAGES = {  # what a candidate needs, and how to get it
     "onnx": (("onnxruntime",), 'pip install "gemma3-export[cpu]"'),
     "torchscript": (("torch",), 'pip install "gemma3-export[export]"'),
+    "pt2": (("torch",), 'pip install "gemma3-export[export]"'),
     "reference": (("torch",), 'pip install "gemma3-export[export]"'),
     "transformers": (
         ("torch", "transformers"),
@@ -48,140 +50,102 @@ PACKAGES = {  # what a candidate needs, and how to get it
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BenchmarkOptions:
-    """What to measure.
+    """What to measure: every prompt length with every batch.
 
     Raises:
         InputError: an option is impossible.
     """
 
-    prompt_tokens: int = 512
+    prompt_tokens: tuple[int, ...] = (512,)
     new_tokens: int = 64
-    batch: int = 1
+    batch: tuple[int, ...] = (1,)
     threads: int | None = None  # None: as many as this process may use
     runtime: str = "onnx"
     device: str = "auto"
     repeat: int = 3
-    against: str | None = None
+    against: tuple[str, ...] = ()  # OWN_PEERS, or NAME[:FORMAT] of an installed peer
+    peers: Path = DEFAULT_PLACE
+    weights: str | None = None  # full precision, to measure the quality of every candidate
 
     def __post_init__(self) -> None:
-        for name in ("prompt_tokens", "new_tokens", "batch", "repeat"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        if self.threads is not None and self.threads < 1:
-            raise InputError(f"threads is {self.threads}; it must be at least 1")
+        for name in ("prompt_tokens", "new_tokens", "batch", "repeat", "threads"):
+            value = getattr(self, name)
+            for number in value if isinstance(value, tuple) else (value,):
+                if number is not None and number < 1:
+                    raise InputError(f"{name} is {number}; it must be at least 1")
         if self.runtime not in RUNTIMES:
             raise InputError(f"unknown runtime {self.runtime!r}; choose {', '.join(RUNTIMES)}")
-        if self.against is not None and self.against not in PEERS:
-            raise InputError(f"unknown peer {self.against!r}; choose {' or '.join(PEERS)}")
-        if self.against == self.runtime:
-            raise InputError(f"{self.runtime} cannot be measured against itself; name another")
+        for spec in self.against:
+            if spec == self.runtime or self.against.count(spec) > 1:
+                raise InputError(f"{spec} cannot be measured against itself; name another")
+            if spec not in OWN_PEERS and spec.partition(":")[0] not in PEERS:
+                choices = ", ".join((*OWN_PEERS, *PEERS))
+                raise InputError(f"unknown peer {spec!r}; choose among {choices}")
+            if spec not in OWN_PEERS:
+                parse(spec)
+
+    def cases(self) -> list[tuple[int, int]]:
+        """Prompt tokens and batch of each case, the smallest first: peak memory only grows."""
+        return sorted(
+            {(prompt, batch) for prompt in self.prompt_tokens for batch in self.batch},
+            key=lambda case: case[0] * case[1],
+        )
 
 
 def run_benchmark(path: Path, options: BenchmarkOptions) -> dict[str, Any]:
     """Measure the bundle at ``path`` and return a report that JSON can hold.
 
     Raises:
-        InputError: the bundle is damaged, or the tokens do not fit its context.
-        UnavailableError: a package or the device is missing.
+        InputError: the bundle is damaged, the tokens do not fit its context, or a peer has other
+            weights.
+        UnavailableError: a package, a peer or the device is missing.
     """
     bundle = Bundle(path)
     bundle.check_sizes()
     check_context(bundle.config, options)
-    names = [options.runtime, *([options.against] if options.against else [])]
-    for name in names:
-        require_packages(name)
     threads = options.threads or available_processors()
-    prompts = random_prompts(bundle.config, options)
+    candidates = prepare(bundle, options, threads)
     machine = describe_machine()
+    bandwidths = read_bandwidths(threads)
     with ExitStack() as stack:
-        workers = [
-            stack.enter_context(started_worker(name, path, options.device, threads))
-            for name in names
+        workers = [stack.enter_context(candidate) for candidate in candidates]
+        measured = [
+            measure_case(workers, random_prompts(bundle.config, case, options.repeat), options)
+            for case in options.cases()
         ]
-        for worker in workers:
-            worker.measure(prompts[0], min(WARM_UP_TOKENS, options.new_tokens))
-        rounds = [
-            [worker.measure(prompt, options.new_tokens) for worker in workers] for prompt in prompts
+        bandwidths += read_bandwidths(threads)
+        cases = [
+            describe_case(workers, case, rounds, options, max(bandwidths))
+            for case, rounds in zip(options.cases(), measured, strict=True)
         ]
-    measured = [[speeds(one, options) for one in one_round] for one_round in rounds]
-    report: dict[str, Any] = {
-        "machine": machine,
-        "options": asdict(options) | {"threads": threads},
-        "candidates": {
-            worker.name: worker.facts | summary([one_round[index] for one_round in measured])
-            for index, worker in enumerate(workers)
-        },
-    }
-    if options.against is not None:
-        report["ratios"] = ratios(measured, [worker.facts for worker in workers])
-        report["same_tokens"] = same_tokens(rounds)
+        report: dict[str, Any] = {
+            "machine": machine | {"read_bytes_per_s": spread(bandwidths)},
+            "options": asdict(options) | {"threads": threads, "peers": str(options.peers)},
+            "candidates": {worker.name: worker.facts for worker in workers},
+            "cases": cases,
+        }
+        if options.weights is not None:
+            from gemma3_export.benchmark_quality import measure_quality
+
+            report["quality"] = measure_quality(bundle, workers, options.weights, threads)
     return report
 
 
-class Worker:
-    """A candidate's process; it is stopped whenever nobody waits for it."""
-
-    def __init__(self, name: str, process: subprocess.Popen[str]) -> None:
-        self.name = name
-        self.process = process
-        self.facts: dict[str, Any] = {}
-
-    def ask(self, message: dict[str, Any]) -> dict[str, Any]:
-        """Send one line and wait for the answer."""
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        self.process.send_signal(signal.SIGCONT)
-        try:
-            self.process.stdin.write(json.dumps(message) + "\n")
-            self.process.stdin.flush()
-            line = self.process.stdout.readline()
-        except BrokenPipeError:
-            line = ""
-        if not line:
-            raise Gemma3ExportError(
-                f"the benchmark's {self.name} process ended (exit code {self.process.wait()}); "
-                "its output above says why. Was there enough memory?"
-            )
-        answer: dict[str, Any] = json.loads(line)
-        if "error" in answer:
-            raise getattr(errors, answer["error"])(answer["message"])
-        self.process.send_signal(signal.SIGSTOP)
-        return answer
-
-    def measure(self, prompt: list[list[int]], new_tokens: int) -> dict[str, Any]:
-        """One measurement, as the worker answers it."""
-        return self.ask({"prompt": prompt, "new_tokens": new_tokens})
-
-
-@contextmanager
-def started_worker(name: str, path: Path, device: str, threads: int) -> Iterator[Worker]:
-    """A process that has loaded ``name``, and ends with the context."""
-    package_root = str(Path(__file__).parent.parent)
-    process = subprocess.Popen(
-        [sys.executable, "-m", "gemma3_export.benchmark_worker"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        # The same package, wherever it was imported from; both sides get the same threads.
-        env=os.environ
-        | {
-            "PYTHONPATH": os.pathsep.join(
-                filter(None, (package_root, os.environ.get("PYTHONPATH")))
-            ),
-            "OMP_NUM_THREADS": str(threads),
-        },
-    )
-    worker = Worker(name, process)
-    try:
-        asked = {"name": name, "bundle": str(path.resolve()), "device": device, "threads": threads}
-        worker.facts = worker.ask(asked)
-        yield worker
-    finally:
-        process.kill()  # it may be stopped, and has nothing to save
-        process.wait()
-        for pipe in (process.stdin, process.stdout):
-            if pipe is not None:
-                pipe.close()
+def prepare(
+    bundle: Bundle, options: BenchmarkOptions, threads: int
+) -> list[AbstractContextManager[Worker]]:
+    """What starts each candidate; everything that can be refused before is refused here."""
+    found: list[AbstractContextManager[Worker]] = []
+    for spec in (options.runtime, *options.against):
+        if spec in PACKAGES:
+            require_packages(spec)
+            asked = {"name": spec, "bundle": str(bundle.path.resolve()), "device": options.device}
+            found.append(own_worker(spec, asked | {"threads": threads}))
+        else:
+            peer = find_peer(spec, options.peers)
+            peer.check_weights(bundle.manifest.source)
+            found.append(peer_worker(peer, threads))
+    return found
 
 
 def check_context(config: Gemma3Config, options: BenchmarkOptions) -> None:
@@ -190,10 +154,10 @@ def check_context(config: Gemma3Config, options: BenchmarkOptions) -> None:
     Raises:
         InputError: with the limit.
     """
-    wanted, limit = options.prompt_tokens + options.new_tokens, config.max_position_embeddings
-    if wanted > limit:
+    longest, limit = max(options.prompt_tokens), config.max_position_embeddings
+    if longest + options.new_tokens > limit:
         raise InputError(
-            f"{options.prompt_tokens} prompt and {options.new_tokens} new tokens are more than "
+            f"{longest} prompt and {options.new_tokens} new tokens are more than "
             f"the model's context of {limit}; ask for fewer"
         )
 
@@ -210,21 +174,78 @@ def require_packages(name: str) -> None:
         raise UnavailableError(f"measuring {name} needs {' and '.join(missing)}; run: {command}")
 
 
-def random_prompts(config: Gemma3Config, options: BenchmarkOptions) -> list[list[list[int]]]:
+def random_prompts(
+    config: Gemma3Config, case: tuple[int, int], repeat: int
+) -> list[list[list[int]]]:
     """One prompt [B, T] for each repetition, the same for every candidate."""
+    prompt_tokens, batch = case
     generator = np.random.default_rng(0)
-    shape = (options.repeat, options.batch, options.prompt_tokens)
+    shape = (repeat, batch, prompt_tokens)
     prompts: list[list[list[int]]] = generator.integers(0, config.vocab_size, shape).tolist()
     return prompts
 
 
-def speeds(measured: dict[str, Any], options: BenchmarkOptions) -> dict[str, float]:
+def measure_case(
+    workers: Sequence[Worker], prompts: Sequence[list[list[int]]], options: BenchmarkOptions
+) -> list[list[dict[str, Any]]]:
+    """Rounds in which every worker has one turn, after a first turn that does not count."""
+    for worker in workers:
+        worker.measure(prompts[0], min(WARM_UP_TOKENS, options.new_tokens))
+    return [
+        [worker.measure(prompt, options.new_tokens) for worker in workers] for prompt in prompts
+    ]
+
+
+def describe_case(
+    workers: Sequence[Worker],
+    case: tuple[int, int],
+    rounds: Sequence[Sequence[dict[str, Any]]],
+    options: BenchmarkOptions,
+    bandwidth: float,
+) -> dict[str, Any]:
+    """Speeds of all candidates, and how the first compares with the others."""
+    prompt_tokens, batch = case
+    speeds = [
+        [speed(one, batch, prompt_tokens, options.new_tokens) for one in one_round]
+        for one_round in rounds
+    ]
+    candidates = {}
+    for index, worker in enumerate(workers):
+        found = summary([one_round[index] for one_round in speeds])
+        if size := worker.facts["describe"].get("bytes_per_token"):
+            steps_per_s = found["decode_tokens_per_s"]["median"] / batch
+            found["share_of_bandwidth"] = steps_per_s * size / bandwidth
+        candidates[worker.name] = found
+    described: dict[str, Any] = {
+        "prompt_tokens": prompt_tokens,
+        "batch": batch,
+        "new_tokens": options.new_tokens,
+        "candidates": candidates,
+    }
+    if len(workers) > 1:
+        described["ratios"] = {
+            worker.name: ratios([(one_round[0], one_round[index]) for one_round in speeds])
+            for index, worker in enumerate(workers)
+            if index
+        }
+        described["same_tokens"] = {
+            worker.name: same_tokens([(one_round[0], one_round[index]) for one_round in rounds])
+            for index, worker in enumerate(workers)
+            if index
+        }
+    return described
+
+
+def speed(
+    measured: dict[str, Any], batch: int, prompt_tokens: int, new_tokens: int
+) -> dict[str, float]:
     """Seconds as tokens per second of the whole batch."""
-    first_s, decode_s = measured["time_to_first_token_s"], measured["decode_s"]
+    first_s = measured["time_to_first_token_s"]
     return {
         "time_to_first_token_s": first_s,
-        "prefill_tokens_per_s": options.batch * options.prompt_tokens / first_s,
-        "decode_tokens_per_s": options.batch * options.new_tokens / decode_s,
+        "prefill_tokens_per_s": batch * prompt_tokens / first_s,
+        "decode_tokens_per_s": batch * new_tokens / measured["decode_s"],
+        "busy_processors": measured["busy_processors"],
         "peak_memory_bytes": measured["peak_memory_bytes"],
     }
 
@@ -236,70 +257,28 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 
 def summary(rounds: Sequence[dict[str, float]]) -> dict[str, Any]:
     """One candidate's rounds."""
-    found: dict[str, Any] = {key: spread([one[key] for one in rounds]) for key in TIMES}
+    found: dict[str, Any] = {key: spread([one[key] for one in rounds]) for key in SPREADS}
     found["peak_memory_bytes"] = max(one["peak_memory_bytes"] for one in rounds)
     return found
 
 
-def ratios(
-    rounds: Sequence[Sequence[dict[str, float]]], facts: Sequence[dict[str, Any]]
-) -> dict[str, Any]:
+def ratios(pairs: Sequence[tuple[dict[str, float], dict[str, float]]]) -> dict[str, Any]:
     """How many times faster (or smaller) than the peer; above 1 is better than the peer."""
-    pairs = {
-        "prefill": [ours["prefill_tokens_per_s"] / p["prefill_tokens_per_s"] for ours, p in rounds],
-        "decode": [ours["decode_tokens_per_s"] / p["decode_tokens_per_s"] for ours, p in rounds],
-    }
-    ours, peer = (
-        max(one["peak_memory_bytes"] for one in side) for side in zip(*rounds, strict=True)
+    ours, theirs = (
+        max(one["peak_memory_bytes"] for one in side) for side in zip(*pairs, strict=True)
     )
-    return {key: spread(values) for key, values in pairs.items()} | {
-        "load": facts[1]["load_s"] / facts[0]["load_s"],
-        "memory": peer / ours,
+    found: dict[str, Any] = {
+        name: spread([our[key] / their[key] for our, their in pairs])
+        for name, key in (("prefill", "prefill_tokens_per_s"), ("decode", "decode_tokens_per_s"))
     }
+    return found | {"memory": theirs / ours}
 
 
-def same_tokens(rounds: Sequence[Sequence[dict[str, Any]]]) -> float:
+def same_tokens(pairs: Sequence[tuple[dict[str, Any], dict[str, Any]]]) -> float:
     """The share of rows in which both candidates chose the same tokens throughout."""
     equal = [
         our_row == their_row
-        for ours, theirs in rounds
+        for ours, theirs in pairs
         for our_row, their_row in zip(ours["tokens"], theirs["tokens"], strict=True)
     ]
     return statistics.fmean(equal)
-
-
-def describe_machine() -> dict[str, object]:
-    """What the numbers were measured on, without its name."""
-    return {
-        "processor": processor_name(),
-        "processors": available_processors(),
-        "memory_bytes": memory_bytes(),
-        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
-        "python": platform.python_version(),
-        "load_average": os.getloadavg()[0],
-    }
-
-
-def processor_name() -> str:
-    """The processor's model as the system tells it."""
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
-def available_processors() -> int:
-    """Logical processors that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-def memory_bytes() -> int | None:
-    """Physical memory, where the system tells it."""
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (ValueError, OSError):
-        return None

@@ -1,58 +1,39 @@
-"""One candidate of a benchmark, in a process of its own.
+"""Our own candidates of a benchmark, and transformers with a bundle's weights.
 
-Started by :mod:`gemma3_export.benchmark` and driven over pipes, one JSON object a line: first what
-to load, then one line for each measurement. The answers go to what was stdout; whatever libraries
-print goes to stderr.
+Started by :mod:`gemma3_export.benchmark_process`, in a process of its own; the protocol is that of
+:mod:`gemma3_export.peers.workers.serving`.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import re
-import resource
-import sys
 import time
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from gemma3_export.backends import open_runtime
 from gemma3_export.bundle import Bundle
-from gemma3_export.errors import Gemma3ExportError
-from gemma3_export.runtimes.protocol import IntArray, Runtime
+from gemma3_export.peers.workers.serving import Candidate, Load, serve
+from gemma3_export.runtimes.protocol import IntArray, Logits, Runtime
 
-__all__ = ["PEER", "Candidate", "open_candidate", "serve"]
+__all__ = ["PEER", "TRUTH", "open_candidate"]
 
 PEER = "transformers"
+TRUTH = "truth"  # the reference in float32, with weights that need not be the bundle's
 PREFILL_CHUNK = 512  # as `generate` feeds long prompts
-
-
-class Candidate(Protocol):
-    """A loaded model that can be timed."""
-
-    def describe(self) -> dict[str, object]:
-        """Versions, device and threads really used."""
-
-    def run(self, prompt: IntArray, new_tokens: int) -> tuple[float, float, IntArray]:
-        """Continue ``prompt`` [B, T] greedily.
-
-        Returns:
-            Seconds to the first token, seconds for ``new_tokens`` more, and all of these
-            [B, 1 + new_tokens].
-        """
 
 
 class RuntimeCandidate:
     """Any of a bundle's runtimes."""
 
-    def __init__(self, runtime: Runtime) -> None:
+    def __init__(self, runtime: Runtime, bytes_per_token: int) -> None:
         self.runtime = runtime
+        self.bytes_per_token = bytes_per_token
 
     def describe(self) -> dict[str, object]:
         """See :class:`Candidate`."""
-        return self.runtime.describe()
+        return self.runtime.describe() | {"bytes_per_token": self.bytes_per_token}
 
     def run(self, prompt: IntArray, new_tokens: int) -> tuple[float, float, IntArray]:
         """See :class:`Candidate`."""
@@ -68,6 +49,12 @@ class RuntimeCandidate:
             logits = runtime.step(tokens[-1], cache, num_logits=1)
             tokens.append(logits[:, -1:].argmax(-1))
         return first - started, time.perf_counter() - first, np.concatenate(tokens, axis=1)
+
+    def logits(self, ids: IntArray) -> Logits:
+        """See :class:`Candidate`."""
+        cache = self.runtime.new_cache(1, len(ids))
+        logits: Logits = self.runtime.step(ids[None], cache, num_logits=len(ids))[0]
+        return logits
 
 
 class TransformersCandidate:
@@ -99,6 +86,7 @@ class TransformersCandidate:
             "device": self.device,
             "threads": torch.get_num_threads(),
             "attention": self.model.config._attn_implementation,
+            "bytes_per_token": sum(p.nbytes for p in self.model.parameters()),
         }
 
     def run(self, prompt: IntArray, new_tokens: int) -> tuple[float, float, IntArray]:
@@ -122,6 +110,15 @@ class TransformersCandidate:
             ended = time.perf_counter()
         return first - started, ended - first, torch.cat(tokens, dim=1).numpy()
 
+    def logits(self, ids: IntArray) -> Logits:
+        """See :class:`Candidate`."""
+        import torch
+
+        with torch.inference_mode():
+            output = self.model(torch.from_numpy(ids)[None].to(self.device))
+        found: Logits = output.logits[0].float().cpu().numpy()
+        return found
+
 
 def open_candidate(name: str, bundle_path: Path, device: str, threads: int) -> Candidate:
     """Load one candidate.
@@ -135,7 +132,39 @@ def open_candidate(name: str, bundle_path: Path, device: str, threads: int) -> C
     bundle = Bundle(bundle_path)
     if name == PEER:
         return TransformersCandidate(bundle, device, threads)
-    return RuntimeCandidate(open_runtime(bundle, name, device=device, threads=threads))
+    runtime = open_runtime(bundle, name, device=device, threads=threads)
+    return RuntimeCandidate(runtime, weight_bytes(bundle, name))
+
+
+def weight_bytes(bundle: Bundle, name: str) -> int:
+    """What a token reads: all weights; of a tied embedding the head reads every row."""
+    if name == "onnx":
+        graph = bundle.graph(name).path  # small tensors lie in it, the rest in a file beside it
+        files = bundle.manifest.files
+        return sum(files[file].size_bytes for file in (graph, f"{graph}_data") if file in files)
+    if name == "reference":
+        return 4 * bundle.config.num_parameters
+    kinds = {"fp32": 4, "fp16": 2, "bf16": 2}
+    return kinds[bundle.graph(name).dtype] * bundle.config.num_parameters
+
+
+def open_truth(weights: str, threads: int) -> Candidate:
+    """The reference in float32.
+
+    Args:
+        weights: as :func:`gemma3_export.exporting.open_weights` takes it.
+        threads: threads inside one operator.
+    """
+    import torch
+
+    from gemma3_export.exporting import open_weights
+    from gemma3_export.reference.loading import load_reference
+    from gemma3_export.reference.runtime import ReferenceRuntime
+
+    torch.set_num_threads(threads)
+    with open_weights(weights) as source:
+        size = 4 * source.config.num_parameters
+        return RuntimeCandidate(ReferenceRuntime(load_reference(source)), size)
 
 
 def import_framework(name: str) -> None:
@@ -149,57 +178,14 @@ def import_framework(name: str) -> None:
         from transformers import Gemma3ForCausalLM  # noqa: F401
 
 
-def peak_memory_bytes() -> int:
-    """The most memory that this process has held, code and mapped weights included."""
-    status = Path("/proc/self/status")  # rusage would count the process that forked us
-    if status.exists() and (found := re.search(r"VmHWM:\s*(\d+) kB", status.read_text())):
-        return int(found[1]) * 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
-def measure(candidate: Candidate, request: dict[str, Any]) -> dict[str, Any]:
-    """One measurement, as JSON."""
-    prompt = np.array(request["prompt"], dtype=np.int64)
-    first_s, decode_s, tokens = candidate.run(prompt, request["new_tokens"])
-    return {
-        "time_to_first_token_s": first_s,
-        "decode_s": decode_s,
-        "tokens": tokens.tolist(),
-        "peak_memory_bytes": peak_memory_bytes(),
-    }
-
-
-def serve() -> None:
-    """Answer the parent until its pipe closes."""
-    with os.fdopen(os.dup(1), "w", encoding="utf-8") as answers:
-        os.dup2(2, 1)
-
-        def answer(message: dict[str, Any]) -> None:
-            answers.write(json.dumps(message) + "\n")
-            answers.flush()
-
-        try:
-            asked = json.loads(sys.stdin.readline())
-            started = time.perf_counter()
-            import_framework(asked["name"])
-            imported = time.perf_counter()
-            candidate = open_candidate(
-                asked["name"], Path(asked["bundle"]), asked["device"], asked["threads"]
-            )
-            loaded = time.perf_counter()
-            answer(
-                {
-                    "import_s": imported - started,
-                    "load_s": loaded - imported,
-                    "describe": candidate.describe(),
-                }
-            )
-            for line in sys.stdin:
-                answer(measure(candidate, json.loads(line)))
-        except Gemma3ExportError as error:
-            answer({"error": type(error).__name__, "message": str(error)})
+def opener(asked: dict[str, Any]) -> Load:
+    """See :func:`gemma3_export.peers.workers.serving.serve`."""
+    name, threads = asked["name"], asked["threads"]
+    import_framework(name)
+    if name == TRUTH:
+        return lambda: open_truth(asked["weights"], threads)
+    return lambda: open_candidate(name, Path(asked["bundle"]), asked["device"], threads)
 
 
 if __name__ == "__main__":
-    serve()
+    serve(opener)

@@ -12,7 +12,7 @@ import numpy as np
 from gemma3_export.config import Gemma3Config
 from gemma3_export.runtimes.device import Device
 from gemma3_export.runtimes.onnx_session import import_onnxruntime
-from gemma3_export.runtimes.protocol import IntArray, LayerKV, empty_lengths
+from gemma3_export.runtimes.protocol import IntArray, LayerKV, check_truncation, empty_lengths
 from gemma3_export.signature import Signature
 
 __all__ = ["GrowingCache", "OnnxCache", "SharedCache"]
@@ -32,6 +32,9 @@ class OnnxCache(Protocol):
         """Tokens that each row can hold."""
 
     def read(self, row: int) -> list[LayerKV]:
+        """See :class:`gemma3_export.runtimes.protocol.KVCache`."""
+
+    def truncate(self, row: int, length: int) -> None:
         """See :class:`gemma3_export.runtimes.protocol.KVCache`."""
 
     def attention_mask(self, new_tokens: int, row: int | None) -> IntArray:
@@ -109,6 +112,11 @@ class SharedCache:
             buffer.numpy()[row, :, :length].astype(np.float32, copy=True) for buffer in self.buffers
         ]
         return list(zip(tensors[::2], tensors[1::2], strict=True))
+
+    def truncate(self, row: int, length: int) -> None:
+        """See :class:`gemma3_export.runtimes.protocol.KVCache`; nothing is moved."""
+        check_truncation(self, row, length)
+        self.lengths[row] = length
 
     def _rows(self, row: int | None) -> IntArray:
         return self.lengths if row is None else self.lengths[row : row + 1]
@@ -190,6 +198,17 @@ class GrowingCache:
             tensors = [value.numpy()[row][:, keep] for value in self.joined]
         tensors = [tensor.astype(np.float32, copy=True) for tensor in tensors]
         return list(zip(tensors[::2], tensors[1::2], strict=True))
+
+    def truncate(self, row: int, length: int) -> None:
+        """See :class:`gemma3_export.runtimes.protocol.KVCache`; joined rows get another hole."""
+        check_truncation(self, row, length)
+        if self.rows is None:
+            self.mask[row] &= self.mask[row].cumsum() <= length
+        elif length < self.lengths[row]:
+            self.rows[row] = [
+                self._to_device(value.numpy()[:, :, :length].copy()) for value in self.rows[row]
+            ]
+        self.lengths[row] = length
 
     def _split(self) -> list[list[Any]]:
         """Take joined rows apart again, without their holes."""

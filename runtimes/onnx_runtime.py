@@ -15,7 +15,14 @@ from gemma3_export.bundle import MANIFEST, Bundle
 from gemma3_export.config import Gemma3Config
 from gemma3_export.errors import Gemma3ExportError
 from gemma3_export.runtimes.onnx_cache import GrowingCache, OnnxCache, SharedCache
-from gemma3_export.runtimes.onnx_session import first_line, import_onnxruntime, open_session
+from gemma3_export.runtimes.onnx_session import (
+    WEIGHTS_FOLDER,
+    choose_device,
+    first_line,
+    import_onnxruntime,
+    open_session,
+)
+from gemma3_export.runtimes.onnx_upcast import upcast_to_float32
 from gemma3_export.runtimes.protocol import IntArray, KVCache, Logits, check_capacity
 from gemma3_export.signature import Signature
 
@@ -46,11 +53,18 @@ class OnnxRuntime:
         bundle.check_sizes()
         bundle.check_files([graph.path, "config.json"])  # small files; verify hashes them all
         self.config: Gemma3Config = bundle.config
+        self.device = choose_device(device)
         self.signature: Signature = bundle.signature(graph)
         self.target = graph.target
         self.dtype = graph.dtype
         self.path = bundle.file(graph.path)
-        self.session, self.device = open_session(self.path, device=device, threads=threads)
+        self.graph: Path | bytes = self.path  # what the session runs
+        self.is_upcast = self.device.kind == "cpu" and graph.cache_dtype == "bfloat16"
+        if self.is_upcast:
+            self.graph = upcast_to_float32(self.path)
+            self.signature = Signature.of(self.config)
+        weights = {WEIGHTS_FOLDER: str(self.path.parent)} if self.is_upcast else {}
+        self.session = open_session(self.graph, self.device, threads=threads, entries=weights)
         self.threads = threads
         self._check_interface(bundle.path)
 
@@ -74,6 +88,7 @@ class OnnxRuntime:
             "onnxruntime": import_onnxruntime().__version__,
             "target": self.target,
             "dtype": self.dtype,
+            "computed_in": "float32, rounded to bfloat16" if self.is_upcast else self.dtype,
             "device": str(self.device),
             "providers": self.session.get_providers(),
             "threads": self.threads,

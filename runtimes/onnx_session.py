@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib.metadata
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,68 +14,82 @@ from gemma3_export.runtimes.device import Device, parse_device
 if TYPE_CHECKING:
     import onnxruntime
 
-__all__ = ["open_session"]
+__all__ = ["choose_device", "gpu_count", "open_session"]
 
 CUDA_PROVIDER = "CUDAExecutionProvider"
 CPU_PROVIDER = "CPUExecutionProvider"
+# Where the external data of a graph in memory lies.
+WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 
 
-def open_session(
-    path: Path,
-    *,
-    device: str = "auto",
-    threads: int | None = None,
-    optimize: bool = True,
-    options: Mapping[str, str] | None = None,
-) -> tuple[onnxruntime.InferenceSession, Device]:
-    """Load a graph; ``auto`` takes CUDA when ONNX Runtime offers it.
-
-    Args:
-        path: the ``.onnx`` file; its external data lies beside it.
-        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
-        threads: threads inside one operator; None lets ONNX Runtime choose.
-        optimize: let ONNX Runtime rewrite the graph.
-        options: further session configuration entries.
+def choose_device(name: str) -> Device:
+    """The device that ``name`` means here; ``auto`` is CUDA where it works, else the CPU.
 
     Raises:
         UnavailableError: ONNX Runtime or the device is missing; the message says how to get it.
-        InputError: the device's name is unknown, or the graph cannot be read.
+        InputError: the device's name is unknown.
     """
-    wanted = parse_device(device)
+    wanted = parse_device(name)
     ort = import_onnxruntime()
     if wanted is None:
-        has_cuda = CUDA_PROVIDER in ort.get_available_providers()
+        has_cuda = CUDA_PROVIDER in ort.get_available_providers() and gpu_count() > 0
         wanted = Device("cuda") if has_cuda else Device("cpu")
     if wanted.kind == "cuda":
         require_cuda(ort)
-    session_options = ort.SessionOptions()
-    session_options.log_severity_level = 3
+    return wanted
+
+
+def open_session(
+    source: Path | bytes,
+    device: Device,
+    *,
+    threads: int | None = None,
+    entries: Mapping[str, str] | None = None,
+    provider_options: Mapping[str, str] | None = None,
+) -> onnxruntime.InferenceSession:
+    """Load a graph onto ``device``, or fail.
+
+    Args:
+        source: the ``.onnx`` file, or a graph in memory (whose external data's folder is one of
+            the ``entries``).
+        device: from :func:`choose_device`.
+        threads: threads inside one operator; None lets ONNX Runtime choose.
+        entries: session configuration.
+        provider_options: of the CUDA provider.
+
+    Raises:
+        UnavailableError: CUDA does not come up.
+        InputError: the graph cannot be read, or an option is impossible.
+    """
+    ort = import_onnxruntime()
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
     if threads is not None:
         if threads < 1:
             raise InputError(f"threads is {threads}; give at least 1")
-        session_options.intra_op_num_threads = threads
-    if not optimize:
-        session_options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    for key, value in (options or {}).items():
-        session_options.add_session_config_entry(key, value)
+        options.intra_op_num_threads = threads
+    for key, value in (entries or {}).items():
+        options.add_session_config_entry(key, value)
     providers: list[Any] = [CPU_PROVIDER]
-    if wanted.kind == "cuda":
-        providers.insert(0, (CUDA_PROVIDER, {"device_id": wanted.index}))
+    if device.kind == "cuda":
+        cuda = {"device_id": str(device.index)} | dict(provider_options or {})
+        providers.insert(0, (CUDA_PROVIDER, cuda))
     try:
-        session = ort.InferenceSession(str(path), session_options, providers=providers)
+        session = ort.InferenceSession(
+            str(source) if isinstance(source, Path) else source, options, providers=providers
+        )
     except Exception as error:  # ONNX Runtime's errors share no base class
+        name = source if isinstance(source, Path) else "the rewritten graph"
         raise InputError(
-            f"ONNX Runtime cannot load {path}: {first_line(error)}; export the bundle anew"
+            f"ONNX Runtime cannot load {name}: {first_line(error)}; export the bundle anew"
         ) from error
-    if wanted.kind == "cuda" and session.get_providers()[0] != CUDA_PROVIDER:
-        if device == "auto":
-            return session, Device("cpu")
+    if device.kind == "cuda" and session.get_providers()[0] != CUDA_PROVIDER:
         raise UnavailableError(
             f"CUDA was asked for, but ONNX Runtime fell back to {session.get_providers()}: "
-            "its CUDA libraries or the driver did not load. Install "
-            '"gemma3-export[cuda]" and an NVIDIA driver, or pass --device cpu'
+            "its CUDA libraries or the driver did not load. `gemma3-export doctor` says which; or "
+            "pass --device cpu"
         )
-    return session, wanted
+    return session
 
 
 def import_onnxruntime() -> Any:
@@ -100,6 +115,11 @@ def require_cuda(ort: Any) -> None:
         UnavailableError: with the cause that the installed packages suggest, and the fix.
     """
     if CUDA_PROVIDER in ort.get_available_providers():
+        if not gpu_count():
+            raise UnavailableError(
+                "CUDA was asked for, but the NVIDIA driver (libcuda.so.1) is missing or sees no "
+                "GPU; `gemma3-export doctor` says more; or pass --device cpu"
+            )
         ort.preload_dlls()  # finds the CUDA libraries that pip installed
         return
     if is_installed("onnxruntime") and is_installed("onnxruntime-gpu"):
@@ -112,6 +132,18 @@ def require_cuda(ort: Any) -> None:
         "CUDA was asked for, but the installed ONNX Runtime has no CUDA provider; run: "
         'pip uninstall -y onnxruntime && pip install "gemma3-export[cuda]", or pass --device cpu'
     )
+
+
+def gpu_count() -> int:
+    """GPUs that the NVIDIA driver offers; 0 without a driver."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+        count = ctypes.c_int(0)
+        if driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)):
+            return 0
+    except (OSError, AttributeError):
+        return 0
+    return count.value
 
 
 def is_installed(distribution: str) -> bool:

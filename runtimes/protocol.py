@@ -16,7 +16,16 @@ from numpy.typing import NDArray
 from gemma3_export.config import Gemma3Config
 from gemma3_export.errors import InputError
 
-__all__ = ["IntArray", "KVCache", "LayerKV", "Logits", "Runtime", "check_capacity", "empty_lengths"]
+__all__ = [
+    "IntArray",
+    "KVCache",
+    "LayerKV",
+    "Logits",
+    "Runtime",
+    "check_capacity",
+    "check_truncation",
+    "empty_lengths",
+]
 
 IntArray = NDArray[np.int64]
 Logits = NDArray[np.float32]
@@ -40,6 +49,13 @@ class KVCache(Protocol):
 
     def read(self, row: int) -> list[LayerKV]:
         """One (key, value) a layer of ``row``, without padding, for comparison (a copy)."""
+
+    def truncate(self, row: int, length: int) -> None:
+        """Forget all but the first ``length`` tokens of ``row``; the next step follows them.
+
+        Raises:
+            InputError: the row does not hold so many tokens.
+        """
 
 
 class Runtime(Protocol):
@@ -94,6 +110,17 @@ def check_capacity(cache: KVCache, new_tokens: int, row: int | None = None) -> N
             f"the cache holds {longest} of {cache.capacity} tokens and has no room for "
             f"{new_tokens} more; ask for fewer new tokens or create a larger cache"
         )
+
+
+def check_truncation(cache: KVCache, row: int, length: int) -> None:
+    """Refuse to keep tokens that are not there.
+
+    Raises:
+        InputError: ``length`` is negative or more than the row holds.
+    """
+    held = int(cache.lengths[row])
+    if not 0 <= length <= held:
+        raise InputError(f"row {row} holds {held} tokens; it cannot be cut to {length}")
 
 
 def empty_lengths(config: Gemma3Config, batch_size: int, capacity: int) -> IntArray:

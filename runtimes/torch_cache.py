@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gemma3_export.config import Gemma3Config
-from gemma3_export.runtimes.protocol import IntArray, LayerKV, empty_lengths
+from gemma3_export.runtimes.protocol import IntArray, LayerKV, check_truncation, empty_lengths
 
 __all__ = ["TorchCache"]
 
@@ -77,6 +77,15 @@ class TorchCache:
             as_numpy(buffer[row].index_select(1, keep.to(buffer.device))) for buffer in self.buffers
         ]
         return list(zip(tensors[::2], tensors[1::2], strict=True))
+
+    def truncate(self, row: int, length: int) -> None:
+        """See :class:`gemma3_export.runtimes.protocol.KVCache`; nothing is moved."""
+        check_truncation(self, row, length)
+        kept = np.flatnonzero(self.filled[row])[:length]
+        self.filled[row] = False
+        self.filled[row, kept] = True
+        self.ends[row] = kept[-1] + 1 if length else 0
+        self.lengths[row] = length
 
     def _rows(self, row: int | None) -> slice:
         return slice(0, self.batch_size) if row is None else slice(row, row + 1)

@@ -12,7 +12,13 @@ from collections.abc import Sequence
 import numpy as np
 
 from gemma3_export.config import Gemma3Config
-from gemma3_export.runtimes.protocol import IntArray, LayerKV, Logits, check_capacity
+from gemma3_export.runtimes.protocol import (
+    IntArray,
+    LayerKV,
+    Logits,
+    check_capacity,
+    check_truncation,
+)
 from tests.tiny_models import tiny_config
 
 FAKE_CONFIG = tiny_config(vocab_size=256, max_position_embeddings=128, eos_token_id=(1, 7))
@@ -39,6 +45,10 @@ class FakeCache:
 
     def read(self, row: int) -> list[LayerKV]:
         raise NotImplementedError
+
+    def truncate(self, row: int, length: int) -> None:
+        check_truncation(self, row, length)
+        del self.histories[row][length:]
 
 
 class FakeRuntime:

@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
+
+if TYPE_CHECKING:
+    from gemma3_export.bundle import Bundle
 
 __all__ = ["inspect"]
 
@@ -16,6 +19,7 @@ Examples:
   gemma3-export inspect gemma-3-270m
   gemma3-export inspect gemma-3-270m --check
   gemma3-export inspect gemma-3-270m --json | python3 -m json.tool
+  gemma3-export inspect gemma-3-270m --cuda-placement --cuda-python .venv-cuda/bin/python
 """
 
 
@@ -23,8 +27,28 @@ Examples:
 @click.argument("bundle_path", metavar="DIR", type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="Everything, as one JSON object.")
 @click.option("--check", is_flag=True, help="Hash every file and compare with the manifest.")
-def inspect(bundle_path: Path, as_json: bool, check: bool) -> None:
-    """Say what a bundle is: model, graphs, files, where its weights come from, and its proof."""
+@click.option(
+    "--cuda-placement",
+    is_flag=True,
+    help="Instead: does the ONNX graph run on an NVIDIA GPU from end to end? Needs no GPU.",
+)
+@click.option(
+    "--cuda-python",
+    type=click.Path(path_type=Path),
+    help="Interpreter that has onnxruntime-gpu, for --cuda-placement (default: this one).",
+)
+def inspect(
+    bundle_path: Path,
+    as_json: bool,
+    check: bool,
+    cuda_placement: bool,
+    cuda_python: Path | None,
+) -> None:
+    """Say what a bundle is: model, graphs, files, where its weights come from, and its proof.
+
+    With --cuda-placement, say where ONNX Runtime puts each node of the ONNX graph, over a stub of
+    CUDA; the exit code is 1 when anything but extents stays on the CPU.
+    """
     from gemma3_export.bundle import Bundle
     from gemma3_export.inspection import inspect_bundle
 
@@ -33,9 +57,25 @@ def inspect(bundle_path: Path, as_json: bool, check: bool) -> None:
         bundle.check_files()
     else:
         bundle.check_sizes()
+    if cuda_placement:
+        show_placement(bundle, cuda_python, as_json)
+        return
     facts = inspect_bundle(bundle)
     facts["files_checked"] = "sha256" if check else "size"
     click.echo(json.dumps(facts, indent=1) if as_json else "\n".join(_lines(facts)))
+
+
+def show_placement(bundle: Bundle, python: Path | None, as_json: bool) -> None:
+    """Print the placement of the bundle's ONNX graph; a bad one ends with exit code 1."""
+    from gemma3_export.cli.placement_lines import placement_lines
+    from gemma3_export.placement import check_placement
+
+    report = check_placement(bundle, python)
+    click.echo(
+        json.dumps(report.to_json(), indent=1) if as_json else "\n".join(placement_lines(report))
+    )
+    if not report.passed:
+        click.get_current_context().exit(1)
 
 
 def _lines(facts: Mapping[str, Any]) -> Iterator[str]:

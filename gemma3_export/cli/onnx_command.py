@@ -12,7 +12,7 @@ __all__ = ["DTYPES", "TARGETS", "onnx"]
 
 # Repeated from the exporters, which need torch to be imported; a test holds them equal.
 TARGETS = ("ort", "portable")
-DTYPES = ("fp32",)
+DTYPES = ("fp32", "bf16", "fp16")
 EPILOG = """\b
 Examples:
   gemma3-export onnx --size 270m -o gemma-3-270m

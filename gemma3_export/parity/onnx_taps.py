@@ -14,7 +14,7 @@ import torch
 
 from gemma3_export.errors import UnavailableError
 from gemma3_export.parity.taps import ATTEND, ROTARY_KEY, Tap, Taps, flat
-from gemma3_export.runtimes.onnx_session import import_onnxruntime
+from gemma3_export.runtimes.onnx_session import WEIGHTS_FOLDER, import_onnxruntime
 from gemma3_export.runtimes.protocol import IntArray
 
 __all__ = ["OnnxTaps"]
@@ -30,7 +30,6 @@ NORMS = (
 NORM_OPS = {"RMSNormalization", "SimplifiedLayerNormalization"}
 ATTENTION_OPS = {"Attention", "GroupQueryAttention"}
 PRODUCT_OPS = {"MatMul", "Gemm", "MatMulNBits"}
-WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 LAYER = re.compile(r"layer_(\d+)\.")
 
 
@@ -49,8 +48,11 @@ class OnnxTaps:
                 'naming the diverging layer needs onnx; run: pip install "gemma3-export[export]"'
             ) from error
         self.runtime = runtime
-        path = runtime.path
-        model = onnx.load(path, load_external_data=False)
+        model = (
+            onnx.load_model_from_string(runtime.graph)
+            if isinstance(runtime.graph, bytes)
+            else onnx.load(runtime.graph, load_external_data=False)
+        )
         self.names = tap_names(model.graph.node)
         known = {value.name for value in model.graph.output}
         model.graph.output.extend(
@@ -61,7 +63,7 @@ class OnnxTaps:
         ort = import_onnxruntime()
         options = ort.SessionOptions()
         options.log_severity_level = 3
-        options.add_session_config_entry(WEIGHTS_FOLDER, str(path.parent))
+        options.add_session_config_entry(WEIGHTS_FOLDER, str(runtime.path.parent))
         self.session = ort.InferenceSession(
             model.SerializeToString(), options, providers=runtime.session.get_providers()
         )

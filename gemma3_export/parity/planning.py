@@ -27,6 +27,10 @@ class PlanningCache:
         del row
         return []
 
+    def truncate(self, row: int, length: int) -> None:
+        """Nothing."""
+        del row, length
+
 
 class PlanningRuntime:
     """A :class:`gemma3_export.runtimes.protocol.Runtime` that computes nothing."""

@@ -14,7 +14,14 @@ import torch
 from gemma3_export.config import Gemma3Config
 from gemma3_export.config_json import load_config
 from gemma3_export.errors import InputError, UnavailableError
-from gemma3_export.runtimes.protocol import IntArray, KVCache, LayerKV, Logits, check_capacity
+from gemma3_export.runtimes.protocol import (
+    IntArray,
+    KVCache,
+    LayerKV,
+    Logits,
+    check_capacity,
+    check_truncation,
+)
 
 __all__ = ["TransformersRuntime"]
 
@@ -38,6 +45,12 @@ class TransformersCache:
             (layer.keys[0].float().numpy(), layer.values[0].float().numpy())
             for layer in self.caches[row].layers
         ]
+
+    def truncate(self, row: int, length: int) -> None:
+        """See :class:`gemma3_export.runtimes.protocol.KVCache`."""
+        check_truncation(self, row, length)
+        self.caches[row].crop(length - int(self.lengths[row]))  # what is negative is removed
+        self.lengths[row] = length
 
 
 class TransformersRuntime:

@@ -1,0 +1,1 @@
+"""Workers that run in the environments of peers, without this package."""

@@ -1,0 +1,109 @@
+"""Run a bfloat16 graph where ONNX Runtime has no bfloat16 kernels: on the CPU.
+
+The graph is rewritten to compute in float32 and to round to bfloat16 wherever the original does:
+weights are read as the bfloat16 numbers that they are, and what a product, an activation or the
+attention gives is rounded as the GPU's kernel rounds its result. Only the cache is kept in float32:
+its keys are not rounded after their rotation.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from gemma3_export.errors import InputError, UnavailableError
+
+__all__ = ["upcast_to_float32"]
+
+# These hand numbers on; a result of any other operator is a new number, to be rounded.
+MOVES = {"Concat", "Expand", "Gather", "Identity", "Reshape", "Slice", "Split", "Transpose"}
+NOT_FLOAT = {"Shape", "Size", "ArgMax"}
+WIDE = "__float32"
+EXACT = "__unrounded"
+
+
+def upcast_to_float32(path: Path) -> bytes:
+    """The graph at ``path`` with float32 in place of bfloat16; weights stay in their file.
+
+    Raises:
+        UnavailableError: the package ``onnx`` is missing.
+        InputError: the graph cannot be read.
+    """
+    try:
+        import onnx
+    except ImportError as error:
+        raise UnavailableError(
+            "ONNX Runtime has no bfloat16 kernels on the CPU, and rewriting the graph for float32 "
+            "needs the package onnx; run: pip install onnx, or pass --device cuda, or export with "
+            "--dtype fp32"
+        ) from error
+    try:
+        model = onnx.load(path, load_external_data=False)
+    except Exception as error:  # protobuf raises what it likes
+        raise InputError(f"{path} cannot be read: {error}; export the bundle anew") from error
+    Upcast(onnx, model.graph).run()
+    serialized: bytes = model.SerializeToString()
+    return serialized
+
+
+class Upcast:
+    """The rewriting of one graph, in place."""
+
+    def __init__(self, onnx: Any, graph: Any) -> None:
+        self.onnx, self.graph = onnx, graph
+        self.half, self.single = onnx.TensorProto.BFLOAT16, onnx.TensorProto.FLOAT
+        self.was_half: set[str] = set()  # names whose values the original holds in bfloat16
+        self.nodes: list[Any] = []
+
+    def run(self) -> None:
+        """Rewrite weights, interface and nodes."""
+        renamed = {}
+        for tensor in self.graph.initializer:
+            if tensor.data_type == self.half:
+                renamed[tensor.name] = tensor.name + WIDE
+                self._cast(tensor.name, tensor.name + WIDE, self.single)
+                self.was_half.add(tensor.name + WIDE)
+        for value in (*self.graph.input, *self.graph.output):
+            kind = value.type.tensor_type
+            if kind.elem_type == self.half:
+                kind.elem_type = self.single
+                self.was_half.add(value.name)
+        for node in self.graph.node:
+            for index, name in enumerate(node.input):
+                node.input[index] = renamed.get(name, name)
+            self._rewrite(node)
+        del self.graph.node[:]
+        self.graph.node.extend(self.nodes)
+        del self.graph.value_info[:]  # their types are the original's
+
+    def _rewrite(self, node: Any) -> None:
+        if node.op_type == "Cast":
+            target = next(a for a in node.attribute if a.name == "to")
+            if target.i == self.half:
+                self._round(node.input[0], node.output[0])
+            else:
+                self.nodes.append(node)
+            return
+        self.nodes.append(node)
+        if node.op_type in NOT_FLOAT or self.was_half.isdisjoint(node.input):
+            return
+        if node.op_type in MOVES:
+            self.was_half.update(node.output)
+            return
+        interface = {value.name for value in self.graph.output}
+        for index, name in enumerate(list(node.output)):
+            if name in interface:  # the cache, which lies where the caller has put it
+                self.was_half.add(name)
+                continue
+            node.output[index] = name + EXACT
+            self._round(name + EXACT, name)
+
+    def _round(self, source: str, target: str) -> None:
+        """``target`` is ``source``, rounded to bfloat16 and held in float32."""
+        self._cast(source, target + "__bfloat16", self.half)
+        self._cast(target + "__bfloat16", target, self.single)
+        self.was_half.add(target)
+
+    def _cast(self, source: str, target: str, kind: int) -> None:
+        node = self.onnx.helper.make_node("Cast", [source], [target], name=f"to {target}", to=kind)
+        self.nodes.append(node)
