@@ -91,13 +91,18 @@ def test_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
     assert (whole / "model.safetensors").read_bytes() == (parts / "model.safetensors").read_bytes()
 
 
+LONGER = {"steps": STEPS, "eval_interval": 6, "checkpoint_interval": 3}  # time to be killed in
+
+
 def start_process(folder: Path, run: Path, *more: str) -> subprocess.Popen[str]:
+    """The command, with the options of ``quick_options(**LONGER)``."""
     command = [sys.executable, "-m", "gemma3_export", "train", *more]
     if not more:
         command += [str(folder / "tokens"), "--config", str(folder / "config.json")]
-        command += ["-o", str(run), "--steps", str(STEPS), "--batch-size", "4"]
-        command += ["--context-length", "16", "--eval-interval", "6", "--eval-batches", "2"]
-        command += ["--checkpoint-interval", "3", "--log-interval", "1", "--device", "cpu"]
+        command += ["-o", str(run)]
+        for name, value in quick_options(**LONGER).to_json().items():
+            if not isinstance(value, bool):
+                command += [f"--{name.replace('_', '-')}", str(value)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
@@ -116,9 +121,7 @@ def wait_for_line(run: Path, step: int) -> None:
 
 def test_kill_9_at_a_random_step_changes_no_loss(folder: Path, tmp_path: Path) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    output, _ = (process := start_process(folder, whole)).communicate(timeout=180)
-    assert process.returncode == 0, output
-
+    train_quickly(folder, whole, **LONGER)
     process = start_process(folder, killed)
     wait_for_line(killed, random.Random(time.time_ns()).randint(4, STEPS - 2))
     process.kill()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from time import perf_counter
 
 import torch
@@ -10,7 +11,7 @@ from gemma3_export.config import Gemma3Config
 
 __all__ = ["flops_per_token", "measure_peak_flops"]
 
-PROBE_SIZE = 1024
+PROBE_SIZE = 512
 PROBE_SECONDS = 0.3
 
 
@@ -48,8 +49,9 @@ def measure_peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     return max(_probe(device, kind) for kind in {dtype, torch.float32})
 
 
+@functools.cache  # a device does not change while a process lives
 def _probe(device: torch.device, dtype: torch.dtype) -> float:
-    size = PROBE_SIZE * (8 if device.type == "cuda" else 1)
+    size = PROBE_SIZE * (16 if device.type == "cuda" else 1)
     matrix = torch.ones(size, size, device=device, dtype=dtype)
     best, began = float("inf"), perf_counter()
     while perf_counter() - began < PROBE_SECONDS:
