@@ -14,6 +14,7 @@ import numpy as np
 
 from gemma3_export.config import Gemma3Config
 from gemma3_export.errors import InputError
+from gemma3_export.runtimes.candidates import Candidates, ChoosesCandidates
 from gemma3_export.runtimes.protocol import IntArray, KVCache, Logits, Runtime
 from gemma3_export.runtimes.request_state import (
     Completion,
@@ -210,8 +211,10 @@ class _Loop:
                 last: Logits = logits[0, -1]
                 return last
 
-    def _decode(self, active: Sequence[RequestState], cache: KVCache) -> list[Logits]:
-        """Feed each active request its last token; [V] for each.
+    def _decode(
+        self, active: Sequence[RequestState], cache: KVCache
+    ) -> Sequence[Logits | Candidates]:
+        """Feed each active request its last token; [V] for each, or what decides of them.
 
         Rows that have ended are fed padding along with the others, which costs less than to split
         the batch. When one of them has no room left for that, the active rows go one by one.
@@ -220,6 +223,11 @@ class _Loop:
             ids = np.full((len(self.requests), 1), self.runtime.config.pad_token_id, np.int64)
             for request in active:
                 ids[request.index] = request.tokens[-1].token_id
+            if isinstance(self.runtime, ChoosesCandidates):
+                params = [request.params for request in active]
+                chosen = self.runtime.step_candidates(ids, cache, params)
+                if chosen is not None:
+                    return [chosen[request.index] for request in active]
             logits = self.runtime.step(ids, cache, num_logits=1)
             return [logits[request.index, -1] for request in active]
         return [

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from gemma3_export.config import Gemma3Config
 from gemma3_export.runtimes.device import Device
@@ -16,6 +17,8 @@ from gemma3_export.runtimes.protocol import IntArray, LayerKV, check_truncation,
 from gemma3_export.signature import Signature
 
 __all__ = ["GrowingCache", "OnnxCache", "SharedCache"]
+
+ONNX_BFLOAT16 = 16  # onnx.TensorProto.BFLOAT16
 
 
 class OnnxCache(Protocol):
@@ -40,8 +43,8 @@ class OnnxCache(Protocol):
     def attention_mask(self, new_tokens: int, row: int | None) -> IntArray:
         """[rows, S] ones for the tokens that the graph will see, the new ones included."""
 
-    def bind(self, binding: Any, row: int | None) -> None:
-        """Bind past and present tensors of one row, or of all."""
+    def binding(self, session: Any, row: int | None) -> Any:
+        """A binding of past and present tensors of one row, or of all."""
 
     def advance(self, binding: Any, new_tokens: int, row: int | None) -> None:
         """Take over what the graph wrote."""
@@ -66,10 +69,16 @@ class SharedCache:
         self.capacity = capacity
         self.signature = signature
         self.device = device
-        self.dtype = np.dtype(signature.past_keys[0].dtype)
+        # numpy has no bfloat16: its memory is allocated as integers of the same size
+        name = signature.past_keys[0].dtype
+        self.is_bfloat16 = name == "bfloat16"
+        self.dtype = np.dtype("uint16" if self.is_bfloat16 else name)
+        self.element_type: Any = ONNX_BFLOAT16 if self.is_bfloat16 else self.dtype
         self.shape = (batch_size, config.num_key_value_heads, capacity, config.head_dim)
         self.row_bytes = self.dtype.itemsize * int(np.prod(self.shape[1:]))
         self.buffers = [self._allocate() for _ in signature.past]
+        self.bindings: dict[int | None, Any] = {}
+        self.steps: Any = None  # gemma3_export.runtimes.onnx_decoding.DecodeSteps, if it has any
 
     @property
     def batch_size(self) -> int:
@@ -89,6 +98,13 @@ class SharedCache:
         lengths = self._rows(row) + new_tokens
         return (np.arange(lengths.max()) < lengths[:, None]).astype(np.int64)
 
+    def binding(self, session: Any, row: int | None) -> Any:
+        """See :class:`OnnxCache`; the buffers never move, so each binding is made once."""
+        if row not in self.bindings:
+            self.bindings[row] = session.io_binding()
+            self.bind(self.bindings[row], row)
+        return self.bindings[row]
+
     def bind(self, binding: Any, row: int | None) -> None:
         """Bind the same memory as past and present."""
         first, rows = (0, self.batch_size) if row is None else (row, 1)
@@ -98,8 +114,8 @@ class SharedCache:
             self.signature.past, self.signature.present, self.buffers, strict=True
         ):
             pointer = buffer.data_ptr() + first * self.row_bytes
-            binding.bind_input(past.name, kind, index, self.dtype, shape, pointer)
-            binding.bind_output(present.name, kind, index, self.dtype, shape, pointer)
+            binding.bind_input(past.name, kind, index, self.element_type, shape, pointer)
+            binding.bind_output(present.name, kind, index, self.element_type, shape, pointer)
 
     def advance(self, binding: Any, new_tokens: int, row: int | None) -> None:
         """Count the tokens; the graph has already written them in place."""
@@ -108,10 +124,14 @@ class SharedCache:
     def read(self, row: int) -> list[LayerKV]:
         """One (key, value) a layer, each [K, L, H] float32."""
         length = self.lengths[row]
-        tensors = [
-            buffer.numpy()[row, :, :length].astype(np.float32, copy=True) for buffer in self.buffers
-        ]
+        tensors = [self._widen(buffer.numpy()[row, :, :length]) for buffer in self.buffers]
         return list(zip(tensors[::2], tensors[1::2], strict=True))
+
+    def _widen(self, array: np.ndarray[Any, Any]) -> NDArray[np.float32]:
+        """A float32 copy."""
+        if self.is_bfloat16:  # the upper half of a float32
+            return (array.astype(np.uint32) << 16).view(np.float32)
+        return array.astype(np.float32, copy=True)
 
     def truncate(self, row: int, length: int) -> None:
         """See :class:`gemma3_export.runtimes.protocol.KVCache`; nothing is moved."""
@@ -164,8 +184,9 @@ class GrowingCache:
         new = np.ones((self.batch_size, new_tokens), np.int64)
         return np.concatenate((self.mask, new), axis=1)
 
-    def bind(self, binding: Any, row: int | None) -> None:
-        """Bind the past; the present is allocated by ONNX Runtime."""
+    def binding(self, session: Any, row: int | None) -> Any:
+        """See :class:`OnnxCache`; the present is allocated by ONNX Runtime."""
+        binding = session.io_binding()
         if row is None:
             self._join()
             past = self.joined
@@ -175,10 +196,12 @@ class GrowingCache:
             binding.bind_ortvalue_input(spec.name, value)
         for spec in self.signature.present:
             binding.bind_output(spec.name, self.device.kind, self.device.index)
+        return binding
 
     def advance(self, binding: Any, new_tokens: int, row: int | None) -> None:
         """Keep the present as the next past."""
-        present = binding.get_outputs()[1:]
+        # in the order in which they were bound: the cache's come first
+        present = binding.get_outputs()[: len(self.signature.present)]
         if row is None:
             self.joined = present
             new = np.ones((self.batch_size, new_tokens), np.int64)

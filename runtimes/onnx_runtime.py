@@ -6,6 +6,10 @@ logits that were asked for cross to the host.
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +17,13 @@ import numpy as np
 
 from gemma3_export.bundle import MANIFEST, Bundle
 from gemma3_export.config import Gemma3Config
-from gemma3_export.errors import Gemma3ExportError
+from gemma3_export.errors import Gemma3ExportError, InputError
+from gemma3_export.runtimes.candidates import SPARE, Candidates, fetch_count
 from gemma3_export.runtimes.onnx_cache import GrowingCache, OnnxCache, SharedCache
+from gemma3_export.runtimes.onnx_decoding import GRAPH_ID, DecodeSteps, SideSessions
 from gemma3_export.runtimes.onnx_session import (
     WEIGHTS_FOLDER,
+    CudaOptions,
     choose_device,
     first_line,
     import_onnxruntime,
@@ -24,6 +31,7 @@ from gemma3_export.runtimes.onnx_session import (
 )
 from gemma3_export.runtimes.onnx_upcast import upcast_to_float32
 from gemma3_export.runtimes.protocol import IntArray, KVCache, Logits, check_capacity
+from gemma3_export.runtimes.sampling import SamplingParams
 from gemma3_export.signature import Signature
 
 __all__ = ["OnnxRuntime"]
@@ -36,16 +44,23 @@ class OnnxRuntime:
         bundle: an opened bundle, or its folder.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         threads: threads inside one operator; None lets ONNX Runtime choose.
+        cuda: what the CUDA provider may do; ignored on the CPU.
 
     Raises:
-        InputError: the bundle is damaged or has no ONNX graph.
+        InputError: the bundle is damaged or has no ONNX graph, or its graph cannot do what
+            ``cuda`` asks.
         UnavailableError: ONNX Runtime or the device is missing.
     """
 
     name = "onnx"
 
     def __init__(
-        self, bundle: Bundle | Path, *, device: str = "auto", threads: int | None = None
+        self,
+        bundle: Bundle | Path,
+        *,
+        device: str = "auto",
+        threads: int | None = None,
+        cuda: CudaOptions | None = None,
     ) -> None:
         if isinstance(bundle, Path):
             bundle = Bundle(bundle)
@@ -63,8 +78,21 @@ class OnnxRuntime:
         if self.is_upcast:
             self.graph = upcast_to_float32(self.path)
             self.signature = Signature.of(self.config)
-        weights = {WEIGHTS_FOLDER: str(self.path.parent)} if self.is_upcast else {}
-        self.session = open_session(self.graph, self.device, threads=threads, entries=weights)
+        self.cuda = (cuda or CudaOptions()) if self.device.kind == "cuda" else None
+        if self.cuda and self.cuda.graph and self.target != "ort":
+            raise InputError(
+                f"target {self.target} has a cache that grows, so no CUDA graph can be captured; "
+                "export without --target"
+            )
+        entries = {WEIGHTS_FOLDER: str(self.path.parent)} if self.is_upcast else {}
+        self.session = open_session(
+            self.graph, self.device, threads=threads, entries=entries, cuda=self.cuda
+        )
+        # Decode steps at fixed addresses pay where the host and the logits are far apart.
+        self.has_fixed_steps = self.cuda is not None and self.target == "ort"
+        self._sides: SideSessions | None = None
+        self._graph_ids = itertools.count(1)  # 0 is ONNX Runtime's default
+        self._counts: dict[int, Any] = {}
         self.threads = threads
         self._check_interface(bundle.path)
 
@@ -91,6 +119,7 @@ class OnnxRuntime:
             "computed_in": "float32, rounded to bfloat16" if self.is_upcast else self.dtype,
             "device": str(self.device),
             "providers": self.session.get_providers(),
+            **({"cuda": asdict(self.cuda)} if self.cuda else {}),
             "threads": self.threads,
         }
 
@@ -115,30 +144,76 @@ class OnnxRuntime:
             return np.concatenate(parts)
         logits = np.empty((rows, num_logits or new, self.config.vocab_size), np.float32)
         binding = self._bind(input_ids, cache, logits, row)
+        with self._explained(new, cache):
+            self.session.run_with_iobinding(binding, self._options())
+        cache.advance(binding, new, row)
+        return logits
+
+    def step_candidates(
+        self, input_ids: IntArray, cache: KVCache, requests: Sequence[SamplingParams]
+    ) -> Sequence[Logits | Candidates] | None:
+        """See :class:`gemma3_export.runtimes.candidates.ChoosesCandidates`."""
+        count = fetch_count(requests, self.config.vocab_size)
+        if count is None or not self.has_fixed_steps:
+            return None
+        check_capacity(cache, 1)
+        assert isinstance(cache, SharedCache)
+        steps = self.decode_steps(cache)
+        with self._explained(1, cache):
+            steps.run(input_ids, cache)
+            return steps.candidates(count, count - SPARE)
+
+    def decode_steps(self, cache: SharedCache) -> DecodeSteps:
+        """The decode steps of ``cache``, made when they are first asked for."""
+        if cache.steps is None:
+            if self._sides is None:
+                self._sides = SideSessions(self.device)
+            graph_id = next(self._graph_ids) if self.cuda and self.cuda.graph else None
+            cache.steps = DecodeSteps(
+                self.session,
+                self.signature,
+                cache,
+                self.config.vocab_size,
+                self._sides,
+                graph_id,
+            )
+        steps: DecodeSteps = cache.steps
+        return steps
+
+    @contextmanager
+    def _explained(self, new: int, cache: KVCache) -> Iterator[None]:
+        """Say at which step ONNX Runtime failed."""
         try:
-            self.session.run_with_iobinding(binding)
+            yield
         except Exception as error:  # ONNX Runtime's errors share no base class
             raise Gemma3ExportError(
                 f"ONNX Runtime failed on a step of {new} tokens after {cache.lengths.tolist()}: "
                 f"{first_line(error)}"
             ) from error
-        cache.advance(binding, new, row)
-        return logits
+
+    def _options(self) -> Any:
+        """How to run a step of any shape, which is not what a CUDA graph has captured."""
+        options = import_onnxruntime().RunOptions()
+        if self.cuda and self.cuda.graph:
+            options.add_run_config_entry(GRAPH_ID, "-1")
+        return options
 
     def _bind(self, input_ids: IntArray, cache: OnnxCache, logits: Logits, row: int | None) -> Any:
         signature = self.signature
-        binding = self.session.io_binding()
         mask = cache.attention_mask(input_ids.shape[1], row)
+        binding = cache.binding(self.session, row)
         binding.bind_cpu_input(signature.input_ids.name, np.ascontiguousarray(input_ids))
         binding.bind_cpu_input(signature.attention_mask.name, mask)
-        # Inputs with a default can be bound as OrtValues only.
-        count = np.array([logits.shape[1]], dtype=np.int64)
-        binding.bind_ortvalue_input(
-            signature.num_logits_to_keep.name,
-            import_onnxruntime().OrtValue.ortvalue_from_numpy(count),
-        )
+        binding.bind_ortvalue_input(signature.num_logits_to_keep.name, self._count(logits.shape[1]))
         binding.bind_output(
             signature.logits.name, "cpu", 0, np.float32, logits.shape, logits.ctypes.data
         )
-        cache.bind(binding, row)
         return binding
+
+    def _count(self, count: int) -> Any:
+        """[1] how many logits to keep; inputs with a default can be bound as OrtValues only."""
+        if count not in self._counts:
+            self._counts[count] = import_onnxruntime().OrtValue.ortvalue_from_numpy(
+                np.array([count], dtype=np.int64)
+            )
+        return self._counts[count]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import importlib.metadata
+import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,12 +16,47 @@ from gemma3_export.runtimes.device import Device, parse_device
 if TYPE_CHECKING:
     import onnxruntime
 
-__all__ = ["choose_device", "gpu_count", "open_session"]
+__all__ = ["CudaOptions", "choose_device", "gpu_count", "open_session"]
 
 CUDA_PROVIDER = "CUDAExecutionProvider"
 CPU_PROVIDER = "CPUExecutionProvider"
+CUDA_FAILURE = re.compile(r"\b(CUDA|CUDNN|CUBLAS) (failure|error)", re.IGNORECASE)
 # Where the external data of a graph in memory lies.
 WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CudaOptions:
+    """What ONNX Runtime's CUDA provider may do.
+
+    Raises:
+        InputError: the memory limit is impossible.
+    """
+
+    graph: bool = False  # capture decode steps as a CUDA graph, one for each cache
+    tf32: bool = False  # let float32 products round their inputs to 10 bits of mantissa
+    memory_limit_bytes: int | None = None  # of the provider's arena; caches come on top
+    grows_exactly: bool = True  # the arena takes what is asked for, not the next power of two
+
+    def __post_init__(self) -> None:
+        if self.memory_limit_bytes is not None and self.memory_limit_bytes < 1:
+            raise InputError(
+                f"the GPU memory limit is {self.memory_limit_bytes}; give at least 1 byte"
+            )
+
+    def provider_options(self, device_index: int) -> dict[str, str]:
+        """In ONNX Runtime's names."""
+        options = {
+            "device_id": str(device_index),
+            "enable_cuda_graph": str(int(self.graph)),
+            "use_tf32": str(int(self.tf32)),
+            "arena_extend_strategy": "kSameAsRequested"
+            if self.grows_exactly
+            else "kNextPowerOfTwo",
+        }
+        if self.memory_limit_bytes is not None:
+            options["gpu_mem_limit"] = str(self.memory_limit_bytes)
+        return options
 
 
 def choose_device(name: str) -> Device:
@@ -36,6 +73,11 @@ def choose_device(name: str) -> Device:
         wanted = Device("cuda") if has_cuda else Device("cpu")
     if wanted.kind == "cuda":
         require_cuda(ort)
+        if not wanted.index < (count := gpu_count()):
+            raise UnavailableError(
+                f"{wanted} was asked for, but the NVIDIA driver sees {count} GPUs, counted from "
+                "cuda:0; choose one of them, or pass --device cpu"
+            )
     return wanted
 
 
@@ -45,7 +87,7 @@ def open_session(
     *,
     threads: int | None = None,
     entries: Mapping[str, str] | None = None,
-    provider_options: Mapping[str, str] | None = None,
+    cuda: CudaOptions | None = None,
 ) -> onnxruntime.InferenceSession:
     """Load a graph onto ``device``, or fail.
 
@@ -55,7 +97,7 @@ def open_session(
         device: from :func:`choose_device`.
         threads: threads inside one operator; None lets ONNX Runtime choose.
         entries: session configuration.
-        provider_options: of the CUDA provider.
+        cuda: what the CUDA provider may do; None is the default.
 
     Raises:
         UnavailableError: CUDA does not come up.
@@ -68,17 +110,22 @@ def open_session(
         if threads < 1:
             raise InputError(f"threads is {threads}; give at least 1")
         options.intra_op_num_threads = threads
+    cuda = cuda or CudaOptions()
     for key, value in (entries or {}).items():
         options.add_session_config_entry(key, value)
     providers: list[Any] = [CPU_PROVIDER]
     if device.kind == "cuda":
-        cuda = {"device_id": str(device.index)} | dict(provider_options or {})
-        providers.insert(0, (CUDA_PROVIDER, cuda))
+        providers.insert(0, (CUDA_PROVIDER, cuda.provider_options(device.index)))
     try:
         session = ort.InferenceSession(
             str(source) if isinstance(source, Path) else source, options, providers=providers
         )
     except Exception as error:  # ONNX Runtime's errors share no base class
+        if device.kind == "cuda" and CUDA_FAILURE.search(str(error)):
+            raise UnavailableError(
+                f"CUDA does not come up: {first_line(error)}; `gemma3-export doctor` looks for "
+                "the cause; or pass --device cpu"
+            ) from error
         name = source if isinstance(source, Path) else "the rewritten graph"
         raise InputError(
             f"ONNX Runtime cannot load {name}: {first_line(error)}; export the bundle anew"

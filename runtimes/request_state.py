@@ -13,6 +13,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+from gemma3_export.runtimes.candidates import Candidates
 from gemma3_export.runtimes.protocol import IntArray, Logits
 from gemma3_export.runtimes.sampling import SampledToken, Sampler, SamplingParams
 
@@ -165,10 +166,18 @@ class RequestState:
         self._text = ""
         self._stop_reason: int | str | None = None
 
-    def accept(self, logits: Logits) -> TokenEvent:
+    @property
+    def params(self) -> SamplingParams:
+        """How the request picks its tokens."""
+        return self._sampler.params
+
+    def accept(self, logits: Logits | Candidates) -> TokenEvent:
         """Choose the next token from its logits [V], and end the request if it was the last."""
         assert self.finish_reason is None, "the request has ended"
-        token = self._sampler.sample(logits)
+        if isinstance(logits, Candidates):
+            token = self._sampler.choose(logits.ids, logits.scores)
+        else:
+            token = self._sampler.sample(logits)
         self.tokens.append(token)
         text = self._read(token.token_id)
         self._text += text

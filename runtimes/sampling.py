@@ -117,6 +117,24 @@ class Sampler:
         seen = np.fromiter(prompt_ids if self._is_penalized else (), dtype=np.int64)
         self._seen: Ids = np.unique(seen)
 
+    def choose(self, ids: Ids, scores: Scores) -> SampledToken:
+        """Choose the next token out of candidates, as :meth:`sample` would out of all logits.
+
+        Args:
+            ids: [C] tokens in ascending order.
+            scores: [C] their logits, among them all that could be chosen; neither a penalty nor
+                log-probabilities can be had of them.
+        """
+        assert not self._is_penalized
+        assert self.params.logprobs is None
+        if self.params.is_greedy:
+            token_id = int(ids[scores.argmax()])
+        else:
+            kept, weights = select_candidates(scores, self.params)
+            token_id = int(ids[kept[_draw(weights, self._uniform())]])
+        self.position += 1
+        return SampledToken(token_id=token_id)
+
     def sample(self, logits: Scores) -> SampledToken:
         """Choose the next token.
 

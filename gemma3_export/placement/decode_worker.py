@@ -1,0 +1,76 @@
+"""Run by another interpreter, over the stub: decode, and print what the stub counted in each step.
+
+Values are meaningless, the control flow is the runtime's own. Needs onnxruntime, numpy and this
+package. Arguments: the bundle, and a JSON object with ``rows``, ``capacity``, ``steps``,
+``prompt_tokens``, ``graph`` (CUDA graph), ``device`` and ``top_k`` (null is greedy). Prints one
+JSON object: counters of the load, of the prefill, and of each step.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+
+from gemma3_export.placement.stub import COUNTERS
+from gemma3_export.runtimes import onnx_decoding
+from gemma3_export.runtimes.candidates import Candidates
+from gemma3_export.runtimes.onnx_runtime import OnnxRuntime
+from gemma3_export.runtimes.onnx_session import CudaOptions
+from gemma3_export.runtimes.sampling import SamplingParams
+
+
+class Meter:
+    """Reads the stub's counters; the stub is in this process, preloaded."""
+
+    def __init__(self) -> None:
+        self.read_counters = ctypes.CDLL(None).gemma3_stub_counters
+        self.last = dict.fromkeys(COUNTERS, 0)
+
+    def since(self) -> dict[str, int]:
+        """What has happened since the last call."""
+        values = (ctypes.c_longlong * len(COUNTERS))()
+        self.read_counters(values)
+        now = dict(zip(COUNTERS, values, strict=True))
+        changed = {name: now[name] - self.last[name] for name in COUNTERS}
+        self.last = now
+        return changed
+
+
+def candidates_of(values: Any, ids: Any, total: float, needed: int) -> Candidates:
+    """Stands in for ``from_largest``, to which the stub's zeros are a tie that decides nothing."""
+    del total, needed
+    return Candidates(ids.astype(np.int64), values.copy())
+
+
+def decode(bundle: Path, plan: dict[str, Any]) -> dict[str, Any]:
+    """Prefill every row, then decode them together."""
+    meter = Meter()
+    vars(onnx_decoding)["from_largest"] = candidates_of
+    onnxruntime.preload_dlls = lambda: None  # real libraries would take the stub's place
+    runtime = OnnxRuntime(bundle, device=plan["device"], cuda=CudaOptions(graph=plan["graph"]))
+    cache = runtime.new_cache(plan["rows"], plan["capacity"])
+    found: dict[str, Any] = {"load": meter.since(), "described": runtime.describe()}
+    for row in range(plan["rows"]):
+        prompt = np.ones((1, plan["prompt_tokens"] + row), np.int64)
+        runtime.step(prompt, cache, num_logits=1, row=row)
+    found["prefill"] = meter.since()
+    params = [SamplingParams(top_k=plan["top_k"]) for _ in range(plan["rows"])]
+    ids = np.ones((plan["rows"], 1), np.int64)
+    found["steps"] = []
+    for _ in range(plan["steps"]):
+        chosen = runtime.step_candidates(ids, cache, params)
+        if chosen is None:
+            runtime.step(ids, cache, num_logits=1)
+        found["steps"].append(meter.since())
+    found["lengths"] = cache.lengths.tolist()
+    return found
+
+
+if __name__ == "__main__":
+    print(json.dumps(decode(Path(sys.argv[1]), json.loads(sys.argv[2]))))
