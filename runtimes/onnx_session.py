@@ -123,8 +123,8 @@ def open_session(
     except Exception as error:  # ONNX Runtime's errors share no base class
         if device.kind == "cuda" and CUDA_FAILURE.search(str(error)):
             raise UnavailableError(
-                f"CUDA does not come up: {first_line(error)}; `gemma3-export doctor` looks for "
-                "the cause; or pass --device cpu"
+                f"CUDA does not come up: {first_line(error)}; compare the driver that nvidia-smi "
+                'names with what "gemma3-export[cuda]" needs (CUDA 13), or pass --device cpu'
             ) from error
         name = source if isinstance(source, Path) else "the rewritten graph"
         raise InputError(
@@ -133,8 +133,8 @@ def open_session(
     if device.kind == "cuda" and session.get_providers()[0] != CUDA_PROVIDER:
         raise UnavailableError(
             f"CUDA was asked for, but ONNX Runtime fell back to {session.get_providers()}: "
-            "its CUDA libraries or the driver did not load. `gemma3-export doctor` says which; or "
-            "pass --device cpu"
+            "its CUDA libraries or the driver did not load. Install "
+            '"gemma3-export[cuda]" and an NVIDIA driver, or pass --device cpu'
         )
     return session
 
@@ -165,7 +165,7 @@ def require_cuda(ort: Any) -> None:
         if not gpu_count():
             raise UnavailableError(
                 "CUDA was asked for, but the NVIDIA driver (libcuda.so.1) is missing or sees no "
-                "GPU; `gemma3-export doctor` says more; or pass --device cpu"
+                "GPU; install an NVIDIA driver (nvidia-smi shows it), or pass --device cpu"
             )
         ort.preload_dlls()  # finds the CUDA libraries that pip installed
         return
