@@ -7,6 +7,7 @@ tensor (or one chunk of it, when it is stored as it is read) and not the model.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import BinaryIO
@@ -15,6 +16,16 @@ import onnx_ir as ir
 import torch
 
 from gemma3_export.bundle import WeightRecipe
+from gemma3_export.exporters.block_matrix import pack_codes
+from gemma3_export.exporters.onnx_blocks import (
+    CODES,
+    LOOKUP_SCALES,
+    MINIMUMS,
+    SCALES,
+    Part,
+    stored_parts,
+)
+from gemma3_export.exporters.quantizers import Quantizer
 from gemma3_export.reference.weights import WeightSource, check_finite
 
 __all__ = ["ALIGNMENT_BYTES", "write_external_data"]
@@ -57,6 +68,7 @@ def write_external_data(
     path: Path,
     *,
     dtype: torch.dtype = torch.float32,
+    quantizer: Quantizer | None = None,
     progress: Progress | None = None,
 ) -> str:
     """Fill the graph's weights from ``source`` through the file ``path``.
@@ -68,6 +80,7 @@ def write_external_data(
         source: where the canonical weights come from.
         path: the external data file, beside the graph's own file.
         dtype: element type of matrices on disk; vectors, which are the norms', stay float32.
+        quantizer: makes the blocks of quantised matrices.
         progress: told the bytes written.
 
     Returns:
@@ -80,23 +93,16 @@ def write_external_data(
     with path.open("wb") as file:
         writer = HashingWriter(file, progress)
         for name, recipe in recipes.items():
+            if recipe.blocks is not None:
+                assert quantizer is not None
+                write_blocks(writer, graph, name, recipe, quantizer, path)
+                continue
             writer.align()
             start = writer.position
             is_vector = len(dict(source.config.weight_shapes())[recipe.names[0]]) == 1
             stored = torch.float32 if is_vector else dtype
             extents = write_tensor(writer, recipe, source, stored)
-            value = graph.initializers[name]
-            value.const_value = ir.ExternalTensor(
-                location=path.name,
-                offset=start,
-                length=writer.position - start,
-                dtype=ONNX_TYPES[stored],
-                shape=ir.Shape(extents),
-                name=name,
-                base_dir=path.parent,
-            )
-            value.shape = ir.Shape(extents)
-            value.type = ir.TensorType(ONNX_TYPES[stored])
+            attach(graph.initializers[name], Part(name, extents, ONNX_TYPES[stored]), start, path)
     return writer.digest.hexdigest()
 
 
@@ -124,6 +130,57 @@ def write_tensor(
             writer.write(raw_bytes(chunk.to(dtype).contiguous()))
             rows, trailing = rows + chunk.shape[0], tuple(chunk.shape[1:])
     return (rows, *trailing)
+
+
+def write_blocks(
+    writer: HashingWriter,
+    graph: ir.Graph,
+    name: str,
+    recipe: WeightRecipe,
+    quantizer: Quantizer,
+    path: Path,
+) -> None:
+    """Write one quantised matrix: codes as they are made, then what is kept beside them."""
+    writer.align()
+    places = {CODES: writer.position}
+    kept: dict[str, list[torch.Tensor]] = {SCALES: [], MINIMUMS: []}
+    for matrix in quantizer.matrices(recipe):
+        writer.write(raw_bytes(pack_codes(matrix)))
+        kept[SCALES].append(matrix.scales)
+        if matrix.minimums is not None:
+            kept[MINIMUMS].append(matrix.minimums)
+    rows = sum(len(part) for part in kept[SCALES])
+    assert recipe.blocks is not None
+    columns = kept[SCALES][0].shape[1] * recipe.blocks.block_size
+    parts = stored_parts(name, recipe.blocks, rows, columns)
+    for key, part in parts.items():
+        if key == CODES:
+            continue
+        writer.align()
+        places[key] = writer.position
+        tensor = torch.cat(kept[key]) if key in kept else torch.zeros(part.shape, dtype=torch.uint8)
+        writer.write(raw_bytes(tensor.contiguous()))
+    for key, part in parts.items():
+        attach(graph.initializers[part.name], part, places[key], path)
+    alias = graph.initializers.get(f"{name}.{LOOKUP_SCALES}")
+    if alias is not None:
+        scales = parts[SCALES]
+        attach(alias, Part(str(alias.name), (*scales.shape, 1), scales.dtype), places[SCALES], path)
+
+
+def attach(value: ir.Value, part: Part, offset: int, path: Path) -> None:
+    """Let an initializer point into the external data."""
+    value.const_value = ir.ExternalTensor(
+        location=path.name,
+        offset=offset,
+        length=int(math.prod(part.shape) * part.dtype.itemsize),  # it is a float
+        dtype=part.dtype,
+        shape=ir.Shape(part.shape),
+        name=part.name,
+        base_dir=path.parent,
+    )
+    value.shape = ir.Shape(part.shape)
+    value.type = ir.TensorType(part.dtype)
 
 
 def read_checked(source: WeightSource, name: str, dtype: torch.dtype) -> torch.Tensor:

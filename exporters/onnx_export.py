@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -9,12 +10,20 @@ from typing import ClassVar
 import onnx_ir as ir
 import torch
 
-from gemma3_export.bundle import Graph
+from gemma3_export.block_format import BlockFormat
+from gemma3_export.bundle import DEFAULT_MAX_KLD, Graph, WeightRecipe
 from gemma3_export.config import Gemma3Config
 from gemma3_export.errors import InputError
 from gemma3_export.exporters.bundle_export import Progress, require_dtype
 from gemma3_export.exporters.external_data import write_external_data
+from gemma3_export.exporters.onnx_blocks import quantize_graph
 from gemma3_export.exporters.onnx_trace import TARGETS, trace_onnx
+from gemma3_export.exporters.quantizers import (
+    KeptBlocks,
+    Quantizer,
+    RoundToNearest,
+    matrix_names,
+)
 from gemma3_export.reference.weights import WeightSource
 from gemma3_export.signature import DType, Signature
 
@@ -26,6 +35,7 @@ DTYPES: dict[str, tuple[torch.dtype, DType]] = {
     "bf16": (torch.bfloat16, "bfloat16"),
     "fp16": (torch.float16, "float16"),
 }
+QUANTIZED = ("int8", "keep")  # --dtype: matrices in blocks, the rest as in fp32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,18 +44,22 @@ class OnnxWriter:
 
     Args:
         target: ``ort`` for ONNX Runtime's fused kernels, ``portable`` for standard operators.
-        dtype: a key of :data:`DTYPES`.
+        dtype: a key of :data:`DTYPES`, or one of :data:`QUANTIZED`.
+        block_size: columns of a quantised matrix that share a scale.
+        max_kld: how far the export may lie from full precision, mean nats a token.
 
     Raises:
-        InputError: unknown target or dtype.
+        InputError: unknown target or dtype, or two that do not go together.
     """
 
     target: str = "ort"
     runtime: ClassVar[str] = "onnx"
     dtype: str = "fp32"
+    block_size: int = 32
+    max_kld: float = DEFAULT_MAX_KLD
 
     def __post_init__(self) -> None:
-        require_dtype(self.dtype, tuple(DTYPES))
+        require_dtype(self.dtype, (*DTYPES, *QUANTIZED))
         if self.target not in TARGETS:
             raise InputError(f"unknown target {self.target!r}; choose {' or '.join(TARGETS)}")
         if self.target != "ort" and self.dtype != "fp32":
@@ -54,23 +68,27 @@ class OnnxWriter:
             )
 
     def size_bytes(self, config: Gemma3Config) -> int:
-        """Weights and graph."""
-        return config.num_parameters * DTYPES[self.dtype][0].itemsize + 2**22
+        """Weights and graph; of quantised weights, no more than this."""
+        itemsize = 1.25 if self.dtype in QUANTIZED else DTYPES[self.dtype][0].itemsize
+        return int(config.num_parameters * itemsize) + 2**22
 
     def write(
         self, source: WeightSource, folder: Path, progress: Progress
     ) -> tuple[Graph, dict[str, str]]:
         """Trace without weights, then stream the weights into ``onnx/model.onnx_data``."""
-        weights_dtype, cache_dtype = DTYPES[self.dtype]
+        weights_dtype, cache_dtype = DTYPES["fp32" if self.dtype in QUANTIZED else self.dtype]
         signature = Signature.of(source.config, cache_dtype=cache_dtype)
         progress("tracing", 0, 1)
         model, recipes = trace_onnx(source.config, signature, self.target, weights_dtype)
+        quantizer = self._quantizer(source)
+        if quantizer is not None:
+            recipes = quantize_weights(model.graph, recipes, quantizer, source.config)
         progress("tracing", 1, 1)
 
         path = folder / "onnx" / "model.onnx"
         path.parent.mkdir(exist_ok=True)
         data = path.with_name(path.name + "_data")
-        total = source.config.num_parameters * weights_dtype.itemsize
+        total = stored_bytes(recipes, source.config, weights_dtype)
         written = 0
 
         def count(size: int) -> None:
@@ -79,7 +97,13 @@ class OnnxWriter:
             progress("writing weights", written, total)
 
         digest = write_external_data(
-            model.graph, recipes, source, data, dtype=weights_dtype, progress=count
+            model.graph,
+            recipes,
+            source,
+            data,
+            dtype=weights_dtype,
+            quantizer=quantizer,
+            progress=count,
         )
         ir.save(model, path)
         graph = Graph(
@@ -89,5 +113,48 @@ class OnnxWriter:
             target=self.target,
             cache_dtype=cache_dtype,
             weights=recipes,
+            max_kld=self.max_kld,
         )
         return graph, {data.relative_to(folder).as_posix(): digest}
+
+    def _quantizer(self, source: WeightSource) -> Quantizer | None:
+        if self.dtype == "keep":
+            return KeptBlocks(source=source)
+        if self.dtype == "int8":
+            block_format = BlockFormat(bits=8, block_size=self.block_size)
+            formats = dict.fromkeys(matrix_names(source.config), block_format)
+            return RoundToNearest(source=source, formats=formats)
+        return None
+
+
+def quantize_weights(
+    graph: ir.Graph,
+    recipes: dict[str, WeightRecipe],
+    quantizer: Quantizer,
+    config: Gemma3Config,
+) -> dict[str, WeightRecipe]:
+    """Let ``graph`` use the formats that ``quantizer`` chooses; return the new recipes."""
+    canonical = dict(config.weight_shapes())
+    formats: dict[str, BlockFormat] = {}
+    shapes: dict[str, tuple[int, int]] = {}
+    for name, recipe in recipes.items():
+        if len(canonical[recipe.names[0]]) == 2:
+            chosen = quantizer.format(recipe.names)
+            if chosen is not None:
+                formats[name] = chosen
+                rows = sum(canonical[part][0] for part in recipe.names)
+                shapes[name] = (rows, canonical[recipe.names[0]][1])
+    return quantize_graph(graph, recipes, formats, shapes)
+
+
+def stored_bytes(recipes: dict[str, WeightRecipe], config: Gemma3Config, dtype: torch.dtype) -> int:
+    """Bytes of all stored tensors."""
+    canonical = dict(config.weight_shapes())
+    total = 0
+    for recipe in recipes.values():
+        shapes = [canonical[name] for name in recipe.names]
+        if recipe.blocks is None:
+            total += sum(math.prod(shape) for shape in shapes) * dtype.itemsize
+        else:
+            total += recipe.blocks.size_bytes(sum(shape[0] for shape in shapes), shapes[0][1])
+    return total

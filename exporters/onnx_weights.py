@@ -1,11 +1,13 @@
 """Read the canonical weights back out of an ONNX bundle.
 
-Recipes are inverted: transposed tensors are turned back, packed ones cut apart. So a bundle can be
+Recipes are inverted: transposed tensors are turned back, packed ones cut apart, quantised ones
+dequantised. So a bundle can be
 verified, or loaded into the reference, without the weights that it came from.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ import torch
 
 from gemma3_export.bundle import Bundle, WeightRecipe
 from gemma3_export.errors import InputError
+from gemma3_export.exporters.stored_blocks import StoredBlocks
 from gemma3_export.reference.weights import WeightSource
 
 __all__ = ["BundleWeights"]
@@ -40,6 +43,9 @@ class BundleWeights(WeightSource):
         self.shapes = dict(self.config.weight_shapes())
         self.stored: dict[str, tuple[Any, WeightRecipe, int]] = {}
         for name, recipe in self.graph.weights.items():
+            if recipe.blocks is not None:
+                self._locate(StoredBlocks(initializers, name, recipe.blocks), recipe, path)
+                continue
             value = initializers.get(name)
             if value is not None and value.const_value is not None:
                 self._locate(value.const_value, recipe, path)
@@ -69,6 +75,8 @@ class BundleWeights(WeightSource):
         tensor, recipe, first = self.stored[name]
         stop = self.shapes[name][0] if stop is None else stop
         try:
+            if isinstance(tensor, StoredBlocks):
+                return tensor.blocks(first + start, first + stop).dequantize()
             array = tensor.numpy()  # a view of the mapped file
         except Exception as error:  # missing or truncated external data
             raise InputError(f"{self.origin}: {name} cannot be read: {error}") from error
@@ -77,6 +85,16 @@ class BundleWeights(WeightSource):
         if tensor.dtype == ir.DataType.BFLOAT16:  # which torch does not take from numpy
             return torch.from_numpy(part.view(np.uint16).copy()).view(torch.bfloat16)
         return torch.from_numpy(part.copy())
+
+    @property
+    def activation_blocks(self) -> Mapping[str, int]:
+        """See :class:`gemma3_export.reference.weights.WeightSource`."""
+        return {
+            name: recipe.blocks.block_size
+            for recipe in self.graph.weights.values()
+            if recipe.blocks is not None
+            for name in recipe.names
+        }
 
     def stored_dtype(self, name: str) -> torch.dtype:
         """See :class:`gemma3_export.reference.weights.WeightSource`."""

@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from gemma3_export.block_format import BlockFormat
 from gemma3_export.config import Gemma3Config
 from gemma3_export.config_json import load_config
 from gemma3_export.errors import InputError
@@ -25,6 +26,7 @@ from gemma3_export.signature import DType, Signature
 from gemma3_export.staging import write_text_atomically
 
 __all__ = [
+    "DEFAULT_MAX_KLD",
     "FORMAT_VERSION",
     "MANIFEST",
     "PARITY",
@@ -42,12 +44,15 @@ RUNTIMES = ("onnx", "torchscript", "pt2", "reference")  # what runs a bundle; al
 # have a graph of their own in it
 MANIFEST = "manifest.json"
 PARITY = "parity.json"
+DEFAULT_MAX_KLD = 0.01  # nats a token: what 8-bit weights keep to with room to spare
 MANIFEST_LIMIT_BYTES = 64 * 2**20
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WeightRecipe:
-    """How a graph's stored tensor is made of canonical weights: concatenate rows, then transpose.
+    """How a graph's stored tensor is made of canonical weights.
+
+    Rows are concatenated, then transposed, or quantised in blocks.
 
     The recipe is also what turns a bundle back into a state dict, so that a bundle can be verified
     without the weights that it came from.
@@ -55,6 +60,7 @@ class WeightRecipe:
 
     names: tuple[str, ...]
     transposed: bool = False
+    blocks: BlockFormat | None = None  # quantised; see gemma3_export.block_format
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,10 +77,11 @@ class Graph:
 
     runtime: str  # one of RUNTIMES
     path: str  # relative, with forward slashes
-    dtype: str  # fp32, fp16, bf16
+    dtype: str  # as --dtype named it: fp32, bf16, int8, ...
     target: str  # which form of it, such as portable or ort
     cache_dtype: DType
     weights: dict[str, WeightRecipe]  # stored tensor -> canonical weights
+    max_kld: float = DEFAULT_MAX_KLD  # the divergence that the export was allowed
     verified: bool = False  # parity.json holds this graph's proof
 
 
@@ -115,6 +122,20 @@ class Bundle:
             f"{self.path} has no {runtime} graph (it has: {present}); "
             f"export one with `gemma3-export {runtime}`"
         )
+
+    def is_quantized(self, runtime: str) -> bool:
+        """Whether the graph for ``runtime`` holds other weights than it was made from."""
+        return any(
+            recipe.blocks is not None
+            for graph in self.manifest.graphs
+            if graph.runtime == runtime
+            for recipe in graph.weights.values()
+        )
+
+    def max_kld(self, runtime: str) -> float:
+        """How far the graph for ``runtime`` may lie from full precision, mean nats a token."""
+        budgets = [graph.max_kld for graph in self.manifest.graphs if graph.runtime == runtime]
+        return budgets[0] if budgets else DEFAULT_MAX_KLD
 
     def signature(self, graph: Graph) -> Signature:
         """The inputs and outputs of ``graph``."""
@@ -242,10 +263,7 @@ def _manifest_from_json(data: dict[str, Any]) -> Manifest:
                 **graph,
                 "path": _inside(graph["path"]),
                 "weights": {
-                    name: WeightRecipe(
-                        names=tuple(recipe["names"]), transposed=recipe["transposed"]
-                    )
-                    for name, recipe in graph["weights"].items()
+                    name: _recipe_from_json(recipe) for name, recipe in graph["weights"].items()
                 },
             }
         )
@@ -253,6 +271,15 @@ def _manifest_from_json(data: dict[str, Any]) -> Manifest:
     ]
     files = {_inside(name): FileRecord(**record) for name, record in data["files"].items()}
     return Manifest(**{**data, "graphs": graphs, "files": files})
+
+
+def _recipe_from_json(data: dict[str, Any]) -> WeightRecipe:
+    blocks = data.get("blocks")
+    return WeightRecipe(
+        names=tuple(data["names"]),
+        transposed=data["transposed"],
+        blocks=None if blocks is None else BlockFormat(**blocks),
+    )
 
 
 def _inside(relative: str) -> str:

@@ -13,6 +13,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from gemma3_export.bundle import DEFAULT_MAX_KLD
 from gemma3_export.verifying import ParityCheck, require_packages
 
 if TYPE_CHECKING:
@@ -66,6 +67,8 @@ def export_onnx(
     *,
     target: str = "ort",
     dtype: str = "fp32",
+    block_size: int = 32,
+    max_kld: float | None = None,
     tokenizer: Tokenizer | None = None,
     verify: bool = True,
     force: bool = False,
@@ -77,7 +80,11 @@ def export_onnx(
         source: from :func:`open_weights`.
         output: the folder to create; it appears when it is complete and proven.
         target: ``ort`` for ONNX Runtime's fused kernels, ``portable`` for standard operators.
-        dtype: element type of weights and cache.
+        dtype: ``fp32``, ``bf16`` or ``fp16``; ``int8`` for matrices in 8-bit blocks; ``keep`` for
+            the blocks of a quantised GGUF.
+        block_size: inputs of an ``int8`` matrix that share a scale.
+        max_kld: the divergence from full precision, mean nats a token, at which the export fails;
+            None is 0.01.
         tokenizer: None takes the one that came with the weights, if any.
         verify: check parity; without it the manifest says that the bundle is unproven.
         force: replace an existing folder.
@@ -93,7 +100,12 @@ def export_onnx(
     from gemma3_export.exporters.onnx_export import OnnxWriter
 
     return _export(
-        OnnxWriter(target=target, dtype=dtype),
+        OnnxWriter(
+            target=target,
+            dtype=dtype,
+            block_size=block_size,
+            max_kld=DEFAULT_MAX_KLD if max_kld is None else max_kld,
+        ),
         source,
         output,
         tokenizer=tokenizer,

@@ -43,6 +43,7 @@ def verify_bundle(
     source: WeightSource | None = None,
     against: str | None = None,
     seed: int = 0,
+    max_kld: float | None = None,
     progress: Progress | None = None,
 ) -> ParityReport:
     """Hold a runtime of ``bundle`` against the reference, or against another runtime.
@@ -52,11 +53,13 @@ def verify_bundle(
         runtime: which runtime of the bundle to check.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         threads: threads inside one operator; None lets the backend choose.
-        source: the weights it should compute with; None takes those in the bundle.
+        source: the weights it was made from; None takes those in the bundle, which leaves a
+            quantised bundle without gate B.
         against: another runtime of this bundle by its name, another bundle's folder,
             ``transformers`` (which gets the bundle's weights) or a Hugging Face folder; None is the
             reference in float64.
         seed: of the random token ids.
+        max_kld: gate B's budget, mean nats a token; None is what the bundle was exported with.
         progress: told the stage, and how far it is.
 
     Raises:
@@ -70,14 +73,22 @@ def verify_bundle(
     if not isinstance(bundle, Bundle):
         bundle = Bundle(Path(bundle))
     bundle.check_files()
-    options = VerifyOptions(seed=seed)
+    options = VerifyOptions.for_budget(max_kld or bundle.max_kld(runtime), seed=seed)
     tokenizer = bundle_tokenizer(bundle)
     candidate = open_runtime(bundle, runtime, device=device, threads=threads)
-    source = source or open_bundle_weights(bundle, runtime)
+    full_source = None
+    if source is None or bundle.is_quantized(runtime):  # such a graph has other weights
+        full_source, source = source, open_bundle_weights(bundle, runtime)
     files = {name: record.sha256 for name, record in bundle.manifest.files.items()}
     if against is None:
         return verify(
-            candidate, source, options=options, tokenizer=tokenizer, files=files, progress=progress
+            candidate,
+            source,
+            options=options,
+            tokenizer=tokenizer,
+            full_source=full_source,
+            files=files,
+            progress=progress,
         )
     if against in RUNTIMES:
         baseline = open_runtime(bundle, against, device=device, threads=threads)
@@ -111,19 +122,29 @@ class ParityCheck:
         Raises:
             ParityError: naming the first case and the layer that differ.
         """
-        from gemma3_export.parity import verify
+        from gemma3_export.exporters.bundle_weights import open_bundle_weights
+        from gemma3_export.parity import VerifyOptions, verify
         from gemma3_export.parity.terminal import divergence_text, verdict_line
 
         bundle = Bundle(folder)
+        is_quantized = bundle.is_quantized(self.runtime)
         report = verify(
             open_runtime(bundle, self.runtime, device="cpu"),
-            source,
+            open_bundle_weights(bundle, self.runtime) if is_quantized else source,
+            options=VerifyOptions.for_budget(bundle.max_kld(self.runtime)),
+            full_source=source if is_quantized else None,
             tokenizer=bundle_tokenizer(bundle),
             files={name: record.sha256 for name, record in bundle.manifest.files.items()},
             progress=self.progress,
         )
         if not report.passed:
             where = f"; {divergence_text(report)}" if report.divergence else ""
+            where += "".join(
+                f"; {metric.name} is {metric.value:.3g} and its limit {metric.limit:.3g}"
+                for gate in report.gates
+                for metric in gate.metrics
+                if not metric.passed
+            )
             raise ParityError(
                 "the export does not compute what the model computes, and nothing was kept: "
                 f"{verdict_line(report)}{where}. To look into it, export with --no-verify and run "

@@ -29,7 +29,7 @@ from gemma3_export.runtimes.onnx_session import (
     import_onnxruntime,
     open_session,
 )
-from gemma3_export.runtimes.onnx_upcast import upcast_to_float32
+from gemma3_export.runtimes.onnx_upcast import upcast_to_float32, with_float_products
 from gemma3_export.runtimes.protocol import IntArray, KVCache, Logits, check_capacity
 from gemma3_export.runtimes.sampling import SamplingParams
 from gemma3_export.signature import Signature
@@ -45,6 +45,7 @@ class OnnxRuntime:
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         threads: threads inside one operator; None lets ONNX Runtime choose.
         cuda: what the CUDA provider may do; ignored on the CPU.
+        float_products: multiply quantised matrices in float32, slowly, for the parity check.
 
     Raises:
         InputError: the bundle is damaged or has no ONNX graph, or its graph cannot do what
@@ -61,9 +62,11 @@ class OnnxRuntime:
         device: str = "auto",
         threads: int | None = None,
         cuda: CudaOptions | None = None,
+        float_products: bool = False,
     ) -> None:
         if isinstance(bundle, Path):
             bundle = Bundle(bundle)
+        self.bundle = bundle
         graph = bundle.graph("onnx")
         bundle.check_sizes()
         bundle.check_files([graph.path, "config.json"])  # small files; verify hashes them all
@@ -78,13 +81,15 @@ class OnnxRuntime:
         if self.is_upcast:
             self.graph = upcast_to_float32(self.path)
             self.signature = Signature.of(self.config)
+        if float_products:
+            self.graph = with_float_products(self.path)
         self.cuda = (cuda or CudaOptions()) if self.device.kind == "cuda" else None
         if self.cuda and self.cuda.graph and self.target != "ort":
             raise InputError(
                 f"target {self.target} has a cache that grows, so no CUDA graph can be captured; "
                 "export without --target"
             )
-        entries = {WEIGHTS_FOLDER: str(self.path.parent)} if self.is_upcast else {}
+        entries = {WEIGHTS_FOLDER: str(self.path.parent)} if isinstance(self.graph, bytes) else {}
         self.session = open_session(
             self.graph, self.device, threads=threads, entries=entries, cuda=self.cuda
         )
@@ -122,6 +127,12 @@ class OnnxRuntime:
             **({"cuda": asdict(self.cuda)} if self.cuda else {}),
             "threads": self.threads,
         }
+
+    def with_float_products(self) -> OnnxRuntime | None:
+        """See :class:`gemma3_export.runtimes.protocol.FloatProducts`."""
+        if self.device.kind != "cpu" or not self.bundle.is_quantized(self.name):
+            return None
+        return OnnxRuntime(self.bundle, device="cpu", threads=self.threads, float_products=True)
 
     def new_cache(self, batch_size: int, capacity: int) -> KVCache:
         """See :class:`gemma3_export.runtimes.protocol.Runtime`."""

@@ -1,9 +1,9 @@
-"""Run a bfloat16 graph where ONNX Runtime has no bfloat16 kernels: on the CPU.
+"""Rewrite graphs so that the CPU runs them: bfloat16 in float32, and 8-bit products in float32.
 
-The graph is rewritten to compute in float32 and to round to bfloat16 wherever the original does:
-weights are read as the bfloat16 numbers that they are, and what a product, an activation or the
-attention gives is rounded as the GPU's kernel rounds its result. Only the cache is kept in float32:
-its keys are not rounded after their rotation.
+ONNX Runtime has no bfloat16 kernels on the CPU. The graph is rewritten to compute in float32 and
+to round to bfloat16 wherever the original does: weights are read as the bfloat16 numbers that they
+are, and what a product, an activation or the attention gives is rounded as the GPU's kernel rounds
+its result. Only the cache is kept in float32: its keys are not rounded after their rotation.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 from gemma3_export.errors import InputError, UnavailableError
 
-__all__ = ["upcast_to_float32"]
+__all__ = ["upcast_to_float32", "with_float_products"]
 
 # These hand numbers on; a result of any other operator is a new number, to be rounded.
 MOVES = {"Concat", "Expand", "Gather", "Identity", "Reshape", "Slice", "Split", "Transpose"}
@@ -29,21 +29,33 @@ def upcast_to_float32(path: Path) -> bytes:
         UnavailableError: the package ``onnx`` is missing.
         InputError: the graph cannot be read.
     """
+    model = read_graph(path)
+    import onnx
+
+    Upcast(onnx, model.graph).run()
+    serialized: bytes = model.SerializeToString()
+    return serialized
+
+
+def read_graph(path: Path) -> Any:
+    """The graph's ``ModelProto``, without its weights.
+
+    Raises:
+        UnavailableError: the package ``onnx`` is missing.
+        InputError: the graph cannot be read.
+    """
     try:
         import onnx
     except ImportError as error:
         raise UnavailableError(
-            "ONNX Runtime has no bfloat16 kernels on the CPU, and rewriting the graph for float32 "
-            "needs the package onnx; run: pip install onnx, or pass --device cuda, or export with "
+            "this graph must be rewritten before the CPU can run it this way, which needs the "
+            "package onnx; run: pip install onnx, or pass --device cuda, or export with "
             "--dtype fp32"
         ) from error
     try:
-        model = onnx.load(path, load_external_data=False)
+        return onnx.load(path, load_external_data=False)
     except Exception as error:  # protobuf raises what it likes
         raise InputError(f"{path} cannot be read: {error}; export the bundle anew") from error
-    Upcast(onnx, model.graph).run()
-    serialized: bytes = model.SerializeToString()
-    return serialized
 
 
 class Upcast:
@@ -107,3 +119,19 @@ class Upcast:
     def _cast(self, source: str, target: str, kind: int) -> None:
         node = self.onnx.helper.make_node("Cast", [source], [target], name=f"to {target}", to=kind)
         self.nodes.append(node)
+
+
+def with_float_products(path: Path) -> bytes:
+    """The graph at ``path`` whose quantised products take their inputs as they are.
+
+    Raises:
+        UnavailableError: the package ``onnx`` is missing.
+        InputError: the graph cannot be read.
+    """
+    model = read_graph(path)
+    for node in model.graph.node:
+        for attribute in node.attribute:
+            if attribute.name == "accuracy_level":
+                attribute.i = 0
+    serialized: bytes = model.SerializeToString()
+    return serialized

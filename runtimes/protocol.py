@@ -8,7 +8,7 @@ Shapes: B batch rows, T new tokens, V vocabulary, K key-value heads, L cached to
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +17,7 @@ from gemma3_export.config import Gemma3Config
 from gemma3_export.errors import InputError
 
 __all__ = [
+    "FloatProducts",
     "IntArray",
     "KVCache",
     "LayerKV",
@@ -137,3 +138,11 @@ def empty_lengths(config: Gemma3Config, batch_size: int, capacity: int) -> IntAr
             f"{config.max_position_embeddings} tokens (max_position_embeddings)"
         )
     return np.zeros(batch_size, dtype=np.int64)
+
+
+@runtime_checkable
+class FloatProducts(Protocol):
+    """A runtime whose quantised products can also be computed in float32, slowly."""
+
+    def with_float_products(self) -> Runtime | None:
+        """The same graph without rounding of activations; None if it does not round them."""

@@ -99,10 +99,11 @@ def test_version():
 def test_choices_are_those_of_the_exporters():
     from gemma3_export.backends import RUNTIMES as BACKENDS
     from gemma3_export.exporters.onnx_export import DTYPES as WRITER_DTYPES
+    from gemma3_export.exporters.onnx_export import QUANTIZED
     from gemma3_export.exporters.onnx_trace import TARGETS as TRACER_TARGETS
 
     assert tuple(TRACER_TARGETS) == TARGETS
-    assert tuple(WRITER_DTYPES) == DTYPES
+    assert (*WRITER_DTYPES, *QUANTIZED) == DTYPES
     assert BACKENDS == RUNTIMES
 
 

@@ -12,12 +12,14 @@ __all__ = ["DTYPES", "TARGETS", "onnx"]
 
 # Repeated from the exporters, which need torch to be imported; a test holds them equal.
 TARGETS = ("ort", "portable")
-DTYPES = ("fp32", "bf16", "fp16")
+DTYPES = ("fp32", "bf16", "fp16", "int8", "keep")
 EPILOG = """\b
 Examples:
   gemma3-export onnx --size 270m -o gemma-3-270m
   gemma3-export onnx --weights model.gguf --target portable -o out
   gemma3-export onnx --weights checkpoint.pt --config config.json --tokenizer tokenizer.json -o out
+  gemma3-export onnx --size 270m --dtype int8 -o gemma-3-270m-int8
+  gemma3-export onnx --weights model-Q4_K_M.gguf --dtype keep -o kept
   gemma3-export onnx --size 1b --random-weights 0 -o random-1b
 """
 
@@ -31,8 +33,28 @@ Examples:
     show_default=True,
     help="ort: ONNX Runtime's fused kernels. portable: standard operators only.",
 )
-@click.option("--dtype", type=click.Choice(DTYPES), default="fp32", show_default=True)
-def onnx(options: ExportOptions, target: str, dtype: str) -> None:
+@click.option(
+    "--dtype",
+    type=click.Choice(DTYPES),
+    default="fp32",
+    show_default=True,
+    help="int8: matrices in 8-bit blocks. keep: the blocks of a quantised GGUF, bit by bit.",
+)
+@click.option(
+    "--block-size",
+    type=click.Choice(("16", "32", "64", "128", "256")),
+    default="32",
+    show_default=True,
+    help="int8: inputs of a matrix that share a scale.",
+)
+@click.option(
+    "--max-kld",
+    type=click.FloatRange(min=0, min_open=True),
+    help="Divergence from full precision at which the export fails, nats a token [default: 0.01].",
+)
+def onnx(
+    options: ExportOptions, target: str, dtype: str, block_size: str, max_kld: float | None
+) -> None:
     """Export Gemma 3 to ONNX and prove that the result computes what the model computes.
 
     The output is one folder that stands alone: graph, weights, config, tokenizer, a manifest with
@@ -42,5 +64,7 @@ def onnx(options: ExportOptions, target: str, dtype: str) -> None:
     """
     from gemma3_export.exporting import export_onnx
 
-    export = partial(export_onnx, target=target, dtype=dtype)
+    export = partial(
+        export_onnx, target=target, dtype=dtype, block_size=int(block_size), max_kld=max_kld
+    )
     run_export(options, "onnx", f"{dtype}, target {target}", export)

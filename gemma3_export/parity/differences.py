@@ -13,7 +13,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-__all__ = ["BLOCK", "LogitDifference", "TensorDifference", "compare_logits", "compare_tensors"]
+__all__ = [
+    "BLOCK",
+    "FloatArray",
+    "LogitDifference",
+    "TensorDifference",
+    "compare_logits",
+    "compare_tensors",
+]
 
 FloatArray = NDArray[np.float64]
 BoolArray = NDArray[np.bool_]

@@ -10,6 +10,7 @@ H head size, L layers.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -17,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gemma3_export.parity.activations import ActivationRounding
 from gemma3_export.parity.observations import Observation, TeacherForcing
 from gemma3_export.parity.prompts import TokenSequence
 from gemma3_export.reference.model import Gemma3, KeyValue
@@ -47,10 +49,19 @@ class Pass:
 
 
 class ReferenceTruth:
-    """The reference model over the sequences, each computed when it is first asked for."""
+    """The reference model over the sequences, each computed when it is first asked for.
 
-    def __init__(self, model: Gemma3, sequences: Sequence[TokenSequence]) -> None:
+    ``rounding`` rounds its activations, as 8-bit kernels do.
+    """
+
+    def __init__(
+        self,
+        model: Gemma3,
+        sequences: Sequence[TokenSequence],
+        rounding: ActivationRounding | None = None,
+    ) -> None:
         self.model = model
+        self.rounding = rounding
         self.sequences = sequences
         self.passes: dict[int, Pass] = {}
         self.recent: dict[tuple[int, int], Tensor] = {}  # logits [V], the latest last
@@ -62,7 +73,8 @@ class ReferenceTruth:
         new = [place for place in places if place not in self.recent]
         if new:
             normed = self._pass(sequence).normed[[position for _, position in new]]
-            logits = self.model.head(normed, self.model.head_weight)
+            with self._arithmetic():
+                logits = self.model.head(normed, self.model.head_weight)
             self.recent |= dict(zip(new, logits, strict=True))
         wanted = torch.stack([self.recent[place] for place in places]).double()
         # Cases come back to the same positions; what is too much for the memory is computed anew.
@@ -83,11 +95,15 @@ class ReferenceTruth:
             contexts = model.layer_contexts(ids, None, None)
             x = model.model.embed_tokens(ids)
             key_values = []
-            for index, layer in enumerate(model.model.layers):
-                x, (key, value) = layer(x, contexts[model.config.layer_types[index]], None)
-                key_values.append((key[0], value[0]))
+            with self._arithmetic():
+                for index, layer in enumerate(model.model.layers):
+                    x, (key, value) = layer(x, contexts[model.config.layer_types[index]], None)
+                    key_values.append((key[0], value[0]))
             self.passes[sequence] = Pass(model.model.norm(x)[0], key_values)
         return self.passes[sequence]
+
+    def _arithmetic(self) -> AbstractContextManager[None]:
+        return nullcontext() if self.rounding is None else self.rounding.on()
 
 
 class RuntimeTruth:

@@ -6,7 +6,7 @@ import importlib.metadata
 import platform
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 
 import numpy as np
@@ -17,6 +17,7 @@ from gemma3_export.errors import InputError
 from gemma3_export.parity.cases import Case, cases_for
 from gemma3_export.parity.differences import LogitDifference
 from gemma3_export.parity.floor import Yardstick
+from gemma3_export.parity.held_out import held_out_sequences, measure_quality
 from gemma3_export.parity.judge import Limits, SeenLogits, judge_case
 from gemma3_export.parity.locate import locate
 from gemma3_export.parity.options import Progress, VerifyOptions, floor_dtype
@@ -25,9 +26,12 @@ from gemma3_export.parity.quality import judge_quality, requality
 from gemma3_export.parity.report import CaseResult, Divergence, GateResult, ParityReport
 from gemma3_export.parity.truth import ReferenceTruth, RuntimeTruth, Truth
 from gemma3_export.reference.loading import load_reference
+from gemma3_export.reference.model import Gemma3
 from gemma3_export.reference.weights import WeightSource
-from gemma3_export.runtimes.protocol import Runtime
+from gemma3_export.runtimes.protocol import FloatProducts, Runtime
 from gemma3_export.tokenizer import Tokenizer
+
+FLOAT_CASES = ("chunked", "decode", "ragged-batch")
 
 __all__ = ["compare", "make_yardstick", "verify"]
 
@@ -144,15 +148,25 @@ def _check(
     seconds = {"truth": time.perf_counter() - started}
     factor = options.factor * (1 if baseline is None else 2)
     limits = Limits(factor=factor, epsilon=torch.finfo(yardstick.dtype).eps)
-    outcome = run_cases(candidate, cases, truth, yardstick, limits, full_source, report)
-    gates = (implementation_gate(outcome.cases), judge_quality(outcome.quality, options))
+    full = None if full_source is None else load_reference(full_source)
+    outcome = run_cases(candidate, cases, truth, yardstick, limits, full, report)
+    if full is not None and yardstick.tokenizer is not None:
+        started = time.perf_counter()
+        outcome.quality = held_out_quality(candidate, full, yardstick.tokenizer, report)
+        seconds["held-out text"] = time.perf_counter() - started
+    float_cases = run_float_cases(candidate, yardstick, limits, report)
+    gates = (
+        implementation_gate([*outcome.cases, *float_cases]),
+        judge_quality(outcome.quality, options),
+    )
     divergence = None
-    if not gates[0].passed and options.locate:
+    if options.locate and not all(case.passed for case in outcome.cases):
         report("looking for the first diverging layer", 0, 1)
         started = time.perf_counter()
         divergence = locate(candidate, outcome.cases, yardstick, limits)
         seconds["locating"] = time.perf_counter() - started
         report("looking for the first diverging layer", 1, 1)
+    outcome.cases += float_cases
     return assemble(
         candidate, baseline, source, yardstick, gates, outcome, divergence, files, seconds
     )
@@ -180,13 +194,11 @@ def run_cases(
     truth: Truth,
     yardstick: Yardstick,
     limits: Limits,
-    full_source: WeightSource | None,
+    full_model: Gemma3 | None,
     progress: Progress,
 ) -> Outcome:
     """Every case on the candidate, judged."""
-    full: Truth | None = None
-    if full_source is not None:
-        full = ReferenceTruth(load_reference(full_source), yardstick.sequences)
+    full = None if full_model is None else ReferenceTruth(full_model, yardstick.sequences)
     outcome = Outcome([], [], {})
     has_text = any(case.is_text for case in cases)
     for index, case in enumerate(cases):
@@ -200,6 +212,39 @@ def run_cases(
         outcome.seconds[case.name] = time.perf_counter() - started
     progress("comparing", len(cases), len(cases))
     return outcome
+
+
+def run_float_cases(
+    candidate: Runtime, yardstick: Yardstick, limits: Limits, progress: Progress
+) -> list[CaseResult]:
+    """A few cases of a quantised graph with float products: see activations.py."""
+    if yardstick.float_truth is None or yardstick.float_floor is None:
+        return []
+    exact = candidate.with_float_products() if isinstance(candidate, FloatProducts) else None
+    if exact is None:
+        return []
+    options = replace(yardstick.options, decode_steps=min(6, yardstick.options.decode_steps))
+    chosen = cases_for(exact, yardstick.config, yardstick.sequences, options)
+    results = []
+    for case in chosen:
+        if case.name not in FLOAT_CASES:
+            continue
+        progress(f"comparing {case.name}, float products", 0, 1)
+        result, _ = judge_case(
+            case, case.run(exact), yardstick.float_truth, yardstick.float_floor, limits
+        )
+        results.append(
+            replace(result, name=f"float-{case.name}", title=f"{case.title}, float products")
+        )
+    return results
+
+
+def held_out_quality(
+    candidate: Runtime, full: Gemma3, tokenizer: Tokenizer, progress: Progress
+) -> list[LogitDifference]:
+    """Gate B on text that neither calibration nor the cases have seen."""
+    sequences = held_out_sequences(tokenizer, candidate.config.max_position_embeddings)
+    return [measure_quality(candidate, ReferenceTruth(full, sequences), sequences, progress)]
 
 
 def prepare_floor(case: Case, yardstick: Yardstick) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -36,6 +36,11 @@ class WeightSource(ABC):
     config: Gemma3Config
     origin: str
     skipped: tuple[str, ...] = ()
+
+    @property
+    def activation_blocks(self) -> Mapping[str, int]:
+        """Matrices whose inputs a kernel rounds to int8, and in blocks of how many columns."""
+        return {}
 
     @abstractmethod
     def read(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
