@@ -42,7 +42,7 @@ def scratch() -> tempfile.TemporaryDirectory[str]:
 
 
 @functools.cache
-def int8_bundle(tied: bool = True) -> Bundle:
+def int8_bundle(tied: bool) -> Bundle:
     config = (
         CONFIG
         if tied
@@ -79,7 +79,7 @@ def test_int8_exports_compute_what_the_reference_computes_with_rounded_weights(t
 
 
 def test_no_matrix_is_left_in_float32_and_the_tied_embedding_stands_once() -> None:
-    bundle = int8_bundle()
+    bundle = int8_bundle(True)
     found = operators(bundle)
     assert "MatMul" not in found
     assert "Gemm" not in found
@@ -89,7 +89,7 @@ def test_no_matrix_is_left_in_float32_and_the_tied_embedding_stands_once() -> No
 
 
 def test_the_file_is_no_larger_than_its_tensors_and_their_alignment() -> None:
-    bundle = int8_bundle()
+    bundle = int8_bundle(True)
     wanted, tensors = 0, 0
     shapes = dict(bundle.config.weight_shapes())
     for recipe in bundle.graph("onnx").weights.values():
@@ -137,7 +137,7 @@ def test_a_changed_weight_in_the_file_is_found(change: str, tmp_path: Path) -> N
 
 @pytest.mark.parametrize("constant", ["rope_local_base_freq", "query_pre_attn_scalar", "window"])
 def test_int8_does_not_hide_a_wrong_constant(constant: str) -> None:
-    bundle = int8_bundle()
+    bundle = int8_bundle(True)
     changes = {
         "rope_local_base_freq": {"rope_local_base_freq": 30_000.0},
         "query_pre_attn_scalar": {"query_pre_attn_scalar": 16},
