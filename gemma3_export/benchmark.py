@@ -110,7 +110,7 @@ def run_benchmark(path: Path, options: BenchmarkOptions) -> dict[str, Any]:
     with ExitStack() as stack:
         workers = [stack.enter_context(candidate) for candidate in candidates]
         measured = [
-            measure_case(workers, random_prompts(bundle.config, case, options.repeat), options)
+            measure_case(workers, random_prompts(bundle.config, case, 1 + options.repeat), options)
             for case in options.cases()
         ]
         bandwidths += read_bandwidths(threads)
@@ -175,12 +175,12 @@ def require_packages(name: str) -> None:
 
 
 def random_prompts(
-    config: Gemma3Config, case: tuple[int, int], repeat: int
+    config: Gemma3Config, case: tuple[int, int], count: int
 ) -> list[list[list[int]]]:
-    """One prompt [B, T] for each repetition, the same for every candidate."""
+    """``count`` prompts [B, T], the same for every candidate."""
     prompt_tokens, batch = case
     generator = np.random.default_rng(0)
-    shape = (repeat, batch, prompt_tokens)
+    shape = (count, batch, prompt_tokens)
     prompts: list[list[list[int]]] = generator.integers(0, config.vocab_size, shape).tolist()
     return prompts
 
@@ -188,11 +188,15 @@ def random_prompts(
 def measure_case(
     workers: Sequence[Worker], prompts: Sequence[list[list[int]]], options: BenchmarkOptions
 ) -> list[list[dict[str, Any]]]:
-    """Rounds in which every worker has one turn, after a first turn that does not count."""
+    """Rounds in which every worker has one turn, after a first turn that does not count.
+
+    No prompt comes twice: an engine that keeps the cache of known prefixes would answer at once.
+    """
+    warm_up, *measured = prompts
     for worker in workers:
-        worker.measure(prompts[0], min(WARM_UP_TOKENS, options.new_tokens))
+        worker.measure(warm_up, min(WARM_UP_TOKENS, options.new_tokens))
     return [
-        [worker.measure(prompt, options.new_tokens) for worker in workers] for prompt in prompts
+        [worker.measure(prompt, options.new_tokens) for worker in workers] for prompt in measured
     ]
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ from numpy.typing import NDArray
 __all__ = ["LlamaCppCandidate", "convert", "load"]
 
 FTYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q8_0": 7, "Q4_K_M": 15, "BF16": 32}  # llama_ftype
+ERROR = 4  # ggml_log_level
 CHUNK_TOKENS = 2048  # llama.cpp's own default for a logical batch
 IntArray = NDArray[np.int64]
 
@@ -28,6 +30,8 @@ class LlamaCppCandidate:
 
     def __init__(self, path: Path, form: str, threads: int) -> None:
         c.llama_backend_init()
+        self.log = c.llama_log_callback(print_errors)  # llama.cpp calls it as long as we live
+        c.llama_log_set(self.log, None)
         parameters = c.llama_model_default_params()
         parameters.n_gpu_layers = 0
         self.model = c.llama_model_load_from_file(str(path).encode(), parameters)
@@ -112,6 +116,12 @@ class LlamaCppCandidate:
         """Logits [V] of a batch's token; a view that the next decoding overwrites."""
         pointer = c.llama_get_logits_ith(context, index)
         return np.ctypeslib.as_array(pointer, shape=(self.vocab_size,))
+
+
+def print_errors(level: int, text: bytes, _: object) -> None:
+    """Pages of details of every context would hide the benchmark's own table."""
+    if level == ERROR:
+        sys.stderr.write(text.decode(errors="replace"))
 
 
 def fill(batch: Any, entries: Sequence[tuple[int, int, int]], wanted: Sequence[bool]) -> Any:
