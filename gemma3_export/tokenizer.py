@@ -111,6 +111,10 @@ class Tokenizer:
         needed = (self.bos_token_id, self.token_id(START_OF_TURN), self.token_id(END_OF_TURN))
         return None not in needed
 
+    def has_tokens_of(self, other: Tokenizer) -> bool:
+        """Whether all token ids mean the same to both."""
+        return bool(self._backend.get_vocab() == other._backend.get_vocab())
+
     def token_id(self, token: str) -> int | None:
         """Id of the vocabulary entry ``token``, or None."""
         return self._backend.token_to_id(token)

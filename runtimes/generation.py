@@ -7,15 +7,14 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import dataclass, replace
-from time import perf_counter
+from dataclasses import replace
 
 import numpy as np
 
 from gemma3_export.config import Gemma3Config
 from gemma3_export.errors import InputError
-from gemma3_export.runtimes.candidates import Candidates, ChoosesCandidates
-from gemma3_export.runtimes.protocol import IntArray, KVCache, Logits, Runtime
+from gemma3_export.runtimes.decoding import DecodingLoop, Event
+from gemma3_export.runtimes.protocol import IntArray, Runtime
 from gemma3_export.runtimes.request_state import (
     Completion,
     FinishReason,
@@ -25,6 +24,7 @@ from gemma3_export.runtimes.request_state import (
     TokenEvent,
 )
 from gemma3_export.runtimes.sampling import SamplingParams
+from gemma3_export.runtimes.speculation import MAX_DRAFT_TOKENS, Drafter, Speculation
 
 __all__ = [
     "Cancel",
@@ -39,7 +39,6 @@ __all__ = [
     "generate",
 ]
 
-Event = TokenEvent | Completion
 Cancel = threading.Event | Callable[[], bool]
 
 
@@ -88,6 +87,8 @@ def generate(
     capacity: int | None = None,
     cancel: Cancel | None = None,
     prefill_progress: Callable[[int, int], None] | None = None,
+    drafter: Callable[[], Drafter] | None = None,
+    max_draft_tokens: int = MAX_DRAFT_TOKENS,
 ) -> Generation:
     """Continue every prompt; the inputs are checked at once, the work is done by iterating.
 
@@ -110,11 +111,19 @@ def generate(
             longest prompt needs, within the model's context.
         cancel: an event or a function, looked at before every prefill chunk and decoding step.
         prefill_progress: called with the prompt tokens processed and their total.
+        drafter: makes a fresh drafter for each prompt, such as ``PromptLookup``, for speculative
+            decoding; it changes the speed and, but for rounding, nothing else. Drafts are verified
+            while one prompt alone is being continued.
+        max_draft_tokens: the most tokens to draft at once.
 
     Raises:
         InputError: an argument is impossible, or a prompt does not fit.
     """
-    for name, value in (("max_new_tokens", max_new_tokens), ("prefill_chunk", prefill_chunk)):
+    for name, value in (
+        ("max_new_tokens", max_new_tokens),
+        ("prefill_chunk", prefill_chunk),
+        ("max_draft_tokens", max_draft_tokens),
+    ):
         if value < 1:
             raise InputError(f"{name} is {value}; it must be at least 1")
     if isinstance(stop_texts, str) or not all(stop_texts):
@@ -139,121 +148,19 @@ def generate(
             zip(prompt_ids, _params_per_prompt(sampling, len(prompt_ids)), strict=True)
         )
     ]
-    loop = _Loop(
+    loop = DecodingLoop(
         runtime=runtime,
         requests=requests,
         capacity=capacity,
         prefill_chunk=prefill_chunk,
         cancel=cancel.is_set if isinstance(cancel, threading.Event) else cancel,
         prefill_progress=prefill_progress,
+        speculations=[
+            Speculation(request, drafter(), max_draft_tokens) if drafter else None
+            for request in requests
+        ],
     )
     return Generation(requests, loop.run())
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Loop:
-    """One batch on its way through a backend.
-
-    The loop asks of ``_prefill`` and ``_decode`` only the logits that follow each request's last
-    token. Reusing a cached prefix is a matter of the cache that ``run`` begins with. Speculation
-    is a ``_decode`` that returns several positions a request, to be accepted one by one: the
-    sampler's draws do not depend on how many were computed at once.
-    """
-
-    runtime: Runtime
-    requests: Sequence[RequestState]
-    capacity: int
-    prefill_chunk: int
-    cancel: Callable[[], bool] | None
-    prefill_progress: Callable[[int, int], None] | None
-
-    def run(self) -> Generator[Event, None, None]:
-        """All events, in the order in which they happen."""
-        started = perf_counter()
-        cache = self.runtime.new_cache(len(self.requests), self.capacity)
-        for request in self.requests:
-            logits = self._prefill(request, cache)
-            if logits is None:
-                yield from self._abandon()
-                return
-            event = request.accept(logits)
-            request.time_to_first_token_s = perf_counter() - started
-            yield from _report(request, event)
-        while active := [request for request in self.requests if request.finish_reason is None]:
-            if self._is_cancelled():
-                yield from self._abandon()
-                return
-            begun = perf_counter()
-            # All rows accept before any is reported, so that an interruption loses no token.
-            rows = self._decode(active, cache)
-            events = [request.accept(row) for request, row in zip(active, rows, strict=True)]
-            elapsed = perf_counter() - begun
-            for request, event in zip(active, events, strict=True):
-                request.decode_s += elapsed
-                yield from _report(request, event)
-
-    def _prefill(self, request: RequestState, cache: KVCache) -> Logits | None:
-        """Feed the prompt to the request's row; [V] after its last token, None if cancelled."""
-        sizes = [other.prompt_ids.size for other in self.requests]
-        row = request.index if len(self.requests) > 1 else None
-        fed = int(cache.lengths[request.index])
-        while True:
-            if self._is_cancelled():
-                return None
-            chunk = request.prompt_ids[None, fed : fed + self.prefill_chunk]
-            begun = perf_counter()
-            logits = self.runtime.step(chunk, cache, num_logits=1, row=row)
-            request.prefill_s += perf_counter() - begun
-            fed += chunk.size
-            if self.prefill_progress is not None:
-                self.prefill_progress(sum(sizes[: request.index]) + fed, sum(sizes))
-            if fed >= request.prompt_ids.size:
-                last: Logits = logits[0, -1]
-                return last
-
-    def _decode(
-        self, active: Sequence[RequestState], cache: KVCache
-    ) -> Sequence[Logits | Candidates]:
-        """Feed each active request its last token; [V] for each, or what decides of them.
-
-        Rows that have ended are fed padding along with the others, which costs less than to split
-        the batch. When one of them has no room left for that, the active rows go one by one.
-        """
-        if int(cache.lengths.max()) < cache.capacity:
-            ids = np.full((len(self.requests), 1), self.runtime.config.pad_token_id, np.int64)
-            for request in active:
-                ids[request.index] = request.tokens[-1].token_id
-            if isinstance(self.runtime, ChoosesCandidates):
-                params = [request.params for request in active]
-                chosen = self.runtime.step_candidates(ids, cache, params)
-                if chosen is not None:
-                    return [chosen[request.index] for request in active]
-            logits = self.runtime.step(ids, cache, num_logits=1)
-            return [logits[request.index, -1] for request in active]
-        return [
-            self.runtime.step(
-                np.array([[request.tokens[-1].token_id]], np.int64),
-                cache,
-                num_logits=1,
-                row=request.index,
-            )[0, -1]
-            for request in active
-        ]
-
-    def _is_cancelled(self) -> bool:
-        return self.cancel is not None and self.cancel()
-
-    def _abandon(self) -> Iterator[Completion]:
-        for request in self.requests:
-            if request.finish_reason is None:
-                request.finish_reason = "cancelled"
-                yield request.completion()
-
-
-def _report(request: RequestState, event: TokenEvent) -> Iterator[Event]:
-    yield event
-    if request.finish_reason is not None:
-        yield request.completion()
 
 
 def _check_prompts(

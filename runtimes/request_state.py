@@ -67,6 +67,8 @@ class Completion:
     time_to_first_token_s: float | None  # from the start of the whole batch
     prefill_s: float  # in the backend, for this prompt
     decode_s: float  # in backend and sampler, for all tokens but the first
+    drafted_tokens: int = 0  # guesses that were verified (speculative decoding)
+    accepted_tokens: int = 0  # of these, the right ones: each saved a decoding step
 
     @property
     def token_ids(self) -> tuple[int, ...]:
@@ -158,6 +160,7 @@ class RequestState:
         self.finish_reason: FinishReason | None = None
         self.time_to_first_token_s: float | None = None
         self.prefill_s = self.decode_s = 0.0
+        self.drafted_tokens = self.accepted_tokens = 0
         self._sampler = Sampler(params, prompt_ids)
         self._max_new_tokens = max_new_tokens
         self._stop_token_ids = frozenset(stop_token_ids)
@@ -170,6 +173,16 @@ class RequestState:
     def params(self) -> SamplingParams:
         """How the request picks its tokens."""
         return self._sampler.params
+
+    @property
+    def fed_tokens(self) -> int:
+        """Tokens that the backend has been given once it has all but the newest one."""
+        return self.prompt_ids.size + len(self.tokens) - 1
+
+    @property
+    def remaining_tokens(self) -> int:
+        """The most tokens that can still follow."""
+        return self._max_new_tokens - len(self.tokens)
 
     def accept(self, logits: Logits | Candidates) -> TokenEvent:
         """Choose the next token from its logits [V], and end the request if it was the last."""
@@ -196,6 +209,8 @@ class RequestState:
             time_to_first_token_s=self.time_to_first_token_s,
             prefill_s=self.prefill_s,
             decode_s=self.decode_s,
+            drafted_tokens=self.drafted_tokens,
+            accepted_tokens=self.accepted_tokens,
         )
 
     def _read(self, token_id: int) -> str:

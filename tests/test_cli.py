@@ -137,6 +137,37 @@ def test_onnx_without_proof_says_that_nothing_was_proven(one_layer, tmp_path):
     assert all(part.isdecimal() for part in ids.stdout.split())
 
 
+def test_drafts_change_no_token_and_are_counted(ort_bundle):
+    repeated = "2," + ",".join(["11,12,13,14,15"] * 8)
+    arguments = ("generate", ort_bundle, "--prompt-ids", repeated, "--max-new-tokens", 60)
+    plain = run_ok(*arguments, "--json", "--prompt-lookup", 0)
+    drafts = [
+        run_ok(*arguments, "--json"),
+        run_ok(*arguments, "--json", "--draft-model", ort_bundle),
+        run_ok(*arguments, "--json", "--runtime", "reference", "--prompt-lookup", 4),
+    ]
+    assert objects(plain)[0]["timings"]["drafted_tokens"] == 0
+    assert "drafted" not in plain.stderr
+    for drafted in drafts:
+        (found,) = objects(drafted)
+        assert found["token_ids"] == objects(plain)[0]["token_ids"]
+        counts = found["timings"]["accepted_tokens"], found["timings"]["drafted_tokens"]
+        assert 0 < counts[0] <= counts[1]
+        assert f"{counts[0]} of {counts[1]} drafted tokens were right" in drafted.stderr
+    timings = objects(drafts[1])[0]["timings"]  # the model itself is never wrong
+    assert timings["accepted_tokens"] == timings["drafted_tokens"]
+
+
+def test_a_draft_model_must_have_the_same_tokens(ort_bundle, one_layer, tmp_path):
+    run_ok(
+        *("onnx", "--random-weights", 0, "--config", one_layer, "--no-verify"),
+        *("-o", tmp_path / "other"),
+    )
+    result = run("generate", ort_bundle, "--prompt", "a", "--draft-model", tmp_path / "other")
+    assert result.exit_code == 2
+    assert "vocabulary of 97 tokens and the model one of 400" in result.stderr
+
+
 def test_generate_streams_the_text_and_reports_speeds_apart(tiny_bundle):
     result = run_ok("generate", tiny_bundle, "--prompt", "hello", "--max-new-tokens", 5)
     printed = objects(

@@ -56,6 +56,21 @@ Examples:
 @click.option("--repetition-penalty", type=float, default=1.0, metavar="R", help="1 is off.")
 @click.option("--seed", type=int, metavar="N", help="The same seed gives the same text.")
 @click.option("--stop", "stop_texts", multiple=True, metavar="TEXT", help="End before this text.")
+@click.option(
+    "--prompt-lookup",
+    type=click.IntRange(min=0),
+    default=16,
+    show_default=True,
+    metavar="N",
+    help="Draft up to N tokens that followed the same words before; faster, same text. 0 is off.",
+)
+@click.option(
+    "--draft-model",
+    "draft_path",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Draft with this smaller bundle instead.",
+)
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 @click.option("--runtime", type=click.Choice(RUNTIMES), default="onnx", show_default=True)
 @click.option("--threads", type=click.IntRange(min=1), metavar="N", help="Threads an operator.")
@@ -71,6 +86,8 @@ def generate(
     system: str | None,
     max_new_tokens: int,
     stop_texts: tuple[str, ...],
+    prompt_lookup: int,
+    draft_path: Path | None,
     device: str,
     runtime: str,
     threads: int | None,
@@ -93,10 +110,12 @@ def generate(
 
     from gemma3_export.backends import open_runtime
     from gemma3_export.bundle import Bundle
+    from gemma3_export.cli import drafters
     from gemma3_export.cli.generated_text import printer_for
     from gemma3_export.cli.prompts import encode_prompts, read_prompt, read_prompt_file
     from gemma3_export.runtimes.generation import generate as start_generation
     from gemma3_export.runtimes.sampling import SamplingParams
+    from gemma3_export.runtimes.speculation import MAX_DRAFT_TOKENS
     from gemma3_export.verifying import bundle_tokenizer
 
     if sampling["seed"] is None:
@@ -107,7 +126,13 @@ def generate(
     texts = [*map(read_prompt, prompts), *map(read_prompt_file, prompt_files)]
     asked = encode_prompts(tokenizer, texts, id_lists, chat=chat, system=system)
     started = time.perf_counter()
-    backend = open_runtime(bundle, runtime, device=device, threads=threads, trust=trust)
+    loading: dict[str, Any] = {"device": device, "threads": threads, "trust": trust}
+    backend = open_runtime(bundle, runtime, **loading)
+    drafter = drafters.prompt_lookup(prompt_lookup)
+    if draft_path is not None:
+        longest = max(len(prompt.token_ids) for prompt in asked)
+        loading |= {"runtime": runtime, "capacity": longest + max_new_tokens}
+        drafter = drafters.draft_model(draft_path, backend, tokenizer, **loading)
     load_s = time.perf_counter() - started
     generation = start_generation(
         backend,
@@ -117,6 +142,8 @@ def generate(
         stop_token_ids=_stop_ids(bundle.config.eos_token_id, tokenizer, chat=chat),
         stop_texts=stop_texts,
         detokenize=_detokenizer(tokenizer),
+        drafter=drafter,
+        max_draft_tokens=prompt_lookup or MAX_DRAFT_TOKENS,
     )
     _print_generation(generation, printer_for(asked, tokenizer, as_json, load_s))
 

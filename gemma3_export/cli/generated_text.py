@@ -140,6 +140,8 @@ def completion_to_json(
             "time_to_first_token_s": completion.time_to_first_token_s,
             "prefill_tokens_per_s": completion.prefill_tokens_per_s,
             "decode_tokens_per_s": completion.decode_tokens_per_s,
+            "drafted_tokens": completion.drafted_tokens,
+            "accepted_tokens": completion.accepted_tokens,
         },
     }
     if any(token.logprob is not None for token in completion.tokens):
@@ -169,4 +171,7 @@ def speed_line(completions: Sequence[Completion], load_s: float) -> str:
     parts.append(f"generated {new_tokens} tokens")
     if decode_s:
         parts[-1] += f" at {later_tokens / decode_s:,.1f}/s"
+    if drafted := sum(done.drafted_tokens for done in completions):
+        accepted = sum(done.accepted_tokens for done in completions)
+        parts.append(f"{accepted} of {drafted} drafted tokens were right")
     return ", ".join(parts)

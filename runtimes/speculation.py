@@ -1,0 +1,132 @@
+"""Speculative decoding: several drafted tokens are verified in one step of the model.
+
+The sampler chooses at every position as it would without drafts, from the logits of the same
+tokens; a draft only decides whether the logits of the next position are there already. So no
+distribution changes, and a seed gives the same text with drafts and without. What remains is
+rounding: a step of several tokens and a step of one differ in the last bits of their logits, as
+prefill chunks of different sizes do, so a choice between two candidates that are equal within that
+may fall the other way.
+
+Shapes: T verified tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from typing import Protocol
+
+from gemma3_export.errors import InputError
+from gemma3_export.runtimes.protocol import Logits
+from gemma3_export.runtimes.request_state import RequestState
+
+__all__ = ["MAX_DRAFT_TOKENS", "DraftBudget", "Drafter", "Speculation"]
+
+MAX_DRAFT_TOKENS = 16
+# All in plain decoding steps of one token. The first three are measured (see
+# benchmarks/speculation.py); a step is bound by reading the weights, which more tokens share.
+DRAFT_COST = 0.1  # of leaving the kernels for one token
+TOKEN_COST = 0.1  # of each drafted token
+ALLOWANCE = 0.03  # what drafts may lose, a token
+FIRST_BALANCE = 0.5
+MAX_BALANCE = 2.0
+
+
+class Drafter(Protocol):
+    """Guesses how one request goes on; it may be wrong at no cost but time."""
+
+    @property
+    def token_cost(self) -> float:
+        """Time to draft one token, in decoding steps of the model that verifies."""
+
+    def draft(self, tokens: Sequence[int], max_tokens: int) -> list[int]:
+        """At most ``max_tokens`` tokens that may follow ``tokens``; none is a legal answer.
+
+        Args:
+            tokens: prompt and answer so far; each call's begin with those of the call before.
+            max_tokens: at least 1.
+        """
+
+
+class DraftBudget:
+    """How many tokens to draft, such that wrong drafts never cost more than was allowed.
+
+    An account in decoding steps: accepted tokens pay in the steps that they saved, drafts cost what
+    verifying them takes, and every token brings a small allowance. A draft must be covered. So
+    where all drafts are wrong, the loss stays under the allowance; where they are right, they soon
+    pay for the longest ones.
+
+    Args:
+        max_tokens: the longest draft.
+        token_cost: what drafting a token costs, besides verifying it.
+
+    Raises:
+        InputError: ``max_tokens`` is not positive.
+    """
+
+    def __init__(self, max_tokens: int = MAX_DRAFT_TOKENS, token_cost: float = 0.0) -> None:
+        if max_tokens < 1:
+            raise InputError(f"max_draft_tokens is {max_tokens}; it must be at least 1")
+        self._max_tokens = max_tokens
+        self._token_cost = TOKEN_COST + token_cost
+        self._balance = FIRST_BALANCE
+        self._length = max_tokens  # grows while drafts are right
+
+    def max_draft(self) -> int:
+        """The longest draft that is covered now, 0 for none."""
+        covered = int((self._balance - DRAFT_COST) / self._token_cost)
+        return max(0, min(covered, self._length))
+
+    def record(self, drafted: int, accepted: int) -> None:
+        """Settle one step; ``drafted`` 0 is a plain one."""
+        self._balance += ALLOWANCE * (1 + accepted)
+        if drafted:
+            self._balance += accepted - DRAFT_COST - drafted * self._token_cost
+            longer = 2 * drafted if accepted == drafted else accepted + 1
+            self._length = min(longer, self._max_tokens)
+        self._balance = min(self._balance, MAX_BALANCE)
+
+
+class Speculation:
+    """The drafts of one request, and the logits that verifying them has given."""
+
+    def __init__(self, request: RequestState, drafter: Drafter, max_tokens: int) -> None:
+        self._request = request
+        self._drafter = drafter
+        self._budget = DraftBudget(max_tokens, drafter.token_cost)
+        self._tokens: list[int] = request.prompt_ids.tolist()
+        self._verified: deque[tuple[int, Logits]] = deque()  # drafted token, [V] that follow it
+        self._drafted = self._accepted = 0  # of the last step
+
+    def verified_logits(self) -> Logits | None:
+        """[V] after the request's newest token, if it is the one that was drafted next.
+
+        If it is not, whatever was computed after the token before it is of no use.
+        """
+        token = self._request.tokens[-1].token_id
+        if self._verified:
+            draft, logits = self._verified.popleft()
+            if draft == token:
+                self._accepted += 1
+                self._request.accepted_tokens += 1
+                return logits
+        self._verified.clear()
+        self._budget.record(self._drafted, self._accepted)
+        self._drafted = self._accepted = 0
+        return None
+
+    def draft(self) -> list[int]:
+        """What may follow the newest token, to be verified together with it."""
+        count = min(self._budget.max_draft(), self._request.remaining_tokens - 1)
+        if count < 1:
+            return []
+        answer = self._request.tokens
+        new = len(answer) + self._request.prompt_ids.size - len(self._tokens)
+        self._tokens.extend(token.token_id for token in answer[len(answer) - new :])
+        return self._drafter.draft(self._tokens, count)[:count]
+
+    def keep(self, draft: Sequence[int], logits: Logits) -> None:
+        """Take [T, V], the logits that follow each token of ``draft``."""
+        self._request.drafted_tokens += len(draft)
+        self._drafted = len(draft)
+        self._verified.extend(zip(draft, logits, strict=True))
