@@ -112,7 +112,8 @@ def generate(
         cancel: an event or a function, looked at before every prefill chunk and decoding step.
         prefill_progress: called with the prompt tokens processed and their total.
         drafter: makes a fresh drafter for each prompt, such as ``PromptLookup``, for speculative
-            decoding; it changes the speed and, but for rounding, nothing else. Drafts are verified
+            decoding; in float32 it changes the speed and, but for rounding, nothing else.
+            Drafts are verified
             while one prompt alone is being continued.
         max_draft_tokens: the most tokens to draft at once.
 

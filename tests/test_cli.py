@@ -16,6 +16,7 @@ from click.testing import CliRunner, Result
 from gemma3_export import __version__
 from gemma3_export.bundle import Bundle
 from gemma3_export.cli import command_line
+from gemma3_export.cli.drafters import default_draft_tokens
 from gemma3_export.cli.generate_command import RUNTIMES
 from gemma3_export.cli.onnx_command import DTYPES, TARGETS
 from gemma3_export.tokenizer import Tokenizer
@@ -156,6 +157,18 @@ def test_drafts_change_no_token_and_are_counted(ort_bundle):
         assert f"{counts[0]} of {counts[1]} drafted tokens were right" in drafted.stderr
     timings = objects(drafts[1])[0]["timings"]  # the model itself is never wrong
     assert timings["accepted_tokens"] == timings["drafted_tokens"]
+
+
+def test_drafts_are_made_by_default_only_where_they_change_no_text(monkeypatch, ort_bundle):
+    bundle = Bundle(ort_bundle)
+    assert default_draft_tokens(bundle, "onnx", "cpu") == 16
+    assert default_draft_tokens(bundle, "onnx", "cuda:0") == 0
+    monkeypatch.setattr(Bundle, "is_quantized", lambda self, runtime: runtime == "onnx")
+    assert default_draft_tokens(bundle, "onnx", "cpu") == 0
+    assert default_draft_tokens(bundle, "torchscript", "cpu") == 16
+    repeated = "2," + ",".join(["11,12,13,14,15"] * 8)
+    result = run_ok("generate", ort_bundle, "--prompt-ids", repeated, "--max-new-tokens", 60)
+    assert "drafted" not in result.stderr
 
 
 def test_a_draft_model_must_have_the_same_tokens(ort_bundle, one_layer, tmp_path):

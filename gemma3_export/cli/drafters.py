@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING
 from gemma3_export.errors import InputError
 
 if TYPE_CHECKING:
+    from gemma3_export.bundle import Bundle
     from gemma3_export.runtimes.protocol import Runtime
     from gemma3_export.runtimes.speculation import Drafter
     from gemma3_export.tokenizer import Tokenizer
 
-__all__ = ["draft_model", "prompt_lookup"]
+__all__ = ["default_draft_tokens", "draft_model", "prompt_lookup"]
 
 
 def prompt_lookup(max_draft_tokens: int) -> Callable[[], Drafter] | None:
@@ -21,6 +22,19 @@ def prompt_lookup(max_draft_tokens: int) -> Callable[[], Drafter] | None:
     from gemma3_export.runtimes.prompt_lookup import PromptLookup
 
     return PromptLookup if max_draft_tokens else None
+
+
+def default_draft_tokens(bundle: Bundle, runtime: str, device: object) -> int:
+    """How many tokens to draft where nothing was asked for.
+
+    Quantised products are computed otherwise for several tokens than for one: slower a token, and
+    with differences far above rounding, so drafts could change the text. On CUDA
+    nothing of it has been measured.
+    """
+    from gemma3_export.runtimes.speculation import MAX_DRAFT_TOKENS
+
+    drafts = str(device) == "cpu" and not bundle.is_quantized(runtime)
+    return MAX_DRAFT_TOKENS if drafts else 0
 
 
 def draft_model(

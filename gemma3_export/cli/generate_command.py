@@ -59,10 +59,9 @@ Examples:
 @click.option(
     "--prompt-lookup",
     type=click.IntRange(min=0),
-    default=16,
-    show_default=True,
     metavar="N",
-    help="Draft up to N tokens that followed the same words before; faster, same text. 0 is off.",
+    help="Draft up to N tokens that followed the same words before; 0 is off. By default 16, "
+    "but 0 for quantised bundles and on CUDA.",
 )
 @click.option(
     "--draft-model",
@@ -86,7 +85,7 @@ def generate(
     system: str | None,
     max_new_tokens: int,
     stop_texts: tuple[str, ...],
-    prompt_lookup: int,
+    prompt_lookup: int | None,
     draft_path: Path | None,
     device: str,
     runtime: str,
@@ -128,6 +127,9 @@ def generate(
     started = time.perf_counter()
     loading: dict[str, Any] = {"device": device, "threads": threads, "trust": trust}
     backend = open_runtime(bundle, runtime, **loading)
+    if prompt_lookup is None:
+        device_used = backend.describe()["device"]
+        prompt_lookup = drafters.default_draft_tokens(bundle, runtime, device_used)
     drafter = drafters.prompt_lookup(prompt_lookup)
     if draft_path is not None:
         longest = max(len(prompt.token_ids) for prompt in asked)
