@@ -4,9 +4,9 @@ The sampler chooses at every position as it would without drafts, from the logit
 tokens; a draft only decides whether the logits of the next position are there already. So no
 distribution changes, and a seed gives the same text with drafts and without, as far as the backend
 gives the same logits in a step of several tokens and in a step of one. In float32 they differ in
-last bits, as prefill chunks of different sizes do, so a choice between two candidates that are
-equal
-within that may fall the other way. ONNX Runtime's int8 products differ by far more than rounding.
+the last bits, as prefill chunks of different sizes do, so a choice between two candidates that are
+equal within that may fall the other way. ONNX Runtime's int8 products differ
+by far more than rounding.
 
 Shapes: T verified tokens, V vocabulary.
 """
