@@ -90,6 +90,7 @@ def write_external_data(
         InputError: a weight holds NaN or infinity.
         OSError: the disk is full.
     """
+    shapes = dict(source.config.weight_shapes())
     with path.open("wb") as file:
         writer = HashingWriter(file, progress)
         for name, recipe in recipes.items():
@@ -99,7 +100,7 @@ def write_external_data(
                 continue
             writer.align()
             start = writer.position
-            is_vector = len(dict(source.config.weight_shapes())[recipe.names[0]]) == 1
+            is_vector = len(shapes[recipe.names[0]]) == 1
             stored = torch.float32 if is_vector else dtype
             extents = write_tensor(writer, recipe, source, stored)
             attach(graph.initializers[name], Part(name, extents, ONNX_TYPES[stored]), start, path)

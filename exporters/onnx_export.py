@@ -68,7 +68,7 @@ class OnnxWriter:
             )
 
     def size_bytes(self, config: Gemma3Config) -> int:
-        """Weights and graph; of quantised weights, no more than this."""
+        """Weights and graph; blocks take 0.5 to 1.5 bytes a weight."""
         itemsize = 1.25 if self.dtype in QUANTIZED else DTYPES[self.dtype][0].itemsize
         return int(config.num_parameters * itemsize) + 2**22
 
@@ -154,7 +154,8 @@ def stored_bytes(recipes: dict[str, WeightRecipe], config: Gemma3Config, dtype: 
     for recipe in recipes.values():
         shapes = [canonical[name] for name in recipe.names]
         if recipe.blocks is None:
-            total += sum(math.prod(shape) for shape in shapes) * dtype.itemsize
+            itemsize = 4 if len(shapes[0]) == 1 else dtype.itemsize  # norms stay float32
+            total += sum(math.prod(shape) for shape in shapes) * itemsize
         else:
             total += recipe.blocks.size_bytes(sum(shape[0] for shape in shapes), shapes[0][1])
     return total

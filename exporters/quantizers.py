@@ -13,10 +13,10 @@ from gemma3_export.errors import InputError
 from gemma3_export.exporters.block_matrix import BlockMatrix, quantize
 from gemma3_export.exporters.gguf_blocks import gguf_format, read_gguf_blocks
 from gemma3_export.reference.weights import WeightSource, check_finite
+from gemma3_export.reference.weights.checkpoint import EMBEDDING
 
-__all__ = ["EMBEDDING", "HEAD", "KeptBlocks", "Quantizer", "RoundToNearest", "matrix_names"]
+__all__ = ["KeptBlocks", "Quantizer", "RoundToNearest", "matrix_names"]
 
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 CHUNK_BYTES = 64 * 2**20
 
 
@@ -75,8 +75,7 @@ class RoundToNearest:
         """See :class:`Quantizer`."""
         assert recipe.blocks is not None
         for name in recipe.names:
-            for start, stop in row_chunks(self.source, name):
-                weights = self.source.read(name, start, stop)
+            for weights in self.source.chunks(name, max_bytes=CHUNK_BYTES):
                 check_finite(name, weights)
                 yield quantize(weights, recipe.blocks)
 
@@ -123,6 +122,8 @@ class KeptBlocks:
             for start, stop in row_chunks(self.source, name):
                 matrix = read_gguf_blocks(tensor, start, stop)
                 check_finite(name, matrix.scales)
+                if matrix.minimums is not None:
+                    check_finite(name, matrix.minimums)
                 yield matrix.convert(recipe.blocks)
 
 

@@ -5,8 +5,8 @@ tokens; a draft only decides whether the logits of the next position are there a
 distribution changes, and a seed gives the same text with drafts and without, as far as the backend
 gives the same logits in a step of several tokens and in a step of one. In float32 they differ in
 the last bits, as prefill chunks of different sizes do, so a choice between two candidates that are
-equal within that may fall the other way. ONNX Runtime's int8 products differ
-by far more than rounding.
+equal within that may fall the other way. ONNX Runtime's int8 products differ by far more than
+rounding.
 
 Shapes: T verified tokens, V vocabulary.
 """
@@ -25,8 +25,8 @@ __all__ = ["MAX_DRAFT_TOKENS", "DraftBudget", "Drafter", "Speculation"]
 
 MAX_DRAFT_TOKENS = 16
 # All in plain decoding steps of one token, as measured in float32 on a CPU: a step is bound by
-# reading
-# the weights, which more tokens share. In int8, where that holds less, a token costs about 0.3.
+# reading the weights, which more tokens share. In int8, where that holds less, a token costs about
+# 0.3.
 DRAFT_COST = 0.1  # of leaving the kernels for one token
 TOKEN_COST = 0.1  # of each drafted token
 ALLOWANCE = 0.03  # what drafts may lose, a token

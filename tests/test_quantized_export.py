@@ -150,6 +150,19 @@ def test_int8_does_not_hide_a_wrong_constant(constant: str) -> None:
     assert not verify(open_runtime(bundle, "onnx"), source, options=OPTIONS).passed
 
 
+def test_what_int8_activations_drown_is_found_with_float_products() -> None:
+    bundle = int8_bundle(True)
+    source = open_bundle_weights(bundle, "onnx")
+    source.config = tiny_config(
+        num_hidden_layers=2, layer_types=CONFIG.layer_types, rope_local_base_freq=20_050.0
+    )
+    report = verify(open_runtime(bundle, "onnx"), source, options=OPTIONS)
+    failed = [case.name for case in report.cases if not case.passed]
+    assert failed
+    assert all(name.startswith("float-") for name in failed)
+    assert not report.passed
+
+
 def test_an_export_over_its_budget_fails_with_the_number_and_leaves_nothing(
     tmp_path: Path,
 ) -> None:
@@ -238,6 +251,26 @@ def test_every_weight_of_a_kept_gguf_is_bit_equal(kind: str, tmp_path: Path) -> 
             ), name
     assert "MatMul" not in operators(bundle)
     assert check(bundle).passed
+
+
+@pytest.mark.usefixtures("random_k_blocks")
+def test_a_kept_block_whose_minimum_is_not_finite_is_refused(tmp_path: Path) -> None:
+    name = "model.layers.0.mlp.down_proj.weight"
+    path = tmp_path / "model.gguf"
+    write_gguf(path, GGUF_CONFIG, tiny_weights(GGUF_CONFIG), "Q4_K")
+    with open_weights(str(path)) as source:
+        tensor = source.gguf_tensor(name)
+        assert tensor is not None
+        offset = tensor.data_offset + HALVES["Q4_K"][1]
+    with path.open("r+b") as file:
+        file.seek(offset)
+        file.write(np.float16(np.nan).tobytes())
+    with (
+        open_weights(str(path)) as source,
+        pytest.raises(InputError, match=rf"{name} has 8 values that are NaN"),
+    ):
+        export_bundle(source, tmp_path / "bundle", OnnxWriter(dtype="keep"))
+    assert not (tmp_path / "bundle").exists()
 
 
 def test_matrices_of_different_types_share_the_format_that_holds_them_all() -> None:

@@ -16,7 +16,7 @@ from gemma3_export import __version__
 from gemma3_export.errors import InputError
 from gemma3_export.parity.cases import Case, cases_for
 from gemma3_export.parity.differences import LogitDifference
-from gemma3_export.parity.floor import Yardstick
+from gemma3_export.parity.floor import NoiseFloor, Yardstick
 from gemma3_export.parity.held_out import held_out_sequences, measure_quality
 from gemma3_export.parity.judge import Limits, SeenLogits, judge_case
 from gemma3_export.parity.locate import locate
@@ -149,16 +149,14 @@ def _check(
     factor = options.factor * (1 if baseline is None else 2)
     limits = Limits(factor=factor, epsilon=torch.finfo(yardstick.dtype).eps)
     full = None if full_source is None else load_reference(full_source)
-    outcome = run_cases(candidate, cases, truth, yardstick, limits, full, report)
+    by_text = full is not None and yardstick.tokenizer is not None
+    outcome = run_cases(
+        candidate, cases, truth, yardstick, limits, None if by_text else full, report
+    )
     if full is not None and yardstick.tokenizer is not None:
         started = time.perf_counter()
         outcome.quality = held_out_quality(candidate, full, yardstick.tokenizer, report)
         seconds["held-out text"] = time.perf_counter() - started
-    float_cases = run_float_cases(candidate, yardstick, limits, report)
-    gates = (
-        implementation_gate([*outcome.cases, *float_cases]),
-        judge_quality(outcome.quality, options),
-    )
     divergence = None
     if options.locate and not all(case.passed for case in outcome.cases):
         report("looking for the first diverging layer", 0, 1)
@@ -166,7 +164,10 @@ def _check(
         divergence = locate(candidate, outcome.cases, yardstick, limits)
         seconds["locating"] = time.perf_counter() - started
         report("looking for the first diverging layer", 1, 1)
-    outcome.cases += float_cases
+    started = time.perf_counter()
+    outcome.cases += run_float_cases(candidate, yardstick, limits, report)
+    seconds["float products"] = time.perf_counter() - started
+    gates = (implementation_gate(outcome.cases), judge_quality(outcome.quality, options))
     return assemble(
         candidate, baseline, source, yardstick, gates, outcome, divergence, files, seconds
     )
@@ -204,7 +205,7 @@ def run_cases(
     for index, case in enumerate(cases):
         progress(f"comparing {case.name}", index, len(cases))
         started = time.perf_counter()
-        prepare_floor(case, yardstick)
+        prepare_floor(case, yardstick, yardstick.floor)
         result, seen = judge_case(case, case.run(candidate), truth, yardstick.floor, limits)
         outcome.cases.append(result)
         if case.is_text or not has_text:  # quality on text, where there is text
@@ -224,12 +225,12 @@ def run_float_cases(
     if exact is None:
         return []
     options = replace(yardstick.options, decode_steps=min(6, yardstick.options.decode_steps))
-    chosen = cases_for(exact, yardstick.config, yardstick.sequences, options)
+    every = cases_for(exact, yardstick.config, yardstick.sequences, options)
+    chosen = [case for case in every if case.name in FLOAT_CASES]
     results = []
-    for case in chosen:
-        if case.name not in FLOAT_CASES:
-            continue
-        progress(f"comparing {case.name}, float products", 0, 1)
+    for index, case in enumerate(chosen):
+        progress(f"comparing {case.name}, float products", index, len(chosen))
+        prepare_floor(case, yardstick, yardstick.float_floor)
         result, _ = judge_case(
             case, case.run(exact), yardstick.float_truth, yardstick.float_floor, limits
         )
@@ -247,11 +248,11 @@ def held_out_quality(
     return [measure_quality(candidate, ReferenceTruth(full, sequences), sequences, progress)]
 
 
-def prepare_floor(case: Case, yardstick: Yardstick) -> None:
+def prepare_floor(case: Case, yardstick: Yardstick, floor: NoiseFloor) -> None:
     """Compute what a case will need in blocks: one position at a time would read the head anew."""
     needed = needed_positions(yardstick.config, [case], yardstick.sequences)
     for sequence, positions in needed.items():
-        yardstick.floor.logits(sequence, np.array(sorted(positions)))
+        floor.logits(sequence, np.array(sorted(positions)))
 
 
 def quality_of(part: SeenLogits, full: Truth | None, yardstick: Yardstick) -> LogitDifference:
