@@ -136,8 +136,8 @@ def torch_device(name: str) -> torch.device:
     if wanted.kind == "cuda" and not wanted.index < torch.cuda.device_count():
         raise UnavailableError(
             f"{wanted} was asked for, but torch {torch.__version__} finds "
-            f"{torch.cuda.device_count()} GPUs; install a CUDA build of torch and an NVIDIA "
-            "driver, or pass --device cpu"
+            f"{torch.cuda.device_count()} GPUs; `gemma3-export doctor --runtime torchscript` shows "
+            "what is missing and the command that gets it, or pass --device cpu"
         )
     return torch.device(str(wanted))
 

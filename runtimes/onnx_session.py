@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
-import ctypes
-import importlib.metadata
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gemma3_export.doctor.driver import gpu_count
+from gemma3_export.doctor.packages import (
+    BOTH_INSTALLED,
+    CPU_PACKAGE,
+    CUDA_EXTRA,
+    GPU_PACKAGE,
+    REINSTALL,
+    is_installed,
+)
 from gemma3_export.errors import InputError, UnavailableError
 from gemma3_export.runtimes.device import Device, parse_device
 
 if TYPE_CHECKING:
     import onnxruntime
 
-__all__ = ["CudaOptions", "choose_device", "gpu_count", "open_session"]
+__all__ = ["DOCTOR", "CudaOptions", "choose_device", "open_session"]
 
 CUDA_PROVIDER = "CUDAExecutionProvider"
 CPU_PROVIDER = "CPUExecutionProvider"
 CUDA_FAILURE = re.compile(r"\b(CUDA|CUDNN|CUBLAS) (failure|error)", re.IGNORECASE)
+DOCTOR = "`gemma3-export doctor` shows what is missing and the command that gets it"
 # Where the external data of a graph in memory lies.
 WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 
@@ -123,8 +131,7 @@ def open_session(
     except Exception as error:  # ONNX Runtime's errors share no base class
         if device.kind == "cuda" and CUDA_FAILURE.search(str(error)):
             raise UnavailableError(
-                f"CUDA does not come up: {first_line(error)}; compare the driver that nvidia-smi "
-                'names with what "gemma3-export[cuda]" needs (CUDA 13), or pass --device cpu'
+                f"CUDA does not come up: {first_line(error)}; {DOCTOR}, or pass --device cpu"
             ) from error
         name = source if isinstance(source, Path) else "the rewritten graph"
         raise InputError(
@@ -133,8 +140,7 @@ def open_session(
     if device.kind == "cuda" and session.get_providers()[0] != CUDA_PROVIDER:
         raise UnavailableError(
             f"CUDA was asked for, but ONNX Runtime fell back to {session.get_providers()}: "
-            "its CUDA libraries or the driver did not load. Install "
-            '"gemma3-export[cuda]" and an NVIDIA driver, or pass --device cpu'
+            f"its CUDA libraries or the driver did not load; {DOCTOR}, or pass --device cpu"
         )
     return session
 
@@ -165,41 +171,16 @@ def require_cuda(ort: Any) -> None:
         if not gpu_count():
             raise UnavailableError(
                 "CUDA was asked for, but the NVIDIA driver (libcuda.so.1) is missing or sees no "
-                "GPU; install an NVIDIA driver (nvidia-smi shows it), or pass --device cpu"
+                f"GPU; {DOCTOR}, or pass --device cpu"
             )
         ort.preload_dlls()  # finds the CUDA libraries that pip installed
         return
-    if is_installed("onnxruntime") and is_installed("onnxruntime-gpu"):
-        raise UnavailableError(
-            "onnxruntime and onnxruntime-gpu are both installed and the former hides CUDA; run: "
-            "pip uninstall -y onnxruntime onnxruntime-gpu && "
-            'pip install "gemma3-export[cuda]"'
-        )
+    if is_installed(CPU_PACKAGE) and is_installed(GPU_PACKAGE):
+        raise UnavailableError(f"{BOTH_INSTALLED}; run: {REINSTALL} ({DOCTOR})")
     raise UnavailableError(
         "CUDA was asked for, but the installed ONNX Runtime has no CUDA provider; run: "
-        'pip uninstall -y onnxruntime && pip install "gemma3-export[cuda]", or pass --device cpu'
+        f"pip uninstall -y onnxruntime && {CUDA_EXTRA}, or pass --device cpu ({DOCTOR})"
     )
-
-
-def gpu_count() -> int:
-    """GPUs that the NVIDIA driver offers; 0 without a driver."""
-    try:
-        driver = ctypes.CDLL("libcuda.so.1")
-        count = ctypes.c_int(0)
-        if driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)):
-            return 0
-    except (OSError, AttributeError):
-        return 0
-    return count.value
-
-
-def is_installed(distribution: str) -> bool:
-    """Whether pip knows ``distribution``."""
-    try:
-        importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return False
-    return True
 
 
 def first_line(error: Exception) -> str:

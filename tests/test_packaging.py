@@ -101,6 +101,7 @@ def copy_of_sources(folder: Path) -> Path:
         "gemma3_export",
         "gemma3_export.cli",
         "gemma3_export.backends",
+        "gemma3_export.doctor",
         "gemma3_export.exporting",
         "gemma3_export.inspection",
         "gemma3_export.verifying",

@@ -31,6 +31,7 @@ COMMANDS = (
     "verify",
     "inspect",
     "bench",
+    "doctor",
 )
 EPILOG = """\b
 Exit codes: 0 done, 1 failed (parity included), 2 usage or bad input,

@@ -263,12 +263,13 @@ static const struct fact {
     {696, 111, 8, 1024},
     {-1, 120, 4, 1},     /* clusters */
 };
+static const char NAME[] = "stub of an NVIDIA H100";
 enum { PROPERTIES_SIZE = 1008, FACT_COUNT = sizeof FACTS / sizeof FACTS[0] };
 
 int cudaGetDeviceProperties(char *out, int device) {
   (void)device;
   memset(out, 0, PROPERTIES_SIZE);
-  strcpy(out, "stub of an NVIDIA H100");
+  strcpy(out, NAME);
   for (int index = 0; index < FACT_COUNT; index++) {
     if (FACTS[index].offset >= 0)
       memcpy(out + FACTS[index].offset, &FACTS[index].value, (size_t)FACTS[index].size);
@@ -408,6 +409,18 @@ int cuInit(unsigned flags) {
 }
 int cuDriverGetVersion(int *out) { return *out = 13000, OK; }
 int cuDeviceGetCount(int *out) { return *out = DEVICES, OK; }
+int cuDeviceGet(int *out, int index) { return *out = index, OK; }
+int cuDeviceGetName(char *out, int size, int device) {
+  (void)device;
+  return snprintf(out, (size_t)size, "%s", NAME), OK;
+}
+int cuDeviceGetAttribute(int *out, int attribute, int device) {
+  return cudaDeviceGetAttribute(out, attribute, device);
+}
+int cuDeviceTotalMem_v2(size_t *out, int device) {
+  (void)device;
+  return *out = (size_t)80 << 30, OK;
+}
 int cuTensorMapEncodeTiled(void) { return OK; }
 static int driver_entry(void) { return OK; }
 int cudaGetDriverEntryPointByVersion(const char *symbol, void **function, unsigned version,

@@ -16,19 +16,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from gemma3_export.doctor.libraries import LOADED_LATER
+from gemma3_export.doctor.packages import PROVIDER
 from gemma3_export.errors import Gemma3ExportError, UnavailableError
 
 __all__ = ["COUNTERS", "CUDA_FIX", "cuda_environment"]
 
 SOURCE = Path(__file__).with_name("cuda_stub.c")
-PROVIDER = "libonnxruntime_providers_cuda.so"
 CUDA_FIX = (
     "make a virtual environment for it (`python3 -m venv .venv-cuda && "
     ".venv-cuda/bin/pip install onnxruntime-gpu`; no GPU and no CUDA are needed) and pass "
     "--cuda-python .venv-cuda/bin/python"
 )
-# Loaded by name while the provider runs, so that its file does not name them.
-LOADED_LATER = ("libcudnn.so.9",)
 LIBRARY = re.compile(rb"lib(?:cuda|cudart|cublas|cublasLt|curand|cufft|cudnn)\.so\.\d+")
 SYMBOL = re.compile(rb"\0((?:cuda|cudnn|curand|cufft|cublas|cublasLt|cu|__cuda)[A-Z][A-Za-z0-9_]+)")
 # In the order of cuda_stub.c's enum.

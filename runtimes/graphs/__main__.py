@@ -5,7 +5,7 @@ from __future__ import annotations
 import onnx
 from onnx import parser
 
-from gemma3_export.runtimes.graphs import PREPARATION_GRAPH, SELECTION_GRAPH
+from gemma3_export.runtimes.graphs import PREPARATION_GRAPH, PRODUCT_GRAPH, SELECTION_GRAPH
 
 __all__ = ["GRAPHS", "written"]
 
@@ -28,6 +28,11 @@ selection (float[B, 1, V] logits, int64[1] count) => (float[B, 1, N] packed)
     ids = Cast <to: int = 1> (wide)
     total = ReduceSum <keepdims: int = 1> (logits, axis)
     packed = Concat <axis: int = -1> (values, ids, total)
+}
+""",
+    PRODUCT_GRAPH: """
+trial (float[2, 2] left, float[2, 2] right) => (float[2, 2] product) {
+    product = MatMul (left, right)
 }
 """,
 }
