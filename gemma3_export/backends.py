@@ -11,6 +11,7 @@ from pathlib import Path
 
 from gemma3_export.bundle import RUNTIMES, Bundle
 from gemma3_export.errors import InputError, UnavailableError
+from gemma3_export.runtimes.onnx_session import CudaOptions
 from gemma3_export.runtimes.protocol import Runtime
 
 __all__ = ["open_runtime"]
@@ -23,6 +24,7 @@ def open_runtime(
     device: str = "auto",
     threads: int | None = None,
     trust: bool = False,
+    cuda: CudaOptions | None = None,
 ) -> Runtime:
     """Load one of a bundle's runtimes.
 
@@ -33,6 +35,7 @@ def open_runtime(
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         threads: threads inside one operator; None lets the backend choose.
         trust: load a torch archive although it is not the one that was exported.
+        cuda: what may be done on a GPU; ignored on the CPU.
 
     Raises:
         InputError: the bundle is damaged or has no such graph.
@@ -43,7 +46,7 @@ def open_runtime(
     if runtime == "onnx":
         from gemma3_export.runtimes.onnx_runtime import OnnxRuntime
 
-        return OnnxRuntime(bundle, device=device, threads=threads)
+        return OnnxRuntime(bundle, device=device, threads=threads, cuda=cuda)
     if runtime == "torchscript":
         require_torch("torchscript")
         from gemma3_export.runtimes.torchscript_runtime import TorchScriptRuntime

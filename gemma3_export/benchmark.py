@@ -25,6 +25,7 @@ from gemma3_export.bundle import RUNTIMES, Bundle
 from gemma3_export.config import Gemma3Config
 from gemma3_export.errors import InputError, UnavailableError
 from gemma3_export.peers import DEFAULT_PLACE, PEERS, find_peer, parse
+from gemma3_export.runtimes.onnx_session import CudaOptions
 
 __all__ = ["OWN_PEERS", "BenchmarkOptions", "run_benchmark"]
 
@@ -62,6 +63,7 @@ class BenchmarkOptions:
     threads: int | None = None  # None: as many as this process may use
     runtime: str = "onnx"
     device: str = "auto"
+    cuda: CudaOptions | None = None  # what the bundle's runtime may do on a GPU
     repeat: int = 3
     against: tuple[str, ...] = ()  # OWN_PEERS, or NAME[:FORMAT] of an installed peer
     peers: Path = DEFAULT_PLACE
@@ -139,7 +141,13 @@ def prepare(
     for spec in (options.runtime, *options.against):
         if spec in PACKAGES:
             require_packages(spec)
-            asked = {"name": spec, "bundle": str(bundle.path.resolve()), "device": options.device}
+            asked: dict[str, Any] = {
+                "name": spec,
+                "bundle": str(bundle.path.resolve()),
+                "device": options.device,
+            }
+            if spec == options.runtime and options.cuda is not None:
+                asked["cuda"] = asdict(options.cuda)
             found.append(own_worker(spec, asked | {"threads": threads}))
         else:
             peer = find_peer(spec, options.peers)

@@ -15,7 +15,10 @@ import numpy as np
 from gemma3_export.backends import open_runtime
 from gemma3_export.bundle import Bundle
 from gemma3_export.peers.workers.serving import Candidate, Load, serve
-from gemma3_export.runtimes.protocol import IntArray, Logits, Runtime
+from gemma3_export.runtimes.candidates import Candidates, ChoosesCandidates
+from gemma3_export.runtimes.onnx_session import CudaOptions
+from gemma3_export.runtimes.protocol import IntArray, KVCache, Logits, Runtime
+from gemma3_export.runtimes.sampling import SamplingParams
 
 __all__ = ["PEER", "TRUTH", "open_candidate"]
 
@@ -46,15 +49,31 @@ class RuntimeCandidate:
         tokens = [logits[:, -1:].argmax(-1)]
         first = time.perf_counter()
         for _ in range(new_tokens):
-            logits = runtime.step(tokens[-1], cache, num_logits=1)
-            tokens.append(logits[:, -1:].argmax(-1))
+            tokens.append(self.next_tokens(tokens[-1], cache))
         return first - started, time.perf_counter() - first, np.concatenate(tokens, axis=1)
+
+    def next_tokens(self, tokens: IntArray, cache: KVCache) -> IntArray:
+        """[B, 1] the likeliest tokens after ``tokens`` [B, 1], as `generate` gets them."""
+        if isinstance(self.runtime, ChoosesCandidates):
+            greedy = [SamplingParams()] * len(tokens)
+            chosen = self.runtime.step_candidates(tokens, cache, greedy)
+            if chosen is not None:
+                return np.array([[likeliest(row)] for row in chosen], np.int64)
+        likely: IntArray = self.runtime.step(tokens, cache, num_logits=1)[:, -1:].argmax(-1)
+        return likely
 
     def logits(self, ids: IntArray) -> Logits:
         """See :class:`Candidate`."""
         cache = self.runtime.new_cache(1, len(ids))
         logits: Logits = self.runtime.step(ids[None], cache, num_logits=len(ids))[0]
         return logits
+
+
+def likeliest(row: Logits | Candidates) -> int:
+    """The token of the largest logit; of equals the first one."""
+    if isinstance(row, Candidates):
+        return int(row.ids[row.scores.argmax()])
+    return int(row.argmax())
 
 
 class TransformersCandidate:
@@ -120,7 +139,9 @@ class TransformersCandidate:
         return found
 
 
-def open_candidate(name: str, bundle_path: Path, device: str, threads: int) -> Candidate:
+def open_candidate(
+    name: str, bundle_path: Path, device: str, threads: int, cuda: CudaOptions | None = None
+) -> Candidate:
     """Load one candidate.
 
     Args:
@@ -128,11 +149,12 @@ def open_candidate(name: str, bundle_path: Path, device: str, threads: int) -> C
         bundle_path: where the weights are.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         threads: threads inside one operator.
+        cuda: what the ONNX runtime may do on a GPU.
     """
     bundle = Bundle(bundle_path)
     if name == PEER:
         return TransformersCandidate(bundle, device, threads)
-    runtime = open_runtime(bundle, name, device=device, threads=threads)
+    runtime = open_runtime(bundle, name, device=device, threads=threads, cuda=cuda)
     return RuntimeCandidate(runtime, weight_bytes(bundle, name))
 
 
@@ -184,7 +206,8 @@ def opener(asked: dict[str, Any]) -> Load:
     import_framework(name)
     if name == TRUTH:
         return lambda: open_truth(asked["weights"], threads)
-    return lambda: open_candidate(name, Path(asked["bundle"]), asked["device"], threads)
+    cuda = CudaOptions(**asked["cuda"]) if "cuda" in asked else None
+    return lambda: open_candidate(name, Path(asked["bundle"]), asked["device"], threads, cuda)
 
 
 if __name__ == "__main__":

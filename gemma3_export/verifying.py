@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from gemma3_export.exporters.bundle_export import Progress
     from gemma3_export.parity import ParityReport
     from gemma3_export.reference.weights import WeightSource
+    from gemma3_export.runtimes.onnx_session import CudaOptions
     from gemma3_export.runtimes.protocol import Runtime
     from gemma3_export.tokenizer import Tokenizer
 
@@ -40,6 +41,7 @@ def verify_bundle(
     runtime: str = "onnx",
     device: str = "auto",
     threads: int | None = None,
+    cuda: CudaOptions | None = None,
     source: WeightSource | None = None,
     against: str | None = None,
     seed: int = 0,
@@ -53,6 +55,7 @@ def verify_bundle(
         runtime: which runtime of the bundle to check.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         threads: threads inside one operator; None lets the backend choose.
+        cuda: what may be done on a GPU; ignored on the CPU.
         source: the weights it was made from; None takes those in the bundle, which leaves a
             quantised bundle without gate B.
         against: another runtime of this bundle by its name, another bundle's folder,
@@ -75,7 +78,7 @@ def verify_bundle(
     bundle.check_files()
     options = VerifyOptions.for_budget(max_kld or bundle.max_kld(runtime), seed=seed)
     tokenizer = bundle_tokenizer(bundle)
-    candidate = open_runtime(bundle, runtime, device=device, threads=threads)
+    candidate = open_runtime(bundle, runtime, device=device, threads=threads, cuda=cuda)
     full_source = None
     if source is None or bundle.is_quantized(runtime):  # such a graph has other weights
         full_source, source = source, open_bundle_weights(bundle, runtime)
@@ -93,7 +96,9 @@ def verify_bundle(
     if against in RUNTIMES:
         baseline = open_runtime(bundle, against, device=device, threads=threads)
     else:
-        baseline = open_baseline(against, source, runtime, device=device, threads=threads)
+        baseline = open_baseline(
+            against, source, runtime, device=device, threads=threads, cuda=cuda
+        )
     return compare(
         candidate,
         baseline,
@@ -168,7 +173,13 @@ def bundle_tokenizer(bundle: Bundle) -> Tokenizer | None:
 
 
 def open_baseline(
-    against: str, source: WeightSource, runtime: str, *, device: str, threads: int | None
+    against: str,
+    source: WeightSource,
+    runtime: str,
+    *,
+    device: str,
+    threads: int | None,
+    cuda: CudaOptions | None,
 ) -> Runtime:
     """The runtime that ``against`` names: see :func:`verify_bundle`.
 
@@ -180,7 +191,7 @@ def open_baseline(
     if (folder / MANIFEST).is_file():
         other = Bundle(folder)
         other.check_files()
-        return open_runtime(other, runtime, device=device, threads=threads)
+        return open_runtime(other, runtime, device=device, threads=threads, cuda=cuda)
     from gemma3_export.parity.transformers_runtime import TransformersRuntime
 
     if (folder / "config.json").is_file():

@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from gemma3_export.bundle import RUNTIMES
+from gemma3_export.cli.cuda_options import CudaRequest, cuda_options
 from gemma3_export.peers import DEFAULT_PLACE
 
 __all__ = ["bench"]
@@ -61,6 +62,7 @@ openvino, with :FORMAT for another than the default.
 )
 @click.option("--runtime", type=click.Choice(RUNTIMES), default="onnx", show_default=True)
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+@cuda_options
 @click.option(
     "--repeat",
     type=click.IntRange(min=1),
@@ -91,7 +93,12 @@ openvino, with :FORMAT for another than the default.
 @click.option("--report", type=click.Path(path_type=Path), help="Write the same into a file.")
 @click.option("--plot", type=click.Path(path_type=Path), help="Write the speeds as an SVG image.")
 def bench(
-    bundle_path: Path, as_json: bool, report: Path | None, plot: Path | None, **options: Any
+    bundle_path: Path,
+    cuda: CudaRequest,
+    as_json: bool,
+    report: Path | None,
+    plot: Path | None,
+    **options: Any,
 ) -> None:
     """Measure load time, prefill, decode and memory, each candidate in its own process.
 
@@ -103,6 +110,7 @@ def bench(
     from gemma3_export.benchmark_table import table_lines
     from gemma3_export.staging import write_text_atomically
 
+    options["device"], options["cuda"] = cuda.settle(options["device"], options["runtime"])
     found = run_benchmark(bundle_path, BenchmarkOptions(**options))
     text = json.dumps(found, indent=1)
     if report is not None:

@@ -10,6 +10,7 @@ from gemma3_export.errors import InputError
 
 if TYPE_CHECKING:
     from gemma3_export.bundle import Bundle
+    from gemma3_export.runtimes.onnx_session import CudaOptions
     from gemma3_export.runtimes.protocol import Runtime
     from gemma3_export.runtimes.speculation import Drafter
     from gemma3_export.tokenizer import Tokenizer
@@ -46,6 +47,7 @@ def draft_model(
     device: str,
     threads: int | None,
     trust: bool,
+    cuda: CudaOptions | None,
     capacity: int,
 ) -> Callable[[], Drafter]:
     """Drafts from the bundle at ``path``, run as the model is.
@@ -66,6 +68,6 @@ def draft_model(
             f"the draft model in {path} has another tokenizer than the model; give one of the "
             "same family"
         )
-    backend = open_runtime(bundle, runtime, device=device, threads=threads, trust=trust)
+    backend = open_runtime(bundle, runtime, device=device, threads=threads, trust=trust, cuda=cuda)
     token_cost = relative_cost(backend, model)
     return lambda: DraftModel(backend, capacity=capacity, token_cost=token_cost)

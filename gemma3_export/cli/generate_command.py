@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from gemma3_export.bundle import RUNTIMES
+from gemma3_export.cli.cuda_options import CudaRequest, cuda_options
 
 if TYPE_CHECKING:
     from gemma3_export.cli.generated_text import Printer
@@ -71,6 +72,7 @@ Examples:
     help="Draft with this smaller bundle instead.",
 )
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+@cuda_options
 @click.option("--runtime", type=click.Choice(RUNTIMES), default="onnx", show_default=True)
 @click.option("--threads", type=click.IntRange(min=1), metavar="N", help="Threads an operator.")
 @click.option("--trust", is_flag=True, help="Load a torch archive that is not what was exported.")
@@ -88,6 +90,7 @@ def generate(
     prompt_lookup: int | None,
     draft_path: Path | None,
     device: str,
+    cuda: CudaRequest,
     runtime: str,
     threads: int | None,
     trust: bool,
@@ -124,8 +127,10 @@ def generate(
     tokenizer = bundle_tokenizer(bundle)
     texts = [*map(read_prompt, prompts), *map(read_prompt_file, prompt_files)]
     asked = encode_prompts(tokenizer, texts, id_lists, chat=chat, system=system)
+    device, cuda_options = cuda.settle(device, runtime)
     started = time.perf_counter()
     loading: dict[str, Any] = {"device": device, "threads": threads, "trust": trust}
+    loading["cuda"] = cuda_options
     backend = open_runtime(bundle, runtime, **loading)
     if prompt_lookup is None:
         device_used = backend.describe()["device"]

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from gemma3_export.bundle import RUNTIMES
+from gemma3_export.cli.cuda_options import CudaRequest, cuda_options
 from gemma3_export.cli.progress_bars import ProgressBars
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ file_option = click.Path(path_type=Path, dir_okay=False)
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the random tokens.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+@cuda_options
 @click.option("--threads", type=click.IntRange(min=1), metavar="N", help="Threads an operator.")
 def verify(
     bundle_path: Path,
@@ -56,6 +58,7 @@ def verify(
     as_json: bool,
     seed: int,
     device: str,
+    cuda: CudaRequest,
     threads: int | None,
 ) -> None:
     """Prove that a bundle computes what Gemma 3 computes with its weights.
@@ -63,18 +66,23 @@ def verify(
     Every file is hashed first. Then logits and all cached keys and values are compared at prefill,
     chunked prefill and cached decoding; an error may not exceed a small multiple of the reference's
     own rounding, which is measured in the same run. Exit code 1 when parity fails.
+
+    With --cuda-graph the graph is loaded so that it can be captured; the steps that are compared
+    give all logits and run outside of the capture.
     """
     from gemma3_export.bundle import Bundle
     from gemma3_export.exporting import open_weights
     from gemma3_export.verifying import verify_bundle
 
     bundle = Bundle(bundle_path)
+    device, allowed = cuda.settle(device, runtime)
     source = None if weights is None else open_weights(weights)
     with ProgressBars() as progress:
         report = verify_bundle(
             bundle,
             runtime=runtime,
             device=device,
+            cuda=allowed,
             threads=threads,
             source=source,
             against=against,
