@@ -143,7 +143,7 @@ def documented_commands(text: str) -> list[tuple[str, set[str]]]:
     return found
 
 
-@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md"])
+@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", "docs/cuda.md"])
 def test_documented_commands_exist(document):
     from gemma3_export.cli import command_line
 
