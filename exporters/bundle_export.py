@@ -15,11 +15,20 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import ClassVar, Protocol
 
+import torch
+
 from gemma3_export import __version__
 from gemma3_export.bundle import MANIFEST, PARITY, Bundle, Graph, Manifest, write_manifest
 from gemma3_export.config import Gemma3Config
 from gemma3_export.config_json import config_to_json
 from gemma3_export.errors import Gemma3ExportError, InputError
+from gemma3_export.parity.activation_range import (
+    calibration_sequences,
+    measure_ranges,
+    require_range,
+)
+from gemma3_export.parity.options import HalfPrecision
+from gemma3_export.parity.report import HalfRanges
 from gemma3_export.reference.weights import WeightSource
 from gemma3_export.staging import refuse_existing, staged_directory, write_text_atomically
 from gemma3_export.tokenizer import Tokenizer, load_tokenizer
@@ -30,6 +39,7 @@ __all__ = [
     "Progress",
     "Verification",
     "export_bundle",
+    "half_precision",
     "require_dtype",
 ]
 
@@ -40,6 +50,10 @@ class GraphWriter(Protocol):
     """Writes one executable form of the model into a bundle."""
 
     runtime: ClassVar[str]  # the backend that runs it
+
+    @property
+    def half(self) -> HalfPrecision | None:
+        """What the graph holds in half precision; None when it computes in float32."""
 
     def size_bytes(self, config: Gemma3Config) -> int:
         """About how much room the files need."""
@@ -53,7 +67,7 @@ class GraphWriter(Protocol):
 class Verification(Protocol):
     """Proves a staged bundle; called with its folder and the weights that it was made from."""
 
-    def __call__(self, folder: Path, source: WeightSource) -> str:
+    def __call__(self, folder: Path, source: WeightSource, ranges: HalfRanges | None = None) -> str:
         """Return the parity report as JSON.
 
         Raises:
@@ -95,7 +109,8 @@ def export_bundle(
 
     Raises:
         InputError: the folder exists, or weights, config and tokenizer contradict each other.
-        ParityError: the graph is not the reference; nothing is kept.
+        ParityError: the graph is not the reference, or float16 cannot hold its activations;
+            nothing is kept.
         Gemma3ExportError: the disk is full or cannot be written.
     """
     report = progress or (lambda stage, done, total: None)
@@ -107,6 +122,10 @@ def export_bundle(
         tokenizer.check_vocab_size(source.config.vocab_size)
     require_space(output, writer.size_bytes(source.config))
     seconds: dict[str, float] = {}
+    started = time.perf_counter()
+    ranges = checked_ranges(writer.half, source, tokenizer, verification is not None, report)
+    if ranges is not None:
+        seconds["activation range"] = time.perf_counter() - started
     with staged_directory(output, force=force or existing is not None) as folder:
         started = time.perf_counter()
         if existing is None:
@@ -119,7 +138,7 @@ def export_bundle(
         seconds["export"] = time.perf_counter() - started
         if verification is not None:
             started = time.perf_counter()
-            add_proof(folder, graph.runtime, verification(folder, source))
+            add_proof(folder, graph.runtime, verification(folder, source, ranges))
             manifest.graphs[-1] = replace(graph, verified=True)
             hashes = {name: record.sha256 for name, record in manifest.files.items()}
             hashes.pop(PARITY, None)
@@ -129,6 +148,26 @@ def export_bundle(
     return ExportResult(
         path=output, verified=verification is not None, size_bytes=size, seconds=seconds
     )
+
+
+def checked_ranges(
+    half: HalfPrecision | None,
+    source: WeightSource,
+    tokenizer: Tokenizer | None,
+    is_verified: bool,
+    progress: Progress,
+) -> HalfRanges | None:
+    """How large the activations grow; float16 is always checked, with a proof and without.
+
+    Raises:
+        ParityError: they come too near the end of the type.
+    """
+    if half is None or not (is_verified or half.dtype == torch.float16):
+        return None
+    sequences = calibration_sequences(source.config, tokenizer)
+    ranges = measure_ranges(source, sequences, half, progress)
+    require_range(ranges)
+    return ranges
 
 
 def extendable_bundle(output: Path, runtime: str, source: WeightSource) -> Bundle | None:
@@ -244,6 +283,13 @@ def package_versions() -> dict[str, str]:
     return {"gemma3-export": __version__} | {
         name: importlib.metadata.version(name) for name in names
     }
+
+
+def half_precision(dtype: torch.dtype, *, holds_residual: bool) -> HalfPrecision | None:
+    """Of a graph in ``dtype``; None when that is float32."""
+    return (
+        HalfPrecision(dtype=dtype, holds_residual=holds_residual) if dtype.itemsize == 2 else None
+    )
 
 
 def require_dtype(dtype: str, supported: tuple[str, ...]) -> None:

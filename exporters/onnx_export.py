@@ -14,7 +14,7 @@ from gemma3_export.block_format import BlockFormat
 from gemma3_export.bundle import DEFAULT_MAX_KLD, Graph, WeightRecipe
 from gemma3_export.config import Gemma3Config
 from gemma3_export.errors import InputError
-from gemma3_export.exporters.bundle_export import Progress, require_dtype
+from gemma3_export.exporters.bundle_export import Progress, half_precision, require_dtype
 from gemma3_export.exporters.external_data import write_external_data
 from gemma3_export.exporters.onnx_blocks import quantize_graph
 from gemma3_export.exporters.onnx_trace import TARGETS, trace_onnx
@@ -24,6 +24,7 @@ from gemma3_export.exporters.quantizers import (
     RoundToNearest,
     matrix_names,
 )
+from gemma3_export.parity.options import HalfPrecision
 from gemma3_export.reference.weights import WeightSource
 from gemma3_export.signature import DType, Signature
 
@@ -66,6 +67,12 @@ class OnnxWriter:
             raise InputError(
                 f"target {self.target} has fp32 only; leave --target out to export in {self.dtype}"
             )
+
+    @property
+    def half(self) -> HalfPrecision | None:
+        """See :class:`gemma3_export.exporters.bundle_export.GraphWriter`."""
+        dtype = torch.float32 if self.dtype in QUANTIZED else DTYPES[self.dtype][0]
+        return half_precision(dtype, holds_residual=False)
 
     def size_bytes(self, config: Gemma3Config) -> int:
         """Weights and graph; blocks take 0.5 to 1.5 bytes a weight."""

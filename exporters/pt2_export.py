@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from gemma3_export.bundle import Graph, WeightRecipe, sha256_of
 from gemma3_export.config import Gemma3Config
 from gemma3_export.config_json import config_to_json
-from gemma3_export.exporters.bundle_export import Progress, require_dtype
+from gemma3_export.exporters.bundle_export import Progress, half_precision, require_dtype
 from gemma3_export.exporters.step import DecoderStep, example_inputs
 from gemma3_export.exporters.torchscript_export import DTYPES
+from gemma3_export.parity.options import HalfPrecision
 from gemma3_export.reference.loading import load_reference
 from gemma3_export.reference.model import Gemma3, LastTokens, LMHead
 from gemma3_export.reference.weights import WeightSource
@@ -61,6 +62,11 @@ class Pt2Writer:
 
     def __post_init__(self) -> None:
         require_dtype(self.dtype, tuple(DTYPES))
+
+    @property
+    def half(self) -> HalfPrecision | None:
+        """See :class:`gemma3_export.exporters.bundle_export.GraphWriter`."""
+        return half_precision(DTYPES[self.dtype][0], holds_residual=True)
 
     def size_bytes(self, config: Gemma3Config) -> int:
         """Weights and graph."""

@@ -12,11 +12,12 @@ import torch
 from gemma3_export.bundle import Graph, WeightRecipe, sha256_of
 from gemma3_export.config import Gemma3Config
 from gemma3_export.config_json import config_to_json
-from gemma3_export.exporters.bundle_export import Progress, require_dtype
+from gemma3_export.exporters.bundle_export import Progress, half_precision, require_dtype
 from gemma3_export.exporters.packing import weight_recipes
 from gemma3_export.exporters.step import DecoderStep, example_inputs
 from gemma3_export.exporters.torchscript_debug import drop_source_paths
 from gemma3_export.exporters.torchscript_modules import TorchScriptGemma3, install_matrices
+from gemma3_export.parity.options import HalfPrecision
 from gemma3_export.reference.weights import WeightSource, check_finite
 from gemma3_export.runtimes.torchscript_support import torchscript
 from gemma3_export.signature import DType
@@ -50,6 +51,11 @@ class TorchScriptWriter:
 
     def __post_init__(self) -> None:
         require_dtype(self.dtype, tuple(DTYPES))
+
+    @property
+    def half(self) -> HalfPrecision | None:
+        """See :class:`gemma3_export.exporters.bundle_export.GraphWriter`."""
+        return half_precision(DTYPES[self.dtype][0], holds_residual=True)
 
     def size_bytes(self, config: Gemma3Config) -> int:
         """Weights and code."""

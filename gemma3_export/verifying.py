@@ -24,6 +24,7 @@ from gemma3_export.tokenizer import load_tokenizer
 if TYPE_CHECKING:
     from gemma3_export.exporters.bundle_export import Progress
     from gemma3_export.parity import ParityReport
+    from gemma3_export.parity.report import HalfRanges
     from gemma3_export.reference.weights import WeightSource
     from gemma3_export.runtimes.onnx_session import CudaOptions
     from gemma3_export.runtimes.protocol import Runtime
@@ -121,7 +122,7 @@ class ParityCheck:
     runtime: str
     progress: Progress | None = None
 
-    def __call__(self, folder: Path, source: WeightSource) -> str:
+    def __call__(self, folder: Path, source: WeightSource, ranges: HalfRanges | None = None) -> str:
         """Return the text of ``parity.json``.
 
         Raises:
@@ -140,6 +141,7 @@ class ParityCheck:
             full_source=source if is_quantized else None,
             tokenizer=bundle_tokenizer(bundle),
             files={name: record.sha256 for name, record in bundle.manifest.files.items()},
+            ranges=ranges,
             progress=self.progress,
         )
         if not report.passed:

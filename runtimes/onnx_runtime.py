@@ -121,6 +121,7 @@ class OnnxRuntime:
             "onnxruntime": import_onnxruntime().__version__,
             "target": self.target,
             "dtype": self.dtype,
+            "residual": "float32",
             "computed_in": "float32, rounded to bfloat16" if self.is_upcast else self.dtype,
             "device": str(self.device),
             "providers": self.session.get_providers(),

@@ -26,6 +26,7 @@ from gemma3_export.parity.differences import (
 from gemma3_export.parity.options import VerifyOptions
 from gemma3_export.parity.prompts import TokenSequence, decode_start, sequences_for
 from gemma3_export.parity.truth import ReferenceTruth, Truth, with_greedy_tokens
+from gemma3_export.parity.wide_residual import widen_residual
 from gemma3_export.reference.loading import load_reference
 from gemma3_export.reference.model import Gemma3, KeyValue
 from gemma3_export.reference.weights import WeightSource
@@ -135,6 +136,7 @@ class Yardstick:
         dtype: the runtimes' precision.
         options: seed, steps and the like.
         tokenizer: None leaves the text prompts out.
+        has_wide_residual: of a ``dtype`` in half precision, all but the residual stream.
 
     Raises:
         InputError: a weight holds NaN or infinity, or cannot be read.
@@ -146,6 +148,8 @@ class Yardstick:
         dtype: torch.dtype,
         options: VerifyOptions,
         tokenizer: Tokenizer | None = None,
+        *,
+        has_wide_residual: bool = False,
     ) -> None:
         self.config = source.config
         self.dtype = dtype
@@ -154,6 +158,8 @@ class Yardstick:
         self.exact: Gemma3 = load_reference(source, torch.float64)
         # Every stored type fits float64, so rounding from there is rounding from the source.
         self.rounded: Gemma3 = copy.deepcopy(self.exact).to(dtype)
+        if has_wide_residual:
+            widen_residual(self.rounded)
         self.sequences = sequences_for(source.config, options, tokenizer)
         self.sequences[0] = with_greedy_tokens(
             self.exact,

@@ -177,7 +177,7 @@ def judge_layer(
         floor_rms=floor_rms,
         limit=limit,
         limit_rms=limit_rms,
-        passed=not bad and rms <= limit_rms,
+        passed=not bad and rms <= limit_rms < math.inf,
         first_bad_position=min(bad, default=None),
     )
 
@@ -218,9 +218,14 @@ def cache_metrics(layers: tuple[LayerResult, ...]) -> list[MetricResult]:
 
 
 def at_most(name: str, value: float, floor: float, limit: float, where: str = "") -> MetricResult:
-    """A metric with a floor and an upper limit."""
+    """A metric with a floor and an upper limit; a floor that is not finite proves nothing."""
     return MetricResult(
-        name=name, value=value, floor=floor, limit=limit, passed=value <= limit, where=where
+        name=name,
+        value=value,
+        floor=floor,
+        limit=limit,
+        passed=value <= limit < math.inf,
+        where=where,
     )
 
 

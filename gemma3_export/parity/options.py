@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 
 from gemma3_export.errors import InputError
 
-__all__ = ["Progress", "VerifyOptions", "floor_dtype"]
+__all__ = ["HalfPrecision", "Progress", "VerifyOptions", "compute_dtype", "floor_dtype"]
 
 Progress = Callable[[str, int, int], None]  # stage, done, total
 
@@ -64,6 +64,36 @@ class VerifyOptions:
                 raise InputError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if not self.factor >= 1:
             raise InputError(f"the parity factor is {self.factor}; it must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HalfPrecision:
+    """What a graph holds in a 16-bit type: products, what lies between them, and maybe more."""
+
+    dtype: torch.dtype
+    holds_residual: bool  # else residual stream and norms are float32
+    holds_matrices: bool = True  # else they are quantised
+
+    @classmethod
+    def of_runtime(cls, described: Mapping[str, object]) -> HalfPrecision | None:
+        """From what a runtime says of itself; None when it computes in a wider type."""
+        dtype = compute_dtype(described)
+        if dtype.itemsize != 2:
+            return None
+        return cls(
+            dtype=dtype,
+            holds_residual=described.get("residual") != "float32",
+            holds_matrices="activations" not in described,
+        )
+
+
+def compute_dtype(described: Mapping[str, object]) -> torch.dtype:
+    """The precision whose rounding is a runtime's noise floor, from what it says of itself.
+
+    Raises:
+        InputError: the type is unknown.
+    """
+    return floor_dtype(described.get("activations", described.get("dtype", "float32")))
 
 
 def floor_dtype(declared: object) -> torch.dtype:

@@ -13,10 +13,13 @@ __all__ = [
     "CaseResult",
     "Divergence",
     "GateResult",
+    "HalfRanges",
     "LayerResult",
+    "MatrixRange",
     "MetricResult",
     "ParityReport",
     "PointResult",
+    "TensorRange",
 ]
 
 SCHEMA_ID = "urn:gemma3-export:parity-report"
@@ -98,7 +101,7 @@ class CaseResult:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GateResult:
-    """Gate A (implementation) or B (quality)."""
+    """Gate A (implementation), B (quality), or range for graphs in half precision."""
 
     name: str
     question: str  # that the gate answers
@@ -121,6 +124,39 @@ class Divergence:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class TensorRange:
+    """The largest number in one kind of tensor over all calibration tokens."""
+
+    kind: str  # the reference's module that gives it, or ``mlp.product`` and the like
+    layer: int | None  # None outside the layers
+    max_abs: float
+    share: float  # of the type's largest number
+    sequence: str  # where it was seen
+    position: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MatrixRange:
+    """One stored weight."""
+
+    name: str
+    max_abs: float
+    share: float  # of the type's largest number
+    rounding: float  # rms error of rounding to the type, relative to the rms
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HalfRanges:
+    """How near everything that a graph holds in a 16-bit type comes to the type's ends."""
+
+    dtype: str
+    largest: float  # number of the type
+    tokens: int  # that were run through the reference
+    tensors: tuple[TensorRange, ...]
+    weights: tuple[MatrixRange, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ParityReport:
     """Everything that one check found."""
 
@@ -136,6 +172,7 @@ class ParityReport:
     cases: tuple[CaseResult, ...]
     divergence: Divergence | None
     created: str  # UTC, ISO 8601
+    ranges: HalfRanges | None = None  # of a graph in half precision
     seconds: dict[str, float] = field(default_factory=dict)
 
     @property

@@ -14,16 +14,27 @@ import torch
 
 from gemma3_export import __version__
 from gemma3_export.errors import InputError
+from gemma3_export.parity.activation_range import (
+    calibration_sequences,
+    measure_ranges,
+    range_gate,
+)
 from gemma3_export.parity.cases import Case, cases_for
 from gemma3_export.parity.differences import LogitDifference
 from gemma3_export.parity.floor import NoiseFloor, Yardstick
 from gemma3_export.parity.held_out import held_out_sequences, measure_quality
 from gemma3_export.parity.judge import Limits, SeenLogits, judge_case
 from gemma3_export.parity.locate import locate
-from gemma3_export.parity.options import Progress, VerifyOptions, floor_dtype
+from gemma3_export.parity.options import HalfPrecision, Progress, VerifyOptions, compute_dtype
 from gemma3_export.parity.planning import needed_positions
 from gemma3_export.parity.quality import judge_quality, requality
-from gemma3_export.parity.report import CaseResult, Divergence, GateResult, ParityReport
+from gemma3_export.parity.report import (
+    CaseResult,
+    Divergence,
+    GateResult,
+    HalfRanges,
+    ParityReport,
+)
 from gemma3_export.parity.truth import ReferenceTruth, RuntimeTruth, Truth
 from gemma3_export.reference.loading import load_reference
 from gemma3_export.reference.model import Gemma3
@@ -57,8 +68,15 @@ def make_yardstick(
     Raises:
         InputError: see :class:`gemma3_export.parity.floor.Yardstick`.
     """
-    dtype = floor_dtype(runtime.describe().get("dtype", "float32"))
-    return Yardstick(source, dtype, options or VerifyOptions(), tokenizer)
+    described = runtime.describe()
+    half = HalfPrecision.of_runtime(described)
+    return Yardstick(
+        source,
+        compute_dtype(described),
+        options or VerifyOptions(),
+        tokenizer,
+        has_wide_residual=half is not None and not half.holds_residual,
+    )
 
 
 def verify(
@@ -70,6 +88,7 @@ def verify(
     full_source: WeightSource | None = None,
     yardstick: Yardstick | None = None,
     files: Mapping[str, str] | None = None,
+    ranges: HalfRanges | None = None,
     progress: Progress | None = None,
 ) -> ParityReport:
     """Whether ``candidate`` computes what the reference computes with the weights of ``source``.
@@ -82,6 +101,7 @@ def verify(
         full_source: full-precision weights for gate B; None means that ``source`` is.
         yardstick: a prepared truth, which makes ``options`` and ``tokenizer`` unnecessary.
         files: SHA-256 of the bundle's files, for the report.
+        ranges: the activation range, where it is known already.
         progress: told the stage, and how far it is.
 
     Raises:
@@ -89,7 +109,7 @@ def verify(
         Gemma3ExportError: the runtime failed.
     """
     return _check(
-        candidate, None, source, options, tokenizer, full_source, yardstick, files, progress
+        candidate, None, source, options, tokenizer, full_source, yardstick, files, ranges, progress
     )
 
 
@@ -118,7 +138,9 @@ def compare(
             f"the baseline has {baseline.config.num_hidden_layers} layers and the candidate "
             f"{candidate.config.num_hidden_layers}; compare two exports of one model"
         )
-    return _check(candidate, baseline, source, options, tokenizer, None, yardstick, files, progress)
+    return _check(
+        candidate, baseline, source, options, tokenizer, None, yardstick, files, None, progress
+    )
 
 
 def _check(
@@ -130,6 +152,7 @@ def _check(
     full_source: WeightSource | None,
     yardstick: Yardstick | None,
     files: Mapping[str, str] | None,
+    ranges: HalfRanges | None,
     progress: Progress | None,
 ) -> ParityReport:
     report = progress or (lambda stage, done, total: None)
@@ -167,9 +190,17 @@ def _check(
     started = time.perf_counter()
     outcome.cases += run_float_cases(candidate, yardstick, limits, report)
     seconds["float products"] = time.perf_counter() - started
-    gates = (implementation_gate(outcome.cases), judge_quality(outcome.quality, options))
+    gates = [implementation_gate(outcome.cases), judge_quality(outcome.quality, options)]
+    half = HalfPrecision.of_runtime(candidate.describe())
+    if half is not None and ranges is None:
+        started = time.perf_counter()
+        sequences = calibration_sequences(source.config, yardstick.tokenizer)
+        ranges = measure_ranges(source, sequences, half, report)
+        seconds["activation range"] = time.perf_counter() - started
+    if ranges is not None:
+        gates.append(range_gate(ranges))
     return assemble(
-        candidate, baseline, source, yardstick, gates, outcome, divergence, files, seconds
+        candidate, baseline, source, yardstick, gates, outcome, divergence, files, ranges, seconds
     )
 
 
@@ -276,10 +307,11 @@ def assemble(
     baseline: Runtime | None,
     source: WeightSource,
     yardstick: Yardstick,
-    gates: tuple[GateResult, ...],
+    gates: Sequence[GateResult],
     outcome: Outcome,
     divergence: Divergence | None,
     files: Mapping[str, str] | None,
+    ranges: HalfRanges | None,
     seconds: dict[str, float],
 ) -> ParityReport:
     """The report of everything above."""
@@ -306,9 +338,10 @@ def assemble(
             "numpy": importlib.metadata.version("numpy"),
         },
         floor_dtype=str(yardstick.dtype).removeprefix("torch."),
-        gates=gates,
+        gates=tuple(gates),
         cases=tuple(outcome.cases),
         divergence=divergence,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
+        ranges=ranges,
         seconds=seconds | {f"case {name}": value for name, value in outcome.seconds.items()},
     )

@@ -1,0 +1,302 @@
+"""How large the numbers grow that a graph holds in half precision.
+
+float16 ends at 65504, and what is beyond becomes infinite without an error, or only with some later
+text. So the reference runs over calibration text in float32, and the largest number of each kind of
+tensor in each layer is held against the type. The reference is read layer by layer, so that memory
+follows the largest layer, as in an export without a proof.
+
+What is not listed cannot be larger than what is: GELU shrinks, a split copies, and a rotation grows
+a number by the root of two at most.
+
+Shapes: B batch rows (1), T tokens, D hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from gemma3_export.config import Gemma3Config
+from gemma3_export.errors import ParityError
+from gemma3_export.parity.held_out import held_out_sequences
+from gemma3_export.parity.options import HalfPrecision, Progress, VerifyOptions
+from gemma3_export.parity.prompts import TokenSequence, sequences_for
+from gemma3_export.parity.report import (
+    GateResult,
+    HalfRanges,
+    MatrixRange,
+    MetricResult,
+    TensorRange,
+)
+from gemma3_export.parity.taps import ATTEND, ROTARY_KEY
+from gemma3_export.reference.loading import load_module
+from gemma3_export.reference.model import Gemma3
+from gemma3_export.reference.weights import WeightSource, check_finite
+from gemma3_export.reference.weights.checkpoint import EMBEDDING, HEAD
+from gemma3_export.runtimes.protocol import IntArray
+from gemma3_export.tokenizer import Tokenizer
+
+__all__ = ["calibration_sequences", "measure_ranges", "range_gate", "require_range"]
+
+CALIBRATION_TOKENS = 256  # of each sequence
+RANGE_LIMIT = 0.25  # of the type's largest number; text that was not seen may go further
+ROUNDING_LIMIT = torch.finfo(torch.bfloat16).eps / 2  # a matrix that bfloat16 would round better
+OUTPUTS = (
+    "input_layernorm",  # as the first product takes it
+    "self_attn.q_proj",
+    "self_attn.k_proj",
+    "self_attn.v_proj",
+    "self_attn.q_norm",
+    "self_attn.k_norm",
+    "self_attn.o_proj",
+    "pre_feedforward_layernorm",
+    "mlp.gate_proj",
+    "mlp.up_proj",
+    "mlp.down_proj",
+)
+INPUTS = {"self_attn.o_proj": ATTEND, "mlp.down_proj": "mlp.product"}
+RESIDUAL = "residual"
+RESIDUAL_OUTPUTS = ("post_attention_layernorm", "post_feedforward_layernorm")
+
+
+def calibration_sequences(config: Gemma3Config, tokenizer: Tokenizer | None) -> list[TokenSequence]:
+    """The parity check's prompts and held-out text; random ids alone without a tokenizer."""
+    sequences = sequences_for(config, VerifyOptions(), tokenizer)
+    if tokenizer is not None:
+        sequences += held_out_sequences(tokenizer, config.max_position_embeddings)
+    return [replace(item, ids=item.ids[:CALIBRATION_TOKENS]) for item in sequences]
+
+
+@torch.inference_mode()
+def measure_ranges(
+    source: WeightSource,
+    sequences: Sequence[TokenSequence],
+    half: HalfPrecision,
+    progress: Progress,
+) -> HalfRanges:
+    """Run the reference over ``sequences`` and record what a graph would hold in half precision.
+
+    Raises:
+        InputError: a weight holds NaN or infinity, or the source cannot be read.
+    """
+    meter = RangeMeter(half)
+    config = source.config
+    with torch.device("meta"):
+        skeleton = Gemma3(config)
+    contexts = [
+        skeleton.layer_contexts(torch.from_numpy(sequence.ids)[None], None, None)
+        for sequence in sequences
+    ]
+    streams = [embed(source, sequence.ids) for sequence in sequences]
+    for index, kind in enumerate(config.layer_types):
+        progress("measuring the activation range", index, config.num_hidden_layers + 1)
+        meter.layer = index
+        layer = load_module(skeleton.model.layers[index], f"model.layers.{index}.", source)
+        meter.listen(layer)
+        for row, sequence in enumerate(sequences):
+            meter.sequence = sequence.name
+            streams[row], (key, _) = layer(streams[row], contexts[row][kind], None)
+            meter.see(ROTARY_KEY, key[0].transpose(0, 1))
+            meter.see_residual(streams[row])
+        for name, parameter in layer.named_parameters():
+            meter.weigh(f"model.layers.{index}.{name}", [parameter])
+        layer.to("meta")
+    meter.layer = None
+    norm = load_module(skeleton.model.norm, "model.norm.", source)
+    measure_head(source, [norm(stream)[0] for stream in streams], sequences, meter)
+    progress("measuring the activation range", 1, 1)
+    return HalfRanges(
+        dtype=str(half.dtype).removeprefix("torch."),
+        largest=meter.largest,
+        tokens=sum(len(sequence.ids) for sequence in sequences),
+        tensors=tuple(meter.tensors.values()),
+        weights=tuple(meter.weights),
+    )
+
+
+def embed(source: WeightSource, ids: IntArray) -> Tensor:
+    """Token ids [T] to the residual stream [1, T, D], reading the rows that it needs."""
+    unique, places = np.unique(ids, return_inverse=True)
+    rows = torch.cat([source.read(EMBEDDING, row, row + 1).float() for row in unique.tolist()])
+    stream: Tensor = rows[torch.from_numpy(places)] * source.config.hidden_size**0.5
+    return stream[None]
+
+
+def measure_head(
+    source: WeightSource,
+    normed: Sequence[Tensor],
+    sequences: Sequence[TokenSequence],
+    meter: RangeMeter,
+) -> None:
+    """Input and output of the head, whose matrix is read in parts."""
+    largest = [torch.zeros(len(x), 1) for x in normed]
+    head = EMBEDDING if source.config.tie_word_embeddings else HEAD
+    for name in dict.fromkeys((EMBEDDING, head)):
+        parts = []
+        for chunk in source.chunks(name):
+            check_finite(name, chunk)
+            weight = chunk.float()
+            parts.append(moments(weight, meter.half.dtype))
+            if name == head:
+                for seen, x in zip(largest, normed, strict=True):
+                    torch.maximum(seen, (x @ weight.T).abs().amax(1, keepdim=True), out=seen)
+        meter.keep_moments(name, parts)
+    for sequence, x, logits in zip(sequences, normed, largest, strict=True):
+        meter.sequence = sequence.name
+        meter.see("norm", x)
+        meter.see("head", logits)
+
+
+class RangeMeter:
+    """Remembers the largest number of each kind of tensor in each layer."""
+
+    def __init__(self, half: HalfPrecision) -> None:
+        self.half = half
+        self.largest = float(torch.finfo(half.dtype).max)
+        self.layer: int | None = None
+        self.sequence = ""
+        self.tensors: dict[tuple[int | None, str], TensorRange] = {}
+        self.weights: list[MatrixRange] = []
+
+    def listen(self, layer: nn.Module) -> None:
+        """Record from now on what the parts of ``layer`` give and take."""
+        outputs = OUTPUTS + (RESIDUAL_OUTPUTS if self.half.holds_residual else ())
+        for name in outputs:
+            module = layer.get_submodule(name)
+            module.register_forward_hook(partial(self._see_output, name))
+        for name, kind in INPUTS.items():
+            module = layer.get_submodule(name)
+            module.register_forward_pre_hook(partial(self._see_input, kind))
+        if self.half.holds_residual:  # between attention and feed-forward
+            module = layer.get_submodule("pre_feedforward_layernorm")
+            module.register_forward_pre_hook(partial(self._see_input, RESIDUAL))
+
+    def _see_output(self, kind: str, module: nn.Module, inputs: Any, output: Tensor) -> None:
+        del module, inputs
+        self.see(kind, output[0])
+
+    def _see_input(self, kind: str, module: nn.Module, inputs: tuple[Tensor]) -> None:
+        del module
+        self.see(kind, inputs[0][0])
+
+    def see_residual(self, x: Tensor) -> None:
+        """A layer's output [1, T, D]."""
+        if self.half.holds_residual:
+            self.see(RESIDUAL, x[0])
+
+    def see(self, kind: str, x: Tensor) -> None:
+        """[T, ...] of the current layer and sequence."""
+        by_token = x.flatten(1).abs().amax(1)
+        position = int(by_token.argmax())
+        value = float(by_token[position])
+        known = self.tensors.get((self.layer, kind))
+        if known is None or value > known.max_abs:
+            self.tensors[self.layer, kind] = TensorRange(
+                kind=kind,
+                layer=self.layer,
+                max_abs=value,
+                share=value / self.largest,
+                sequence=self.sequence,
+                position=position,
+            )
+
+    def weigh(self, name: str, parts: Sequence[Tensor]) -> None:
+        """A weight, unless the graph holds it in another type."""
+        if parts[0].ndim > 1 or self.half.holds_residual:
+            self.keep_moments(name, [moments(part, self.half.dtype) for part in parts])
+
+    def keep_moments(self, name: str, parts: Sequence[tuple[float, float, float]]) -> None:
+        """As :meth:`weigh`, of a weight that is known by the moments of its parts."""
+        if self.half.holds_matrices:
+            largest = max(part[0] for part in parts)
+            square, lost = (sum(part[index] for part in parts) for index in (1, 2))
+            self.weights.append(
+                MatrixRange(
+                    name=name,
+                    max_abs=largest,
+                    share=largest / self.largest,
+                    rounding=math.sqrt(lost / square) if square else 0.0,
+                )
+            )
+
+
+def moments(weight: Tensor, dtype: torch.dtype) -> tuple[float, float, float]:
+    """Largest number, sum of squares, and sum of squares of what rounding to ``dtype`` loses."""
+    lost = (weight.to(dtype).float() - weight).nan_to_num(posinf=0.0, neginf=0.0)
+    return (
+        float(weight.abs().max()),
+        float(weight.double().square().sum()),
+        float(lost.double().square().sum()),
+    )
+
+
+def range_gate(ranges: HalfRanges) -> GateResult:
+    """Whether everything fits, with room for text that was not seen."""
+    tensor = max(ranges.tensors, key=lambda item: item.share)
+    metrics = [
+        MetricResult(
+            name="largest_activation",
+            value=tensor.share,
+            limit=RANGE_LIMIT,
+            passed=tensor.share <= RANGE_LIMIT,
+            where=f"{place(tensor)}: {tensor.max_abs:,.1f} of {ranges.largest:.5g}",
+        )
+    ]
+    if ranges.weights:
+        weight = max(ranges.weights, key=lambda item: item.share)
+        lossy = max(ranges.weights, key=lambda item: item.rounding)
+        metrics += [
+            MetricResult(
+                name="largest_weight",
+                value=weight.share,
+                limit=1.0,
+                passed=weight.share <= 1.0,
+                where=f"{weight.name}: {weight.max_abs:.4g} of {ranges.largest:.5g}",
+            ),
+            MetricResult(
+                name="weight_rounding",
+                value=lossy.rounding,
+                limit=ROUNDING_LIMIT,
+                passed=lossy.rounding <= ROUNDING_LIMIT,
+                where=lossy.name,
+            ),
+        ]
+    return GateResult(
+        name="range",
+        question=f"Does all that the graph holds in {ranges.dtype} fit that type, with room?",
+        passed=all(metric.passed for metric in metrics),
+        metrics=tuple(metrics),
+    )
+
+
+def place(tensor: TensorRange) -> str:
+    """``mlp.product in layer 7``."""
+    return tensor.kind if tensor.layer is None else f"{tensor.kind} in layer {tensor.layer}"
+
+
+def require_range(ranges: HalfRanges) -> None:
+    """Stop where the type is too small.
+
+    Raises:
+        ParityError: naming tensor, layer and value.
+    """
+    gate = range_gate(ranges)
+    if gate.passed:
+        return
+    found = "; ".join(
+        f"{metric.name} is {metric.value:.3g} and its limit {metric.limit:.3g} ({metric.where})"
+        for metric in gate.metrics
+        if not metric.passed
+    )
+    raise ParityError(
+        f"{ranges.dtype} cannot hold this model, and nothing was kept: as shares of the type's "
+        f"largest number, over {ranges.tokens} tokens, {found}. Export with --dtype bf16, which "
+        "has the range of fp32"
+    )
