@@ -38,7 +38,8 @@ Examples:
     type=click.Choice(DTYPES),
     default="fp32",
     show_default=True,
-    help="int8: matrices in 8-bit blocks. keep: the blocks of a quantised GGUF, bit by bit.",
+    help="bf16: the half precision to choose. fp16: refused where activations come near its end. "
+    "int8: matrices in 8-bit blocks. keep: the blocks of a quantised GGUF, bit by bit.",
 )
 @click.option(
     "--block-size",
