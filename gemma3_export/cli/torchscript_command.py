@@ -22,7 +22,13 @@ Examples:
 
 @click.command(epilog=EPILOG)
 @export_options
-@click.option("--dtype", type=click.Choice(DTYPES), default="fp32", show_default=True)
+@click.option(
+    "--dtype",
+    type=click.Choice(DTYPES),
+    default="fp32",
+    show_default=True,
+    help="fp16: refused where the residual stream comes near its end; take bf16.",
+)
 @click.option(
     "--no-prepack",
     is_flag=True,
