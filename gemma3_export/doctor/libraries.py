@@ -10,12 +10,12 @@ import ctypes
 import importlib.util
 import mmap
 import struct
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from gemma3_export.doctor.facts import Library
 
-__all__ = ["LOADED_LATER", "load_libraries", "needed_libraries"]
+__all__ = ["LOADED_LATER", "load_libraries", "needed_libraries", "wanted_libraries"]
 
 # Loaded by name while the provider runs, so that its file does not name it; of what this project
 # exports nothing needs it.
@@ -62,19 +62,34 @@ def read_needed(data: mmap.mmap) -> Iterator[str]:
                 yield data[position : data.find(b"\0", position)].decode("ascii")
 
 
-def load_libraries(provider: Path) -> list[Library]:
-    """Load what ``provider`` needs, one after the other; see the module's docstring.
+def wanted_libraries(provider: Path) -> dict[str, bool]:
+    """What ``provider`` loads, and whether it needs it; the driver is another matter.
+
+    Raises:
+        ValueError: its file is damaged.
+    """
+    needed = dict.fromkeys(needed_libraries(provider), True)
+    needed.pop(DRIVER, None)
+    return needed | dict.fromkeys(LOADED_LATER, False)
+
+
+def load_libraries(provider: Path, but: Collection[str] = ()) -> Iterator[Library]:
+    """Load what ``provider`` wants, one after the other; see the module's docstring.
+
+    Args:
+        provider: ONNX Runtime's CUDA provider.
+        but: names that are left out.
 
     Raises:
         ValueError: the provider's file is damaged.
     """
     folders = nvidia_folders()
-    needed = [name for name in needed_libraries(provider) if name != DRIVER]
-    found = [load(name, folders) for name in needed]
-    return found + [load(name, folders, is_needed=False) for name in LOADED_LATER]
+    for name, is_needed in wanted_libraries(provider).items():
+        if name not in but:
+            yield load(name, folders, is_needed=is_needed)
 
 
-def load(soname: str, folders: list[Path], *, is_needed: bool = True) -> Library:
+def load(soname: str, folders: list[Path], *, is_needed: bool) -> Library:
     """Load one library from the first place that has it."""
     files = [folder / soname for folder in folders if (folder / soname).exists()]
     for name in (*map(str, files), soname):

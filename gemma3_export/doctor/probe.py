@@ -2,7 +2,7 @@
 
 Started by :mod:`gemma3_export.doctor.report`. Arguments: what to look at (``driver``,
 ``libraries``, ``onnxruntime`` or ``torch``) and, but for the driver, the provider's file or the
-device.
+device. Prints an object a line, as soon as it is known.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from gemma3_export.doctor.driver import read_driver
-from gemma3_export.doctor.facts import Trial
+from gemma3_export.doctor.facts import Driver, Library, Trial
 from gemma3_export.doctor.libraries import load_libraries
 from gemma3_export.errors import Gemma3ExportError
 
@@ -26,17 +26,17 @@ __all__: list[str] = []
 LEFT, RIGHT, PRODUCT = [[1, 2], [3, 4]], [[5, 6], [7, 8]], [[19, 22], [43, 50]]
 
 
-def look_at_driver() -> dict[str, Any]:
+def look_at_driver() -> Iterator[Driver]:
     """The driver."""
-    return asdict(read_driver())
+    yield read_driver()
 
 
-def look_at_libraries(provider: str) -> list[dict[str, Any]]:
-    """What the provider loads."""
-    return [asdict(library) for library in load_libraries(Path(provider))]
+def look_at_libraries(provider: str, *but: str) -> Iterator[Library]:
+    """What the provider loads, but for those that are known to crash."""
+    yield from load_libraries(Path(provider), but)
 
 
-def try_onnxruntime(device: str) -> dict[str, Any]:
+def try_onnxruntime(device: str) -> Iterator[Trial]:
     """Multiply two matrices as the ONNX runtime would on ``device``."""
     from gemma3_export.runtimes.graphs import PRODUCT_GRAPH
     from gemma3_export.runtimes.onnx_session import choose_device, import_onnxruntime, open_session
@@ -44,7 +44,8 @@ def try_onnxruntime(device: str) -> dict[str, Any]:
     try:
         ort = import_onnxruntime()
     except Exception as error:  # whatever an import of broken files raises
-        return asdict(Trial(framework="onnxruntime", problem=cause_of(error)))
+        yield Trial(framework="onnxruntime", problem=cause_of(error))
+        return
     facts: dict[str, Any] = {"framework": f"onnxruntime {getattr(ort, '__version__', '?')}"}
     try:
         import numpy as np
@@ -56,15 +57,16 @@ def try_onnxruntime(device: str) -> dict[str, Any]:
         facts["is_right"] = product.tolist() == PRODUCT
     except Exception as error:  # ONNX Runtime's errors share no base class
         facts["problem"] = cause_of(error)
-    return asdict(Trial(**facts))
+    yield Trial(**facts)
 
 
-def try_torch(device: str) -> dict[str, Any]:
+def try_torch(device: str) -> Iterator[Trial]:
     """Multiply two matrices with torch on ``device``."""
     try:
         import torch
     except Exception as error:  # whatever an import of broken files raises
-        return asdict(Trial(framework="torch", problem=cause_of(error)))
+        yield Trial(framework="torch", problem=cause_of(error))
+        return
     facts: dict[str, Any] = {"framework": f"torch {torch.__version__}"}
     try:
         facts["providers"] = ("cuda", "cpu") if torch.cuda.is_available() else ("cpu",)
@@ -72,7 +74,7 @@ def try_torch(device: str) -> dict[str, Any]:
         facts["is_right"] = (left @ right).tolist() == PRODUCT
     except Exception as error:  # torch raises AssertionError where it has no CUDA
         facts["problem"] = cause_of(error)
-    return asdict(Trial(**facts))
+    yield Trial(**facts)
 
 
 def cause_of(error: BaseException) -> str:
@@ -84,7 +86,7 @@ def cause_of(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}".strip().split("\n", 1)[0]
 
 
-LOOKS: dict[str, Callable[..., object]] = {
+LOOKS: dict[str, Callable[..., Iterator[Driver | Library | Trial]]] = {
     "driver": look_at_driver,
     "libraries": look_at_libraries,
     "onnxruntime": try_onnxruntime,
@@ -96,7 +98,9 @@ def main(what: str, *arguments: str) -> None:
     """Answer on what was stdout; whatever libraries print goes to stderr."""
     with os.fdopen(os.dup(1), "w", encoding="utf-8") as answers:
         os.dup2(2, 1)
-        answers.write(json.dumps(LOOKS[what](*arguments)))
+        for answer in LOOKS[what](*arguments):
+            answers.write(json.dumps(asdict(answer)) + "\n")
+            answers.flush()
 
 
 if __name__ == "__main__":

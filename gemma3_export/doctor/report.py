@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from gemma3_export.doctor.facts import Driver, Facts, Gpu, Library, Packages, Trial
+from gemma3_export.doctor.libraries import wanted_libraries
 from gemma3_export.doctor.machine import read_machine
 from gemma3_export.doctor.packages import read_packages
 from gemma3_export.doctor.problems import Problem, problems_of
@@ -44,7 +45,16 @@ class Report:
 
 
 class Unanswered(Exception):  # noqa: N818  (a finding, no error of the doctor)
-    """A probe crashed, hung, or said something else."""
+    """A probe crashed, hung, or said something else.
+
+    Args:
+        why: how it ended.
+        answers: how many answers came before that.
+    """
+
+    def __init__(self, why: str, answers: int = 0) -> None:
+        super().__init__(why)
+        self.answers = answers
 
 
 def examine(device: str = "cuda", runtime: str = ONNX) -> Report:
@@ -77,7 +87,7 @@ def examine(device: str = "cuda", runtime: str = ONNX) -> Report:
 def read_driver() -> Driver:
     """What the driver says, or that it does not answer."""
     try:
-        found, _ = ask("driver")
+        (found,), _ = ask("driver")
     except Unanswered as error:
         return Driver(is_found=True, problem=str(error))
     gpus = tuple(
@@ -96,25 +106,39 @@ def read_libraries(packages: Packages) -> tuple[Library, ...]:
     """What the provider loads, if there is a provider."""
     if packages.provider is None:
         return ()
+    provider = Path(packages.provider)
     try:
-        found, _ = ask("libraries", packages.provider)
-    except Unanswered as error:
-        file = Path(packages.provider).name
-        return (Library(soname=file, is_needed=True, path=packages.provider, problem=str(error)),)
-    return tuple(Library(**library) for library in found)
+        wanted = wanted_libraries(provider)
+    except (OSError, ValueError) as error:
+        return (
+            Library(soname=provider.name, is_needed=True, path=str(provider), problem=str(error)),
+        )
+    crashed: dict[str, Library] = {}
+    found: list[dict[str, Any]] | None = None
+    while found is None:
+        left = [name for name in wanted if name not in crashed]
+        try:
+            found, _ = ask("libraries", str(provider), *crashed) if left else ([], "")
+        except Unanswered as error:
+            name = left[min(error.answers, len(left) - 1)]  # it answers in this order
+            crashed[name] = Library(
+                soname=name, is_needed=wanted[name], path=name, problem=str(error)
+            )
+    libraries = crashed | {library["soname"]: Library(**library) for library in found}
+    return tuple(libraries[name] for name in wanted)
 
 
 def try_device(framework: str, device: str) -> Trial:
     """The product of two matrices, or why there is none."""
     try:
-        found, log = ask(framework, device)
+        (found,), log = ask(framework, device)
     except Unanswered as error:
         return Trial(framework=framework, problem=str(error))
     return Trial(**found | {"providers": tuple(found["providers"]), "log": log or None})
 
 
-def ask(*arguments: str) -> tuple[Any, str]:
-    """Run :mod:`gemma3_export.doctor.probe`; its answer, and what it wrote to stderr.
+def ask(*arguments: str) -> tuple[list[dict[str, Any]], str]:
+    """Run :mod:`gemma3_export.doctor.probe`; its answers, and what it wrote to stderr.
 
     Raises:
         Unanswered: there is no answer; the message says how the process ended.
@@ -134,22 +158,21 @@ def ask(*arguments: str) -> tuple[Any, str]:
             timeout=TIMEOUT_S,
             check=False,
         )
-    except subprocess.TimeoutExpired:
-        raise Unanswered(f"no answer in {TIMEOUT_S} seconds") from None
+    except subprocess.TimeoutExpired as error:
+        answers = len((error.stdout or b"").splitlines())
+        raise Unanswered(f"no answer in {TIMEOUT_S} seconds", answers) from None
     log = done.stderr.strip()[-LOG_CHARACTERS:]
-    if done.returncode:
+    lines = done.stdout.splitlines()
+    if done.returncode or not lines:
         last = f": {log.splitlines()[-1]}" if log else ""
-        raise Unanswered(f"the process that looked {ending(done.returncode)}{last}")
-    try:
-        return json.loads(done.stdout), log
-    except ValueError:
-        raise Unanswered(f"no answer but {done.stdout[:80]!r}") from None
+        raise Unanswered(f"the process that looked {ending(done.returncode)}{last}", len(lines))
+    return [json.loads(line) for line in lines], log
 
 
 def ending(returncode: int) -> str:
     """An exit code in words."""
-    if returncode > 0:
-        return f"failed with exit code {returncode}"
+    if returncode >= 0:
+        return f"ended with exit code {returncode}"
     try:
         return f"was ended by {signal.Signals(-returncode).name}"
     except ValueError:

@@ -1,0 +1,210 @@
+"""The least that is a service: text for a prompt, over HTTP, from a bundle.
+
+    python examples/service/serve.py gemma-3-270m
+    curl localhost:8000/generate -H 'Content-Type: application/json' -d '{"prompt": "The sea is"}'
+
+It listens on this machine alone; another address needs a key, in the variable GEMMA3_API_KEY, which
+clients send as `Authorization: Bearer KEY`. One request is computed at a time, the others wait, and
+beyond a few are told to come back. An example to start from: no TLS, no batches, no streaming.
+"""
+
+from __future__ import annotations
+
+import hmac
+import ipaddress
+import json
+import os
+import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import click
+
+from gemma3_export.backends import open_runtime
+from gemma3_export.bundle import Bundle
+from gemma3_export.errors import Gemma3ExportError, InputError
+from gemma3_export.runtimes.generation import generate
+from gemma3_export.runtimes.protocol import Runtime
+from gemma3_export.runtimes.sampling import SamplingParams
+from gemma3_export.tokenizer import StreamingDecoder, Tokenizer
+
+KEY_VARIABLE = "GEMMA3_API_KEY"
+MAX_BODY_BYTES = 1_000_000
+MAX_NEW_TOKENS = 1024
+MAX_SECONDS = 120
+MAX_WAITING = 8
+READ_TIMEOUT_S = 30  # for a client that sends nothing
+SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
+
+
+class Engine:
+    """A loaded bundle, used by one request at a time."""
+
+    def __init__(self, runtime: Runtime, tokenizer: Tokenizer) -> None:
+        self.runtime = runtime
+        self.tokenizer = tokenizer
+        self.places = threading.Semaphore(MAX_WAITING)
+        self.turn = threading.Lock()
+
+    def answer(self, asked: dict[str, Any]) -> dict[str, Any]:
+        """The continuation of one prompt.
+
+        Raises:
+            InputError: a value is impossible, or unknown.
+        """
+        rest = dict(asked)
+        prompt, new_tokens = rest.pop("prompt", None), rest.pop("max_new_tokens", 128)
+        if not isinstance(prompt, str):
+            raise InputError("prompt must be a text")
+        if type(new_tokens) is not int or not 1 <= new_tokens <= MAX_NEW_TOKENS:
+            raise InputError(f"max_new_tokens must be from 1 to {MAX_NEW_TOKENS}")
+        if unknown := sorted(set(rest) - set(SAMPLING)):
+            raise InputError(f"{unknown[0]} is unknown; choose among {', '.join(SAMPLING)}")
+        sampling = SamplingParams(**rest)
+        with self.turn:
+            deadline = time.monotonic() + MAX_SECONDS
+            (done,) = generate(
+                self.runtime,
+                [self.tokenizer.encode(prompt)],
+                sampling,
+                max_new_tokens=new_tokens,
+                detokenize=lambda: StreamingDecoder(self.tokenizer),
+                cancel=lambda: time.monotonic() > deadline,
+            ).collect()
+        return {
+            "text": done.text,
+            "finish_reason": done.finish_reason,
+            "prompt_tokens": done.prompt_tokens,
+            "new_tokens": len(done.token_ids),
+        }
+
+
+class Server(ThreadingHTTPServer):
+    """An engine behind an address."""
+
+    daemon_threads = True
+
+    def __init__(self, address: tuple[str, int], engine: Engine, key: str | None) -> None:
+        super().__init__(address, Handler)
+        self.engine = engine
+        self.key = key
+
+
+class Handler(BaseHTTPRequestHandler):
+    """``GET /health`` and ``POST /generate``."""
+
+    server: Server
+    timeout = READ_TIMEOUT_S
+
+    def do_GET(self) -> None:
+        """Whether the bundle is loaded, which it is."""
+        if self.path == "/health":
+            self.reply(200, {"status": "ok", **self.server.engine.runtime.describe()})
+        else:
+            self.reply(404, {"error": "there are GET /health and POST /generate"})
+
+    def do_POST(self) -> None:
+        """Text for a prompt."""
+        engine = self.server.engine
+        if (refusal := self.refusal()) is not None:
+            self.close_connection = True  # the body has not been read
+            self.reply(*refusal)
+        elif not engine.places.acquire(blocking=False):
+            self.close_connection = True
+            self.reply(429, {"error": "too many requests wait; try again later"})
+        else:
+            try:
+                self.reply(200, engine.answer(self.body()))
+            except InputError as error:
+                self.reply(400, {"error": str(error)})
+            except Gemma3ExportError as error:
+                self.log_error("%s", error)
+                self.reply(500, {"error": "the generation failed; the server's log says why"})
+            finally:
+                engine.places.release()
+
+    def refusal(self) -> tuple[int, dict[str, Any]] | None:
+        """Why the request is not looked at."""
+        given = self.headers.get("Authorization", "").removeprefix("Bearer ")
+        key, length = self.server.key, self.headers.get("Content-Length", "")
+        if self.path != "/generate":
+            return 404, {"error": "there are GET /health and POST /generate"}
+        if key is not None and not hmac.compare_digest(given.encode(), key.encode()):
+            return 401, {"error": "send the key as `Authorization: Bearer KEY`"}
+        # A web page cannot send this type to another site without being asked.
+        if self.headers.get_content_type() != "application/json":
+            return 415, {"error": "send application/json"}
+        if not (length.isascii() and length.isdigit()):
+            return 411, {"error": "send Content-Length"}
+        if int(length) > MAX_BODY_BYTES:
+            return 413, {"error": f"send at most {MAX_BODY_BYTES:,} bytes"}
+        return None
+
+    def body(self) -> dict[str, Any]:
+        """The request's JSON object.
+
+        Raises:
+            InputError: it is none.
+        """
+        try:
+            asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"the body is no JSON: {error}") from error
+        if not isinstance(asked, dict):
+            raise InputError('the body must be an object, such as {"prompt": "The sea is"}')
+        return asked
+
+    def reply(self, status: int, answer: dict[str, Any]) -> None:
+        """Send JSON."""
+        data = json.dumps(answer).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+
+def require_key(host: str, key: str | None) -> None:
+    """Refuse to listen to other machines without a key.
+
+    Raises:
+        InputError: saying how to set one.
+    """
+    try:
+        is_local = host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        is_local = False
+    if not is_local and not key:
+        raise InputError(f"--host {host} is open to other machines; set {KEY_VARIABLE} to a key")
+
+
+@click.command()
+@click.argument("bundle_path", metavar="DIR", type=click.Path(path_type=Path))
+@click.option("--host", default="127.0.0.1", show_default=True)
+@click.option("--port", default=8000, show_default=True)
+@click.option("--device", default="auto", show_default=True)
+def main(bundle_path: Path, host: str, port: int, device: str) -> None:
+    """Answer POST /generate until it is interrupted."""
+    key = os.environ.get(KEY_VARIABLE)
+    try:
+        require_key(host, key)
+        bundle = Bundle(bundle_path)
+        tokenizer = Tokenizer.from_folder(bundle_path)
+        tokenizer.check_vocab_size(bundle.config.vocab_size)
+        server = Server((host, port), Engine(open_runtime(bundle, device=device), tokenizer), key)
+    except Gemma3ExportError as error:
+        click.echo(f"error: {error}", err=True)
+        sys.exit(error.exit_code)
+    click.echo(f"listening on http://{host}:{server.server_port}", err=True)
+    with server:
+        try:
+            server.serve_forever()
+        except KeyboardInterrupt:
+            click.echo("stopped", err=True)
+
+
+if __name__ == "__main__":
+    main()
