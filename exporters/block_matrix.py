@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gemma3_export.block_format import BlockFormat
 
-__all__ = ["BlockMatrix", "pack_codes", "quantize", "unpack_codes"]
+__all__ = ["BlockMatrix", "block_scales", "pack_codes", "quantize", "unpack_codes"]
 
 SHRINKS = 1.0 - 0.0125 * torch.arange(24)  # candidate scales, relative to the one without clipping
 
@@ -83,12 +83,19 @@ def quantize(
         block_format: without minimum.
         importance: [K] how much an error in that input matters; None means all alike.
     """
+    scales = block_scales(weights, block_format, importance)
+    blocks = in_blocks(weights.float(), block_format)
+    return BlockMatrix(block_format, codes_of(blocks, scales, block_format).flatten(1), scales)
+
+
+def block_scales(
+    weights: Tensor, block_format: BlockFormat, importance: Tensor | None = None
+) -> Tensor:
+    """[N, G] the scales of ``weights``; see :func:`quantize`."""
     blocks = in_blocks(weights.float(), block_format)
     if block_format.bits == 8:
-        scales = blocks.abs().amax(-1) / 127
-    else:
-        scales = searched_scales(blocks, block_format, importance)
-    return BlockMatrix(block_format, codes_of(blocks, scales, block_format).flatten(1), scales)
+        return blocks.abs().amax(-1) / 127
+    return searched_scales(blocks, block_format, importance)
 
 
 def codes_of(blocks: Tensor, scales: Tensor, block_format: BlockFormat) -> Tensor:

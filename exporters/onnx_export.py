@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+import tempfile
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
@@ -11,11 +12,14 @@ import onnx_ir as ir
 import torch
 
 from gemma3_export.block_format import BlockFormat
-from gemma3_export.bundle import DEFAULT_MAX_KLD, Graph, WeightRecipe
+from gemma3_export.bundle import Graph, WeightRecipe, default_max_kld
 from gemma3_export.config import Gemma3Config
 from gemma3_export.errors import InputError
 from gemma3_export.exporters.bundle_export import Progress, half_precision, require_dtype
+from gemma3_export.exporters.calibrated_blocks import Calibrator, check_formats
+from gemma3_export.exporters.calibration import CalibrationPlan
 from gemma3_export.exporters.external_data import write_external_data
+from gemma3_export.exporters.mixed_precision import calibrate_mixed
 from gemma3_export.exporters.onnx_blocks import quantize_graph
 from gemma3_export.exporters.onnx_trace import TARGETS, trace_onnx
 from gemma3_export.exporters.quantizers import (
@@ -27,6 +31,7 @@ from gemma3_export.exporters.quantizers import (
 from gemma3_export.parity.options import HalfPrecision
 from gemma3_export.reference.weights import WeightSource
 from gemma3_export.signature import DType, Signature
+from gemma3_export.tokenizer import Tokenizer, load_tokenizer
 
 __all__ = ["DTYPES", "OnnxWriter"]
 
@@ -36,7 +41,8 @@ DTYPES: dict[str, tuple[torch.dtype, DType]] = {
     "bf16": (torch.bfloat16, "bfloat16"),
     "fp16": (torch.float16, "float16"),
 }
-QUANTIZED = ("int8", "keep")  # --dtype: matrices in blocks, the rest as in fp32
+CALIBRATED = ("int4", "mixed")  # --dtype: matrices in blocks, made with calibration text
+QUANTIZED = ("int8", "keep", *CALIBRATED)  # --dtype: matrices in blocks, the rest as in fp32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +53,9 @@ class OnnxWriter:
         target: ``ort`` for ONNX Runtime's fused kernels, ``portable`` for standard operators.
         dtype: a key of :data:`DTYPES`, or one of :data:`QUANTIZED`.
         block_size: columns of a quantised matrix that share a scale.
-        max_kld: how far the export may lie from full precision, mean nats a token.
+        max_kld: how far the export may lie from full precision, mean nats a token; None is what
+            ``dtype`` keeps to.
+        calibration: the text that 4-bit weights are made with.
 
     Raises:
         InputError: unknown target or dtype, or two that do not go together.
@@ -57,7 +65,8 @@ class OnnxWriter:
     runtime: ClassVar[str] = "onnx"
     dtype: str = "fp32"
     block_size: int = 32
-    max_kld: float = DEFAULT_MAX_KLD
+    max_kld: float | None = None
+    calibration: CalibrationPlan = field(default_factory=CalibrationPlan)
 
     def __post_init__(self) -> None:
         require_dtype(self.dtype, (*DTYPES, *QUANTIZED))
@@ -74,6 +83,11 @@ class OnnxWriter:
         dtype = torch.float32 if self.dtype in QUANTIZED else DTYPES[self.dtype][0]
         return half_precision(dtype, holds_residual=False)
 
+    @property
+    def budget(self) -> float:
+        """The divergence that the export is allowed, mean nats a token."""
+        return self.max_kld or default_max_kld(self.dtype)
+
     def size_bytes(self, config: Gemma3Config) -> int:
         """Weights and graph; blocks take 0.5 to 1.5 bytes a weight."""
         itemsize = 1.25 if self.dtype in QUANTIZED else DTYPES[self.dtype][0].itemsize
@@ -83,11 +97,17 @@ class OnnxWriter:
         self, source: WeightSource, folder: Path, progress: Progress
     ) -> tuple[Graph, dict[str, str]]:
         """Trace without weights, then stream the weights into ``onnx/model.onnx_data``."""
+        with tempfile.TemporaryDirectory(prefix="calibrated-", dir=folder) as scratch:
+            quantizer = self._quantizer(source, folder, Path(scratch), progress)
+            return self._write(source, folder, quantizer, progress)
+
+    def _write(
+        self, source: WeightSource, folder: Path, quantizer: Quantizer | None, progress: Progress
+    ) -> tuple[Graph, dict[str, str]]:
         weights_dtype, cache_dtype = DTYPES["fp32" if self.dtype in QUANTIZED else self.dtype]
         signature = Signature.of(source.config, cache_dtype=cache_dtype)
         progress("tracing", 0, 1)
         model, recipes = trace_onnx(source.config, signature, self.target, weights_dtype)
-        quantizer = self._quantizer(source)
         if quantizer is not None:
             recipes = quantize_weights(model.graph, recipes, quantizer, source.config)
         progress("tracing", 1, 1)
@@ -120,18 +140,36 @@ class OnnxWriter:
             target=self.target,
             cache_dtype=cache_dtype,
             weights=recipes,
-            max_kld=self.max_kld,
+            max_kld=self.budget,
+            calibration=quantizer.calibration if quantizer else None,
         )
         return graph, {data.relative_to(folder).as_posix(): digest}
 
-    def _quantizer(self, source: WeightSource) -> Quantizer | None:
+    def _quantizer(
+        self, source: WeightSource, folder: Path, scratch: Path, progress: Progress
+    ) -> Quantizer | None:
         if self.dtype == "keep":
             return KeptBlocks(source=source)
         if self.dtype == "int8":
             block_format = BlockFormat(bits=8, block_size=self.block_size)
             formats = dict.fromkeys(matrix_names(source.config), block_format)
             return RoundToNearest(source=source, formats=formats)
+        if self.dtype in CALIBRATED:
+            formats = dict.fromkeys(
+                matrix_names(source.config), BlockFormat(bits=4, block_size=self.block_size)
+            )
+            check_formats(source.config, formats)
+            text = self.calibration.load(source, tokenizer_in(folder), progress)
+            if self.dtype == "int4":
+                return Calibrator(source, text, scratch, progress).calibrate(formats)
+            return calibrate_mixed(source, text, self.block_size, self.budget, scratch, progress)
         return None
+
+
+def tokenizer_in(folder: Path) -> Tokenizer | None:
+    """The tokenizer that was saved into a bundle, if any."""
+    path = folder / "tokenizer.json"
+    return load_tokenizer(path) if path.is_file() else None
 
 
 def quantize_weights(

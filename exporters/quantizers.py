@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from gemma3_export.block_format import BlockFormat, common_format
 from gemma3_export.bundle import WeightRecipe
@@ -15,13 +15,17 @@ from gemma3_export.exporters.gguf_blocks import gguf_format, read_gguf_blocks
 from gemma3_export.reference.weights import WeightSource, check_finite
 from gemma3_export.reference.weights.checkpoint import EMBEDDING
 
-__all__ = ["KeptBlocks", "Quantizer", "RoundToNearest", "matrix_names"]
+__all__ = ["KeptBlocks", "Quantizer", "RoundToNearest", "matrix_names", "packed_format"]
 
 CHUNK_BYTES = 64 * 2**20
 
 
 class Quantizer(Protocol):
     """Makes the quantised form of matrices, a few rows at a time."""
+
+    @property
+    def calibration(self) -> dict[str, Any] | None:
+        """The text that was looked at, for the manifest."""
 
     def format(self, names: Sequence[str]) -> BlockFormat | None:
         """How the matrices ``names``, packed into one, are stored; None keeps them in float32."""
@@ -61,6 +65,7 @@ class RoundToNearest:
 
     source: WeightSource
     formats: Mapping[str, BlockFormat]
+    calibration: None = None
 
     def __post_init__(self) -> None:
         shapes = dict(self.source.config.weight_shapes())
@@ -91,6 +96,7 @@ class KeptBlocks:
     """
 
     source: WeightSource
+    calibration: None = None
 
     def __post_init__(self) -> None:
         formats = [self._format(name) for name in matrix_names(self.source.config)]

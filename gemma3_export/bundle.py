@@ -36,6 +36,7 @@ __all__ = [
     "Graph",
     "Manifest",
     "WeightRecipe",
+    "default_max_kld",
     "sha256_of",
 ]
 
@@ -45,6 +46,7 @@ RUNTIMES = ("onnx", "torchscript", "pt2", "reference")  # what runs a bundle; al
 MANIFEST = "manifest.json"
 PARITY = "parity.json"
 DEFAULT_MAX_KLD = 0.01  # nats a token: what 8-bit weights keep to with room to spare
+MAX_KLDS = {"int4": 0.1, "mixed": 0.05}  # where it is another one
 MANIFEST_LIMIT_BYTES = 64 * 2**20
 
 
@@ -82,6 +84,7 @@ class Graph:
     cache_dtype: DType
     weights: dict[str, WeightRecipe]  # stored tensor -> canonical weights
     max_kld: float = DEFAULT_MAX_KLD  # the divergence that the export was allowed
+    calibration: dict[str, Any] | None = None  # the text that quantisation looked at
     verified: bool = False  # parity.json holds this graph's proof
 
 
@@ -187,6 +190,11 @@ class Bundle:
                 f"{self.path} is damaged: {'; '.join(problems)}. "
                 "Copy the bundle again or export it anew"
             )
+
+
+def default_max_kld(dtype: str) -> float:
+    """The divergence, mean nats a token, that an export as ``dtype`` is allowed."""
+    return MAX_KLDS.get(dtype, DEFAULT_MAX_KLD)
 
 
 def write_manifest(path: Path, manifest: Manifest, hashes: Mapping[str, str]) -> None:

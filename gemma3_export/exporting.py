@@ -13,7 +13,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gemma3_export.bundle import DEFAULT_MAX_KLD
 from gemma3_export.verifying import ParityCheck, require_packages
 
 if TYPE_CHECKING:
@@ -69,6 +68,7 @@ def export_onnx(
     dtype: str = "fp32",
     block_size: int = 32,
     max_kld: float | None = None,
+    calibration: Path | None = None,
     tokenizer: Tokenizer | None = None,
     verify: bool = True,
     force: bool = False,
@@ -80,11 +80,15 @@ def export_onnx(
         source: from :func:`open_weights`.
         output: the folder to create; it appears when it is complete and proven.
         target: ``ort`` for ONNX Runtime's fused kernels, ``portable`` for standard operators.
-        dtype: ``fp32``, ``bf16`` or ``fp16``; ``int8`` for matrices in 8-bit blocks; ``keep`` for
-            the blocks of a quantised GGUF.
-        block_size: inputs of an ``int8`` matrix that share a scale.
+        dtype: ``fp32``, ``bf16`` or ``fp16``; ``int8`` or ``int4`` for matrices in 8-bit or 4-bit
+            blocks; ``mixed`` for each matrix in the smallest format that the budget allows;
+            ``keep`` for the blocks of a quantised GGUF.
+        block_size: inputs of an ``int8`` or ``int4`` matrix that share a scale; the fewest, for
+            ``mixed``.
         max_kld: the divergence from full precision, mean nats a token, at which the export fails;
-            None is 0.01.
+            None is 0.01, for ``mixed`` 0.05 and for ``int4`` 0.1.
+        calibration: UTF-8 text that ``int4`` and ``mixed`` are made with; None lets the model
+            write it.
         tokenizer: None takes the one that came with the weights, if any.
         verify: check parity; without it the manifest says that the bundle is unproven.
         force: replace an existing folder.
@@ -97,6 +101,7 @@ def export_onnx(
         Gemma3ExportError: the disk is full or cannot be written.
     """
     require_packages()
+    from gemma3_export.exporters.calibration import CalibrationPlan
     from gemma3_export.exporters.onnx_export import OnnxWriter
 
     return _export(
@@ -104,7 +109,8 @@ def export_onnx(
             target=target,
             dtype=dtype,
             block_size=block_size,
-            max_kld=DEFAULT_MAX_KLD if max_kld is None else max_kld,
+            max_kld=max_kld,
+            calibration=CalibrationPlan(file=calibration),
         ),
         source,
         output,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 
 import click
 
@@ -12,13 +13,14 @@ __all__ = ["DTYPES", "TARGETS", "onnx"]
 
 # Repeated from the exporters, which need torch to be imported; a test holds them equal.
 TARGETS = ("ort", "portable")
-DTYPES = ("fp32", "bf16", "fp16", "int8", "keep")
+DTYPES = ("fp32", "bf16", "fp16", "int8", "int4", "mixed", "keep")
 EPILOG = """\b
 Examples:
   gemma3-export onnx --size 270m -o gemma-3-270m
   gemma3-export onnx --weights model.gguf --target portable -o out
   gemma3-export onnx --weights checkpoint.pt --config config.json --tokenizer tokenizer.json -o out
   gemma3-export onnx --size 270m --dtype int8 -o gemma-3-270m-int8
+  gemma3-export onnx --size 270m --dtype mixed --max-kld 0.05 -o gemma-3-270m-mixed
   gemma3-export onnx --weights model-Q4_K_M.gguf --dtype keep -o kept
   gemma3-export onnx --size 1b --random-weights 0 -o random-1b
 """
@@ -39,22 +41,36 @@ Examples:
     default="fp32",
     show_default=True,
     help="bf16: the half precision to choose. fp16: refused where activations come near its end. "
-    "int8: matrices in 8-bit blocks. keep: the blocks of a quantised GGUF, bit by bit.",
+    "int8: matrices in 8-bit blocks. int4: in 4-bit blocks, made with calibration text. mixed: each "
+    "matrix in the smallest format that the budget allows. keep: the blocks of a quantised GGUF, bit "
+    "by bit.",
 )
 @click.option(
     "--block-size",
     type=click.Choice(("16", "32", "64", "128", "256")),
     default="32",
     show_default=True,
-    help="int8: inputs of a matrix that share a scale.",
+    help="int8, int4: inputs of a matrix that share a scale. mixed: the fewest.",
 )
 @click.option(
     "--max-kld",
     type=click.FloatRange(min=0, min_open=True),
-    help="Divergence from full precision at which the export fails, nats a token [default: 0.01].",
+    help="Divergence from full precision at which the export fails, nats a token "
+    "[default: 0.01; mixed: 0.05, int4: 0.1].",
+)
+@click.option(
+    "--calibration",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help="int4, mixed: UTF-8 text to calibrate with (default: the model writes it).",
 )
 def onnx(
-    options: ExportOptions, target: str, dtype: str, block_size: str, max_kld: float | None
+    options: ExportOptions,
+    target: str,
+    dtype: str,
+    block_size: str,
+    max_kld: float | None,
+    calibration: Path | None,
 ) -> None:
     """Export Gemma 3 to ONNX and prove that the result computes what the model computes.
 
@@ -66,6 +82,11 @@ def onnx(
     from gemma3_export.exporting import export_onnx
 
     export = partial(
-        export_onnx, target=target, dtype=dtype, block_size=int(block_size), max_kld=max_kld
+        export_onnx,
+        target=target,
+        dtype=dtype,
+        block_size=int(block_size),
+        max_kld=max_kld,
+        calibration=calibration,
     )
     run_export(options, "onnx", f"{dtype}, target {target}", export)

@@ -49,11 +49,17 @@ class ActivationRounding:
 
     def __init__(self, model: Gemma3, block_sizes: Mapping[str, int]) -> None:
         self.is_on = False
+        self._hooks = []
         head = head_name(model.config)
         for name, block_size in block_sizes.items():
             module = model.head if name == head else model.get_submodule(name.rpartition(".")[0])
             if name == head or isinstance(module, nn.Linear):  # a mere lookup has no input
-                module.register_forward_pre_hook(self._hook(block_size))
+                self._hooks.append(module.register_forward_pre_hook(self._hook(block_size)))
+
+    def remove(self) -> None:
+        """Take the hooks off the model."""
+        for hook in self._hooks:
+            hook.remove()
 
     @contextmanager
     def on(self) -> Iterator[None]:
