@@ -67,7 +67,7 @@ class DivergenceMeter:
                 self.model.get_parameter(name).copy_(weight)
 
     def _divergence(self, changed: Iterable[str], activation_blocks: Mapping[str, int]) -> float:
-        first = 0 if activation_blocks else min(map(layer_of, changed))
+        first = 0 if activation_blocks else min(map(layer_of, changed), default=0)
         x = self.states[first] if first else self.model.model.embed_tokens(self.ids)
         rounding = ActivationRounding(self.model, activation_blocks)
         with rounding.on() if activation_blocks else nullcontext():

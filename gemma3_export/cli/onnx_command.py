@@ -13,7 +13,7 @@ __all__ = ["DTYPES", "TARGETS", "onnx"]
 
 # Repeated from the exporters, which need torch to be imported; a test holds them equal.
 TARGETS = ("ort", "portable")
-DTYPES = ("fp32", "bf16", "fp16", "int8", "int4", "mixed", "keep")
+DTYPES = ("fp32", "bf16", "fp16", "int8", "keep", "int4", "mixed")
 EPILOG = """\b
 Examples:
   gemma3-export onnx --size 270m -o gemma-3-270m
@@ -41,9 +41,9 @@ Examples:
     default="fp32",
     show_default=True,
     help="bf16: the half precision to choose. fp16: refused where activations come near its end. "
-    "int8: matrices in 8-bit blocks. int4: in 4-bit blocks, made with calibration text. mixed: each "
-    "matrix in the smallest format that the budget allows. keep: the blocks of a quantised GGUF, bit "
-    "by bit.",
+    "int8: matrices in 8-bit blocks. int4: in 4-bit blocks, made with calibration text. "
+    "mixed: each matrix in the smallest format that the budget allows. "
+    "keep: the blocks of a quantised GGUF, bit by bit.",
 )
 @click.option(
     "--block-size",
