@@ -17,13 +17,17 @@ from gemma3_export.config import Gemma3Config
 from gemma3_export.exporters.block_matrix import BlockMatrix, pack_codes, quantize, unpack_codes
 from gemma3_export.exporters.bundle_export import Progress
 from gemma3_export.exporters.calibration import Calibration
-from gemma3_export.exporters.gptq import GptqRounding, Hessian
+from gemma3_export.exporters.gptq import DAMPING, GptqRounding, Hessian
 from gemma3_export.exporters.layer_walk import LayerWalk
 from gemma3_export.exporters.quantizers import CHUNK_BYTES, matrix_names, packed_format
 from gemma3_export.reference.weights import WeightSource, check_finite
 from gemma3_export.reference.weights.checkpoint import EMBEDDING, HEAD
 
 __all__ = ["CalibratedBlocks", "Calibrator", "check_formats"]
+
+# A tied embedding is looked up as well as multiplied with. Of 0.01, 0.1 and 1, on the 270M, the
+# divergence of both together is 0.140, 0.118 and 0.119.
+TABLE_DAMPING = 0.1
 
 Observer = Callable[[Sequence[str], Hessian], None]
 
@@ -126,7 +130,7 @@ class Calibrator:
             return
         if self.observe is not None and hessian is not None:
             self.observe([name], hessian)
-        blocks.save(name, round_rows(self.source, name, hessian, block_format))
+        blocks.save(name, round_rows(self.source, name, hessian, block_format, TABLE_DAMPING))
         self.tables[name] = block_format
 
     def _original_rows(self, tokens: Tensor) -> Tensor:
@@ -148,10 +152,14 @@ def check_formats(config: Gemma3Config, formats: Mapping[str, BlockFormat]) -> N
 
 
 def round_rows(
-    source: WeightSource, name: str, hessian: Hessian | None, block_format: BlockFormat
+    source: WeightSource,
+    name: str,
+    hessian: Hessian | None,
+    block_format: BlockFormat,
+    damping: float = DAMPING,
 ) -> list[BlockMatrix]:
     """One matrix, a few rows at a time; without a Hessian to the nearest codes."""
-    rounding = None if hessian is None else GptqRounding(hessian.mean(), block_format)
+    rounding = None if hessian is None else GptqRounding(hessian.mean(), block_format, damping)
     parts = []
     for weights in source.chunks(name, max_bytes=CHUNK_BYTES):
         check_finite(name, weights)

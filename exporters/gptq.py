@@ -16,7 +16,7 @@ from torch import Tensor
 from gemma3_export.block_format import BlockFormat
 from gemma3_export.exporters.block_matrix import BlockMatrix, block_scales
 
-__all__ = ["GptqRounding", "Hessian"]
+__all__ = ["DAMPING", "GptqRounding", "Hessian"]
 
 DAMPING = 0.01  # of the mean diagonal, added to all of it
 SWEEP = 64  # columns whose errors reach the columns beyond them in one product
@@ -47,9 +47,13 @@ class GptqRounding:
     Args:
         hessian: [K, K] second moment of the inputs.
         block_format: without minimum.
+        damping: the share of the mean diagonal that is added to all of it. More of it keeps the
+            weights themselves nearer, and less their products.
     """
 
-    def __init__(self, hessian: Tensor, block_format: BlockFormat) -> None:
+    def __init__(
+        self, hessian: Tensor, block_format: BlockFormat, damping: float = DAMPING
+    ) -> None:
         self.format = block_format
         diagonal = hessian.diagonal().clone()
         self.importance = diagonal.float()
@@ -57,7 +61,7 @@ class GptqRounding:
         damped = hessian.double()[self.order][:, self.order]
         mean = float(diagonal.mean())
         # Inputs that are always zero would make the matrix singular.
-        damped.diagonal().add_(DAMPING * mean if mean > 0 else 1.0)
+        damped.diagonal().add_(damping * mean if mean > 0 else 1.0)
         inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
         self.spread = torch.linalg.cholesky(inverse, upper=True).float()  # [K, K]
 

