@@ -108,7 +108,8 @@ def choose_options(products: Sequence[Sequence[Option]], budget: float) -> list[
     """The smallest options whose divergences add up to at most ``budget``.
 
     Each product begins with its smallest option, and the step that saves most divergence for a
-    byte comes next. When nothing reaches the budget, every product ends with its best option.
+    byte comes next. A last, large step may leave room, so what the budget allows is taken back.
+    When nothing reaches the budget, every product ends with its best option.
     """
     chosen = [min(options, key=lambda option: option.size_bytes) for options in products]
     while sum(option.divergence for option in chosen) > budget:
@@ -125,4 +126,23 @@ def choose_options(products: Sequence[Sequence[Option]], budget: float) -> list[
         if best is None:
             break
         chosen[best[0]] = best[1]
-    return chosen
+    return take_back(chosen, products, budget)
+
+
+def take_back(
+    chosen: list[Option], products: Sequence[Sequence[Option]], budget: float
+) -> list[Option]:
+    """Go back to smaller options while the budget allows, most bytes for a divergence first."""
+    while True:
+        room = budget - sum(option.divergence for option in chosen)
+        best, gain = None, 0.0
+        for index, options in enumerate(products):
+            now = chosen[index]
+            for option in options:
+                added = option.divergence - now.divergence
+                saved_bytes = now.size_bytes - option.size_bytes
+                if saved_bytes > 0 and added <= room and saved_bytes / max(added, 1e-12) > gain:
+                    best, gain = (index, option), saved_bytes / max(added, 1e-12)
+        if best is None:
+            return chosen
+        chosen[best[0]] = best[1]

@@ -257,3 +257,17 @@ def test_the_most_divergence_for_a_byte_is_saved_first() -> None:
         for budget in (1.0, 0.15, 0.05, 0.0)
     ]
     assert bits == [[4, 4, 4], [4, 8, 4], [8, 8, 4], [8, 8, 8]]
+
+
+def test_what_a_large_step_leaves_of_the_budget_is_taken_back() -> None:
+    small, large = FORMAT, BlockFormat(bits=8, block_size=16)
+    cheap = [
+        Option(format=small, size_bytes=10, divergence=0.1),
+        Option(format=large, size_bytes=20, divergence=0.0),
+    ]
+    table = [
+        Option(format=small, size_bytes=1000, divergence=0.3),
+        Option(format=large, size_bytes=2000, divergence=0.0),
+    ]
+    chosen = choose_options([cheap, table], 0.2)  # takes the cheap step, then needs the other
+    assert [option.format for option in chosen] == [small, large]
