@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 
-from gemma3_export.bundle import Graph, WeightRecipe, sha256_of
+from gemma3_export.block_format import BlockFormat
+from gemma3_export.bundle import Graph, WeightRecipe, default_max_kld, sha256_of
 from gemma3_export.config import Gemma3Config
 from gemma3_export.config_json import config_to_json
+from gemma3_export.errors import InputError
+from gemma3_export.exporters.block_matrix import BlockMatrix
 from gemma3_export.exporters.bundle_export import Progress, half_precision, require_dtype
 from gemma3_export.exporters.packing import weight_recipes
+from gemma3_export.exporters.quantizers import Quantizer, RoundToNearest, matrix_names
 from gemma3_export.exporters.step import DecoderStep, example_inputs
 from gemma3_export.exporters.torchscript_debug import drop_source_paths
 from gemma3_export.exporters.torchscript_modules import TorchScriptGemma3, install_matrices
@@ -22,7 +26,7 @@ from gemma3_export.reference.weights import WeightSource, check_finite
 from gemma3_export.runtimes.torchscript_support import torchscript
 from gemma3_export.signature import DType
 
-__all__ = ["DTYPES", "TorchScriptWriter"]
+__all__ = ["DTYPES", "QUANTIZED", "TorchScriptWriter"]
 
 # --dtype: weights, and the cache's element type
 DTYPES: dict[str, tuple[torch.dtype, DType]] = {
@@ -30,6 +34,8 @@ DTYPES: dict[str, tuple[torch.dtype, DType]] = {
     "bf16": (torch.bfloat16, "bfloat16"),
     "fp16": (torch.float16, "float16"),
 }
+QUANTIZED = ("int8",)  # --dtype: matrices in blocks, the rest as in bf16
+BLOCK_SIZE = 128  # of int8: a smaller one costs speed, for each block is a product of its own
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,40 +43,64 @@ class TorchScriptWriter:
     """A :class:`gemma3_export.exporters.bundle_export.GraphWriter` for TorchScript.
 
     Args:
-        dtype: a key of :data:`DTYPES`.
+        dtype: a key of :data:`DTYPES`, or one of :data:`QUANTIZED`.
         prepack: let the archive lay out its matrices for the CPU when it is loaded; False makes an
             archive that torch builds without oneDNN can load too.
+        block_size: columns of an ``int8`` matrix that share a scale.
+        max_kld: how far the export may lie from full precision, mean nats a token; None is what
+            ``dtype`` keeps to.
 
     Raises:
-        InputError: unknown dtype.
+        InputError: unknown dtype, a block size that does not exist, or int8 without oneDNN.
     """
 
     runtime: ClassVar[str] = "torchscript"
     dtype: str = "fp32"
     prepack: bool = True
+    block_size: int = BLOCK_SIZE
+    max_kld: float | None = None
 
     def __post_init__(self) -> None:
-        require_dtype(self.dtype, tuple(DTYPES))
+        require_dtype(self.dtype, (*DTYPES, *QUANTIZED))
+        if self.is_quantized:
+            BlockFormat(bits=8, block_size=self.block_size)
+            if not self.prepack:
+                raise InputError(
+                    "int8 archives ask oneDNN what the processor can do, so there is none for "
+                    "torch builds without it; leave out --no-prepack, or choose --dtype bf16"
+                )
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether matrices are stored in blocks."""
+        return self.dtype in QUANTIZED
+
+    @property
+    def float_types(self) -> tuple[torch.dtype, DType]:
+        """Of all that is not quantised, and of the cache."""
+        return DTYPES["bf16" if self.is_quantized else self.dtype]
 
     @property
     def half(self) -> HalfPrecision | None:
         """See :class:`gemma3_export.exporters.bundle_export.GraphWriter`."""
-        return half_precision(DTYPES[self.dtype][0], holds_residual=True)
+        return half_precision(self.float_types[0], holds_residual=True)
 
     def size_bytes(self, config: Gemma3Config) -> int:
         """Weights and code."""
-        return config.num_parameters * DTYPES[self.dtype][0].itemsize + 2**22
+        itemsize = 1.25 if self.is_quantized else self.float_types[0].itemsize
+        return int(config.num_parameters * itemsize) + 2**22
 
     def write(
         self, source: WeightSource, folder: Path, progress: Progress
     ) -> tuple[Graph, dict[str, str]]:
         """Load the packed weights, trace, and save ``torchscript/model.ts``."""
-        dtype, cache_dtype = DTYPES[self.dtype]
+        dtype, cache_dtype = self.float_types
         path = folder / "torchscript" / "model.ts"
         path.parent.mkdir(exist_ok=True)
         with torchscript(), torch.inference_mode():
-            model, recipes = load_packed(source, dtype, progress)
-            install_matrices(model, prepack=self.prepack)
+            model, recipes, blocks = load_packed(source, dtype, self._quantizer(source), progress)
+            install_matrices(model, blocks, prepack=self.prepack)
+            blocks.clear()
             progress("tracing", 0, 1)
             trace: Any = torch.jit.trace  # untyped
             archive = trace(
@@ -89,17 +119,27 @@ class TorchScriptWriter:
             runtime=self.runtime,
             path=path.relative_to(folder).as_posix(),
             dtype=self.dtype,
-            target="prepacked" if self.prepack else "plain",
+            target="prepacked" if self.prepack and not self.is_quantized else "plain",
             cache_dtype=cache_dtype,
             weights=recipes,
+            max_kld=self.max_kld or default_max_kld(self.dtype),
         )
         return graph, {graph.path: sha256_of(path)}
 
+    def _quantizer(self, source: WeightSource) -> Quantizer | None:
+        if not self.is_quantized:
+            return None
+        block_format = BlockFormat(bits=8, block_size=self.block_size)
+        formats = dict.fromkeys(matrix_names(source.config), block_format)
+        return RoundToNearest(source=source, formats=formats)
+
 
 def load_packed(
-    source: WeightSource, dtype: torch.dtype, progress: Progress
-) -> tuple[TorchScriptGemma3, dict[str, WeightRecipe]]:
+    source: WeightSource, dtype: torch.dtype, quantizer: Quantizer | None, progress: Progress
+) -> tuple[TorchScriptGemma3, dict[str, WeightRecipe], dict[str, BlockMatrix]]:
     """The stand-in model filled by its recipes, one tensor at a time.
+
+    What ``quantizer`` quantises is returned beside the model, which keeps no floats of it.
 
     Raises:
         InputError: a weight holds NaN or infinity.
@@ -107,11 +147,18 @@ def load_packed(
     with torch.device("meta"):
         model = TorchScriptGemma3(source.config)
     recipes = weight_recipes(model)
+    blocks: dict[str, BlockMatrix] = {}
     model = model.to(dtype).to_empty(device="cpu").eval().requires_grad_(False)
     parameters = dict(model.named_parameters())
     total = sum(parameter.nbytes for parameter in parameters.values())
     done = 0
     for name, recipe in recipes.items():
+        if quantizer is not None and parameters[name].ndim == 2:
+            recipes[name] = replace(recipe, blocks=quantizer.format(recipe.names))
+            blocks[name] = BlockMatrix.stack(list(quantizer.matrices(recipes[name])))
+            done += parameters[name].nbytes
+            progress("reading weights", done, total)
+            continue
         start = 0
         for source_name in recipe.names:
             for chunk in source.chunks(source_name):
@@ -120,4 +167,4 @@ def load_packed(
                 start += chunk.shape[0]
         done += parameters[name].nbytes
         progress("reading weights", done, total)
-    return model, recipes
+    return model, recipes, blocks

@@ -8,14 +8,15 @@ Shapes: B batch rows, T new tokens, D hidden size, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from gemma3_export.config import Gemma3Config
+from gemma3_export.exporters.block_matrix import BlockMatrix, in_blocks
 from gemma3_export.exporters.packing import PackedAttention, PackedMLP, PackedProjection
-from gemma3_export.exporters.torchscript_matrix import Matrix, PlainMatrix
+from gemma3_export.exporters.torchscript_matrix import BlockedMatrix, Matrix, PlainMatrix
 from gemma3_export.reference.model import (
     Attention,
     Gemma3,
@@ -23,6 +24,7 @@ from gemma3_export.reference.model import (
     RotaryEmbedding,
     ScaledEmbedding,
 )
+from gemma3_export.reference.weights.checkpoint import EMBEDDING, HEAD
 
 __all__ = ["TorchScriptGemma3", "install_matrices"]
 
@@ -61,6 +63,15 @@ class MatrixHead(LMHead):
         return self.matrix(x)  # type: ignore[no-any-return]
 
 
+class BlockedHead(MatrixHead):
+    """Logits out of a :class:`BlockedMatrix`, which has them in float32."""
+
+    def product(self, x: Tensor, weight_VD: Tensor) -> Tensor:
+        """[B, T, D] to [B, T, V]."""
+        del weight_VD
+        return self.matrix.wide(x)  # type: ignore[no-any-return,operator]
+
+
 class StoredRotary(RotaryEmbedding):
     """Frequencies as a buffer: a trace would bake the device that computes them into the graph."""
 
@@ -91,31 +102,48 @@ class TorchScriptGemma3(Gemma3):
         return torch.empty(0)
 
 
-def install_matrices(model: TorchScriptGemma3, *, prepack: bool) -> None:
+def blocked_matrix(matrix: BlockMatrix) -> BlockedMatrix:
+    """As an archive stores it: blocks outermost, codes around zero."""
+    codes = (matrix.codes.to(torch.int16) - matrix.format.zero_point).to(torch.int8)
+    codes = in_blocks(codes, matrix.format).transpose(0, 1)
+    return BlockedMatrix(codes.contiguous(), matrix.scales.t().contiguous())
+
+
+def install_matrices(
+    model: TorchScriptGemma3, blocks: Mapping[str, BlockMatrix], *, prepack: bool
+) -> None:
     """Turn loaded weights into matrices, ready for tracing.
 
     Args:
         model: with its weights in place.
-        prepack: let the archive pack its matrices when it is loaded.
+        blocks: those that are quantised, by the parameter's name.
+        prepack: let the archive pack its float matrices when it is loaded.
     """
-    make: Callable[[Tensor, bool], nn.Module] = Matrix if prepack else PlainMatrix
+    plain: Callable[[Tensor, bool], nn.Module] = Matrix if prepack else PlainMatrix
+
+    def make(name: str, weight: Tensor, keeps_rows: bool) -> nn.Module:
+        matrix = blocked_matrix(blocks[name]) if name in blocks else plain(weight, keeps_rows)
+        scripted: nn.Module = torch.jit.script(matrix)
+        return scripted
+
     for rotary in model.rotary.values():
         assert isinstance(rotary, StoredRotary)
         frequencies = RotaryEmbedding.inverse_frequencies(rotary, torch.device("cpu"))
         rotary.register_buffer("frequencies", frequencies)
-    for module in model.modules():
+    for path, module in model.named_modules():
         if isinstance(module, MatrixProjection):
-            module.matrix = torch.jit.script(make(module.weight.data, False))
+            module.matrix = make(f"{path}.weight", module.weight.data, False)
             del module.weight
     embedding = model.model.embed_tokens
     assert isinstance(embedding, MatrixEmbedding)
-    table = torch.jit.script(make(embedding.weight.data, True))
+    table = make(EMBEDDING, embedding.weight.data, True)
     embedding.matrix = table
     scale = torch.tensor(embedding.hidden_size**0.5, dtype=torch.float32)
     embedding.scale = float(scale.to(embedding.weight.dtype))
     if model.config.tie_word_embeddings:
-        model.head = MatrixHead(table)
+        name, head = EMBEDDING, table
     else:
-        model.head = MatrixHead(torch.jit.script(make(model.lm_head.weight.data, False)))
+        name, head = HEAD, make(HEAD, model.lm_head.weight.data, False)
         del model.lm_head
+    model.head = BlockedHead(head) if name in blocks else MatrixHead(head)
     del embedding.weight

@@ -127,6 +127,8 @@ def export_torchscript(
     *,
     dtype: str = "fp32",
     prepack: bool = True,
+    block_size: int = 128,
+    max_kld: float | None = None,
     tokenizer: Tokenizer | None = None,
     verify: bool = True,
     force: bool = False,
@@ -137,8 +139,12 @@ def export_torchscript(
     Args:
         source: from :func:`open_weights`.
         output: the folder to create, or a bundle of the same weights to add the archive to.
-        dtype: element type of weights and cache: ``fp32``, ``bf16`` or ``fp16``.
+        dtype: element type of weights and cache: ``fp32``, ``bf16`` or ``fp16``; ``int8`` for
+            matrices in 8-bit blocks and all else in bf16.
         prepack: let the archive lay out its matrices for the CPU when it is loaded.
+        block_size: inputs of an ``int8`` matrix that share a scale.
+        max_kld: the divergence from full precision, mean nats a token, at which the export fails;
+            None is 0.01.
         tokenizer: None takes the one that came with the weights, if any.
         verify: check parity; without it the manifest says that the archive is unproven.
         force: replace an existing folder.
@@ -151,7 +157,7 @@ def export_torchscript(
     from gemma3_export.exporters.torchscript_export import TorchScriptWriter
 
     return _export(
-        TorchScriptWriter(dtype=dtype, prepack=prepack),
+        TorchScriptWriter(dtype=dtype, prepack=prepack, block_size=block_size, max_kld=max_kld),
         source,
         output,
         tokenizer=tokenizer,

@@ -42,10 +42,10 @@ def program(tmp_path_factory) -> Path:
     return build / "generate"
 
 
-@pytest.fixture(scope="module", params=["fp32", "bf16"])
+@pytest.fixture(scope="module", params=["fp32", "bf16", "int8"])
 def bundle(request, tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("bundle") / request.param
-    writer = TorchScriptWriter(dtype=request.param)
+    writer = TorchScriptWriter(dtype=request.param, block_size=16)
     return export_bundle(RandomSource(tiny_config(), 11), path, writer).path
 
 

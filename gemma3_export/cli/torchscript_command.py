@@ -11,11 +11,12 @@ from gemma3_export.cli.export_options import ExportOptions, export_options, run_
 __all__ = ["DTYPES", "torchscript"]
 
 # Repeated from the exporter, which needs torch to be imported; a test holds them equal.
-DTYPES = ("fp32", "bf16", "fp16")
+DTYPES = ("fp32", "bf16", "fp16", "int8")
 EPILOG = """\b
 Examples:
   gemma3-export torchscript --size 270m -o gemma-3-270m
   gemma3-export torchscript --weights model.gguf --dtype bf16 -o out
+  gemma3-export torchscript --size 270m --dtype int8 -o gemma-3-270m-int8
   gemma3-export torchscript --weights model.gguf -o existing-onnx-bundle
 """
 
@@ -27,14 +28,29 @@ Examples:
     type=click.Choice(DTYPES),
     default="fp32",
     show_default=True,
-    help="fp16: refused where the residual stream comes near its end; take bf16.",
+    help="fp16: refused where the residual stream comes near its end; take bf16. "
+    "int8: matrices in 8-bit blocks, computing in bf16.",
+)
+@click.option(
+    "--block-size",
+    type=click.Choice(("16", "32", "64", "128", "256")),
+    default="128",
+    show_default=True,
+    help="int8: inputs of a matrix that share a scale.",
+)
+@click.option(
+    "--max-kld",
+    type=click.FloatRange(min=0, min_open=True),
+    help="Divergence from full precision at which the export fails, nats a token [default: 0.01].",
 )
 @click.option(
     "--no-prepack",
     is_flag=True,
     help="Leave matrices as they are on loading, for torch builds without oneDNN.",
 )
-def torchscript(options: ExportOptions, dtype: str, no_prepack: bool) -> None:
+def torchscript(
+    options: ExportOptions, dtype: str, block_size: str, max_kld: float | None, no_prepack: bool
+) -> None:
     """Export Gemma 3 to a TorchScript archive and prove that it computes what the model computes.
 
     The archive needs torch or libtorch alone, in Python or C++. PyTorch has deprecated TorchScript;
@@ -43,5 +59,11 @@ def torchscript(options: ExportOptions, dtype: str, no_prepack: bool) -> None:
     """
     from gemma3_export.exporting import export_torchscript
 
-    export = partial(export_torchscript, dtype=dtype, prepack=not no_prepack)
+    export = partial(
+        export_torchscript,
+        dtype=dtype,
+        prepack=not no_prepack,
+        block_size=int(block_size),
+        max_kld=max_kld,
+    )
     run_export(options, "torchscript", dtype, export)
