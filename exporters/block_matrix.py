@@ -13,8 +13,13 @@ from torch import Tensor
 
 from gemma3_export.block_format import BlockFormat
 
-__all__ = ["BlockMatrix", "block_scales", "pack_codes", "quantize", "unpack_codes"]
+__all__ = ["SCALE_TYPES", "BlockMatrix", "block_scales", "pack_codes", "quantize", "unpack_codes"]
 
+SCALE_TYPES = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+}
 SHRINKS = 1.0 - 0.0125 * torch.arange(24)  # candidate scales, relative to the one without clipping
 
 
@@ -24,7 +29,7 @@ class BlockMatrix:
 
     format: BlockFormat
     codes: Tensor  # [N, K] uint8, one code each, whatever the bits
-    scales: Tensor  # [N, G] float32
+    scales: Tensor  # [N, G] float32, whatever they are stored in
     minimums: Tensor | None = None  # [N, G] float32
 
     def dequantize(self) -> Tensor:
@@ -47,7 +52,7 @@ class BlockMatrix:
         return BlockMatrix(
             wanted,
             (self.codes.to(torch.int16) + shift).to(torch.uint8),
-            self.scales.repeat_interleave(repeats, 1),
+            stored_scales(self.scales.repeat_interleave(repeats, 1), wanted),
             None if minimums is None else minimums.repeat_interleave(repeats, 1),
         )
 
@@ -94,8 +99,13 @@ def block_scales(
     """[N, G] the scales of ``weights``; see :func:`quantize`."""
     blocks = in_blocks(weights.float(), block_format)
     if block_format.bits == 8:
-        return blocks.abs().amax(-1) / 127
-    return searched_scales(blocks, block_format, importance)
+        return stored_scales(blocks.abs().amax(-1) / 127, block_format)
+    return stored_scales(searched_scales(blocks, block_format, importance), block_format)
+
+
+def stored_scales(scales: Tensor, block_format: BlockFormat) -> Tensor:
+    """float32 scales, rounded to the type that they are stored in, so that codes can be made."""
+    return scales.to(SCALE_TYPES[block_format.scale_type]).float()
 
 
 def codes_of(blocks: Tensor, scales: Tensor, block_format: BlockFormat) -> Tensor:

@@ -16,7 +16,7 @@ import onnx_ir as ir
 import torch
 
 from gemma3_export.bundle import WeightRecipe
-from gemma3_export.exporters.block_matrix import pack_codes
+from gemma3_export.exporters.block_matrix import SCALE_TYPES, pack_codes
 from gemma3_export.exporters.onnx_blocks import (
     CODES,
     LOOKUP_SCALES,
@@ -160,6 +160,9 @@ def write_blocks(
         writer.align()
         places[key] = writer.position
         tensor = torch.cat(kept[key]) if key in kept else torch.zeros(part.shape, dtype=torch.uint8)
+        if key == SCALES:
+            tensor = tensor.to(SCALE_TYPES[recipe.blocks.scale_type])
+            check_finite(f"{name}.{key} in {recipe.blocks.scale_type}", tensor)
         writer.write(raw_bytes(tensor.contiguous()))
     for key, part in parts.items():
         attach(graph.initializers[part.name], part, places[key], path)

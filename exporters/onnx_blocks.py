@@ -3,6 +3,9 @@
 The graph is rewritten after tracing, so that one model definition serves every format and each
 matrix may have its own: ``MatMul`` and ``Gemm`` become ``MatMulNBits``, the embedding's ``Gather``
 becomes ``GatherBlockQuantized``. The tied embedding stays one tensor.
+
+Where activations are half, so are the scales, and the kernels multiply as they are: rounding the
+inputs to int8 is for the CPU. Minimums stay float32, and so does what is subtracted.
 """
 
 from __future__ import annotations
@@ -29,7 +32,14 @@ __all__ = [
 CODES, SCALES, MINIMUMS, ZERO_POINTS = "codes", "scales", "minimums", "zero_points"
 LOOKUP_SCALES = "lookup_scales"  # the scales again, in the shape that the embedding's lookup takes
 DOMAIN = "com.microsoft"
-INT8_ACTIVATIONS = 4  # MatMulNBits' accuracy_level: round the inputs to int8 by block as well
+FLOAT = ir.DataType.FLOAT
+# MatMulNBits' accuracy_level: take the inputs as they are, or round them to int8 by block as well.
+PLAIN_ACTIVATIONS, INT8_ACTIVATIONS = 0, 4
+SCALE_TYPES = {
+    "float32": FLOAT,
+    "float16": ir.DataType.FLOAT16,
+    "bfloat16": ir.DataType.BFLOAT16,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,10 +62,10 @@ def stored_parts(name: str, block_format: BlockFormat, rows: int, columns: int) 
             (rows, blocks, block_format.block_size * block_format.bits // 8),
             ir.DataType.UINT8,
         ),
-        SCALES: ((rows, blocks), ir.DataType.FLOAT),
+        SCALES: ((rows, blocks), SCALE_TYPES[block_format.scale_type]),
     }
     if block_format.has_minimum:
-        shapes[MINIMUMS] = ((rows, blocks), ir.DataType.FLOAT)
+        shapes[MINIMUMS] = ((rows, blocks), FLOAT)
         if block_format.bits == 4:
             shapes[ZERO_POINTS] = ((rows, (blocks + 1) // 2), ir.DataType.UINT8)
     return {part: Part(f"{name}.{part}", shape, dtype) for part, (shape, dtype) in shapes.items()}
@@ -102,6 +112,7 @@ class StoredMatrix:
     ) -> None:
         self.graph, self.name, self.format = graph, name, block_format
         self.rows, self.columns = rows, columns
+        self.is_wide = block_format.scale_type == "float32"
         self.parts: dict[str, ir.Value] = {}
         for key, part in stored_parts(name, block_format, rows, columns).items():
             self.parts[key] = self._initializer(part)
@@ -121,24 +132,40 @@ class StoredMatrix:
             "N": self.rows,
             "bits": self.format.bits,
             "block_size": self.format.block_size,
-            "accuracy_level": INT8_ACTIVATIONS,
+            "accuracy_level": INT8_ACTIVATIONS if self.is_wide else PLAIN_ACTIVATIONS,
         }
         product = self._insert(old, DOMAIN, "MatMulNBits", inputs, attributes)
         if self.format.has_minimum:
-            sums = self._block_sums(old, x)
+            sums = self._block_sums(old, self._widened(old, x, "input"))
             inputs = [sums, self.parts[MINIMUMS]]
-            offset = self._insert(old, DOMAIN, "FusedMatMul", inputs, {"transB": 1})
-            product = self._insert(old, "", "Sub", [product, offset])
+            offset = self._insert(old, DOMAIN, "FusedMatMul", inputs, {"transB": 1}, FLOAT)
+            product = self._less(old, product, offset)
         self._take_over(old, product)
+
+    def _less(self, old: ir.Node, value: ir.Value, offset: ir.Value) -> ir.Value:
+        """``value - offset`` in the type of ``value``, computed in float32."""
+        wide = self._widened(old, value, "minuend")
+        difference = self._insert(old, "", "Sub", [wide, offset], kind=FLOAT)
+        if self.is_wide:
+            return difference
+        return self._cast(old, difference, SCALE_TYPES[self.format.scale_type], "difference")
+
+    def _widened(self, old: ir.Node, value: ir.Value, role: str) -> ir.Value:
+        """``value`` in float32."""
+        return value if self.is_wide else self._cast(old, value, FLOAT, role)
+
+    def _cast(self, old: ir.Node, value: ir.Value, kind: ir.DataType, role: str) -> ir.Value:
+        return self._insert(old, "", "Cast", [value], {"to": kind.value}, kind, role)
 
     def _block_sums(self, old: ir.Node, x: ir.Value) -> ir.Value:
         """[..., K] to [..., G]: what each block's minimum is multiplied with."""
         blocks = [0, 0, -1, self.format.block_size]  # Gemm's input has two axes, MatMul's three
         if old.op_type == "Gemm":
             del blocks[0]
-        split = self._insert(old, "", "Reshape", [x, self._integers(old, "blocks", blocks)])
+        target = self._integers(old, "blocks", blocks)
+        split = self._insert(old, "", "Reshape", [x, target], kind=FLOAT)
         axis = self._integers(old, "axis", [-1])
-        return self._insert(old, "", "ReduceSum", [split, axis], {"keepdims": 0})
+        return self._insert(old, "", "ReduceSum", [split, axis], {"keepdims": 0}, FLOAT)
 
     def replace_lookup(self, old: ir.Node) -> None:
         """``Gather(W, ids)`` to ``GatherBlockQuantized``."""
@@ -147,7 +174,8 @@ class StoredMatrix:
         scales = self.parts[SCALES]
         assert scales.shape is not None
         shape = (*scales.shape.numpy(), 1)
-        alias = self._initializer(Part(f"{self.name}.{LOOKUP_SCALES}", shape, ir.DataType.FLOAT))
+        kind = SCALE_TYPES[self.format.scale_type]
+        alias = self._initializer(Part(f"{self.name}.{LOOKUP_SCALES}", shape, kind))
         attributes = {
             "bits": self.format.bits,
             "block_size": self.format.block_size,
@@ -158,9 +186,10 @@ class StoredMatrix:
         inputs = [self.parts[CODES], ids, alias]
         found = self._insert(old, DOMAIN, "GatherBlockQuantized", inputs, attributes)
         if self.format.has_minimum:
-            low = self._insert(old, "", "Gather", [self.parts[MINIMUMS], ids], {"axis": 0})
-            low = self._insert(old, "", "Unsqueeze", [low, self._integers(old, "axis", [-1])])
-            found = self._insert(old, "", "Sub", [found, low])
+            low = self._insert(old, "", "Gather", [self.parts[MINIMUMS], ids], {"axis": 0}, FLOAT)
+            axis = self._integers(old, "axis", [-1])
+            low = self._insert(old, "", "Unsqueeze", [low, axis], kind=FLOAT)
+            found = self._less(old, found, low)
         row = self._integers(old, "row", [0, 0, self.columns])
         self._take_over(old, self._insert(old, "", "Reshape", [found, row]))
 
@@ -171,6 +200,8 @@ class StoredMatrix:
         op_type: str,
         inputs: Sequence[ir.Value | None],
         attributes: Mapping[str, int] | None = None,
+        kind: ir.DataType | None = None,  # None: as what is replaced
+        role: str = "",  # where an operator stands twice
     ) -> ir.Value:
         while inputs and inputs[-1] is None:
             inputs = inputs[:-1]
@@ -180,11 +211,11 @@ class StoredMatrix:
             inputs,
             [ir.AttrInt64(name, value) for name, value in (attributes or {}).items()],
             num_outputs=1,
-            name=f"{before.name}.{op_type}",
+            name=f"{before.name}.{role}{op_type}",
         )
         output = node.outputs[0]
-        output.name = f"{before.outputs[0].name}.{op_type}"
-        output.type = before.outputs[0].type
+        output.name = f"{before.outputs[0].name}.{role}{op_type}"
+        output.type = before.outputs[0].type if kind is None else ir.TensorType(kind)
         self.graph.insert_before(before, node)
         return output
 

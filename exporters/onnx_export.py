@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import tempfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -42,7 +42,7 @@ DTYPES: dict[str, tuple[torch.dtype, DType]] = {
     "fp16": (torch.float16, "float16"),
 }
 CALIBRATED = ("int4", "mixed")  # --dtype: matrices in blocks, made with calibration text
-QUANTIZED = ("int8", "keep", *CALIBRATED)  # --dtype: matrices in blocks, the rest as in fp32
+QUANTIZED = ("int8", "keep", *CALIBRATED)  # --dtype: matrices in blocks, the rest as activations
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +52,7 @@ class OnnxWriter:
     Args:
         target: ``ort`` for ONNX Runtime's fused kernels, ``portable`` for standard operators.
         dtype: a key of :data:`DTYPES`, or one of :data:`QUANTIZED`.
+        activations: what a quantised graph computes in, a key of :data:`DTYPES`.
         block_size: columns of a quantised matrix that share a scale.
         max_kld: how far the export may lie from full precision, mean nats a token; None is what
             ``dtype`` keeps to.
@@ -64,6 +65,7 @@ class OnnxWriter:
     target: str = "ort"
     runtime: ClassVar[str] = "onnx"
     dtype: str = "fp32"
+    activations: str = "fp32"
     block_size: int = 32
     max_kld: float | None = None
     calibration: CalibrationPlan = field(default_factory=CalibrationPlan)
@@ -76,12 +78,26 @@ class OnnxWriter:
             raise InputError(
                 f"target {self.target} has fp32 only; leave --target out to export in {self.dtype}"
             )
+        if self.activations not in DTYPES:
+            raise InputError(
+                f"activations {self.activations!r} are not supported; choose {', '.join(DTYPES)}"
+            )
+        if self.activations != "fp32" and self.dtype not in QUANTIZED:
+            raise InputError(
+                f"--activations {self.activations} goes with --dtype {', '.join(QUANTIZED)}, and "
+                f"not with {self.dtype}; for all of it in one type: --dtype {self.activations}"
+            )
+
+    @property
+    def float_types(self) -> tuple[torch.dtype, DType]:
+        """What is computed in: of matrices that are not quantised, and of the cache."""
+        return DTYPES[self.activations if self.dtype in QUANTIZED else self.dtype]
 
     @property
     def half(self) -> HalfPrecision | None:
         """See :class:`gemma3_export.exporters.bundle_export.GraphWriter`."""
-        dtype = torch.float32 if self.dtype in QUANTIZED else DTYPES[self.dtype][0]
-        return half_precision(dtype, holds_residual=False)
+        half = half_precision(self.float_types[0], holds_residual=False)
+        return replace(half, holds_matrices=False) if half and self.dtype in QUANTIZED else half
 
     @property
     def budget(self) -> float:
@@ -104,12 +120,12 @@ class OnnxWriter:
     def _write(
         self, source: WeightSource, folder: Path, quantizer: Quantizer | None, progress: Progress
     ) -> tuple[Graph, dict[str, str]]:
-        weights_dtype, cache_dtype = DTYPES["fp32" if self.dtype in QUANTIZED else self.dtype]
+        weights_dtype, cache_dtype = self.float_types
         signature = Signature.of(source.config, cache_dtype=cache_dtype)
         progress("tracing", 0, 1)
         model, recipes = trace_onnx(source.config, signature, self.target, weights_dtype)
         if quantizer is not None:
-            recipes = quantize_weights(model.graph, recipes, quantizer, source.config)
+            recipes = quantize_weights(model.graph, recipes, quantizer, source.config, cache_dtype)
         progress("tracing", 1, 1)
 
         path = folder / "onnx" / "model.onnx"
@@ -151,19 +167,21 @@ class OnnxWriter:
         if self.dtype == "keep":
             return KeptBlocks(source=source)
         if self.dtype == "int8":
-            block_format = BlockFormat(bits=8, block_size=self.block_size)
+            block_format = self._format(bits=8)
             formats = dict.fromkeys(matrix_names(source.config), block_format)
             return RoundToNearest(source=source, formats=formats)
         if self.dtype in CALIBRATED:
-            formats = dict.fromkeys(
-                matrix_names(source.config), BlockFormat(bits=4, block_size=self.block_size)
-            )
+            formats = dict.fromkeys(matrix_names(source.config), self._format(bits=4))
             check_formats(source.config, formats)
             text = self.calibration.load(source, tokenizer_in(folder), progress)
             if self.dtype == "int4":
                 return Calibrator(source, text, scratch, progress).calibrate(formats)
             return calibrate_mixed(source, text, self.block_size, self.budget, scratch, progress)
         return None
+
+    def _format(self, bits: int) -> BlockFormat:
+        scale_type = self.float_types[1]
+        return BlockFormat(bits=bits, block_size=self.block_size, scale_type=scale_type)
 
 
 def tokenizer_in(folder: Path) -> Tokenizer | None:
@@ -177,8 +195,12 @@ def quantize_weights(
     recipes: dict[str, WeightRecipe],
     quantizer: Quantizer,
     config: Gemma3Config,
+    scale_type: DType,
 ) -> dict[str, WeightRecipe]:
-    """Let ``graph`` use the formats that ``quantizer`` chooses; return the new recipes."""
+    """Let ``graph`` use the formats that ``quantizer`` chooses; return the new recipes.
+
+    Scales get the type of the graph's activations, whatever the quantizer made them in.
+    """
     canonical = dict(config.weight_shapes())
     formats: dict[str, BlockFormat] = {}
     shapes: dict[str, tuple[int, int]] = {}
@@ -186,7 +208,7 @@ def quantize_weights(
         if len(canonical[recipe.names[0]]) == 2:
             chosen = quantizer.format(recipe.names)
             if chosen is not None:
-                formats[name] = chosen
+                formats[name] = replace(chosen, scale_type=scale_type)
                 rows = sum(canonical[part][0] for part in recipe.names)
                 shapes[name] = (rows, canonical[recipe.names[0]][1])
     return quantize_graph(graph, recipes, formats, shapes)

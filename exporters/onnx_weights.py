@@ -92,7 +92,7 @@ class BundleWeights(WeightSource):
         return {
             name: recipe.blocks.block_size
             for recipe in self.graph.weights.values()
-            if recipe.blocks is not None
+            if recipe.blocks is not None and recipe.blocks.scale_type == "float32"
             for name in recipe.names
         }
 

@@ -41,12 +41,17 @@ class StoredBlocks:
 
     def blocks(self, start: int, stop: int) -> BlockMatrix:
         """Rows [start, stop) as they are stored."""
-        part = {
-            key: torch.from_numpy(np.array(tensor.numpy()[start:stop]))
-            for key, tensor in self.parts.items()
-        }
+        part = {key: read_rows(tensor, start, stop) for key, tensor in self.parts.items()}
         codes = unpack_codes(part[CODES], self.format)
-        return BlockMatrix(self.format, codes, part[SCALES], part.get(MINIMUMS))
+        return BlockMatrix(self.format, codes, part[SCALES].float(), part.get(MINIMUMS))
+
+
+def read_rows(tensor: ir.TensorProtocol, start: int, stop: int) -> torch.Tensor:
+    """Rows [start, stop) of a stored tensor, copied."""
+    rows = np.array(tensor.numpy()[start:stop])
+    if tensor.dtype == ir.DataType.BFLOAT16:  # which torch does not take from numpy
+        return torch.from_numpy(rows.view(np.uint16)).view(torch.bfloat16)
+    return torch.from_numpy(rows)
 
 
 def tensor_of(initializers: Mapping[str, ir.Value], name: str) -> ir.TensorProtocol:

@@ -9,11 +9,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from gemma3_export.errors import InputError
+from gemma3_export.signature import DType
 
 __all__ = ["BlockFormat", "common_format"]
 
 BITS = (4, 8)
-SCALE_BYTES = 4  # scales and minimums are float32, as the kernels take them
+MINIMUM_BYTES = 4  # always float32
+SCALE_BYTES: dict[DType, int] = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -24,6 +26,7 @@ class BlockFormat:
         bits: 4 or 8 for a weight.
         block_size: consecutive inputs that share a scale: a power of two, at least 16.
         has_minimum: each block also has a float that is subtracted (the K types of GGUF).
+        scale_type: of the scales, which the kernels want in the type of the activations.
 
     Raises:
         InputError: another number of bits or block size.
@@ -32,6 +35,7 @@ class BlockFormat:
     bits: int
     block_size: int
     has_minimum: bool = False
+    scale_type: DType = "float32"
 
     def __post_init__(self) -> None:
         if self.bits not in BITS:
@@ -41,7 +45,8 @@ class BlockFormat:
             raise InputError(f"the block size is {size}; choose 16, 32, 64, 128 or 256")
 
     def __str__(self) -> str:
-        return f"int{self.bits} b{self.block_size}" + (" min" if self.has_minimum else "")
+        scales = "" if self.scale_type == "float32" else f" {self.scale_type}"
+        return f"int{self.bits} b{self.block_size}{' min' if self.has_minimum else ''}{scales}"
 
     @property
     def zero_point(self) -> int:
@@ -63,9 +68,9 @@ class BlockFormat:
     def size_bytes(self, rows: int, columns: int) -> int:
         """Bytes of a stored matrix, all its parts."""
         blocks = columns // self.block_size
-        size = rows * columns * self.bits // 8 + rows * blocks * SCALE_BYTES
+        size = rows * columns * self.bits // 8 + rows * blocks * SCALE_BYTES[self.scale_type]
         if self.has_minimum:
-            size += rows * blocks * SCALE_BYTES
+            size += rows * blocks * MINIMUM_BYTES
             if self.bits == 4:
                 size += rows * ((blocks + 1) // 2)  # explicit zero points
         return size

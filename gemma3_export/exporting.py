@@ -66,6 +66,7 @@ def export_onnx(
     *,
     target: str = "ort",
     dtype: str = "fp32",
+    activations: str = "fp32",
     block_size: int = 32,
     max_kld: float | None = None,
     calibration: Path | None = None,
@@ -83,6 +84,8 @@ def export_onnx(
         dtype: ``fp32``, ``bf16`` or ``fp16``; ``int8`` or ``int4`` for matrices in 8-bit or 4-bit
             blocks; ``mixed`` for each matrix in the smallest format that the budget allows;
             ``keep`` for the blocks of a quantised GGUF.
+        activations: what a quantised graph computes in: ``fp32`` for the CPU, ``bf16`` or ``fp16``
+            for CUDA.
         block_size: inputs of an ``int8`` or ``int4`` matrix that share a scale; the fewest, for
             ``mixed``.
         max_kld: the divergence from full precision, mean nats a token, at which the export fails;
@@ -108,6 +111,7 @@ def export_onnx(
         OnnxWriter(
             target=target,
             dtype=dtype,
+            activations=activations,
             block_size=block_size,
             max_kld=max_kld,
             calibration=CalibrationPlan(file=calibration),

@@ -75,6 +75,9 @@ class OnnxRuntime:
         self.signature: Signature = bundle.signature(graph)
         self.target = graph.target
         self.dtype = graph.dtype
+        # In half precision, of a graph whose matrices are quantised; as the cache.
+        has_half_activations = bundle.is_quantized(self.name) and graph.cache_dtype != "float32"
+        self.activations = graph.cache_dtype if has_half_activations else None
         self.path = bundle.file(graph.path)
         self.graph: Path | bytes = self.path  # what the session runs
         self.is_upcast = self.device.kind == "cpu" and graph.cache_dtype == "bfloat16"
@@ -121,8 +124,11 @@ class OnnxRuntime:
             "onnxruntime": import_onnxruntime().__version__,
             "target": self.target,
             "dtype": self.dtype,
+            **({"activations": self.activations} if self.activations else {}),
             "residual": "float32",
-            "computed_in": "float32, rounded to bfloat16" if self.is_upcast else self.dtype,
+            "computed_in": "float32, rounded to bfloat16"
+            if self.is_upcast
+            else self.activations or self.dtype,
             "device": str(self.device),
             "providers": self.session.get_providers(),
             **({"cuda": asdict(self.cuda)} if self.cuda else {}),
@@ -131,7 +137,8 @@ class OnnxRuntime:
 
     def with_float_products(self) -> OnnxRuntime | None:
         """See :class:`gemma3_export.runtimes.protocol.FloatProducts`."""
-        if self.device.kind != "cpu" or not self.bundle.is_quantized(self.name):
+        is_rounding = self.bundle.is_quantized(self.name) and self.activations is None
+        if self.device.kind != "cpu" or not is_rounding:
             return None
         return OnnxRuntime(self.bundle, device="cpu", threads=self.threads, float_products=True)
 

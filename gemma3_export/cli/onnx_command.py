@@ -13,6 +13,7 @@ __all__ = ["DTYPES", "TARGETS", "onnx"]
 
 # Repeated from the exporters, which need torch to be imported; a test holds them equal.
 TARGETS = ("ort", "portable")
+ACTIVATIONS = ("fp32", "bf16", "fp16")
 DTYPES = ("fp32", "bf16", "fp16", "int8", "keep", "int4", "mixed")
 EPILOG = """\b
 Examples:
@@ -21,6 +22,7 @@ Examples:
   gemma3-export onnx --weights checkpoint.pt --config config.json --tokenizer tokenizer.json -o out
   gemma3-export onnx --size 270m --dtype int8 -o gemma-3-270m-int8
   gemma3-export onnx --size 270m --dtype mixed --max-kld 0.05 -o gemma-3-270m-mixed
+  gemma3-export onnx --size 270m --dtype int8 --activations bf16 -o gemma-3-270m-cuda-int8
   gemma3-export onnx --weights model-Q4_K_M.gguf --dtype keep -o kept
   gemma3-export onnx --size 1b --random-weights 0 -o random-1b
 """
@@ -46,6 +48,14 @@ Examples:
     "keep: the blocks of a quantised GGUF, bit by bit.",
 )
 @click.option(
+    "--activations",
+    type=click.Choice(ACTIVATIONS),
+    default="fp32",
+    show_default=True,
+    help="int8, int4, mixed, keep: what lies between the matrices, and the cache. fp32 is for the "
+    "CPU, bf16 or fp16 for CUDA.",
+)
+@click.option(
     "--block-size",
     type=click.Choice(("16", "32", "64", "128", "256")),
     default="32",
@@ -68,6 +78,7 @@ def onnx(
     options: ExportOptions,
     target: str,
     dtype: str,
+    activations: str,
     block_size: str,
     max_kld: float | None,
     calibration: Path | None,
@@ -85,8 +96,10 @@ def onnx(
         export_onnx,
         target=target,
         dtype=dtype,
+        activations=activations,
         block_size=int(block_size),
         max_kld=max_kld,
         calibration=calibration,
     )
-    run_export(options, "onnx", f"{dtype}, target {target}", export)
+    half = "" if activations == "fp32" else f" with {activations} activations"
+    run_export(options, "onnx", f"{dtype}{half}, target {target}", export)

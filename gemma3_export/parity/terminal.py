@@ -79,7 +79,8 @@ def described(runtime: dict[str, object]) -> str:
     """``onnx fp32 on cpu``."""
     target = f"/{runtime['target']}" if "target" in runtime else ""
     device = f" on {runtime['device']}" if "device" in runtime else ""
-    return f"{runtime.get('runtime')}{target} {runtime.get('dtype', '')}{device}"
+    half = f" with {runtime['activations']} activations" if "activations" in runtime else ""
+    return f"{runtime.get('runtime')}{target} {runtime.get('dtype', '')}{half}{device}"
 
 
 def case_row(case: CaseResult) -> tuple[str, ...]:
