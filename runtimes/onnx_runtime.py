@@ -15,10 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from gemma3_export.bundle import MANIFEST, Bundle
+from gemma3_export.bundle import MANIFEST, Bundle, Graph
 from gemma3_export.config import Gemma3Config
 from gemma3_export.errors import Gemma3ExportError, InputError
 from gemma3_export.runtimes.candidates import SPARE, Candidates, fetch_count
+from gemma3_export.runtimes.device import Device
 from gemma3_export.runtimes.onnx_cache import GrowingCache, OnnxCache, SharedCache
 from gemma3_export.runtimes.onnx_decoding import GRAPH_ID, DecodeSteps, SideSessions
 from gemma3_export.runtimes.onnx_session import (
@@ -37,19 +38,46 @@ from gemma3_export.signature import Signature
 __all__ = ["OnnxRuntime"]
 
 
+def device_for(graph: Graph, name: str) -> Device:
+    """Where to run ``graph``; see :func:`gemma3_export.runtimes.onnx_session.choose_device`.
+
+    ``GroupQueryAttention`` has no float32 kernel on CUDA (`make placement` tells when it gets one):
+    attention would run on the CPU, and every key and value cross the bus in every step.
+
+    Raises:
+        InputError: CUDA was asked for, and the graph's attention cannot run there.
+        UnavailableError: ONNX Runtime or the device is missing.
+    """
+    device = choose_device(name)
+    if device.kind != "cuda" or graph.target != "ort" or graph.cache_dtype != "float32":
+        return device
+    if name == "auto":
+        return choose_device("cpu")
+    remedy = (
+        "--dtype bf16, or with --dtype fp32 --target portable"
+        if all(recipe.blocks is None for recipe in graph.weights.values())
+        else f"--dtype {graph.dtype} --activations bf16"
+    )
+    raise InputError(
+        f"this graph ({graph.dtype}, target ort) computes attention in float32, for which ONNX "
+        f"Runtime has no kernel on CUDA; export with {remedy}, or pass --device cpu"
+    )
+
+
 class OnnxRuntime:
     """A bundle's ONNX graph behind :class:`gemma3_export.runtimes.protocol.Runtime`.
 
     Args:
         bundle: an opened bundle, or its folder.
-        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``; ``auto`` is the CPU for what has no
+            attention on CUDA.
         threads: threads inside one operator; None lets ONNX Runtime choose.
         cuda: what the CUDA provider may do; ignored on the CPU.
         float_products: multiply quantised matrices in float32, slowly, for the parity check.
 
     Raises:
         InputError: the bundle is damaged or has no ONNX graph, or its graph cannot do what
-            ``cuda`` asks.
+            ``cuda`` asks, or has no attention for CUDA.
         UnavailableError: ONNX Runtime or the device is missing.
     """
 
@@ -71,7 +99,7 @@ class OnnxRuntime:
         bundle.check_sizes()
         bundle.check_files([graph.path, "config.json"])  # small files; verify hashes them all
         self.config: Gemma3Config = bundle.config
-        self.device = choose_device(device)
+        self.device = device_for(graph, device)
         self.signature: Signature = bundle.signature(graph)
         self.target = graph.target
         self.dtype = graph.dtype

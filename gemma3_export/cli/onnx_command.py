@@ -35,7 +35,8 @@ Examples:
     type=click.Choice(TARGETS),
     default="ort",
     show_default=True,
-    help="ort: ONNX Runtime's fused kernels. portable: standard operators only.",
+    help="ort: ONNX Runtime's fused kernels; on CUDA in bf16 or fp16 only. portable: standard "
+    "operators only, which CUDA runs in fp32.",
 )
 @click.option(
     "--dtype",

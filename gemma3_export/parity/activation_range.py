@@ -295,8 +295,9 @@ def require_range(ranges: HalfRanges) -> None:
         for metric in gate.metrics
         if not metric.passed
     )
+    option = "--dtype" if ranges.weights else "--activations"  # else the matrices are quantised
     raise ParityError(
         f"{ranges.dtype} cannot hold this model, and nothing was kept: as shares of the type's "
-        f"largest number, over {ranges.tokens} tokens, {found}. Export with --dtype bf16, which "
+        f"largest number, over {ranges.tokens} tokens, {found}. Export with {option} bf16, which "
         "has the range of fp32"
     )
