@@ -28,6 +28,7 @@ from gemma3_export.exporters.quantizers import (
     RoundToNearest,
     matrix_names,
 )
+from gemma3_export.exporters.windowed_graph import let_go_of_old_tokens
 from gemma3_export.parity.options import HalfPrecision
 from gemma3_export.reference.weights import WeightSource
 from gemma3_export.signature import DType, Signature
@@ -149,6 +150,10 @@ class OnnxWriter:
             progress=count,
         )
         ir.save(model, path)
+        windowed = path.with_name("model_windowed.onnx")
+        has_windows = self.target == "ort" and let_go_of_old_tokens(model.graph, source.config)
+        if has_windows:
+            ir.save(model, windowed)
         graph = Graph(
             runtime=self.runtime,
             path=path.relative_to(folder).as_posix(),
@@ -156,6 +161,7 @@ class OnnxWriter:
             target=self.target,
             cache_dtype=cache_dtype,
             weights=recipes,
+            windowed_path=windowed.relative_to(folder).as_posix() if has_windows else None,
             max_kld=self.budget,
             calibration=quantizer.calibration if quantizer else None,
         )

@@ -25,6 +25,7 @@ def open_runtime(
     threads: int | None = None,
     trust: bool = False,
     cuda: CudaOptions | None = None,
+    windowed: bool | None = None,
 ) -> Runtime:
     """Load one of a bundle's runtimes.
 
@@ -36,6 +37,8 @@ def open_runtime(
         threads: threads inside one operator; None lets the backend choose.
         trust: load a torch archive although it is not the one that was exported.
         cuda: what may be done on a GPU; ignored on the CPU.
+        windowed: see :class:`gemma3_export.runtimes.onnx_runtime.OnnxRuntime`; other runtimes keep
+            everything.
 
     Raises:
         InputError: the bundle is damaged or has no such graph.
@@ -46,7 +49,7 @@ def open_runtime(
     if runtime == "onnx":
         from gemma3_export.runtimes.onnx_runtime import OnnxRuntime
 
-        return OnnxRuntime(bundle, device=device, threads=threads, cuda=cuda)
+        return OnnxRuntime(bundle, device=device, threads=threads, cuda=cuda, windowed=windowed)
     if runtime == "torchscript":
         require_torch("torchscript")
         from gemma3_export.runtimes.torchscript_runtime import TorchScriptRuntime

@@ -1,7 +1,7 @@
 """The bundle: one folder that stands alone and says what it is.
 
     config.json generation_config.json tokenizer.json tokenizer_config.json
-    onnx/model.onnx  onnx/model.onnx_data
+    onnx/model.onnx  onnx/model.onnx_data  onnx/model_windowed.onnx
     torchscript/model.ts  pt2/model.pt2
     manifest.json    format version, graphs, signature, origin and SHA-256 of everything
     parity.json      the proof of each graph that was verified, by runtime
@@ -83,6 +83,7 @@ class Graph:
     target: str  # which form of it, such as portable or ort
     cache_dtype: DType
     weights: dict[str, WeightRecipe]  # stored tensor -> canonical weights
+    windowed_path: str | None = None  # the same graph with caches that let go of old tokens
     max_kld: float = DEFAULT_MAX_KLD  # the divergence that the export was allowed
     calibration: dict[str, Any] | None = None  # the text that quantisation looked at
     verified: bool = False  # parity.json holds this graph's proof
@@ -140,9 +141,9 @@ class Bundle:
         budgets = [graph.max_kld for graph in self.manifest.graphs if graph.runtime == runtime]
         return budgets[0] if budgets else DEFAULT_MAX_KLD
 
-    def signature(self, graph: Graph) -> Signature:
-        """The inputs and outputs of ``graph``."""
-        return Signature.of(self.config, cache_dtype=graph.cache_dtype)
+    def signature(self, graph: Graph, *, is_windowed: bool = False) -> Signature:
+        """The inputs and outputs of ``graph``, or of its windowed sibling."""
+        return Signature.of(self.config, cache_dtype=graph.cache_dtype, is_windowed=is_windowed)
 
     def file(self, relative: str) -> Path:
         """Absolute path of a bundle file."""
@@ -270,6 +271,7 @@ def _manifest_from_json(data: dict[str, Any]) -> Manifest:
             **{
                 **graph,
                 "path": _inside(graph["path"]),
+                "windowed_path": _inside_if_any(graph.get("windowed_path")),
                 "weights": {
                     name: _recipe_from_json(recipe) for name, recipe in graph["weights"].items()
                 },
@@ -288,6 +290,10 @@ def _recipe_from_json(data: dict[str, Any]) -> WeightRecipe:
         transposed=data["transposed"],
         blocks=None if blocks is None else BlockFormat(**blocks),
     )
+
+
+def _inside_if_any(relative: str | None) -> str | None:
+    return None if relative is None else _inside(relative)
 
 
 def _inside(relative: str) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 
 from gemma3_export.bundle import PARITY, Bundle, Graph
 from gemma3_export.errors import InputError
+from gemma3_export.signature import TensorSpec, window_capacity
 
 __all__ = ["CONTEXTS", "cache_bytes_per_token", "inspect_bundle", "parity_line", "read_proofs"]
 
@@ -49,10 +50,16 @@ def _describe_graph(bundle: Bundle, graph: Graph) -> dict[str, Any]:
         "target": graph.target,
         "dtype": graph.dtype,
         "path": graph.path,
+        "windowed_path": graph.windowed_path,
         "verified": graph.verified,
         "cache_dtype": graph.cache_dtype,
         "cache_bytes_per_token": per_token,
         "cache_bytes": {str(n): per_token * n for n in CONTEXTS if n <= limit},
+        "windowed_cache_bytes": {
+            str(n): windowed_cache_bytes(bundle, graph, n) for n in CONTEXTS if n <= limit
+        }
+        if graph.windowed_path
+        else {},
         "signature": bundle.signature(graph).to_json(),
         **_operators(bundle, graph),
     }
@@ -60,11 +67,21 @@ def _describe_graph(bundle: Bundle, graph: Graph) -> dict[str, Any]:
 
 def cache_bytes_per_token(bundle: Bundle, graph: Graph) -> int:
     """Bytes of keys and values that one token of one row occupies."""
-    total = 0
-    for spec in bundle.signature(graph).past:
-        literal = math.prod(axis for axis in spec.axes if isinstance(axis, int))
-        total += literal * DTYPE_BYTES[spec.dtype]
-    return total
+    return sum(map(_bytes_per_token, bundle.signature(graph).past))
+
+
+def windowed_cache_bytes(bundle: Bundle, graph: Graph, tokens: int) -> int:
+    """Bytes of one row's cache of ``tokens`` where sliding layers keep their window only."""
+    capacity = window_capacity(bundle.config)
+    return sum(
+        _bytes_per_token(spec) * (capacity if bundle.config.is_sliding(index // 2) else tokens)
+        for index, spec in enumerate(bundle.signature(graph).past)
+    )
+
+
+def _bytes_per_token(spec: TensorSpec) -> int:
+    literal = math.prod(axis for axis in spec.axes if isinstance(axis, int))
+    return literal * DTYPE_BYTES[spec.dtype]
 
 
 def _operators(bundle: Bundle, graph: Graph) -> dict[str, Any]:

@@ -14,7 +14,9 @@ from typing import Literal
 
 from gemma3_export.config import Gemma3Config
 
-__all__ = ["Axis", "DType", "Signature", "TensorSpec"]
+__all__ = ["WINDOW_MARGIN", "Axis", "DType", "Signature", "TensorSpec", "window_capacity"]
+
+WINDOW_MARGIN = 64  # tokens that a windowed cache holds beyond its window, or a window's worth
 
 DType = Literal["float32", "float16", "bfloat16", "int64"]
 Axis = int | str  # a literal extent, or the name of a dynamic one
@@ -51,13 +53,27 @@ class Signature:
     present_values: tuple[TensorSpec, ...]
 
     @classmethod
-    def of(cls, config: Gemma3Config, *, cache_dtype: DType = "float32") -> Signature:
-        """The signature of ``config`` with a cache of ``cache_dtype``."""
+    def of(
+        cls, config: Gemma3Config, *, cache_dtype: DType = "float32", is_windowed: bool = False
+    ) -> Signature:
+        """The signature of ``config`` with a cache of ``cache_dtype``.
+
+        With ``is_windowed`` the sliding layers' caches hold a window and a margin, whatever the
+        length of the text.
+        """
 
         def cache(template: str, length: str) -> tuple[TensorSpec, ...]:
-            axes = ("batch_size", config.num_key_value_heads, length, config.head_dim)
             return tuple(
-                TensorSpec(name=template.format(layer), dtype=cache_dtype, axes=axes)
+                TensorSpec(
+                    name=template.format(layer),
+                    dtype=cache_dtype,
+                    axes=(
+                        "batch_size",
+                        config.num_key_value_heads,
+                        "window_capacity" if is_windowed and config.is_sliding(layer) else length,
+                        config.head_dim,
+                    ),
+                )
                 for layer in range(config.num_hidden_layers)
             )
 
@@ -109,6 +125,14 @@ class Signature:
             "inputs": [spec.to_json() | {"optional": spec.optional} for spec in self.inputs],
             "outputs": [spec.to_json() for spec in self.outputs],
         }
+
+
+def window_capacity(config: Gemma3Config) -> int:
+    """Tokens that a sliding layer's windowed cache has room for.
+
+    Old tokens are moved out once in as many steps as there is room beyond the window.
+    """
+    return config.sliding_window + min(WINDOW_MARGIN, config.sliding_window)
 
 
 def _interleave(keys: Iterable[TensorSpec], values: Iterable[TensorSpec]) -> Iterable[TensorSpec]:

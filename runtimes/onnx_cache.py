@@ -5,6 +5,8 @@ Shapes: B rows, K key-value heads, C capacity in tokens, L cached tokens, T new 
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -46,6 +48,9 @@ class OnnxCache(Protocol):
     def binding(self, session: Any, row: int | None) -> Any:
         """A binding of past and present tensors of one row, or of all."""
 
+    def begin(self, new_tokens: int, row: int | None) -> None:
+        """What has to be done before a step of one row, or of all."""
+
     def advance(self, binding: Any, new_tokens: int, row: int | None) -> None:
         """Take over what the graph wrote."""
 
@@ -74,24 +79,35 @@ class SharedCache:
         self.is_bfloat16 = name == "bfloat16"
         self.dtype = np.dtype("uint16" if self.is_bfloat16 else name)
         self.element_type: Any = ONNX_BFLOAT16 if self.is_bfloat16 else self.dtype
-        self.shape = (batch_size, config.num_key_value_heads, capacity, config.head_dim)
-        self.row_bytes = self.dtype.itemsize * int(np.prod(self.shape[1:]))
-        self.buffers = [self._allocate() for _ in signature.past]
+        self.shapes = [
+            (batch_size, config.num_key_value_heads, self.tensor_capacity(index), config.head_dim)
+            for index, _ in enumerate(signature.past)
+        ]
+        self.arrays: list[np.ndarray[Any, Any]] = []  # the buffers' memory, on the CPU
+        self.buffers = [self._allocate(shape) for shape in self.shapes]
         self.bindings: dict[int | None, Any] = {}
         self.steps: Any = None  # gemma3_export.runtimes.onnx_decoding.DecodeSteps, if it has any
 
     @property
     def batch_size(self) -> int:
         """Rows."""
-        return self.shape[0]
+        return len(self.lengths)
 
-    def _allocate(self) -> Any:
+    def tensor_capacity(self, index: int) -> int:
+        """Tokens that one tensor of the cache has room for."""
+        return self.capacity
+
+    def _allocate(self, shape: tuple[int, ...]) -> Any:
         ort = import_onnxruntime()
         if self.device.kind == "cpu":  # zeroed pages cost nothing until they are written
-            return ort.OrtValue.ortvalue_from_numpy(np.zeros(self.shape, self.dtype))
+            self.arrays.append(np.zeros(shape, self.dtype))
+            return ort.OrtValue.ortvalue_from_numpy(self.arrays[-1])
         return ort.OrtValue.ortvalue_from_shape_and_type(
-            list(self.shape), self.dtype, self.device.kind, self.device.index
+            list(shape), self.dtype, self.device.kind, self.device.index
         )
+
+    def begin(self, new_tokens: int, row: int | None) -> None:
+        """See :class:`OnnxCache`."""
 
     def attention_mask(self, new_tokens: int, row: int | None) -> IntArray:
         """[rows, S] each row's tokens stand first, so its sum is the row's length."""
@@ -108,12 +124,12 @@ class SharedCache:
     def bind(self, binding: Any, row: int | None) -> None:
         """Bind the same memory as past and present."""
         first, rows = (0, self.batch_size) if row is None else (row, 1)
-        shape = [rows, *self.shape[1:]]
         kind, index = self.device.kind, self.device.index
-        for past, present, buffer in zip(
-            self.signature.past, self.signature.present, self.buffers, strict=True
+        for past, present, buffer, (_, *extents) in zip(
+            self.signature.past, self.signature.present, self.buffers, self.shapes, strict=True
         ):
-            pointer = buffer.data_ptr() + first * self.row_bytes
+            shape = [rows, *extents]
+            pointer = buffer.data_ptr() + first * self.dtype.itemsize * math.prod(extents)
             binding.bind_input(past.name, kind, index, self.element_type, shape, pointer)
             binding.bind_output(present.name, kind, index, self.element_type, shape, pointer)
 
@@ -123,8 +139,14 @@ class SharedCache:
 
     def read(self, row: int) -> list[LayerKV]:
         """One (key, value) a layer, each [K, L, H] float32."""
-        length = self.lengths[row]
-        tensors = [self._widen(buffer.numpy()[row, :, :length]) for buffer in self.buffers]
+        return self._read(row, [int(self.lengths[row])] * len(self.buffers))
+
+    def _read(self, row: int, counts: Sequence[int]) -> list[LayerKV]:
+        """The first ``counts`` tokens of each tensor."""
+        tensors = [
+            self._widen(buffer.numpy()[row, :, :count])
+            for buffer, count in zip(self.buffers, counts, strict=True)
+        ]
         return list(zip(tensors[::2], tensors[1::2], strict=True))
 
     def _widen(self, array: np.ndarray[Any, Any]) -> NDArray[np.float32]:
@@ -197,6 +219,9 @@ class GrowingCache:
         for spec in self.signature.present:
             binding.bind_output(spec.name, self.device.kind, self.device.index)
         return binding
+
+    def begin(self, new_tokens: int, row: int | None) -> None:
+        """See :class:`OnnxCache`."""
 
     def advance(self, binding: Any, new_tokens: int, row: int | None) -> None:
         """Keep the present as the next past."""

@@ -15,17 +15,16 @@ from typing import Any
 
 import numpy as np
 
-from gemma3_export.bundle import MANIFEST, Bundle, Graph
+from gemma3_export.bundle import MANIFEST, Bundle
 from gemma3_export.config import Gemma3Config
 from gemma3_export.errors import Gemma3ExportError, InputError
 from gemma3_export.runtimes.candidates import SPARE, Candidates, fetch_count
-from gemma3_export.runtimes.device import Device
+from gemma3_export.runtimes.graph_choice import chooses_windows, device_for, window_problem
 from gemma3_export.runtimes.onnx_cache import GrowingCache, OnnxCache, SharedCache
 from gemma3_export.runtimes.onnx_decoding import GRAPH_ID, DecodeSteps, SideSessions
 from gemma3_export.runtimes.onnx_session import (
     WEIGHTS_FOLDER,
     CudaOptions,
-    choose_device,
     first_line,
     import_onnxruntime,
     open_session,
@@ -33,35 +32,10 @@ from gemma3_export.runtimes.onnx_session import (
 from gemma3_export.runtimes.onnx_upcast import upcast_to_float32, with_float_products
 from gemma3_export.runtimes.protocol import IntArray, KVCache, Logits, check_capacity
 from gemma3_export.runtimes.sampling import SamplingParams
+from gemma3_export.runtimes.windowed_cache import WindowedCache
 from gemma3_export.signature import Signature
 
 __all__ = ["OnnxRuntime"]
-
-
-def device_for(graph: Graph, name: str) -> Device:
-    """Where to run ``graph``; see :func:`gemma3_export.runtimes.onnx_session.choose_device`.
-
-    ``GroupQueryAttention`` has no float32 kernel on CUDA (`make placement` tells when it gets one):
-    attention would run on the CPU, and every key and value cross the bus in every step.
-
-    Raises:
-        InputError: CUDA was asked for, and the graph's attention cannot run there.
-        UnavailableError: ONNX Runtime or the device is missing.
-    """
-    device = choose_device(name)
-    if device.kind != "cuda" or graph.target != "ort" or graph.cache_dtype != "float32":
-        return device
-    if name == "auto":
-        return choose_device("cpu")
-    remedy = (
-        "--dtype bf16, or with --dtype fp32 --target portable"
-        if all(recipe.blocks is None for recipe in graph.weights.values())
-        else f"--dtype {graph.dtype} --activations bf16"
-    )
-    raise InputError(
-        f"this graph ({graph.dtype}, target ort) computes attention in float32, for which ONNX "
-        f"Runtime has no kernel on CUDA; export with {remedy}, or pass --device cpu"
-    )
 
 
 class OnnxRuntime:
@@ -73,6 +47,9 @@ class OnnxRuntime:
             attention on CUDA.
         threads: threads inside one operator; None lets ONNX Runtime choose.
         cuda: what the CUDA provider may do; ignored on the CPU.
+        windowed: whether sliding layers' caches let go of old tokens, which saves time and memory
+            in long texts but does not allow to cut a text far back; None is wherever the bundle
+            and ONNX Runtime can, on the CPU.
         float_products: multiply quantised matrices in float32, slowly, for the parity check.
 
     Raises:
@@ -90,6 +67,7 @@ class OnnxRuntime:
         device: str = "auto",
         threads: int | None = None,
         cuda: CudaOptions | None = None,
+        windowed: bool | None = None,
         float_products: bool = False,
     ) -> None:
         if isinstance(bundle, Path):
@@ -97,21 +75,24 @@ class OnnxRuntime:
         self.bundle = bundle
         graph = bundle.graph("onnx")
         bundle.check_sizes()
-        bundle.check_files([graph.path, "config.json"])  # small files; verify hashes them all
         self.config: Gemma3Config = bundle.config
         self.device = device_for(graph, device)
-        self.signature: Signature = bundle.signature(graph)
+        self.is_windowed = chooses_windows(bundle, self.device, windowed)
+        self.signature: Signature = bundle.signature(graph, is_windowed=self.is_windowed)
         self.target = graph.target
         self.dtype = graph.dtype
         # In half precision, of a graph whose matrices are quantised; as the cache.
         has_half_activations = bundle.is_quantized(self.name) and graph.cache_dtype != "float32"
         self.activations = graph.cache_dtype if has_half_activations else None
-        self.path = bundle.file(graph.path)
+        path = graph.windowed_path if self.is_windowed else graph.path
+        assert path is not None
+        bundle.check_files([path, "config.json"])  # small files; verify hashes them all
+        self.path = bundle.file(path)
         self.graph: Path | bytes = self.path  # what the session runs
         self.is_upcast = self.device.kind == "cpu" and graph.cache_dtype == "bfloat16"
         if self.is_upcast:
             self.graph = upcast_to_float32(self.path)
-            self.signature = Signature.of(self.config)
+            self.signature = Signature.of(self.config, is_windowed=self.is_windowed)
         if float_products:
             self.graph = with_float_products(self.path)
         self.cuda = (cuda or CudaOptions()) if self.device.kind == "cuda" else None
@@ -151,6 +132,7 @@ class OnnxRuntime:
             "runtime": self.name,
             "onnxruntime": import_onnxruntime().__version__,
             "target": self.target,
+            "cache": "windowed" if self.is_windowed else "full",
             "dtype": self.dtype,
             **({"activations": self.activations} if self.activations else {}),
             "residual": "float32",
@@ -168,11 +150,27 @@ class OnnxRuntime:
         is_rounding = self.bundle.is_quantized(self.name) and self.activations is None
         if self.device.kind != "cpu" or not is_rounding:
             return None
-        return OnnxRuntime(self.bundle, device="cpu", threads=self.threads, float_products=True)
+        return OnnxRuntime(
+            self.bundle,
+            device="cpu",
+            threads=self.threads,
+            windowed=self.is_windowed,
+            float_products=True,
+        )
+
+    def with_other_caches(self) -> OnnxRuntime | None:
+        """See :class:`gemma3_export.runtimes.protocol.CacheForms`."""
+        if window_problem(self.bundle.graph(self.name), self.device):
+            return None
+        return OnnxRuntime(
+            self.bundle, device="cpu", threads=self.threads, windowed=not self.is_windowed
+        )
 
     def new_cache(self, batch_size: int, capacity: int) -> KVCache:
         """See :class:`gemma3_export.runtimes.protocol.Runtime`."""
-        kind = SharedCache if self.target == "ort" else GrowingCache
+        kind: type[SharedCache | GrowingCache] = GrowingCache
+        if self.target == "ort":
+            kind = WindowedCache if self.is_windowed else SharedCache
         return kind(self.config, self.signature, self.device, batch_size, capacity)
 
     def step(
@@ -190,6 +188,7 @@ class OnnxRuntime:
             ]
             return np.concatenate(parts)
         logits = np.empty((rows, num_logits or new, self.config.vocab_size), np.float32)
+        cache.begin(new, row)
         binding = self._bind(input_ids, cache, logits, row)
         with self._explained(new, cache):
             self.session.run_with_iobinding(binding, self._options())

@@ -17,6 +17,7 @@ from gemma3_export.config import Gemma3Config
 from gemma3_export.errors import InputError
 
 __all__ = [
+    "CacheForms",
     "FloatProducts",
     "IntArray",
     "KVCache",
@@ -49,13 +50,17 @@ class KVCache(Protocol):
         """[B] tokens that each row holds."""
 
     def read(self, row: int) -> list[LayerKV]:
-        """One (key, value) a layer of ``row``, without padding, for comparison (a copy)."""
+        """One (key, value) a layer of ``row``, without padding, for comparison (a copy).
+
+        Sliding layers may give the newest tokens only, their window at least.
+        """
 
     def truncate(self, row: int, length: int) -> None:
         """Forget all but the first ``length`` tokens of ``row``; the next step follows them.
 
         Raises:
-            InputError: the row does not hold so many tokens.
+            InputError: the row does not hold so many tokens, or a windowed cache has let go of
+                what it would need.
         """
 
 
@@ -146,3 +151,11 @@ class FloatProducts(Protocol):
 
     def with_float_products(self) -> Runtime | None:
         """The same graph without rounding of activations; None if it does not round them."""
+
+
+@runtime_checkable
+class CacheForms(Protocol):
+    """A runtime whose graph may have a sibling with another kind of cache."""
+
+    def with_other_caches(self) -> Runtime | None:
+        """The sibling, with windowed caches if this one's are full; None if there is none."""

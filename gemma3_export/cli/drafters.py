@@ -68,6 +68,14 @@ def draft_model(
             f"the draft model in {path} has another tokenizer than the model; give one of the "
             "same family"
         )
-    backend = open_runtime(bundle, runtime, device=device, threads=threads, trust=trust, cuda=cuda)
+    backend = open_runtime(
+        bundle,
+        runtime,
+        device=device,
+        threads=threads,
+        trust=trust,
+        cuda=cuda,
+        windowed=False,  # wrong drafts are cut off as far back as they go
+    )
     token_cost = relative_cost(backend, model)
     return lambda: DraftModel(backend, capacity=capacity, token_cost=token_cost)

@@ -131,7 +131,9 @@ def generate(
     started = time.perf_counter()
     loading: dict[str, Any] = {"device": device, "threads": threads, "trust": trust}
     loading["cuda"] = cuda_options
-    backend = open_runtime(bundle, runtime, **loading)
+    # longer drafts than a window could not be taken back
+    windowed = False if (prompt_lookup or 0) >= bundle.config.sliding_window else None
+    backend = open_runtime(bundle, runtime, **loading, windowed=windowed)
     if prompt_lookup is None:
         device_used = backend.describe()["device"]
         prompt_lookup = drafters.default_draft_tokens(bundle, runtime, device_used)

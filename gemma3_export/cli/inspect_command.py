@@ -125,6 +125,12 @@ def _graph_lines(graph: Mapping[str, Any]) -> Iterator[str]:
         f"; {int(tokens):,} tokens {size / 1e6:,.1f} MB"
         for tokens, size in graph["cache_bytes"].items()
     )
+    if graph["windowed_path"]:
+        sizes = (
+            f"{int(tokens):,} tokens {size / 1e6:,.1f} MB"
+            for tokens, size in graph["windowed_cache_bytes"].items()
+        )
+        yield f"  windowed cache ({graph['windowed_path']}): {'; '.join(sizes)}"
     for kind in ("inputs", "outputs"):
         yield f"  {kind}:"
         yield from _signature_lines(graph["signature"][kind])

@@ -127,13 +127,15 @@ def compare_observation(item: Observation, truth: Truth, floor: NoiseFloor) -> S
 
 
 def compare_cache(item: CacheRead, truth: Truth, floor: NoiseFloor, into: Collected) -> None:
-    """Keys and values of every layer of one row against truth and floor."""
+    """Keys and values of every layer of one row against truth and floor.
+
+    A sliding layer's cache may have let go of tokens that no query will see again.
+    """
     floors = floor.caches(item.sequence)
     for layer, expected in enumerate(truth.key_values(item.sequence)):
         for kind, index in (("key", 0), ("value", 1)):
             tensor = torch.from_numpy(item.layers[layer][index]).transpose(0, 1)  # [S, K, H]
-            # A windowed cache may have let go of the oldest tokens.
-            first = max(0, item.length - tensor.shape[0])
+            first = item.length - max(tensor.shape[0], item.least[layer])
             wanted = expected[index].transpose(0, 1)[first : item.length]
             noise = floors[layer][index]
             noise = TensorDifference(

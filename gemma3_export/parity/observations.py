@@ -10,10 +10,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from gemma3_export.config import Gemma3Config
 from gemma3_export.parity.prompts import TokenSequence
 from gemma3_export.runtimes.protocol import IntArray, LayerKV, Logits, Runtime
 
-__all__ = ["CacheRead", "Observation", "Seen", "TeacherForcing"]
+__all__ = ["CacheRead", "Observation", "Seen", "TeacherForcing", "least_tokens"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +35,7 @@ class CacheRead:
     sequence: int
     length: int
     layers: list[LayerKV]
+    least: list[int]  # tokens that each layer has to hold still
 
 
 Seen = Observation | CacheRead
@@ -74,6 +76,20 @@ class TeacherForcing:
     def read(self) -> list[CacheRead]:
         """Every row's cache."""
         return [
-            CacheRead(sequence, self.fed[row], self.cache.read(row))
+            CacheRead(
+                sequence,
+                self.fed[row],
+                self.cache.read(row),
+                least_tokens(self.runtime.config, self.fed[row]),
+            )
             for row, sequence in enumerate(self.rows)
         ]
+
+
+def least_tokens(config: Gemma3Config, length: int) -> list[int]:
+    """What each layer's cache must hold of ``length`` tokens: all, or what the next can see."""
+    window = config.sliding_window - 1  # the next token is in its own window
+    return [
+        min(length, window) if config.is_sliding(layer) else length
+        for layer in range(config.num_hidden_layers)
+    ]

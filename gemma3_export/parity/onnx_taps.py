@@ -47,6 +47,8 @@ class OnnxTaps:
             raise UnavailableError(
                 'naming the diverging layer needs onnx; run: pip install "gemma3-export[export]"'
             ) from error
+        if runtime.is_windowed:  # the same nodes, with a cache that may be empty
+            runtime = runtime.with_other_caches()
         self.runtime = runtime
         model = (
             onnx.load_model_from_string(runtime.graph)

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from gemma3_export.parity.observations import CacheRead, Observation, Seen
+from gemma3_export.parity.observations import CacheRead, Observation, Seen, least_tokens
 from gemma3_export.parity.prompts import TokenSequence
 from gemma3_export.runtimes.protocol import IntArray, Runtime
 from gemma3_export.runtimes.torch_cache import as_numpy
@@ -25,8 +25,12 @@ FloatArray = np.ndarray[Any, np.dtype[np.floating[Any]]]
 
 
 def accepts_padding(runtime: Runtime) -> bool:
-    """Whether this module knows how to feed padding to ``runtime``."""
-    return runtime.name in ("onnx", "torchscript", "reference")
+    """Whether this module knows how to feed padding to ``runtime``.
+
+    A windowed ONNX graph takes no empty past; its sibling, which others consume, does.
+    """
+    is_windowed = getattr(runtime, "is_windowed", False)
+    return runtime.name in ("onnx", "torchscript", "reference") and not is_windowed
 
 
 def padded_batch(
@@ -45,7 +49,8 @@ def padded_batch(
         ]
         positions = np.arange(len(keep))
         seen.append(Observation(row, positions, logits[index][keep], step=0, first_new=0))
-        seen.append(CacheRead(row, len(keep), layers))
+        least = least_tokens(runtime.config, len(keep))
+        seen.append(CacheRead(row, len(keep), layers, least))
     return seen
 
 

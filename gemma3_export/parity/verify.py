@@ -6,10 +6,9 @@ import importlib.metadata
 import platform
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 
-import numpy as np
 import torch
 
 from gemma3_export import __version__
@@ -21,7 +20,8 @@ from gemma3_export.parity.activation_range import (
 )
 from gemma3_export.parity.cases import Case, cases_for
 from gemma3_export.parity.differences import LogitDifference
-from gemma3_export.parity.floor import NoiseFloor, Yardstick
+from gemma3_export.parity.floor import Yardstick
+from gemma3_export.parity.forms import prepare_floor, run_float_cases, run_sibling_cases
 from gemma3_export.parity.held_out import held_out_sequences, measure_quality
 from gemma3_export.parity.judge import Limits, SeenLogits, judge_case
 from gemma3_export.parity.locate import locate
@@ -39,10 +39,8 @@ from gemma3_export.parity.truth import ReferenceTruth, RuntimeTruth, Truth
 from gemma3_export.reference.loading import load_reference
 from gemma3_export.reference.model import Gemma3
 from gemma3_export.reference.weights import WeightSource
-from gemma3_export.runtimes.protocol import FloatProducts, Runtime
+from gemma3_export.runtimes.protocol import Runtime
 from gemma3_export.tokenizer import Tokenizer
-
-FLOAT_CASES = ("chunked", "decode", "ragged-batch")
 
 __all__ = ["compare", "make_yardstick", "verify"]
 
@@ -190,6 +188,10 @@ def _check(
     started = time.perf_counter()
     outcome.cases += run_float_cases(candidate, yardstick, limits, report)
     seconds["float products"] = time.perf_counter() - started
+    if baseline is None:
+        started = time.perf_counter()
+        outcome.cases += run_sibling_cases(candidate, yardstick, limits, report)
+        seconds["other caches"] = time.perf_counter() - started
     gates = [implementation_gate(outcome.cases), judge_quality(outcome.quality, options)]
     half = HalfPrecision.of_runtime(candidate.describe())
     if half is not None and ranges is None:
@@ -236,7 +238,7 @@ def run_cases(
     for index, case in enumerate(cases):
         progress(f"comparing {case.name}", index, len(cases))
         started = time.perf_counter()
-        prepare_floor(case, yardstick, yardstick.floor)
+        prepare_floor(case, yardstick.config, yardstick.floor)
         result, seen = judge_case(case, case.run(candidate), truth, yardstick.floor, limits)
         outcome.cases.append(result)
         if case.is_text or not has_text:  # quality on text, where there is text
@@ -246,44 +248,12 @@ def run_cases(
     return outcome
 
 
-def run_float_cases(
-    candidate: Runtime, yardstick: Yardstick, limits: Limits, progress: Progress
-) -> list[CaseResult]:
-    """A few cases of a quantised graph with float products: see activations.py."""
-    if yardstick.float_truth is None or yardstick.float_floor is None:
-        return []
-    exact = candidate.with_float_products() if isinstance(candidate, FloatProducts) else None
-    if exact is None:
-        return []
-    options = replace(yardstick.options, decode_steps=min(6, yardstick.options.decode_steps))
-    every = cases_for(exact, yardstick.config, yardstick.sequences, options)
-    chosen = [case for case in every if case.name in FLOAT_CASES]
-    results = []
-    for index, case in enumerate(chosen):
-        progress(f"comparing {case.name}, float products", index, len(chosen))
-        prepare_floor(case, yardstick, yardstick.float_floor)
-        result, _ = judge_case(
-            case, case.run(exact), yardstick.float_truth, yardstick.float_floor, limits
-        )
-        results.append(
-            replace(result, name=f"float-{case.name}", title=f"{case.title}, float products")
-        )
-    return results
-
-
 def held_out_quality(
     candidate: Runtime, full: Gemma3, tokenizer: Tokenizer, progress: Progress
 ) -> list[LogitDifference]:
     """Gate B on text that neither calibration nor the cases have seen."""
     sequences = held_out_sequences(tokenizer, candidate.config.max_position_embeddings)
     return [measure_quality(candidate, ReferenceTruth(full, sequences), sequences, progress)]
-
-
-def prepare_floor(case: Case, yardstick: Yardstick, floor: NoiseFloor) -> None:
-    """Compute what a case will need in blocks: one position at a time would read the head anew."""
-    needed = needed_positions(yardstick.config, [case], yardstick.sequences)
-    for sequence, positions in needed.items():
-        floor.logits(sequence, np.array(sorted(positions)))
 
 
 def quality_of(part: SeenLogits, full: Truth | None, yardstick: Yardstick) -> LogitDifference:

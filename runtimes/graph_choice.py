@@ -1,0 +1,69 @@
+"""Which of a bundle's ONNX graphs to run, and on which device."""
+
+from __future__ import annotations
+
+from gemma3_export.bundle import Bundle, Graph
+from gemma3_export.errors import InputError
+from gemma3_export.runtimes.device import Device
+from gemma3_export.runtimes.onnx_session import choose_device, import_onnxruntime
+from gemma3_export.signature import WINDOW_MARGIN
+
+__all__ = ["chooses_windows", "device_for", "window_problem"]
+
+WINDOWS_SINCE = (1, 31)  # ONNX Runtime's sliding_window_cache on the CPU
+
+
+def device_for(graph: Graph, name: str) -> Device:
+    """Where to run ``graph``; see :func:`gemma3_export.runtimes.onnx_session.choose_device`.
+
+    ``GroupQueryAttention`` has no float32 kernel on CUDA (`make placement` tells when it gets one):
+    attention would run on the CPU, and every key and value cross the bus in every step.
+
+    Raises:
+        InputError: CUDA was asked for, and the graph's attention cannot run there.
+        UnavailableError: ONNX Runtime or the device is missing.
+    """
+    device = choose_device(name)
+    if device.kind != "cuda" or graph.target != "ort" or graph.cache_dtype != "float32":
+        return device
+    if name == "auto":
+        return choose_device("cpu")
+    remedy = (
+        "--dtype bf16, or with --dtype fp32 --target portable"
+        if all(recipe.blocks is None for recipe in graph.weights.values())
+        else f"--dtype {graph.dtype} --activations bf16"
+    )
+    raise InputError(
+        f"this graph ({graph.dtype}, target ort) computes attention in float32, for which ONNX "
+        f"Runtime has no kernel on CUDA; export with {remedy}, or pass --device cpu"
+    )
+
+
+def chooses_windows(bundle: Bundle, device: Device, wanted: bool | None) -> bool:
+    """Whether to run the graph whose sliding layers keep their window only.
+
+    Raises:
+        InputError: it is wanted and not to be had.
+    """
+    problem = window_problem(bundle.graph("onnx"), device)
+    if wanted and problem:
+        raise InputError(f"windowed caches were asked for, but {problem}")
+    if wanted is None:  # windows shorter than their margin save nothing
+        return problem is None and bundle.config.sliding_window > WINDOW_MARGIN
+    return wanted
+
+
+def window_problem(graph: Graph, device: Device) -> str | None:
+    """Why the graph with windowed caches cannot run; None if it can.
+
+    On CUDA its caches must have exactly the window's size, which nobody here has seen run.
+    """
+    if graph.windowed_path is None:
+        return "the bundle has no such graph; export it anew, for the target ort"
+    if device.kind != "cpu":
+        return "they are for the CPU; pass --device cpu"
+    version = import_onnxruntime().__version__
+    if tuple(int(part) for part in version.split(".")[:2]) < WINDOWS_SINCE:
+        needed = ".".join(map(str, WINDOWS_SINCE))
+        return f"they need onnxruntime {needed} and this is {version}; upgrade it"
+    return None
