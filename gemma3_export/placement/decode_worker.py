@@ -1,9 +1,10 @@
-"""Run by another interpreter, over the stub: decode, and print what the stub counted in each step.
+"""Run by another interpreter, over the stub: generate, and print what was counted in each step.
 
-Values are meaningless, the control flow is the runtime's own. Needs onnxruntime, numpy and this
-package. Arguments: the bundle, and a JSON object with ``rows``, ``capacity``, ``steps``,
-``prompt_tokens``, ``graph`` (CUDA graph), ``device`` and ``top_k`` (null is greedy). Prints one
-JSON object: counters of the load, of the prefill, and of each step.
+Values are meaningless, the control flow is that of the runtime and of the one generation loop.
+Needs onnxruntime, numpy and this package. Arguments: the bundle, and a JSON object with ``rows``,
+``capacity``, ``steps``, ``prompt_tokens`` (of the first row; each further one has one more),
+``graph`` (CUDA graph), ``device`` and ``top_k`` (null is greedy). Prints one JSON object: counters
+of the load, of the prefill, and of each step.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import onnxruntime
 from gemma3_export.placement.stub import COUNTERS
 from gemma3_export.runtimes import onnx_decoding
 from gemma3_export.runtimes.candidates import Candidates
+from gemma3_export.runtimes.generation import TokenEvent, generate
 from gemma3_export.runtimes.onnx_runtime import OnnxRuntime
 from gemma3_export.runtimes.onnx_session import CudaOptions
 from gemma3_export.runtimes.sampling import SamplingParams
@@ -49,26 +51,29 @@ def candidates_of(values: Any, ids: Any, total: float, needed: int) -> Candidate
 
 
 def decode(bundle: Path, plan: dict[str, Any]) -> dict[str, Any]:
-    """Prefill every row, then decode them together."""
+    """Prefill every row, then decode them together, as every caller of the package does."""
     meter = Meter()
     vars(onnx_decoding)["from_largest"] = candidates_of
     onnxruntime.preload_dlls = lambda: None  # real libraries would take the stub's place
     runtime = OnnxRuntime(bundle, device=plan["device"], cuda=CudaOptions(graph=plan["graph"]))
-    cache = runtime.new_cache(plan["rows"], plan["capacity"])
-    found: dict[str, Any] = {"load": meter.since(), "described": runtime.describe()}
-    for row in range(plan["rows"]):
-        prompt = np.ones((1, plan["prompt_tokens"] + row), np.int64)
-        runtime.step(prompt, cache, num_logits=1, row=row)
-    found["prefill"] = meter.since()
-    params = [SamplingParams(top_k=plan["top_k"]) for _ in range(plan["rows"])]
-    ids = np.ones((plan["rows"], 1), np.int64)
-    found["steps"] = []
-    for _ in range(plan["steps"]):
-        chosen = runtime.step_candidates(ids, cache, params)
-        if chosen is None:
-            runtime.step(ids, cache, num_logits=1)
-        found["steps"].append(meter.since())
-    found["lengths"] = cache.lengths.tolist()
+    rows = plan["rows"]
+    events = generate(
+        runtime,
+        [[1] * (plan["prompt_tokens"] + row) for row in range(rows)],
+        SamplingParams(top_k=plan["top_k"], seed=0),
+        max_new_tokens=1 + plan["steps"],
+        stop_token_ids=(),
+        capacity=plan["capacity"],
+    )
+    found: dict[str, Any] = {"load": meter.since(), "described": runtime.describe(), "steps": []}
+    tokens = 0
+    for event in events:
+        tokens += isinstance(event, TokenEvent)
+        # The rows' tokens come together: first those after the prompts, then those of each step.
+        if isinstance(event, TokenEvent) and tokens % rows == 0:
+            found["steps"].append(meter.since())
+    found["prefill"] = found["steps"].pop(0)
+    found["completions"] = [len(done.token_ids) for done in events.completions]
     return found
 
 
