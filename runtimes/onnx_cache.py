@@ -15,12 +15,11 @@ from numpy.typing import NDArray
 from gemma3_export.config import Gemma3Config
 from gemma3_export.runtimes.device import Device
 from gemma3_export.runtimes.onnx_session import import_onnxruntime
+from gemma3_export.runtimes.onnx_values import ONNX_BFLOAT16, widened
 from gemma3_export.runtimes.protocol import IntArray, LayerKV, check_truncation, empty_lengths
 from gemma3_export.signature import Signature
 
 __all__ = ["GrowingCache", "OnnxCache", "SharedCache"]
-
-ONNX_BFLOAT16 = 16  # onnx.TensorProto.BFLOAT16
 
 
 class OnnxCache(Protocol):
@@ -151,8 +150,8 @@ class SharedCache:
 
     def _widen(self, array: np.ndarray[Any, Any]) -> NDArray[np.float32]:
         """A float32 copy."""
-        if self.is_bfloat16:  # the upper half of a float32
-            return (array.astype(np.uint32) << 16).view(np.float32)
+        if self.is_bfloat16:
+            return widened(array)
         return array.astype(np.float32, copy=True)
 
     def truncate(self, row: int, length: int) -> None:

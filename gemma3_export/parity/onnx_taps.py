@@ -15,6 +15,7 @@ import torch
 from gemma3_export.errors import UnavailableError
 from gemma3_export.parity.taps import ATTEND, ROTARY_KEY, Tap, Taps, flat
 from gemma3_export.runtimes.onnx_session import WEIGHTS_FOLDER, import_onnxruntime
+from gemma3_export.runtimes.onnx_values import as_float32, run_graph, zeros
 from gemma3_export.runtimes.protocol import IntArray
 
 __all__ = ["OnnxTaps"]
@@ -73,7 +74,7 @@ class OnnxTaps:
     def __call__(self, before: IntArray, new: IntArray) -> Taps:
         """Sub-blocks' values for ``new`` after ``before``, which is fed first."""
         past = [
-            np.zeros(
+            zeros(
                 (1, self.runtime.config.num_key_value_heads, 0, self.runtime.config.head_dim),
                 spec.dtype,
             )
@@ -81,14 +82,15 @@ class OnnxTaps:
         ]
         if len(before):
             names = [spec.name for spec in self.runtime.signature.present]
-            past = self._run(names, before, past)
+            past = self._run(names, before, past, len(before))
         wanted = list(dict.fromkeys(self.names.values()))
         keys = [spec.name for spec in self.runtime.signature.present_keys]
         logits = self.runtime.signature.logits.name
+        seen = len(before) + len(new)
         found = dict(
             zip(
                 [*wanted, *keys, logits],
-                self._run([*wanted, *keys, logits], new, past),
+                map(as_float32, self._run([*wanted, *keys, logits], new, past, seen)),
                 strict=True,
             )
         )
@@ -100,15 +102,14 @@ class OnnxTaps:
         taps[Tap(None, "head")] = torch.from_numpy(found[logits][0])
         return taps
 
-    def _run(self, outputs: list[str], ids: IntArray, past: list[Any]) -> list[Any]:
+    def _run(self, outputs: list[str], ids: IntArray, past: list[Any], total: int) -> list[Any]:
         signature = self.runtime.signature
-        total = past[0].shape[2] + len(ids)
-        feeds = {
+        feeds: dict[str, Any] = {
             signature.input_ids.name: np.ascontiguousarray(ids[None]),
             signature.attention_mask.name: np.ones((1, total), np.int64),
         }
-        feeds |= {spec.name: array for spec, array in zip(signature.past, past, strict=True)}
-        return self.session.run(outputs, feeds)  # type: ignore[no-any-return]
+        feeds |= {spec.name: value for spec, value in zip(signature.past, past, strict=True)}
+        return run_graph(self.session, outputs, feeds)
 
 
 def tap_names(nodes: Any) -> dict[Tap, str]:

@@ -16,6 +16,7 @@ import torch
 
 from gemma3_export.parity.observations import CacheRead, Observation, Seen, least_tokens
 from gemma3_export.parity.prompts import TokenSequence
+from gemma3_export.runtimes.onnx_values import as_float32, run_graph, zeros
 from gemma3_export.runtimes.protocol import IntArray, Runtime
 from gemma3_export.runtimes.torch_cache import as_numpy
 
@@ -70,10 +71,14 @@ def _forward(runtime: Any, ids: IntArray, mask: IntArray) -> tuple[FloatArray, l
     if runtime.name == "onnx":
         signature = runtime.signature
         empty = (ids.shape[0], runtime.config.num_key_value_heads, 0, runtime.config.head_dim)
-        feeds = {signature.input_ids.name: ids, signature.attention_mask.name: mask}
+        feeds: dict[str, Any] = {
+            signature.input_ids.name: ids,
+            signature.attention_mask.name: mask,
+        }
         for spec in signature.past:
-            feeds[spec.name] = np.zeros(empty, spec.dtype)
-        logits, *present = runtime.session.run([spec.name for spec in signature.outputs], feeds)
+            feeds[spec.name] = zeros(empty, spec.dtype)
+        names = [spec.name for spec in signature.outputs]
+        logits, *present = map(as_float32, run_graph(runtime.session, names, feeds))
         return logits, present
     tokens, ones = (torch.from_numpy(array).to(runtime.device) for array in (ids, mask))
     with torch.inference_mode():
