@@ -54,12 +54,12 @@ def open_runtime(
         require_torch("torchscript")
         from gemma3_export.runtimes.torchscript_runtime import TorchScriptRuntime
 
-        return TorchScriptRuntime(bundle, device=device, threads=threads, trust=trust)
+        return TorchScriptRuntime(bundle, device=device, threads=threads, trust=trust, cuda=cuda)
     if runtime == "pt2":
         require_torch("pt2")
         from gemma3_export.runtimes.pt2_runtime import Pt2Runtime
 
-        return Pt2Runtime(bundle, device=device, threads=threads, trust=trust)
+        return Pt2Runtime(bundle, device=device, threads=threads, trust=trust, cuda=cuda)
     if runtime == "reference":
         return _open_reference(bundle, device, threads)
     raise InputError(f"unknown runtime {runtime!r}; choose {', '.join(RUNTIMES)}")

@@ -6,7 +6,8 @@ that it is trusted.
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -15,9 +16,13 @@ import torch
 from gemma3_export.bundle import Bundle
 from gemma3_export.config import Gemma3Config
 from gemma3_export.errors import Gemma3ExportError, InputError, UnavailableError
+from gemma3_export.runtimes.candidates import SPARE, Candidates, fetch_count
 from gemma3_export.runtimes.device import parse_device
+from gemma3_export.runtimes.onnx_session import CudaOptions
 from gemma3_export.runtimes.protocol import IntArray, KVCache, Logits, check_capacity
-from gemma3_export.runtimes.torch_cache import TorchCache, as_numpy
+from gemma3_export.runtimes.sampling import SamplingParams
+from gemma3_export.runtimes.torch_cache import TorchCache, as_numpy, to_device
+from gemma3_export.runtimes.torch_decoding import TorchDecodeSteps
 
 __all__ = ["ArchiveRuntime", "last_line", "torch_device"]
 
@@ -30,13 +35,16 @@ class ArchiveRuntime:
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         threads: threads inside one operator; None lets torch choose.
         trust: load the archive although its hash is not the manifest's.
+        cuda: whether decode steps become a CUDA graph; the other options are ONNX Runtime's.
 
     Raises:
-        InputError: the bundle is damaged, has no archive, or the archive was changed.
+        InputError: the bundle is damaged, has no archive, or the archive was changed; or its steps
+            cannot become a CUDA graph.
         UnavailableError: the device, or what the format needs, is missing.
     """
 
     name: ClassVar[str]
+    can_capture: ClassVar[bool]  # whether a step can become a CUDA graph
 
     def __init__(
         self,
@@ -45,6 +53,7 @@ class ArchiveRuntime:
         device: str = "auto",
         threads: int | None = None,
         trust: bool = False,
+        cuda: CudaOptions | None = None,
     ) -> None:
         if isinstance(bundle, Path):
             bundle = Bundle(bundle)
@@ -57,6 +66,14 @@ class ArchiveRuntime:
         self.device = torch_device(device)
         if threads is not None:
             torch.set_num_threads(threads)
+        # Steps of equal shapes pay where the host is far away.
+        self.has_fixed_steps = self.device.type == "cuda"
+        self.captures = self.has_fixed_steps and cuda is not None and cuda.graph
+        if self.captures and not self.can_capture:
+            raise InputError(
+                f"steps of the {self.name} runtime ask the host for a size, so they cannot become "
+                "a CUDA graph; take the torchscript or onnx runtime, or no CUDA graph"
+            )
         self.module = self.load(bundle.file(graph.path))
 
     def load(self, path: Path) -> Any:
@@ -66,6 +83,10 @@ class ArchiveRuntime:
             InputError: the archive cannot be read.
         """
         raise NotImplementedError
+
+    def count(self, num_logits: int) -> torch.Tensor:
+        """[1] how many logits to keep, where the archive wants it: slicing reads it on the host."""
+        return torch.tensor([num_logits])
 
     def executing(self) -> AbstractContextManager[None]:
         """What surrounds every step."""
@@ -95,17 +116,42 @@ class ArchiveRuntime:
         new = input_ids.shape[1]
         check_capacity(cache, new, row)
         mask, past = cache.prepare(new, row)
-        ids = torch.from_numpy(input_ids).to(self.device)
+        ids = to_device(input_ids, self.device)
+        with self._explained(new, cache):
+            logits, *present = self.module(ids, mask, past, self.count(num_logits))
+        cache.accept(present, new, row)
+        return as_numpy(logits)
+
+    @torch.inference_mode()
+    def step_candidates(
+        self, input_ids: IntArray, cache: KVCache, requests: Sequence[SamplingParams]
+    ) -> Sequence[Logits | Candidates] | None:
+        """See :class:`gemma3_export.runtimes.candidates.ChoosesCandidates`."""
+        count = fetch_count(requests, self.config.vocab_size)
+        if count is None or not self.has_fixed_steps:
+            return None
+        check_capacity(cache, 1)
+        assert isinstance(cache, TorchCache)
+        if cache.steps is None:
+            cache.steps = TorchDecodeSteps(
+                self.module, cache, self.count(1), captures=self.captures
+            )
+        steps: TorchDecodeSteps = cache.steps
+        with self._explained(1, cache):
+            steps.run(input_ids, cache)
+        return steps.candidates(count, count - SPARE)
+
+    @contextmanager
+    def _explained(self, new: int, cache: KVCache) -> Iterator[None]:
+        """Run the archive, or say at which step it failed."""
         with self.executing():
             try:
-                logits, *present = self.module(ids, mask, past, torch.tensor([num_logits]))
+                yield
             except RuntimeError as error:
                 raise Gemma3ExportError(
                     f"the {self.name} archive failed on a step of {new} tokens after "
                     f"{cache.lengths.tolist()}: {last_line(error)}"
                 ) from error
-        cache.accept(present, new, row)
-        return as_numpy(logits)
 
 
 def require_untouched(bundle: Bundle, path: str) -> None:

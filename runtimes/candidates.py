@@ -9,7 +9,7 @@ Shapes: V vocabulary, k fetched, C candidates.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -24,6 +24,7 @@ __all__ = [
     "Candidates",
     "ChoosesCandidates",
     "candidates_needed",
+    "candidates_of_rows",
     "fetch_count",
     "from_largest",
 ]
@@ -99,3 +100,27 @@ def from_largest(
         return None
     order = np.argsort(ids)
     return Candidates(ids[order].astype(np.int64), values[order])
+
+
+def candidates_of_rows(
+    packed: Logits, fetched: int, needed: int, fetch: Callable[[], Logits]
+) -> list[Candidates | Logits]:
+    """What each row's next token is chosen from: the largest logits, or all [V] of them.
+
+    Args:
+        packed: [B, 2k + 1] values, largest first, their ids, and the sum of all logits.
+        fetched: k.
+        needed: how many of them have to be complete.
+        fetch: brings all logits [B, V] from the device, for rows that they have to decide.
+    """
+    found: list[Candidates | Logits] = []
+    everything: Logits | None = None
+    for index, row in enumerate(packed):
+        values, ids, total = row[:fetched], row[fetched:-1], float(row[-1])
+        chosen = from_largest(values, ids, total, needed)
+        if chosen is None:
+            everything = fetch() if everything is None else everything
+            found.append(everything[index])
+        else:
+            found.append(chosen)
+    return found

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from gemma3_export.runtimes.candidates import Candidates, from_largest
+from gemma3_export.runtimes.candidates import Candidates, candidates_of_rows
 from gemma3_export.runtimes.device import Device
 from gemma3_export.runtimes.graphs import PREPARATION_GRAPH, SELECTION_GRAPH
 from gemma3_export.runtimes.onnx_cache import SharedCache
@@ -94,28 +94,13 @@ class DecodeSteps:
         cache.advance(self.binding, 1, None)
 
     def fetch(self) -> Logits:
-        """[B, 1, V] all logits of the last step."""
-        logits: Logits = self.logits.numpy()
+        """[B, V] all logits of the last step."""
+        logits: Logits = self.logits.numpy()[:, 0]
         return logits
 
     def candidates(self, fetched: int, needed: int) -> list[Candidates | Logits]:
-        """What each row's next token is chosen from: the largest logits, or all [V] of them.
-
-        Args:
-            fetched: how many logits to bring from the device.
-            needed: how many of them have to be complete.
-        """
-        found: list[Candidates | Logits] = []
-        everything: Logits | None = None
-        for row, packed in enumerate(self.selection.run(fetched)):
-            values, ids, total = packed[:fetched], packed[fetched:-1], float(packed[-1])
-            chosen = from_largest(values, ids, total, needed)
-            if chosen is not None:
-                found.append(chosen)
-                continue
-            everything = self.fetch() if everything is None else everything
-            found.append(everything[row, 0])
-        return found
+        """See :func:`gemma3_export.runtimes.candidates.candidates_of_rows`."""
+        return candidates_of_rows(self.selection.run(fetched), fetched, needed, self.fetch)
 
 
 class Selection:

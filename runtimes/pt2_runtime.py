@@ -7,37 +7,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.export.passes import move_to_device_pass
 
-from gemma3_export.bundle import Bundle
-from gemma3_export.errors import InputError, UnavailableError
+from gemma3_export.errors import InputError
 from gemma3_export.runtimes.archive_runtime import ArchiveRuntime, last_line
 
 __all__ = ["Pt2Runtime"]
 
 
 class Pt2Runtime(ArchiveRuntime):
-    """A bundle's exported program; see :class:`ArchiveRuntime`. It runs on the CPU only."""
+    """A bundle's exported program; see :class:`ArchiveRuntime`."""
 
     name = "pt2"
+    can_capture = False  # the chosen tokens' number is read from a mask
 
-    def __init__(
-        self,
-        bundle: Bundle | Path,
-        *,
-        device: str = "auto",
-        threads: int | None = None,
-        trust: bool = False,
-    ) -> None:
-        device = "cpu" if device == "auto" else device
-        super().__init__(bundle, device=device, threads=threads, trust=trust)
+    def count(self, num_logits: int) -> torch.Tensor:
+        """See :class:`ArchiveRuntime`; the program compares it with places on its device."""
+        return torch.tensor([num_logits], device=self.device)
 
     def load(self, path: Path) -> Any:
-        """See :class:`ArchiveRuntime`."""
-        if self.device.type != "cpu":  # a program is bound to the device that it was traced on
-            raise UnavailableError(
-                f"the pt2 runtime runs on the CPU only, not on {self.device}; pass --device cpu, "
-                "or use the torchscript or onnx runtime"
-            )
+        """See :class:`ArchiveRuntime`; devices in the program become the runtime's."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # torch's own calls among themselves
             try:
@@ -47,6 +36,8 @@ class Pt2Runtime(ArchiveRuntime):
                     f"torch {torch.__version__} cannot load {path}: {last_line(error)}; "
                     "export the bundle anew"
                 ) from error
+            if self.device.type != "cpu":  # where it was traced
+                program = move_to_device_pass(program, str(self.device))
             # The guards repeat what the example inputs happened to be (a past that is not empty);
             # the graph itself computes every shape, which the tests prove.
             return program.module(check_guards=False)

@@ -5,6 +5,8 @@ Shapes: B rows, K key-value heads, C capacity in tokens, L cached tokens, T new 
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -12,7 +14,7 @@ from torch import Tensor
 from gemma3_export.config import Gemma3Config
 from gemma3_export.runtimes.protocol import IntArray, LayerKV, check_truncation, empty_lengths
 
-__all__ = ["TorchCache"]
+__all__ = ["TorchCache", "as_numpy", "to_device"]
 
 
 class TorchCache:
@@ -41,6 +43,7 @@ class TorchCache:
         ]
         self.filled = np.zeros((batch_size, capacity), dtype=bool)
         self.ends: IntArray = np.zeros(batch_size, dtype=np.int64)  # behind each row's last token
+        self.steps: Any = None  # gemma3_export.runtimes.torch_decoding.TorchDecodeSteps, if any
 
     @property
     def batch_size(self) -> int:
@@ -51,13 +54,12 @@ class TorchCache:
         """The mask [rows, S] and the past tensors [rows, K, S - T, H] of the next step."""
         rows = self._rows(row)
         if int(self.ends[rows].max()) + new_tokens > self.capacity:
-            self._close_holes()
+            self.close_holes()
         start = int(self.ends[rows].max())
         new = np.ones((rows.stop - rows.start, new_tokens), dtype=bool)
         mask = np.concatenate((self.filled[rows, :start], new), axis=1)
-        device = self.buffers[0].device
         past = [buffer[rows, :, :start] for buffer in self.buffers]
-        return torch.from_numpy(mask.astype(np.int64)).to(device), past
+        return to_device(mask.astype(np.int64), self.buffers[0].device), past
 
     def accept(self, present: list[Tensor], new_tokens: int, row: int | None) -> None:
         """Keep the new tokens of what a step returned, [rows, K, S, H] each."""
@@ -90,7 +92,16 @@ class TorchCache:
     def _rows(self, row: int | None) -> slice:
         return slice(0, self.batch_size) if row is None else slice(row, row + 1)
 
-    def _close_holes(self) -> None:
+    def append_one_each(self) -> None:
+        """Count one more token of every row, written behind its last one."""
+        self.filled[np.arange(self.batch_size), self.ends] = True
+        self.ends += 1
+        self.lengths += 1
+
+    def close_holes(self) -> None:
+        """Let every row hold its tokens at [0, its length)."""
+        if np.array_equal(self.ends, self.lengths):
+            return
         for row, length in enumerate(self.lengths):
             keep = torch.from_numpy(np.flatnonzero(self.filled[row]))
             for buffer in self.buffers:
@@ -98,6 +109,14 @@ class TorchCache:
                 buffer[row, :, : int(length)] = kept
             self.filled[row] = np.arange(self.capacity) < length
         self.ends[:] = self.lengths
+
+
+def to_device(array: IntArray, device: torch.device) -> Tensor:
+    """A copy on ``device``; nobody waits until it has arrived."""
+    tensor = torch.from_numpy(array)
+    if device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 def as_numpy(tensor: Tensor) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:

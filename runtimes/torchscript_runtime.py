@@ -19,6 +19,7 @@ class TorchScriptRuntime(ArchiveRuntime):
     """A bundle's TorchScript archive; see :class:`ArchiveRuntime`."""
 
     name = "torchscript"
+    can_capture = True
 
     def load(self, path: Path) -> Any:
         """See :class:`ArchiveRuntime`."""

@@ -16,6 +16,8 @@ from gemma3_export.errors import InputError, UnavailableError
 from gemma3_export.exporters.bundle_export import export_bundle
 from gemma3_export.exporters.pt2_export import Pt2Writer
 from gemma3_export.exporters.torchscript_export import DTYPES
+from gemma3_export.runtimes import archive_runtime
+from gemma3_export.runtimes.onnx_session import CudaOptions
 from gemma3_export.runtimes.pt2_runtime import Pt2Runtime
 from tests.observed_runs import VARIANTS, observe, reference, source_of
 
@@ -92,6 +94,22 @@ class TestArchive:
         assert (done.returncode, done.stdout.split()) == (0, []), done.stderr
 
 
+class TestDevices:
+    def test_runs_on_a_device_that_it_was_not_traced_on(self, bundle, monkeypatch):
+        """Meta stands in for a GPU: no number is computed, but every tensor has a device."""
+        monkeypatch.setattr(archive_runtime, "torch_device", torch.device)
+        runtime = Pt2Runtime(bundle, device="meta")
+        config = VARIANTS["one sliding layer"]
+        shape = (2, config.num_key_value_heads, 5, config.head_dim)
+        cache = torch.empty(shape, device="meta")
+        ids, mask = (torch.ones(2, n, dtype=torch.int64, device="meta") for n in (3, 8))
+        # The number of kept tokens is data, which meta does not have: it is told to keep all.
+        with torch.fx.experimental._config.patch(meta_nonzero_assume_all_nonzero=True):
+            logits, *present = runtime.module(ids, mask, [cache] * 2, runtime.count(3))
+        assert {tensor.device.type for tensor in (logits, *present)} == {"meta"}
+        assert logits.shape == (2, 3, config.vocab_size)
+
+
 class TestRefusals:
     def test_damage_is_bad_input_with_and_without_trust(self, tmp_path):
         path = export(tmp_path / "bundle", "one full layer, untied")
@@ -102,11 +120,15 @@ class TestRefusals:
         with pytest.raises(InputError, match=r"cannot load .*model\.pt2"):
             Pt2Runtime(path, trust=True)
 
-    def test_a_gpu_is_unavailable(self, bundle, monkeypatch):
-        monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    def test_a_gpu_that_is_not_there_is_unavailable(self, bundle, monkeypatch):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
         with pytest.raises(UnavailableError, match=r"cuda:0.*--device cpu"):
             Pt2Runtime(bundle, device="cuda")
-        assert Pt2Runtime(bundle).device.type == "cpu"
+
+    def test_a_program_that_asks_the_host_cannot_become_a_cuda_graph(self, bundle, monkeypatch):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+        with pytest.raises(InputError, match=r"steps of the pt2 runtime ask.*torchscript"):
+            Pt2Runtime(bundle, device="cuda", cuda=CudaOptions(graph=True))
 
     def test_unknown_dtype_is_refused(self):
         with pytest.raises(InputError, match="int3"):

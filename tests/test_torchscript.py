@@ -130,24 +130,77 @@ class TestArchive:
                 assert checkout not in content
                 assert b"site-packages" not in content
 
-    def test_no_device_is_baked_into_the_graph(self):
-        graph = str(load_plainly(exported(), "cpu").inlined_graph)
-        assert "aten::linear" in graph
-        assert "Device" not in graph
+    @pytest.mark.parametrize("prepack", [True, False], ids=["prepacked", "plain"])
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_no_device_is_baked_into_the_graph(self, dtype, prepack):
+        module = load_plainly(exported("tied", dtype, prepack), "cpu")
+        assert "aten::linear" in str(module.inlined_graph)
+        assert baked_devices(module) == []
 
     def test_runs_on_a_device_that_it_was_not_traced_on(self):
-        config = VARIANTS["tied"]
-        module = load_plainly(exported(), "meta")
-        cache = torch.empty(2, config.num_key_value_heads, 5, config.head_dim, device="meta")
-        with torch.jit.optimized_execution(False):  # the optimizer compares constants by value
-            logits, *present = module(
-                torch.ones(2, 3, dtype=torch.int64, device="meta"),
-                torch.ones(2, 8, dtype=torch.int64, device="meta"),
-                [cache] * (2 * config.num_hidden_layers),
-                torch.tensor([1]),
-            )
+        logits, present = run_on_meta(load_plainly(exported(), "meta"))
         assert {tensor.device.type for tensor in (logits, *present)} == {"meta"}
-        assert logits.shape == (2, 1, config.vocab_size)
+        assert logits.shape == (2, 1, VARIANTS["tied"].vocab_size)
+
+
+def baked_devices(module: Any) -> list[str]:
+    """Values of the graph, those of blocks and submodules included, that name a device."""
+    graph = module.inlined_graph
+    nodes = graph.findAllNodes("prim::Constant", recurse=True)
+    outputs = [output for node in nodes for output in node.outputs()]
+    return [str(output.node()).strip() for output in outputs if is_device(output.type())]
+
+
+def is_device(kind: Any) -> bool:
+    return kind.kind() == "DeviceObjType" or (
+        kind.kind() == "OptionalType" and is_device(kind.getElementType())
+    )
+
+
+def run_on_meta(module: Any) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """One step without numbers; whatever reads one on the host, or makes one elsewhere, fails."""
+    config = VARIANTS["tied"]
+    cache = torch.empty(2, config.num_key_value_heads, 5, config.head_dim, device="meta")
+    with torch.jit.optimized_execution(False):  # the optimizer compares constants by value
+        logits, *present = module(
+            torch.ones(2, 3, dtype=torch.int64, device="meta"),
+            torch.ones(2, 8, dtype=torch.int64, device="meta"),
+            [cache] * (2 * config.num_hidden_layers),
+            torch.tensor([1]),
+        )
+    return logits, present
+
+
+class CountsOnItsDevice(torch.nn.Module):
+    """What an exporter must not trace: the device of the example becomes a constant."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + torch.arange(x.shape[0], device=x.device)
+
+
+class TestBakedDevices:
+    """The checks above find what they look for."""
+
+    def test_a_traced_device_is_found(self):
+        with torchscript_support.torchscript():
+            module = torch.jit.trace(CountsOnItsDevice(), torch.ones(3), check_trace=False)
+        assert [line for line in baked_devices(module) if 'value="cpu"' in line]
+
+    def test_a_traced_device_fails_elsewhere(self):
+        with torchscript_support.torchscript():
+            module = torch.jit.trace(CountsOnItsDevice(), torch.ones(3), check_trace=False)
+        with pytest.raises(RuntimeError, match="device"):
+            module(torch.ones(3, device="meta"))
+
+    def test_a_scripted_device_is_found_in_a_branch(self):
+        def branching(x: torch.Tensor) -> torch.Tensor:
+            if x.shape[0] > 2:
+                return x + torch.zeros(1, device=torch.device("cuda:1"))
+            return x
+
+        with torchscript_support.torchscript():
+            scripted = torch.jit.script(branching)
+        assert [line for line in baked_devices(scripted) if 'value="cuda:1"' in line]
 
 
 ALONE = """

@@ -19,8 +19,7 @@ import numpy as np
 import onnxruntime
 
 from gemma3_export.placement.stub import COUNTERS
-from gemma3_export.runtimes import onnx_decoding
-from gemma3_export.runtimes.candidates import Candidates
+from gemma3_export.runtimes import candidates
 from gemma3_export.runtimes.generation import TokenEvent, generate
 from gemma3_export.runtimes.onnx_runtime import OnnxRuntime
 from gemma3_export.runtimes.onnx_session import CudaOptions
@@ -44,16 +43,16 @@ class Meter:
         return changed
 
 
-def candidates_of(values: Any, ids: Any, total: float, needed: int) -> Candidates:
+def as_they_are(values: Any, ids: Any, total: float, needed: int) -> candidates.Candidates:
     """Stands in for ``from_largest``, to which the stub's zeros are a tie that decides nothing."""
     del total, needed
-    return Candidates(ids.astype(np.int64), values.copy())
+    return candidates.Candidates(ids.astype(np.int64), values.copy())
 
 
 def decode(bundle: Path, plan: dict[str, Any]) -> dict[str, Any]:
     """Prefill every row, then decode them together, as every caller of the package does."""
     meter = Meter()
-    vars(onnx_decoding)["from_largest"] = candidates_of
+    vars(candidates)["from_largest"] = as_they_are
     onnxruntime.preload_dlls = lambda: None  # real libraries would take the stub's place
     runtime = OnnxRuntime(bundle, device=plan["device"], cuda=CudaOptions(graph=plan["graph"]))
     rows = plan["rows"]

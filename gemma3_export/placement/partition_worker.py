@@ -1,6 +1,7 @@
 """Run by another interpreter, over the stub: create a session and print what ONNX Runtime did.
 
 Needs the standard library and onnxruntime alone. Arguments: the graph. Prints one JSON object.
+Where there is a GPU, :func:`partition` tells the same in this process.
 """
 
 from __future__ import annotations
@@ -25,13 +26,13 @@ def create(graph: str, severity: int, **options: str) -> onnxruntime.InferenceSe
     return onnxruntime.InferenceSession(graph, settings, providers=[(CUDA, options), CPU])
 
 
-def with_log(graph: str) -> tuple[onnxruntime.InferenceSession, str]:
+def with_log(graph: str, options: dict[str, str]) -> tuple[onnxruntime.InferenceSession, str]:
     """A session, and what ONNX Runtime's C++ code wrote to the standard error meanwhile."""
     with tempfile.TemporaryFile() as log:
         saved = os.dup(2)
         os.dup2(log.fileno(), 2)
         try:
-            session = create(graph, severity=1)
+            session = create(graph, severity=1, **options)
         finally:
             os.dup2(saved, 2)
             os.close(saved)
@@ -39,18 +40,18 @@ def with_log(graph: str) -> tuple[onnxruntime.InferenceSession, str]:
         return session, log.read().decode(errors="replace")
 
 
-def capture_problem(graph: str) -> str | None:
+def capture_problem(graph: str, options: dict[str, str]) -> str | None:
     """Why a CUDA graph cannot be captured; None when it can."""
     try:
-        create(graph, severity=4, enable_cuda_graph="1")
+        create(graph, severity=4, **{**options, "enable_cuda_graph": "1"})
     except Exception as error:  # ONNX Runtime's errors share no base class
         return str(error).strip().split("\n", 1)[0]
     return None
 
 
-def main(graph: str) -> None:
-    """Print the partitioning of ``graph``."""
-    session, log = with_log(graph)
+def partition(graph: str, **options: str) -> dict[str, object]:
+    """Where ONNX Runtime puts the nodes of ``graph``, given options of its CUDA provider."""
+    session, log = with_log(graph, options)
     nodes = [
         {"provider": part.ep_name, "operator": node.op_type, "name": node.name}
         for part in session.get_provider_graph_assignment_info()
@@ -58,15 +59,14 @@ def main(graph: str) -> None:
     ]
     providers = session.get_providers()
     del session
-    found = {
+    return {
         "onnxruntime": onnxruntime.__version__,
         "providers": providers,
         "nodes": nodes,
         "copies": COPY.findall(log),
-        "capture_problem": capture_problem(graph),
+        "capture_problem": capture_problem(graph, options),
     }
-    print(json.dumps(found))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    print(json.dumps(partition(sys.argv[1])))
