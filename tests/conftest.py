@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 
 from gemma3_export.config_json import config_to_json
 from gemma3_export.exporting import export_onnx, open_weights
+from tests import cuda_machine, cuda_python
 from tests.tiny_models import tiny_config, write_hf_folder
 from tests.tiny_tokenizers import tiny_gemma_tokenizer
 
@@ -18,6 +20,24 @@ VOCAB_SIZE = 400
 
 # Tiny matrices are slower on two threads than on one, and far slower on a busy machine.
 torch.set_num_threads(1)
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Tests that were asked for by their marker and cannot run are no success, and no failure."""
+    for marker, problem in (("cuda", cuda_machine.problem), ("placement", cuda_python.problem)):
+        is_asked_for = session.items and all(map(marked(marker), session.items))
+        if is_asked_for and (reason := problem()):
+            pytest.exit(f"could not run: {reason}", returncode=cuda_machine.COULD_NOT_RUN)
+
+
+def marked(marker: str) -> Callable[[pytest.Item], bool]:
+    return lambda item: item.get_closest_marker(marker) is not None
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Among others, such a test is skipped and says why."""
+    if item.get_closest_marker("cuda") and (reason := cuda_machine.problem()):
+        pytest.skip(f"could not run: {reason}")
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,17 @@ VARIABLE = "GEMMA3_CUDA_PYTHON"
 
 def cuda_python() -> Path:
     """``make placement`` names it; elsewhere the test could not run, and says so."""
-    python = Path(os.environ.get(VARIABLE, REPOSITORY / ".venv-cuda" / "bin" / "python"))
-    if not python.is_file():
-        pytest.skip(f"could not run: no onnxruntime-gpu at {python}; `make placement` installs it")
-    return python
+    if reason := problem():
+        pytest.skip(f"could not run: {reason}")
+    return interpreter()
+
+
+def interpreter() -> Path:
+    return Path(os.environ.get(VARIABLE, REPOSITORY / ".venv-cuda" / "bin" / "python"))
+
+
+def problem() -> str | None:
+    """Why there is none; None when there is."""
+    if interpreter().is_file():
+        return None
+    return f"no onnxruntime-gpu at {interpreter()}; `make placement` installs it"

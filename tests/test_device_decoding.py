@@ -29,6 +29,7 @@ from gemma3_export.runtimes.graphs import PREPARATION_GRAPH, PRODUCT_GRAPH, SELE
 from gemma3_export.runtimes.onnx_runtime import OnnxRuntime
 from gemma3_export.runtimes.onnx_session import CudaOptions
 from gemma3_export.runtimes.sampling import Sampler, SamplingParams
+from tests.cuda_formats import ONNX_FORMATS, CudaFormat
 from tests.cuda_python import REPOSITORY, cuda_python
 from tests.exported_bundles import exported_bundle
 from tests.test_half_precision import exported as half_bundle
@@ -200,6 +201,15 @@ def test_generating_a_token_moves_a_few_hundred_bytes_and_allocates_nothing(
     assert found["described"]["device"] == "cuda:1"
     assert found["completions"] == [7] * rows
     assert_stays_on_the_device(found, rows=rows, graph=graph, top_k=top_k)
+
+
+@pytest.mark.placement
+@pytest.mark.parametrize(
+    "form", [form for form in ONNX_FORMATS if form.is_fused], ids=lambda form: form.name
+)
+def test_every_fused_format_decodes_on_the_device(form: CudaFormat) -> None:
+    found = counted(form.bundle(), graph=True, rows=2, top_k=None)
+    assert_stays_on_the_device(found, rows=2, graph=True, top_k=None)
 
 
 @pytest.mark.placement

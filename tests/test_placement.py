@@ -16,9 +16,10 @@ from gemma3_export.errors import UnavailableError
 from gemma3_export.placement import check_placement
 from gemma3_export.placement.check import judge
 from gemma3_export.placement.stub import compile_stub, find_provider
+from tests.cuda_formats import ONNX_FORMATS, CudaFormat
 from tests.cuda_python import cuda_python
 from tests.exported_bundles import exported_bundle
-from tests.test_half_precision import exported as half_bundle
+from tests.tiny_models import TINY
 
 CUDA, CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
 ON_GPU = ("Gather", "RMSNormalization", "MatMul", "GroupQueryAttention", "Gemm")
@@ -91,20 +92,14 @@ def test_inspect_says_how_to_get_what_it_needs(
 
 
 @pytest.mark.placement
-@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
-def test_fused_half_graphs_run_on_the_gpu_from_end_to_end(dtype: str) -> None:
-    report = check_placement(Bundle(half_bundle(dtype)), cuda_python())
+@pytest.mark.parametrize("form", ONNX_FORMATS, ids=lambda form: form.name)
+def test_every_format_runs_on_the_gpu_from_end_to_end(form: CudaFormat) -> None:
+    report = check_placement(Bundle(form.bundle()), cuda_python())
     assert report.passed, report.problems
-    assert report.operators[CUDA]["GroupQueryAttention"] == 5
+    attention = "GroupQueryAttention" if form.is_fused else "Attention"
+    assert report.operators[CUDA][attention] == TINY.num_hidden_layers
     assert report.memory_copies == ()
     assert report.is_capturable
-
-
-@pytest.mark.placement
-def test_the_portable_fp32_graph_runs_on_the_gpu_from_end_to_end() -> None:
-    report = check_placement(Bundle(exported_bundle("portable")), cuda_python())
-    assert report.passed, report.problems
-    assert report.operators[CUDA]["Attention"] == 5
 
 
 @pytest.mark.placement
