@@ -16,7 +16,7 @@ from click.testing import CliRunner, Result
 from gemma3_export import backends, benchmark, benchmark_worker, doctor, verifying
 from gemma3_export.benchmark_worker import RuntimeCandidate, open_candidate
 from gemma3_export.cli import command_line
-from gemma3_export.cli.cuda_options import memory_size
+from gemma3_export.cli.cuda_options import CudaRequest, memory_size
 from gemma3_export.doctor import Facts, Problem, Report
 from gemma3_export.doctor.driver import gpu_count
 from gemma3_export.doctor.facts import Driver, Gpu, Machine, Packages, Trial
@@ -135,7 +135,17 @@ def test_options_without_effect_on_the_cpu_are_refused(
 def test_options_of_onnx_runtime_are_refused_elsewhere(ort_bundle: Path, option: str) -> None:
     result = run("generate", ort_bundle, "--runtime", "reference", "--device", "cuda", option)
     assert result.exit_code == 2
-    assert "is for the onnx runtime, not for reference" in result.stderr
+    assert "not for the reference runtime" in result.stderr
+
+
+def test_torchscript_takes_a_cuda_graph_and_nothing_else() -> None:
+    asked = {"tf32": False, "gpu_memory_limit": None, "cpu_fallback": False}
+    request = CudaRequest(cuda_graph=True, **asked)
+    assert request.settle("cuda", "torchscript") == ("cuda", CudaOptions(graph=True))
+    with pytest.raises(click.UsageError, match="onnx and torchscript, not for the pt2 runtime"):
+        request.settle("cuda", "pt2")
+    with pytest.raises(click.UsageError, match="--tf32 is for onnx, not for the torchscript"):
+        CudaRequest(cuda_graph=True, **(asked | {"tf32": True})).settle("cuda", "torchscript")
 
 
 def test_auto_without_a_gpu_leaves_the_options_without_effect(ort_bundle: Path) -> None:

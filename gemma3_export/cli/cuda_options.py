@@ -15,7 +15,11 @@ if TYPE_CHECKING:
 
 __all__ = ["CudaRequest", "cuda_options", "memory_size"]
 
-ONNX = "onnx"
+TAKEN_BY = {  # runtimes for which an option has an effect
+    "--cuda-graph": ("onnx", "torchscript"),
+    "--tf32": ("onnx",),
+    "--gpu-memory-limit": ("onnx",),
+}
 UNITS = {
     "": 1,
     "b": 1,
@@ -68,10 +72,12 @@ class CudaRequest:
 
         wanted = parse_device(device)
         given = self._given()
-        if given and runtime != ONNX:
-            raise click.UsageError(
-                f"{given[0]} is for the onnx runtime, not for {runtime}; leave it out"
-            )
+        for option in given:
+            if runtime not in TAKEN_BY[option]:
+                raise click.UsageError(
+                    f"{option} is for {' and '.join(TAKEN_BY[option])}, not for the {runtime} "
+                    "runtime; leave it out"
+                )
         if wanted is not None and wanted.kind == "cpu":
             if self.cpu_fallback:
                 given.append("--cpu-fallback")
