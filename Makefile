@@ -121,7 +121,7 @@ placement: $(INSTALLED) $(CUDA_VENV)/.installed ## What runs on a GPU, shown wit
 # onnxruntime and onnxruntime-gpu cannot share an environment; the stub replaces CUDA's libraries.
 $(CUDA_VENV)/.installed: pyproject.toml constraints.txt | $(INSTALLED)
 	$(BIN)/python -m venv $(CUDA_VENV)
-	$(CUDA_VENV)/bin/python -m pip install --quiet $(PIP_ARGS) -c constraints.txt onnxruntime-gpu numpy
+	$(CUDA_VENV)/bin/python -m pip install --quiet $(PIP_ARGS) -c constraints.txt -e . onnxruntime-gpu
 	@touch $@
 
 docs: $(INSTALLED) ## Write docs/cli.md anew from --help
