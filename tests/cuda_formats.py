@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gemma3_export.exporters.bundle_export import GraphWriter, export_bundle
+from gemma3_export.exporters.onnx_export import OnnxWriter
 from gemma3_export.exporters.pt2_export import Pt2Writer
 from gemma3_export.exporters.torchscript_export import TorchScriptWriter
 from tests.exported_bundles import exported_bundle, scratch, source_of
@@ -39,9 +40,9 @@ def archive(writer: GraphWriter) -> Path:
     return export_bundle(source_of(), Path(scratch().name) / name, writer).path
 
 
-def fused(dtype: str, floor: str, bundle: Callable[[], Path]) -> CudaFormat:
+def fused(name: str, floor: str, bundle: Callable[[], Path]) -> CudaFormat:
     """A graph of the target ``ort``."""
-    return CudaFormat(name=dtype, runtime="onnx", floor=floor, bundle=bundle, is_fused=True)
+    return CudaFormat(name=name, runtime="onnx", floor=floor, bundle=bundle, is_fused=True)
 
 
 def torch_format(writer: GraphWriter, floor: str) -> CudaFormat:
@@ -54,9 +55,19 @@ def torch_format(writer: GraphWriter, floor: str) -> CudaFormat:
     )
 
 
+@functools.cache
+def quantized(activations: str) -> Path:
+    """8-bit matrices around half-precision activations."""
+    writer = OnnxWriter(dtype="int8", activations=activations, block_size=16)
+    path = Path(scratch().name) / f"cuda int8 {activations}"
+    return export_bundle(source_of(), path, writer).path
+
+
 ONNX_FORMATS = (
     fused("bf16", "bfloat16", functools.partial(half_bundle, "bf16")),
     fused("fp16", "float16", functools.partial(half_bundle, "fp16")),
+    fused("int8, bf16", "bfloat16", functools.partial(quantized, "bf16")),
+    fused("int8, fp16", "float16", functools.partial(quantized, "fp16")),
     CudaFormat(
         name="portable fp32",
         runtime="onnx",

@@ -19,10 +19,9 @@ import numpy as np
 import onnxruntime
 
 from gemma3_export.placement.stub import COUNTERS
-from gemma3_export.runtimes import candidates
+from gemma3_export.runtimes import candidates, onnx_runtime
 from gemma3_export.runtimes.generation import TokenEvent, generate
-from gemma3_export.runtimes.onnx_runtime import OnnxRuntime
-from gemma3_export.runtimes.onnx_session import CudaOptions
+from gemma3_export.runtimes.onnx_session import CudaOptions, choose_device
 from gemma3_export.runtimes.sampling import SamplingParams
 
 
@@ -54,7 +53,11 @@ def decode(bundle: Path, plan: dict[str, Any]) -> dict[str, Any]:
     meter = Meter()
     vars(candidates)["from_largest"] = as_they_are
     onnxruntime.preload_dlls = lambda: None  # real libraries would take the stub's place
-    runtime = OnnxRuntime(bundle, device=plan["device"], cuda=CudaOptions(graph=plan["graph"]))
+    # a graph that falls back is refused there; here it shall show what it would cost
+    vars(onnx_runtime)["device_for"] = lambda graph, device: choose_device(device)
+    runtime = onnx_runtime.OnnxRuntime(
+        bundle, device=plan["device"], cuda=CudaOptions(graph=plan["graph"])
+    )
     rows = plan["rows"]
     events = generate(
         runtime,
