@@ -12,6 +12,7 @@ from time import perf_counter
 import numpy as np
 
 from gemma3_export.runtimes.candidates import Candidates, ChoosesCandidates
+from gemma3_export.runtimes.prefix_cache import PrefixCache
 from gemma3_export.runtimes.protocol import IntArray, KVCache, Logits, Runtime
 from gemma3_export.runtimes.request_state import Completion, RequestState, TokenEvent
 from gemma3_export.runtimes.speculation import Speculation
@@ -37,6 +38,7 @@ class DecodingLoop:
     cancel: Callable[[], bool] | None
     prefill_progress: Callable[[int, int], None] | None
     speculations: Sequence[Speculation | None]  # one a request
+    prefix_cache: PrefixCache | None
 
     def run(self) -> Generator[Event, None, None]:
         """All events, in the order in which they happen."""
@@ -66,14 +68,18 @@ class DecodingLoop:
                 yield from _report(request, event)
 
     def _prefill(self, request: RequestState, cache: KVCache) -> Logits | None:
-        """Feed the prompt to the request's row; [V] after its last token, None if cancelled."""
+        """Feed the prompt to the request's row; [V] after its last token, None if cancelled.
+
+        Chunks end at multiples of their size, wherever a reused prefix ends.
+        """
         sizes = [other.prompt_ids.size for other in self.requests]
         row = request.index if len(self.requests) > 1 else None
-        fed = int(cache.lengths[request.index])
+        fed = self._load_prefix(request, cache)
         while True:
             if self._is_cancelled():
                 return None
-            chunk = request.prompt_ids[None, fed : fed + self.prefill_chunk]
+            stop = fed - fed % self.prefill_chunk + self.prefill_chunk
+            chunk = request.prompt_ids[None, fed:stop]
             begun = perf_counter()
             logits = self.runtime.step(chunk, cache, num_logits=1, row=row)
             request.prefill_s += perf_counter() - begun
@@ -81,8 +87,24 @@ class DecodingLoop:
             if self.prefill_progress is not None:
                 self.prefill_progress(sum(sizes[: request.index]) + fed, sum(sizes))
             if fed >= request.prompt_ids.size:
+                self._store_prefix(request, cache)
                 last: Logits = logits[0, -1]
                 return last
+
+    def _load_prefix(self, request: RequestState, cache: KVCache) -> int:
+        """Take over what is known of the prompt; the number of its tokens."""
+        if self.prefix_cache is None:
+            return 0
+        begun = perf_counter()
+        request.reused_tokens = self.prefix_cache.load(
+            cache, request.index, request.prompt_ids, self.prefill_chunk
+        )
+        request.prefill_s += perf_counter() - begun
+        return request.reused_tokens
+
+    def _store_prefix(self, request: RequestState, cache: KVCache) -> None:
+        if self.prefix_cache is not None:
+            self.prefix_cache.store(cache, request.index, request.prompt_ids, self.prefill_chunk)
 
     def _decode(
         self, active: Sequence[RequestState], cache: KVCache

@@ -14,6 +14,7 @@ import numpy as np
 from gemma3_export.config import Gemma3Config
 from gemma3_export.errors import InputError
 from gemma3_export.runtimes.decoding import DecodingLoop, Event
+from gemma3_export.runtimes.prefix_cache import PrefixCache
 from gemma3_export.runtimes.protocol import IntArray, Runtime
 from gemma3_export.runtimes.request_state import (
     Completion,
@@ -89,6 +90,7 @@ def generate(
     prefill_progress: Callable[[int, int], None] | None = None,
     drafter: Callable[[], Drafter] | None = None,
     max_draft_tokens: int = MAX_DRAFT_TOKENS,
+    prefix_cache: PrefixCache | None = None,
 ) -> Generation:
     """Continue every prompt; the inputs are checked at once, the work is done by iterating.
 
@@ -116,10 +118,15 @@ def generate(
             Drafts are verified
             while one prompt alone is being continued.
         max_draft_tokens: the most tokens to draft at once.
+        prefix_cache: prompts begin with what it knows of them, and are added to it once they are
+            prefilled, so that prompts of one call share too. The same ``prefill_chunk`` as before
+            is needed to find them again. It is this runtime's own.
 
     Raises:
         InputError: an argument is impossible, or a prompt does not fit.
     """
+    if prefix_cache is not None:
+        prefix_cache.require_runtime(runtime)
     for name, value in (
         ("max_new_tokens", max_new_tokens),
         ("prefill_chunk", prefill_chunk),
@@ -160,6 +167,7 @@ def generate(
             Speculation(request, drafter(), max_draft_tokens) if drafter else None
             for request in requests
         ],
+        prefix_cache=prefix_cache,
     )
     return Generation(requests, loop.run())
 

@@ -14,9 +14,18 @@ from numpy.typing import NDArray
 
 from gemma3_export.config import Gemma3Config
 from gemma3_export.runtimes.device import Device
+from gemma3_export.runtimes.onnx_copies import HeadMemory, SharesByCopies, TokenCopies
 from gemma3_export.runtimes.onnx_session import import_onnxruntime
 from gemma3_export.runtimes.onnx_values import ONNX_BFLOAT16, widened
-from gemma3_export.runtimes.protocol import IntArray, LayerKV, check_truncation, empty_lengths
+from gemma3_export.runtimes.protocol import (
+    IntArray,
+    LayerKV,
+    StoredTokens,
+    check_export,
+    check_stored,
+    check_truncation,
+    empty_lengths,
+)
 from gemma3_export.signature import Signature
 
 __all__ = ["GrowingCache", "OnnxCache", "SharedCache"]
@@ -54,7 +63,16 @@ class OnnxCache(Protocol):
         """Take over what the graph wrote."""
 
 
-class SharedCache:
+def copies_of(
+    config: Gemma3Config, signature: Signature, device: Device, dtype: np.dtype[Any]
+) -> TokenCopies:
+    """How a cache with tensors of ``dtype`` in memory gives and takes tokens."""
+    name = signature.past_keys[0].dtype
+    heads, size = config.num_key_value_heads, config.head_dim
+    return TokenCopies(device, dtype, name, len(signature.past), heads, size)
+
+
+class SharedCache(SharesByCopies):
     """Preallocated buffers [B, K, C, H] that the graph reads as past and extends in place.
 
     GroupQueryAttention appends to a buffer when past and present are the same memory. Rows may be
@@ -83,6 +101,7 @@ class SharedCache:
             for index, _ in enumerate(signature.past)
         ]
         self.arrays: list[np.ndarray[Any, Any]] = []  # the buffers' memory, on the CPU
+        self.copies = copies_of(config, signature, device, self.dtype)
         self.buffers = [self._allocate(shape) for shape in self.shapes]
         self.bindings: dict[int | None, Any] = {}
         self.steps: Any = None  # gemma3_export.runtimes.onnx_decoding.DecodeSteps, if it has any
@@ -159,11 +178,27 @@ class SharedCache:
         check_truncation(self, row, length)
         self.lengths[row] = length
 
+    def export_tokens(self, row: int, start: int, stop: int) -> StoredTokens:
+        """See :class:`gemma3_export.runtimes.protocol.SharesTokens`."""
+        check_export(self, row, start, stop)
+        return self.copies.take(self._memory(row), start, stop)
+
+    def load_tokens(self, row: int, stored: StoredTokens, count: int) -> None:
+        """See :class:`gemma3_export.runtimes.protocol.SharesTokens`."""
+        check_stored(self, row, stored, count)
+        self.copies.give(stored, self._memory(row), int(self.lengths[row]), count)
+        self.lengths[row] += count
+
+    def _memory(self, row: int) -> list[HeadMemory]:
+        row_bytes = self.dtype.itemsize * math.prod(self.shapes[0][1:])
+        offset = row * row_bytes
+        return [HeadMemory(buffer.data_ptr() + offset, self.capacity) for buffer in self.buffers]
+
     def _rows(self, row: int | None) -> IntArray:
         return self.lengths if row is None else self.lengths[row : row + 1]
 
 
-class GrowingCache:
+class GrowingCache(SharesByCopies):
     """Tensors that the graph returns longer by the new tokens, on the device all the while.
 
     Rows are kept apart while they are prefilled one by one, and joined at the first batched step:
@@ -183,9 +218,9 @@ class GrowingCache:
         self.capacity = capacity
         self.signature = signature
         self.device = device
-        empty = np.zeros(
-            (1, config.num_key_value_heads, 0, config.head_dim), signature.past_keys[0].dtype
-        )
+        dtype = np.dtype(signature.past_keys[0].dtype)
+        self.copies = copies_of(config, signature, device, dtype)
+        empty = np.zeros((1, config.num_key_value_heads, 0, config.head_dim), dtype)
         self.rows: list[list[Any]] | None = [
             [self._to_device(empty) for _ in signature.past] for _ in range(batch_size)
         ]
@@ -256,6 +291,25 @@ class GrowingCache:
                 self._to_device(value.numpy()[:, :, :length].copy()) for value in self.rows[row]
             ]
         self.lengths[row] = length
+
+    def export_tokens(self, row: int, start: int, stop: int) -> StoredTokens:
+        """See :class:`gemma3_export.runtimes.protocol.SharesTokens`; splits joined rows."""
+        check_export(self, row, start, stop)
+        held = int(self.lengths[row])
+        sources = [HeadMemory(value.data_ptr(), held) for value in self._split()[row]]
+        return self.copies.take(sources, start, stop)
+
+    def load_tokens(self, row: int, stored: StoredTokens, count: int) -> None:
+        """See :class:`gemma3_export.runtimes.protocol.SharesTokens`; splits joined rows."""
+        check_stored(self, row, stored, count)
+        rows, held = self._split(), int(self.lengths[row])
+        longer = [self.copies.allocate(held + count) for _ in stored.tensors]
+        targets = [HeadMemory(value.data_ptr(), held + count) for value in longer]
+        for value, target in zip(rows[row], targets, strict=True):
+            self.copies.copy(HeadMemory(value.data_ptr(), held), target, held)
+        self.copies.give(stored, targets, held, count)
+        rows[row] = longer
+        self.lengths[row] += count
 
     def _split(self) -> list[list[Any]]:
         """Take joined rows apart again, without their holes."""

@@ -8,7 +8,9 @@ Shapes: B batch rows, T new tokens, V vocabulary, K key-value heads, L cached to
 
 from __future__ import annotations
 
-from typing import Protocol, runtime_checkable
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,14 +26,33 @@ __all__ = [
     "LayerKV",
     "Logits",
     "Runtime",
+    "SharesTokens",
+    "StoredTokens",
     "check_capacity",
+    "check_export",
+    "check_stored",
     "check_truncation",
+    "describe_layout",
     "empty_lengths",
 ]
 
 IntArray = NDArray[np.int64]
 Logits = NDArray[np.float32]
 LayerKV = tuple[NDArray[np.float32], NDArray[np.float32]]  # key and value, each [K, L, H]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StoredTokens:
+    """Keys and values of consecutive tokens, apart from any cache.
+
+    They lie where their cache's lie and in its type, as the backend's own tensors [K, n, H] (or
+    with a leading 1), and hold exactly what they are said to hold.
+    """
+
+    tensors: Sequence[Any]  # the key and the value of each layer in turn
+    length: int  # n
+    layout: str  # what a cache must have in common with the one that they came from
+    size_bytes: int
 
 
 class KVCache(Protocol):
@@ -129,6 +150,39 @@ def check_truncation(cache: KVCache, row: int, length: int) -> None:
         raise InputError(f"row {row} holds {held} tokens; it cannot be cut to {length}")
 
 
+def check_export(cache: KVCache, row: int, start: int, stop: int) -> None:
+    """Refuse to copy tokens that are not there.
+
+    Raises:
+        InputError: the row does not hold [``start``, ``stop``), or that is nothing.
+    """
+    held = int(cache.lengths[row])
+    if not 0 <= start < stop <= held:
+        raise InputError(f"row {row} holds {held} tokens; [{start}, {stop}) cannot be copied")
+
+
+def check_stored(cache: SharesTokens, row: int, stored: StoredTokens, count: int) -> None:
+    """Refuse tokens that do not fit a cache, before anything is copied.
+
+    Raises:
+        InputError: they are of another layout, there are not so many, or there is no room.
+    """
+    if stored.layout != cache.layout:
+        raise InputError(
+            f"stored tokens of {stored.layout} cannot be put into a cache of {cache.layout}; "
+            "store them with the runtime that is to use them"
+        )
+    if not 0 < count <= stored.length:
+        raise InputError(f"{count} of {stored.length} stored tokens were asked for")
+    check_capacity(cache, count, row)
+
+
+def describe_layout(count: int, shape: tuple[int, int], dtype: str, device: str) -> str:
+    """The ``layout`` of a cache of ``count`` tensors with ``shape`` (K, H)."""
+    heads, size = shape
+    return f"{count} tensors of {heads} x {size} {dtype} a token on {device}"
+
+
 def empty_lengths(config: Gemma3Config, batch_size: int, capacity: int) -> IntArray:
     """Zero tokens in each row.
 
@@ -143,6 +197,35 @@ def empty_lengths(config: Gemma3Config, batch_size: int, capacity: int) -> IntAr
             f"{config.max_position_embeddings} tokens (max_position_embeddings)"
         )
     return np.zeros(batch_size, dtype=np.int64)
+
+
+@runtime_checkable
+class SharesTokens(KVCache, Protocol):
+    """A cache that can give tokens away and take them over."""
+
+    @property
+    def layout(self) -> str:
+        """Tensors, their shape and type, and where they lie, of caches that can share tokens."""
+
+    @property
+    def token_bytes(self) -> int:
+        """Size of one token's keys and values."""
+
+    def export_tokens(self, row: int, start: int, stop: int) -> StoredTokens:
+        """Copy the tokens [``start``, ``stop``) of ``row``, bit by bit and on the device.
+
+        Raises:
+            InputError: the row does not hold them.
+        """
+
+    def load_tokens(self, row: int, stored: StoredTokens, count: int) -> None:
+        """Append copies of the first ``count`` of ``stored`` to ``row``, as a step would.
+
+        Keys carry their position, so they must be put where they were, and after the same tokens.
+
+        Raises:
+            InputError: they are of another layout, there are not so many, or there is no room.
+        """
 
 
 @runtime_checkable

@@ -65,10 +65,11 @@ class Completion:
     stop_reason: int | str | None  # the token or text that stopped it
     seed: int  # with the request's index, reproduces the completion
     time_to_first_token_s: float | None  # from the start of the whole batch
-    prefill_s: float  # in the backend, for this prompt
+    prefill_s: float  # in the backend, for this prompt, copies of a reused prefix included
     decode_s: float  # in backend and sampler, for all tokens but the first
     drafted_tokens: int = 0  # guesses that were verified (speculative decoding)
     accepted_tokens: int = 0  # of these, the right ones: each saved a decoding step
+    reused_tokens: int = 0  # first tokens of the prompt that were not computed but known
 
     @property
     def token_ids(self) -> tuple[int, ...]:
@@ -77,8 +78,9 @@ class Completion:
 
     @property
     def prefill_tokens_per_s(self) -> float | None:
-        """Prompt tokens a second; None before the first token."""
-        return self.prompt_tokens / self.prefill_s if self.tokens and self.prefill_s else None
+        """Prompt tokens computed a second; None before the first token."""
+        computed = self.prompt_tokens - self.reused_tokens
+        return computed / self.prefill_s if self.tokens and self.prefill_s else None
 
     @property
     def decode_tokens_per_s(self) -> float | None:
@@ -160,7 +162,7 @@ class RequestState:
         self.finish_reason: FinishReason | None = None
         self.time_to_first_token_s: float | None = None
         self.prefill_s = self.decode_s = 0.0
-        self.drafted_tokens = self.accepted_tokens = 0
+        self.drafted_tokens = self.accepted_tokens = self.reused_tokens = 0
         self._sampler = Sampler(params, prompt_ids)
         self._max_new_tokens = max_new_tokens
         self._stop_token_ids = frozenset(stop_token_ids)
@@ -211,6 +213,7 @@ class RequestState:
             decode_s=self.decode_s,
             drafted_tokens=self.drafted_tokens,
             accepted_tokens=self.accepted_tokens,
+            reused_tokens=self.reused_tokens,
         )
 
     def _read(self, token_id: int) -> str:

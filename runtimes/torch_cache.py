@@ -12,7 +12,16 @@ import torch
 from torch import Tensor
 
 from gemma3_export.config import Gemma3Config
-from gemma3_export.runtimes.protocol import IntArray, LayerKV, check_truncation, empty_lengths
+from gemma3_export.runtimes.protocol import (
+    IntArray,
+    LayerKV,
+    StoredTokens,
+    check_export,
+    check_stored,
+    check_truncation,
+    describe_layout,
+    empty_lengths,
+)
 
 __all__ = ["TorchCache", "as_numpy", "to_device"]
 
@@ -88,6 +97,43 @@ class TorchCache:
         self.filled[row, kept] = True
         self.ends[row] = kept[-1] + 1 if length else 0
         self.lengths[row] = length
+
+    @property
+    def layout(self) -> str:
+        """See :class:`gemma3_export.runtimes.protocol.SharesTokens`."""
+        buffer = self.buffers[0]
+        _, heads, _, size = buffer.shape
+        dtype = str(buffer.dtype).removeprefix("torch.")
+        return describe_layout(len(self.buffers), (heads, size), dtype, str(buffer.device))
+
+    @property
+    def token_bytes(self) -> int:
+        """See :class:`gemma3_export.runtimes.protocol.SharesTokens`."""
+        return sum(buffer[0, :, 0].nbytes for buffer in self.buffers)
+
+    def export_tokens(self, row: int, start: int, stop: int) -> StoredTokens:
+        """See :class:`gemma3_export.runtimes.protocol.SharesTokens`."""
+        check_export(self, row, start, stop)
+        keep = torch.from_numpy(np.flatnonzero(self.filled[row])[start:stop])
+        keep = keep.to(self.buffers[0].device)
+        tensors = [buffer[row].index_select(1, keep) for buffer in self.buffers]
+        size_bytes = sum(tensor.nbytes for tensor in tensors)
+        return StoredTokens(
+            tensors=tensors, length=stop - start, layout=self.layout, size_bytes=size_bytes
+        )
+
+    def load_tokens(self, row: int, stored: StoredTokens, count: int) -> None:
+        """See :class:`gemma3_export.runtimes.protocol.SharesTokens`."""
+        check_stored(self, row, stored, count)
+        if int(self.ends[row]) + count > self.capacity:
+            self._close_holes()
+        start = int(self.ends[row])
+        stop = start + count
+        for buffer, tensor in zip(self.buffers, stored.tensors, strict=True):
+            buffer[row, :, start:stop] = tensor[:, :count]
+        self.filled[row, start:stop] = True
+        self.ends[row] = stop
+        self.lengths[row] += count
 
     def _rows(self, row: int | None) -> slice:
         return slice(0, self.batch_size) if row is None else slice(row, row + 1)

@@ -16,7 +16,10 @@ from gemma3_export.runtimes.protocol import (
     IntArray,
     LayerKV,
     Logits,
+    StoredTokens,
     check_capacity,
+    check_export,
+    check_stored,
     check_truncation,
 )
 from tests.tiny_models import tiny_config
@@ -49,6 +52,25 @@ class FakeCache:
     def truncate(self, row: int, length: int) -> None:
         check_truncation(self, row, length)
         del self.histories[row][length:]
+
+    @property
+    def layout(self) -> str:
+        return "tokens"
+
+    @property
+    def token_bytes(self) -> int:
+        return 8
+
+    def export_tokens(self, row: int, start: int, stop: int) -> StoredTokens:
+        check_export(self, row, start, stop)
+        tokens = np.array(self.histories[row][start:stop])
+        return StoredTokens(
+            tensors=[tokens], length=tokens.size, layout=self.layout, size_bytes=tokens.nbytes
+        )
+
+    def load_tokens(self, row: int, stored: StoredTokens, count: int) -> None:
+        check_stored(self, row, stored, count)
+        self.histories[row] += stored.tensors[0][:count].tolist()
 
 
 class FakeRuntime:

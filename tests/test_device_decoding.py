@@ -25,7 +25,12 @@ from gemma3_export.runtimes.candidates import (
     from_largest,
 )
 from gemma3_export.runtimes.generation import generate
-from gemma3_export.runtimes.graphs import PREPARATION_GRAPH, PRODUCT_GRAPH, SELECTION_GRAPH
+from gemma3_export.runtimes.graphs import (
+    COPY_GRAPH,
+    PREPARATION_GRAPH,
+    PRODUCT_GRAPH,
+    SELECTION_GRAPH,
+)
 from gemma3_export.runtimes.onnx_runtime import OnnxRuntime
 from gemma3_export.runtimes.onnx_session import CudaOptions
 from gemma3_export.runtimes.sampling import Sampler, SamplingParams
@@ -129,7 +134,12 @@ def test_a_batch_fetches_what_its_neediest_request_needs() -> None:
 def test_the_side_graphs_are_what_their_program_writes() -> None:
     from gemma3_export.runtimes.graphs.__main__ import GRAPHS, written
 
-    assert set(GRAPHS) == {PREPARATION_GRAPH, PRODUCT_GRAPH, SELECTION_GRAPH}
+    assert set(GRAPHS) == {
+        COPY_GRAPH,
+        PREPARATION_GRAPH,
+        PRODUCT_GRAPH,
+        SELECTION_GRAPH,
+    }
     for path, text in GRAPHS.items():
         assert path.read_bytes() == written(text), "run python -m gemma3_export.runtimes.graphs"
 

@@ -21,6 +21,7 @@ from gemma3_export.runtimes.protocol import (
     Logits,
     check_capacity,
     check_truncation,
+    empty_lengths,
 )
 
 __all__ = ["TransformersRuntime"]
@@ -29,10 +30,10 @@ __all__ = ["TransformersRuntime"]
 class TransformersCache:
     """One growing transformers cache a row."""
 
-    def __init__(self, caches: list[Any], capacity: int) -> None:
+    def __init__(self, caches: list[Any], lengths: IntArray, capacity: int) -> None:
         self.caches = caches
+        self.lengths = lengths
         self.capacity = capacity
-        self.lengths: IntArray = np.zeros(len(caches), np.int64)
 
     @property
     def batch_size(self) -> int:
@@ -95,9 +96,10 @@ class TransformersRuntime:
 
     def new_cache(self, batch_size: int, capacity: int) -> KVCache:
         """See :class:`gemma3_export.runtimes.protocol.Runtime`."""
+        lengths = empty_lengths(self.config, batch_size, capacity)
         # Without a config all layers keep all tokens, so that every key can be compared.
         caches = [self.transformers.DynamicCache() for _ in range(batch_size)]
-        return TransformersCache(caches, capacity)
+        return TransformersCache(caches, lengths, capacity)
 
     @torch.inference_mode()
     def step(

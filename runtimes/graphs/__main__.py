@@ -5,7 +5,12 @@ from __future__ import annotations
 import onnx
 from onnx import parser
 
-from gemma3_export.runtimes.graphs import PREPARATION_GRAPH, PRODUCT_GRAPH, SELECTION_GRAPH
+from gemma3_export.runtimes.graphs import (
+    COPY_GRAPH,
+    PREPARATION_GRAPH,
+    PRODUCT_GRAPH,
+    SELECTION_GRAPH,
+)
 
 __all__ = ["GRAPHS", "written"]
 
@@ -19,6 +24,11 @@ preparation (int64[B, 2] state, int64[1, C] columns)
     input_ids, length = Split <axis: int = 1> (state, parts)
     held = Less (columns, length)
     attention_mask = Cast <to: int = 7> (held)
+}
+""",
+    COPY_GRAPH: """
+copy (uint8[n] source) => (uint8[n] target) {
+    target = Identity (source)
 }
 """,
     SELECTION_GRAPH: """

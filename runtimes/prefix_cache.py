@@ -1,0 +1,216 @@
+"""Prompt prefixes that are computed once: keys and values of earlier prompts, bounded in bytes.
+
+Stored tokens form a tree: each segment continues another one from some token on, so what prompts
+share is held once.
+
+A token's keys and values depend, in their last bits, on the chunk in which they were computed.
+Reuse that ends at a boundary of prefill chunks leaves the same chunks to compute, so it gives the
+bits that are computed without it. Anywhere else it gives them but for rounding, which int8 products
+amplify: there it is a difference as between two chunk sizes.
+"""
+
+from __future__ import annotations
+
+import heapq
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from gemma3_export.errors import InputError
+from gemma3_export.runtimes.protocol import (
+    IntArray,
+    KVCache,
+    Runtime,
+    SharesTokens,
+    StoredTokens,
+)
+
+__all__ = ["PrefixCache"]
+
+
+@dataclass(eq=False, slots=True)
+class Segment:
+    """Tokens of some prompts from the position ``start`` on."""
+
+    start: int
+    token_ids: IntArray
+    stored: StoredTokens
+    parent: Segment | None  # holds the token before; None at the start of a prompt
+    siblings: list[Segment]  # where it is listed itself
+    last_use: int = 0
+    children: list[Segment] = field(default_factory=list)
+
+    def path(self, stop: int) -> list[Segment]:
+        """The segments that hold the tokens before ``stop``, the first one first."""
+        found: list[Segment] = []
+        segment: Segment | None = self
+        while segment is not None:
+            if segment.start < stop:
+                found.append(segment)
+            segment = segment.parent
+        return found[::-1]
+
+
+class PrefixCache:
+    """What one runtime has computed of its prompts; may be shared between threads.
+
+    When it is full, the segment that was used least recently, and that none continues, goes first.
+    Of a prompt that is larger than everything the cache may hold, the beginning is kept.
+
+    Args:
+        runtime: whose keys and values are held; no other may use them.
+        max_bytes: the most memory for keys and values, where the runtime's caches are.
+        granularity: reuse ends at a multiple of so many tokens. By default that of the prefill
+            chunks, so nothing changes, bit by bit; 1 reuses every common token, and the results
+            are the same but for rounding.
+
+    Raises:
+        InputError: a number is not positive.
+    """
+
+    def __init__(self, runtime: Runtime, *, max_bytes: int, granularity: int | None = None) -> None:
+        for name, value in (("max_bytes", max_bytes), ("granularity", granularity)):
+            if value is not None and value < 1:
+                raise InputError(f"{name} of a prefix cache is {value}; it must be at least 1")
+        self.runtime = runtime
+        self.max_bytes = max_bytes
+        self._granularity = granularity
+        self._roots: dict[int, list[Segment]] = {}  # by prefill chunk
+        self._used_bytes = self._clock = 0
+        self._lock = threading.Lock()
+
+    @property
+    def used_bytes(self) -> int:
+        """Size of the keys and values that are held; never more than ``max_bytes``."""
+        return self._used_bytes
+
+    def require_runtime(self, runtime: Runtime) -> None:
+        """Refuse to serve a runtime that did not compute what is held.
+
+        Raises:
+            InputError: it is another one.
+        """
+        if runtime is not self.runtime:
+            raise InputError(
+                f"the prefix cache was made for another runtime ({self.runtime.name}) than the one "
+                f"that generates ({runtime.name}); make a PrefixCache for each loaded model"
+            )
+
+    def clear(self) -> None:
+        """Forget everything, as is needed when a model's weights have changed."""
+        with self._lock:
+            self._roots.clear()
+            self._used_bytes = 0
+
+    def load(self, cache: KVCache, row: int, token_ids: IntArray, prefill_chunk: int) -> int:
+        """Fill an empty row with the longest stored prefix, and return its length.
+
+        The last token is left, because its logits are needed.
+
+        Raises:
+            InputError: the cache cannot take tokens over, or has no room.
+        """
+        cache = require_sharing(cache)
+        step = self._granularity or prefill_chunk
+        with self._lock:
+            segment, same = self._find(token_ids[:-1], prefill_chunk)
+            count = same // step * step
+            path = segment.path(count) if segment is not None else []
+            self._touch(path)
+        stops = [segment.start for segment in path[1:]] + [count]
+        for segment, stop in zip(path, stops, strict=True):
+            cache.load_tokens(row, segment.stored, stop - segment.start)
+        return count
+
+    def store(self, cache: KVCache, row: int, token_ids: IntArray, prefill_chunk: int) -> None:
+        """Keep what ``row`` holds of a prompt, as far as it is new and there is room.
+
+        Raises:
+            InputError: the cache cannot give tokens away.
+        """
+        cache = require_sharing(cache)
+        step = self._granularity or prefill_chunk
+        with self._lock:
+            segment, same = self._find(token_ids, prefill_chunk)
+            start, wanted = same // step * step, token_ids.size // step * step
+            path = segment.path(start) if segment is not None else []
+            self._touch(path)
+            parent = path[-1] if path else None
+            self._make_room((wanted - start) * cache.token_bytes, parent)
+            room = (self.max_bytes - self._used_bytes) // cache.token_bytes
+            stop = start + min(wanted - start, room) // step * step
+            if stop <= start:
+                return
+            roots = self._roots.setdefault(prefill_chunk, [])
+            added = Segment(
+                start=start,
+                token_ids=token_ids[start:stop].copy(),
+                stored=cache.export_tokens(row, start, stop),
+                parent=parent,
+                siblings=roots if parent is None else parent.children,
+            )
+            added.siblings.append(added)
+            self._used_bytes += added.stored.size_bytes
+            self._touch([added])
+
+    def _find(self, token_ids: IntArray, prefill_chunk: int) -> tuple[Segment | None, int]:
+        """The segment with the last token of the longest stored prefix, and the prefix's length."""
+        best, longest = None, 0
+        ahead = list(self._roots.get(prefill_chunk, ()))
+        while ahead:
+            segment = ahead.pop()
+            end = segment.start + common_length(segment.token_ids, token_ids[segment.start :])
+            if end > longest:
+                best, longest = segment, end
+            ahead += [child for child in segment.children if child.start <= end]
+        return best, longest
+
+    def _touch(self, path: list[Segment]) -> None:
+        self._clock += 1
+        for segment in path:
+            segment.last_use = self._clock
+
+    def _make_room(self, size_bytes: int, kept: Segment | None) -> None:
+        """Drop what was used least recently, but not ``kept``, while there is too little room."""
+        if self._used_bytes + size_bytes <= self.max_bytes:
+            return
+        ends = [
+            (s.last_use, id(s), s) for s in self._segments() if not s.children and s is not kept
+        ]
+        heapq.heapify(ends)
+        while ends and self._used_bytes + size_bytes > self.max_bytes:
+            _, _, dropped = heapq.heappop(ends)
+            dropped.siblings.remove(dropped)
+            self._used_bytes -= dropped.stored.size_bytes
+            parent = dropped.parent
+            if parent is not None and not parent.children and parent is not kept:
+                heapq.heappush(ends, (parent.last_use, id(parent), parent))
+
+    def _segments(self) -> Iterator[Segment]:
+        ahead = [segment for roots in self._roots.values() for segment in roots]
+        while ahead:
+            segment = ahead.pop()
+            ahead += segment.children
+            yield segment
+
+
+def common_length(a: IntArray, b: IntArray) -> int:
+    """How many first tokens are equal."""
+    size = min(a.size, b.size)
+    different = np.flatnonzero(a[:size] != b[:size])
+    return int(different[0]) if different.size else size
+
+
+def require_sharing(cache: KVCache) -> SharesTokens:
+    """The cache, if tokens can be copied from it and to it.
+
+    Raises:
+        InputError: they cannot.
+    """
+    if not isinstance(cache, SharesTokens):
+        raise InputError(
+            "this runtime's caches cannot share prompt prefixes; generate without a prefix cache"
+        )
+    return cache
