@@ -119,8 +119,8 @@ class PrefixCache:
             count = same // step * step
             path = segment.path(count) if segment is not None else []
             self._touch(path)
-        stops = [segment.start for segment in path[1:]] + [count]
-        for segment, stop in zip(path, stops, strict=True):
+        for segment, following in zip(path, [*path[1:], None], strict=False):
+            stop = count if following is None else following.start
             cache.load_tokens(row, segment.stored, stop - segment.start)
         return count
 

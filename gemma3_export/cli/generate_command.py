@@ -12,6 +12,7 @@ import click
 
 from gemma3_export.bundle import RUNTIMES
 from gemma3_export.cli.cuda_options import CudaRequest, cuda_options
+from gemma3_export.cli.prefixes import cache_size
 
 if TYPE_CHECKING:
     from gemma3_export.cli.generated_text import Printer
@@ -71,6 +72,23 @@ Examples:
     metavar="DIR",
     help="Draft with this smaller bundle instead.",
 )
+@click.option(
+    "--prefix-cache",
+    "prefix_cache_bytes",
+    type=cache_size,
+    default="256MB",
+    show_default=True,
+    metavar="SIZE",
+    help="Memory for beginnings that prompts share, which are computed once; 0 is off.",
+)
+@click.option(
+    "--prefill-chunk",
+    type=click.IntRange(min=1),
+    default=512,
+    show_default=True,
+    metavar="N",
+    help="Tokens of a prompt to compute at once; quantised bundles and CUDA reuse whole ones only.",
+)
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 @cuda_options
 @click.option("--runtime", type=click.Choice(RUNTIMES), default="onnx", show_default=True)
@@ -89,6 +107,8 @@ def generate(
     stop_texts: tuple[str, ...],
     prompt_lookup: int | None,
     draft_path: Path | None,
+    prefix_cache_bytes: int,
+    prefill_chunk: int,
     device: str,
     cuda: CudaRequest,
     runtime: str,
@@ -114,6 +134,7 @@ def generate(
     from gemma3_export.bundle import Bundle
     from gemma3_export.cli import drafters
     from gemma3_export.cli.generated_text import printer_for
+    from gemma3_export.cli.prefixes import prefix_cache_for
     from gemma3_export.cli.prompts import encode_prompts, read_prompt, read_prompt_file
     from gemma3_export.runtimes.generation import generate as start_generation
     from gemma3_export.runtimes.sampling import SamplingParams
@@ -143,9 +164,11 @@ def generate(
         loading |= {"runtime": runtime, "capacity": longest + max_new_tokens}
         drafter = drafters.draft_model(draft_path, backend, tokenizer, **loading)
     load_s = time.perf_counter() - started
+    token_ids = [prompt.token_ids for prompt in asked]
+    sizes = {"max_bytes": prefix_cache_bytes, "prefill_chunk": prefill_chunk}
     generation = start_generation(
         backend,
-        [prompt.token_ids for prompt in asked],
+        token_ids,
         params,
         max_new_tokens=max_new_tokens,
         stop_token_ids=_stop_ids(bundle.config.eos_token_id, tokenizer, chat=chat),
@@ -153,6 +176,8 @@ def generate(
         detokenize=_detokenizer(tokenizer),
         drafter=drafter,
         max_draft_tokens=prompt_lookup or MAX_DRAFT_TOKENS,
+        prefill_chunk=prefill_chunk,
+        prefix_cache=prefix_cache_for(backend, bundle, token_ids, **sizes),
     )
     _print_generation(generation, printer_for(asked, tokenizer, as_json, load_s))
 

@@ -140,6 +140,7 @@ def completion_to_json(
             "time_to_first_token_s": completion.time_to_first_token_s,
             "prefill_tokens_per_s": completion.prefill_tokens_per_s,
             "decode_tokens_per_s": completion.decode_tokens_per_s,
+            "reused_tokens": completion.reused_tokens,
             "drafted_tokens": completion.drafted_tokens,
             "accepted_tokens": completion.accepted_tokens,
         },
@@ -161,13 +162,16 @@ def _logprobs(token: SampledToken, tokenizer: Tokenizer | None) -> dict[str, Any
 def speed_line(completions: Sequence[Completion], load_s: float) -> str:
     """Load, prefill and decode of the whole batch, in one line."""
     prompt_tokens = sum(done.prompt_tokens for done in completions if done.tokens)
+    reused = sum(done.reused_tokens for done in completions if done.tokens)
     new_tokens = sum(len(done.tokens) for done in completions)
     prefill_s = sum(done.prefill_s for done in completions if done.tokens)
     later_tokens = sum(max(len(done.tokens) - 1, 0) for done in completions)
     decode_s = max((done.decode_s for done in completions), default=0.0)  # the rows run together
     parts = [f"load {load_s:.1f} s", f"prompt {prompt_tokens} tokens"]
+    if reused:
+        parts[-1] += f" ({reused} reused)"
     if prefill_s:
-        parts[-1] += f" at {prompt_tokens / prefill_s:,.0f}/s"
+        parts[-1] += f" at {(prompt_tokens - reused) / prefill_s:,.0f}/s"
     parts.append(f"generated {new_tokens} tokens")
     if decode_s:
         parts[-1] += f" at {later_tokens / decode_s:,.1f}/s"
