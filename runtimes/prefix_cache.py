@@ -119,8 +119,8 @@ class PrefixCache:
             count = same // step * step
             path = segment.path(count) if segment is not None else []
             self._touch(path)
-        for segment, following in zip(path, [*path[1:], None], strict=False):
-            stop = count if following is None else following.start
+        for following, segment in enumerate(path, 1):
+            stop = path[following].start if following < len(path) else count
             cache.load_tokens(row, segment.stored, stop - segment.start)
         return count
 
