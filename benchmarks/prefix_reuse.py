@@ -67,7 +67,7 @@ def main(
     repeat: int,
 ) -> None:
     """Measure and print ratios."""
-    runtime = open_runtime(bundle, name, threads=threads)
+    runtime = open_runtime(bundle, name, threads=threads, windowed=False)
     generator = np.random.default_rng(0)
 
     def tokens(count: int) -> list[int]:

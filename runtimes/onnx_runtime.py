@@ -20,7 +20,8 @@ from gemma3_export.config import Gemma3Config
 from gemma3_export.errors import Gemma3ExportError, InputError
 from gemma3_export.runtimes.candidates import SPARE, Candidates, fetch_count
 from gemma3_export.runtimes.graph_choice import chooses_windows, device_for, window_problem
-from gemma3_export.runtimes.onnx_cache import GrowingCache, OnnxCache, SharedCache
+from gemma3_export.runtimes.growing_cache import GrowingCache
+from gemma3_export.runtimes.onnx_cache import OnnxCache, SharedCache
 from gemma3_export.runtimes.onnx_decoding import GRAPH_ID, DecodeSteps, SideSessions
 from gemma3_export.runtimes.onnx_session import (
     WEIGHTS_FOLDER,

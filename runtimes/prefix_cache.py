@@ -20,6 +20,7 @@ import numpy as np
 
 from gemma3_export.errors import InputError
 from gemma3_export.runtimes.protocol import (
+    CacheForms,
     IntArray,
     KVCache,
     Runtime,
@@ -67,13 +68,18 @@ class PrefixCache:
             are the same but for rounding.
 
     Raises:
-        InputError: a number is not positive.
+        InputError: a number is not positive, or the runtime's caches do not keep all tokens.
     """
 
     def __init__(self, runtime: Runtime, *, max_bytes: int, granularity: int | None = None) -> None:
         for name, value in (("max_bytes", max_bytes), ("granularity", granularity)):
             if value is not None and value < 1:
                 raise InputError(f"{name} of a prefix cache is {value}; it must be at least 1")
+        if isinstance(runtime, CacheForms) and runtime.is_windowed:
+            raise InputError(
+                "a prefix cache needs caches that keep every token; open the runtime with "
+                "windowed=False"
+            )
         self.runtime = runtime
         self.max_bytes = max_bytes
         self._granularity = granularity

@@ -240,5 +240,9 @@ class FloatProducts(Protocol):
 class CacheForms(Protocol):
     """A runtime whose graph may have a sibling with another kind of cache."""
 
+    @property
+    def is_windowed(self) -> bool:
+        """Whether sliding layers' caches let go of old tokens."""
+
     def with_other_caches(self) -> Runtime | None:
         """The sibling, with windowed caches if this one's are full; None if there is none."""

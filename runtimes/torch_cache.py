@@ -126,7 +126,7 @@ class TorchCache:
         """See :class:`gemma3_export.runtimes.protocol.SharesTokens`."""
         check_stored(self, row, stored, count)
         if int(self.ends[row]) + count > self.capacity:
-            self._close_holes()
+            self.close_holes()
         start = int(self.ends[row])
         stop = start + count
         for buffer, tensor in zip(self.buffers, stored.tensors, strict=True):

@@ -484,3 +484,9 @@ class TestCommandLine:
     def test_the_longest_beginning_that_two_prompts_share(self) -> None:
         assert shared_length([[1, 2, 3]]) == 0
         assert shared_length([[1, 2, 3, 4], [5], [1, 2, 9], [1, 2, 3, 8], []]) == 3
+
+
+def test_caches_that_let_go_of_tokens_are_refused() -> None:
+    runtime = OnnxRuntime(exported_bundle("ort"), device="cpu", threads=1, windowed=True)
+    with pytest.raises(InputError, match=r"needs caches that keep every token.*windowed=False"):
+        PrefixCache(runtime, max_bytes=1)

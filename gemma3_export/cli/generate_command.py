@@ -134,7 +134,7 @@ def generate(
     from gemma3_export.bundle import Bundle
     from gemma3_export.cli import drafters
     from gemma3_export.cli.generated_text import printer_for
-    from gemma3_export.cli.prefixes import prefix_cache_for
+    from gemma3_export.cli.prefixes import may_share, prefix_cache_for
     from gemma3_export.cli.prompts import encode_prompts, read_prompt, read_prompt_file
     from gemma3_export.runtimes.generation import generate as start_generation
     from gemma3_export.runtimes.sampling import SamplingParams
@@ -152,9 +152,13 @@ def generate(
     started = time.perf_counter()
     loading: dict[str, Any] = {"device": device, "threads": threads, "trust": trust}
     loading["cuda"] = cuda_options
-    # longer drafts than a window could not be taken back
-    windowed = False if (prompt_lookup or 0) >= bundle.config.sliding_window else None
-    backend = open_runtime(bundle, runtime, **loading, windowed=windowed)
+    token_ids = [prompt.token_ids for prompt in asked]
+    sizes = {"max_bytes": prefix_cache_bytes, "prefill_chunk": prefill_chunk}
+    # Longer drafts than a window could not be taken back, and no prefix be taken from the middle.
+    needs_all = (prompt_lookup or 0) >= bundle.config.sliding_window or may_share(
+        bundle, runtime, token_ids, **sizes
+    )
+    backend = open_runtime(bundle, runtime, **loading, windowed=False if needs_all else None)
     if prompt_lookup is None:
         device_used = backend.describe()["device"]
         prompt_lookup = drafters.default_draft_tokens(bundle, runtime, device_used)
@@ -164,8 +168,6 @@ def generate(
         loading |= {"runtime": runtime, "capacity": longest + max_new_tokens}
         drafter = drafters.draft_model(draft_path, backend, tokenizer, **loading)
     load_s = time.perf_counter() - started
-    token_ids = [prompt.token_ids for prompt in asked]
-    sizes = {"max_bytes": prefix_cache_bytes, "prefill_chunk": prefill_chunk}
     generation = start_generation(
         backend,
         token_ids,

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from gemma3_export.runtimes.prefix_cache import PrefixCache
     from gemma3_export.runtimes.protocol import Runtime
 
-__all__ = ["cache_size", "prefix_cache_for", "shared_length"]
+__all__ = ["cache_size", "may_share", "prefix_cache_for", "shared_length"]
 
 FEWEST_TOKENS = 16  # less is computed sooner than it is copied
 
@@ -25,6 +25,19 @@ def cache_size(text: str) -> int:
         click.BadParameter: it is no size.
     """
     return 0 if text.strip() == "0" else memory_size(text)
+
+
+def may_share(
+    bundle: Bundle,
+    runtime: str,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_bytes: int,
+    prefill_chunk: int,
+) -> bool:
+    """Whether :func:`prefix_cache_for` may want the runtime's caches to keep every token."""
+    fewest = prefill_chunk if bundle.is_quantized(runtime) else FEWEST_TOKENS
+    return bool(max_bytes) and shared_length(prompts) >= max(fewest, FEWEST_TOKENS)
 
 
 def prefix_cache_for(
