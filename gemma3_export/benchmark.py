@@ -10,7 +10,6 @@ This module imports neither torch nor ONNX Runtime.
 from __future__ import annotations
 
 import importlib.util
-import statistics
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import asdict, dataclass
@@ -19,8 +18,10 @@ from typing import Any
 
 import numpy as np
 
+from gemma3_export.benchmark_device import device_bandwidths
 from gemma3_export.benchmark_machine import available_processors, describe_machine, read_bandwidths
 from gemma3_export.benchmark_process import Worker, own_worker, peer_worker
+from gemma3_export.benchmark_summary import describe_case, spread
 from gemma3_export.bundle import RUNTIMES, Bundle
 from gemma3_export.config import Gemma3Config
 from gemma3_export.errors import InputError, UnavailableError
@@ -29,24 +30,18 @@ from gemma3_export.runtimes.onnx_session import CudaOptions
 
 __all__ = ["OWN_PEERS", "BenchmarkOptions", "run_benchmark"]
 
-OWN_PEERS = ("transformers", "reference")  # they need no environment of their own
+# They need no environment of their own; "static" is a static cache and compiled decode steps.
+OWN_PEERS = ("transformers", "transformers:static", "reference")
 WARM_UP_TOKENS = 2
-SPREADS = (
-    "time_to_first_token_s",
-    "prefill_tokens_per_s",
-    "decode_tokens_per_s",
-    "busy_processors",
-)
 PACKAGES = {  # what a candidate needs, and how to get it
     "onnx": (("onnxruntime",), 'pip install "gemma3-export[cpu]"'),
     "torchscript": (("torch",), 'pip install "gemma3-export[export]"'),
     "pt2": (("torch",), 'pip install "gemma3-export[export]"'),
     "reference": (("torch",), 'pip install "gemma3-export[export]"'),
-    "transformers": (
-        ("torch", "transformers"),
-        'pip install "gemma3-export[export]" "transformers>=5.23"',
-    ),
-}
+} | dict.fromkeys(
+    ("transformers", "transformers:static"),
+    (("torch", "transformers"), 'pip install "gemma3-export[export]" "transformers>=5.23"'),
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -108,20 +103,21 @@ def run_benchmark(path: Path, options: BenchmarkOptions) -> dict[str, Any]:
     threads = options.threads or available_processors()
     candidates = prepare(bundle, options, threads)
     machine = describe_machine()
-    bandwidths = read_bandwidths(threads)
     with ExitStack() as stack:
         workers = [stack.enter_context(candidate) for candidate in candidates]
+        device = same_device(workers)
+        bandwidths = bandwidths_of(device, threads)
         measured = [
             measure_case(workers, random_prompts(bundle.config, case, 1 + options.repeat), options)
             for case in options.cases()
         ]
-        bandwidths += read_bandwidths(threads)
+        bandwidths += bandwidths_of(device, threads)
         cases = [
-            describe_case(workers, case, rounds, options, max(bandwidths))
+            describe_case(workers, case, rounds, options.new_tokens, max(bandwidths))
             for case, rounds in zip(options.cases(), measured, strict=True)
         ]
         report: dict[str, Any] = {
-            "machine": machine | {"read_bytes_per_s": spread(bandwidths)},
+            "machine": machine | {"device": device, "read_bytes_per_s": spread(bandwidths)},
             "options": asdict(options) | {"threads": threads, "peers": str(options.peers)},
             "candidates": {worker.name: worker.facts for worker in workers},
             "cases": cases,
@@ -131,6 +127,34 @@ def run_benchmark(path: Path, options: BenchmarkOptions) -> dict[str, Any]:
 
             report["quality"] = measure_quality(bundle, workers, options.weights, threads)
     return report
+
+
+def same_device(workers: Sequence[Worker]) -> str:
+    """Where the candidates compute, as they say themselves: ``cpu`` or ``cuda:N``.
+
+    Raises:
+        InputError: not all in the same place, which compares nothing.
+    """
+    devices = {worker.name: str(worker.facts["describe"].get("device")) for worker in workers}
+    kinds = {device.partition(":")[0].lower() for device in devices.values()} - {"none"}
+    if len(kinds) > 1:
+        raise InputError(
+            f"the candidates do not compute in the same place ({devices}); pass --device cpu, or "
+            "leave those out that cannot use the GPU"
+        )
+    device = devices[workers[0].name]
+    return f"{device}:0" if device == "cuda" else device
+
+
+def bandwidths_of(device: str, threads: int) -> list[float]:
+    """How fast the memory that weights are read from is, for each of several readings.
+
+    Raises:
+        UnavailableError: a GPU's cannot be measured.
+    """
+    if device.startswith("cuda"):
+        return device_bandwidths(device)
+    return read_bandwidths(threads)
 
 
 def prepare(
@@ -206,91 +230,3 @@ def measure_case(
     return [
         [worker.measure(prompt, options.new_tokens) for worker in workers] for prompt in measured
     ]
-
-
-def describe_case(
-    workers: Sequence[Worker],
-    case: tuple[int, int],
-    rounds: Sequence[Sequence[dict[str, Any]]],
-    options: BenchmarkOptions,
-    bandwidth: float,
-) -> dict[str, Any]:
-    """Speeds of all candidates, and how the first compares with the others."""
-    prompt_tokens, batch = case
-    speeds = [
-        [speed(one, batch, prompt_tokens, options.new_tokens) for one in one_round]
-        for one_round in rounds
-    ]
-    candidates = {}
-    for index, worker in enumerate(workers):
-        found = summary([one_round[index] for one_round in speeds])
-        if size := worker.facts["describe"].get("bytes_per_token"):
-            steps_per_s = found["decode_tokens_per_s"]["median"] / batch
-            found["share_of_bandwidth"] = steps_per_s * size / bandwidth
-        candidates[worker.name] = found
-    described: dict[str, Any] = {
-        "prompt_tokens": prompt_tokens,
-        "batch": batch,
-        "new_tokens": options.new_tokens,
-        "candidates": candidates,
-    }
-    if len(workers) > 1:
-        described["ratios"] = {
-            worker.name: ratios([(one_round[0], one_round[index]) for one_round in speeds])
-            for index, worker in enumerate(workers)
-            if index
-        }
-        described["same_tokens"] = {
-            worker.name: same_tokens([(one_round[0], one_round[index]) for one_round in rounds])
-            for index, worker in enumerate(workers)
-            if index
-        }
-    return described
-
-
-def speed(
-    measured: dict[str, Any], batch: int, prompt_tokens: int, new_tokens: int
-) -> dict[str, float]:
-    """Seconds as tokens per second of the whole batch."""
-    first_s = measured["time_to_first_token_s"]
-    return {
-        "time_to_first_token_s": first_s,
-        "prefill_tokens_per_s": batch * prompt_tokens / first_s,
-        "decode_tokens_per_s": batch * new_tokens / measured["decode_s"],
-        "busy_processors": measured["busy_processors"],
-        "peak_memory_bytes": measured["peak_memory_bytes"],
-    }
-
-
-def spread(values: Sequence[float]) -> dict[str, float]:
-    """Median, least and greatest."""
-    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
-
-
-def summary(rounds: Sequence[dict[str, float]]) -> dict[str, Any]:
-    """One candidate's rounds."""
-    found: dict[str, Any] = {key: spread([one[key] for one in rounds]) for key in SPREADS}
-    found["peak_memory_bytes"] = max(one["peak_memory_bytes"] for one in rounds)
-    return found
-
-
-def ratios(pairs: Sequence[tuple[dict[str, float], dict[str, float]]]) -> dict[str, Any]:
-    """How many times faster (or smaller) than the peer; above 1 is better than the peer."""
-    ours, theirs = (
-        max(one["peak_memory_bytes"] for one in side) for side in zip(*pairs, strict=True)
-    )
-    found: dict[str, Any] = {
-        name: spread([our[key] / their[key] for our, their in pairs])
-        for name, key in (("prefill", "prefill_tokens_per_s"), ("decode", "decode_tokens_per_s"))
-    }
-    return found | {"memory": theirs / ours}
-
-
-def same_tokens(pairs: Sequence[tuple[dict[str, Any], dict[str, Any]]]) -> float:
-    """The share of rows in which both candidates chose the same tokens throughout."""
-    equal = [
-        our_row == their_row
-        for ours, theirs in pairs
-        for our_row, their_row in zip(ours["tokens"], theirs["tokens"], strict=True)
-    ]
-    return statistics.fmean(equal)

@@ -15,7 +15,7 @@ def table_lines(report: Report) -> Iterator[str]:
     machine, options = report["machine"], report["options"]
     yield (
         f"{machine['processor']}, {machine['processors']} processors, {machine['system']}, "
-        f"load {machine['load_average']:.1f}; memory is read at "
+        f"load {machine['load_average']:.1f}; {machine['device']} memory is read at "
         f"{scaled(machine['read_bytes_per_s'], 1e-9, 1)} GB/s"
     )
     yield f"{options['threads']} threads; median (least to greatest) of {options['repeat']}"

@@ -23,6 +23,7 @@ from gemma3_export.runtimes.sampling import SamplingParams
 __all__ = ["PEER", "TRUTH", "open_candidate"]
 
 PEER = "transformers"
+TRANSFORMERS = (PEER, f"{PEER}:static")
 TRUTH = "truth"  # the reference in float32, with weights that need not be the bundle's
 PREFILL_CHUNK = 512  # as `generate` feeds long prompts
 
@@ -76,84 +77,23 @@ def likeliest(row: Logits | Candidates) -> int:
     return int(row.argmax())
 
 
-class TransformersCandidate:
-    """Hugging Face's model in float32, with its default cache and attention."""
-
-    def __init__(self, bundle: Bundle, device: str, threads: int) -> None:
-        import torch
-        import transformers
-
-        from gemma3_export.exporters.bundle_weights import open_bundle_weights
-        from gemma3_export.runtimes.torchscript_runtime import torch_device
-        from gemma3_export.transformers_model import build_transformers_model
-
-        torch.set_num_threads(threads)
-        self.device = str(torch_device(device))
-        self.version = transformers.__version__
-        with open_bundle_weights(bundle) as weights:
-            self.model = build_transformers_model(bundle.config, weights.read, device=self.device)
-
-    def describe(self) -> dict[str, object]:
-        """See :class:`Candidate`."""
-        import torch
-
-        return {
-            "runtime": PEER,
-            "transformers": self.version,
-            "torch": torch.__version__,
-            "dtype": str(self.model.dtype).removeprefix("torch."),
-            "device": self.device,
-            "threads": torch.get_num_threads(),
-            "attention": self.model.config._attn_implementation,
-            "bytes_per_token": sum(p.nbytes for p in self.model.parameters()),
-        }
-
-    def run(self, prompt: IntArray, new_tokens: int) -> tuple[float, float, IntArray]:
-        """See :class:`Candidate`."""
-        import torch
-
-        with torch.inference_mode():
-            started = time.perf_counter()
-            ids = torch.from_numpy(prompt).to(self.device)
-            output = self.model(ids, use_cache=True, logits_to_keep=1)
-            tokens = [output.logits[:, -1:].argmax(-1).cpu()]
-            first = time.perf_counter()
-            for _ in range(new_tokens):
-                output = self.model(
-                    tokens[-1].to(self.device),
-                    past_key_values=output.past_key_values,
-                    use_cache=True,
-                    logits_to_keep=1,
-                )
-                tokens.append(output.logits[:, -1:].argmax(-1).cpu())
-            ended = time.perf_counter()
-        return first - started, ended - first, torch.cat(tokens, dim=1).numpy()
-
-    def logits(self, ids: IntArray) -> Logits:
-        """See :class:`Candidate`."""
-        import torch
-
-        with torch.inference_mode():
-            output = self.model(torch.from_numpy(ids)[None].to(self.device))
-        found: Logits = output.logits[0].float().cpu().numpy()
-        return found
-
-
 def open_candidate(
     name: str, bundle_path: Path, device: str, threads: int, cuda: CudaOptions | None = None
 ) -> Candidate:
     """Load one candidate.
 
     Args:
-        name: ``transformers``, or one of :data:`gemma3_export.bundle.RUNTIMES`.
+        name: one of :data:`TRANSFORMERS`, or of :data:`gemma3_export.bundle.RUNTIMES`.
         bundle_path: where the weights are.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         threads: threads inside one operator.
         cuda: what the ONNX runtime may do on a GPU.
     """
     bundle = Bundle(bundle_path)
-    if name == PEER:
-        return TransformersCandidate(bundle, device, threads)
+    if name in TRANSFORMERS:
+        from gemma3_export.benchmark_transformers import open_transformers
+
+        return open_transformers(bundle, device, threads, is_static=name != PEER)
     runtime = open_runtime(bundle, name, device=device, threads=threads, cuda=cuda)
     return RuntimeCandidate(runtime, weight_bytes(bundle, name))
 
@@ -196,7 +136,7 @@ def import_framework(name: str) -> None:
     else:
         import torch  # noqa: F401
 
-    if name == PEER:
+    if name in TRANSFORMERS:
         from transformers import Gemma3ForCausalLM  # noqa: F401
 
 

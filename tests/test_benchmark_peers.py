@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from gemma3_export import benchmark, peers
+from gemma3_export import peers
 from gemma3_export.benchmark import BenchmarkOptions, run_benchmark
+from gemma3_export.benchmark_summary import ratios
 from gemma3_export.bundle import Bundle
 from gemma3_export.cli import command_line
 from gemma3_export.errors import Gemma3ExportError, InputError, UnavailableError
@@ -113,7 +114,7 @@ def test_ratios_are_taken_round_by_round() -> None:
         (one(10, 4, 4), one(10, 1, 8)),
         (one(40, 9, 3), one(20, 3, 7)),
     ]
-    found = benchmark.ratios(rounds)
+    found = ratios(rounds)
     assert found["prefill"] == {"median": 2, "min": 1, "max": 3}
     assert found["decode"] == {"median": 3, "min": 2, "max": 4}
     assert found["memory"] == 8 / 5

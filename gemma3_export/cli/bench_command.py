@@ -21,11 +21,13 @@ Examples:
   gemma3-export bench gemma-3-270m --prompt-tokens 16 --prompt-tokens 2048 --batch 1 --batch 8
   gemma3-export bench gemma-3-270m --against llama.cpp:Q8_0 --against openvino:int8
   gemma3-export bench gemma-3-270m --against llama.cpp --weights model.gguf --plot speeds.svg
+  gemma3-export bench gemma-3-270m-bf16 --device cuda --cuda-graph --against transformers:static
 
 \b
-Peers: transformers, reference (the PyTorch model); and once
-`python -m gemma3_export.peers` has installed them: optimum-onnx, onnxruntime-genai, llama.cpp,
-openvino, with :FORMAT for another than the default.
+Peers: transformers, transformers:static (static cache, compiled decode steps), reference (the
+PyTorch model); and once `python -m gemma3_export.peers` has installed them: optimum-onnx,
+onnxruntime-genai, onnxruntime-genai-cuda, llama.cpp, openvino, with :FORMAT for another than the
+default.
 """
 
 

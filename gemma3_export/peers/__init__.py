@@ -32,6 +32,7 @@ class Peer:
     module: str  # the worker, a file of WORKERS
     formats: tuple[str, ...]  # what its own tools make of float32 weights; the first is the default
     build: tuple[tuple[str, str], ...] = ()  # environment variables of its installation
+    lists_all: bool = True  # whether the requirements name every package, or only the chosen ones
 
     @property
     def requirements(self) -> Path:
@@ -50,6 +51,12 @@ PEERS = {
             formats=("Q8_0", "Q4_0", "Q4_K_M", "BF16", "F32"),
             # As llama.cpp builds by default: for this processor, without tools that go unused.
             build=(("CMAKE_ARGS", "-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF"),),
+        ),
+        Peer(
+            name="onnxruntime-genai-cuda",
+            module="genai_cuda_worker",
+            formats=("bf16", "fp16", "int4"),
+            lists_all=False,  # CUDA's libraries come as what they depend on
         ),
         Peer(name="openvino", module="openvino_worker", formats=("int8", "int4", "fp32")),
     )

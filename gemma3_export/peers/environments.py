@@ -70,7 +70,7 @@ def install(peer: Peer, place: Path, pip_arguments: Sequence[str], tell: Tell) -
     try:
         run([sys.executable, "-m", "venv", str(target)], f"python -m venv {target}")
         pip = [str(target / "bin" / "python"), "-m", "pip", "install", "--quiet", *pip_arguments]
-        command = [*pip, "--no-deps", "-r", str(peer.requirements)]  # the list is complete
+        command = [*pip, *(["--no-deps"] if peer.lists_all else []), "-r", str(peer.requirements)]
         run(command, f"installing {peer.requirements.name}", dict(peer.build))
     except BaseException:
         shutil.rmtree(target, ignore_errors=True)

@@ -86,12 +86,17 @@ def load(model: Path, form: str, threads: int) -> GenaiCandidate:
 
 def convert(source: Path, target: Path, form: str) -> None:
     """Let the library's builder make a CPU model; int4 with 8-bit activations, its fastest."""
+    build(source, target, form, "cpu")
+
+
+def build(source: Path, target: Path, form: str, provider: str) -> None:
+    """Make the model and note how much a token reads of it."""
     from onnx_bytes import bytes_per_token
     from onnxruntime_genai.models.builder import create_model
 
-    extra = {"int4_accuracy_level": 4} if form == "int4" else {}
+    extra = {"int4_accuracy_level": 4} if (form, provider) == ("int4", "cpu") else {}
     cache = target / "cache"
-    create_model(None, str(source), str(target), form, "cpu", str(cache), **extra)
+    create_model(None, str(source), str(target), form, provider, str(cache), **extra)
     if cache.exists():
         cache.rmdir()
     count = bytes_per_token(target / "model.onnx")
