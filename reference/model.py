@@ -113,9 +113,14 @@ class RotaryEmbedding(nn.Module):
         self.head_dim = config.head_dim
 
     def inverse_frequencies(self, device: torch.device) -> Tensor:
-        """[H/2] float32 radians a position."""
+        """[H/2] float32 radians a position, rounded once.
+
+        Powers in float32 differ in their last bits from one library or processor to another, and
+        positions multiply that: an export would not equal the reference on another machine.
+        """
         exponents = torch.arange(0, self.head_dim, 2, dtype=torch.int64, device=device)
-        return 1.0 / (self.base ** (exponents.float() / self.head_dim)) / self.scaling_factor
+        powers = self.base ** (exponents.double() / self.head_dim)
+        return (1.0 / powers / self.scaling_factor).float()
 
     def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """[...] positions to cosines and sines [..., H/2], float32."""

@@ -31,6 +31,7 @@ BUNDLE_FILES = (
     "generation_config.json",
     "onnx/model.onnx",
     "onnx/model.onnx_data",
+    "onnx/model_windowed.onnx",
     "parity.json",
     "tokenizer.json",
     "tokenizer_config.json",
