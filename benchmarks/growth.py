@@ -1,0 +1,178 @@
+"""How cost grows: a token's time with the context's length, an export's memory with the model.
+
+    python benchmarks/growth.py decode DIR --threads 2 --report build/decode.json
+    python benchmarks/growth.py export --size 270m --size 1b --size 4b --report build/export.json
+    python benchmarks/growth.py plot build/decode.json build/export.json -o docs/growth.png
+
+`decode` fills caches with random numbers, so that long contexts need no long prefill; windowed
+and full caches take turns. `export` writes int8 bundles of random weights, one process each, and
+removes them. `plot` needs matplotlib.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import click
+import numpy as np
+
+from gemma3_export.presets import preset
+from gemma3_export.runtimes.onnx_cache import SharedCache
+from gemma3_export.runtimes.onnx_runtime import OnnxRuntime
+
+LENGTHS = (16, 512, 1024, 2048, 4096, 8192, 16384, 32000)
+STEPS = 8  # single tokens in one turn
+KINDS = ("windowed", "full")
+
+
+@click.group()
+def main() -> None:
+    """Measure, and draw what was measured."""
+
+
+def filled_cache(runtime: OnnxRuntime, length: int, capacity: int) -> SharedCache:
+    """A cache of one row that claims to hold ``length`` tokens."""
+    cache = runtime.new_cache(1, capacity)
+    assert isinstance(cache, SharedCache)
+    generator = np.random.default_rng(length)
+    for array in cache.arrays:
+        array[:] = generator.standard_normal(array.shape, np.float32) * 0.1
+    cache.lengths[0] = length
+    return cache
+
+
+def decode_ms(runtime: OnnxRuntime, cache: SharedCache, length: int) -> float:
+    """Median milliseconds of a token after ``length`` others."""
+    times = []
+    cache.lengths[0] = length
+    for token in range(STEPS):
+        started = time.perf_counter()
+        runtime.step(np.array([[token + 5]]), cache, num_logits=1)
+        times.append(time.perf_counter() - started)
+    return 1000 * statistics.median(times)
+
+
+@main.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--threads", type=int)
+@click.option("--rounds", default=3, show_default=True)
+@click.option("--report", type=click.Path(path_type=Path))
+def decode(bundle: Path, threads: int | None, rounds: int, report: Path | None) -> None:
+    """Time of a token against the tokens before it."""
+    runtimes = {
+        kind: OnnxRuntime(bundle, device="cpu", threads=threads, windowed=kind == "windowed")
+        for kind in KINDS
+    }
+    limit = runtimes["full"].config.max_position_embeddings
+    found = []
+    for length in (item for item in LENGTHS if item + STEPS <= limit):
+        caches = {k: filled_cache(r, length, length + STEPS) for k, r in runtimes.items()}
+        turns = [
+            {kind: decode_ms(runtimes[kind], caches[kind], length) for kind in KINDS}
+            for _ in range(rounds + 1)
+        ][1:]
+        row: dict[str, float] = {"tokens": length}
+        for kind in KINDS:
+            row[f"{kind}_ms"] = statistics.median(turn[kind] for turn in turns)
+            row[f"{kind}_bytes"] = sum(array.nbytes for array in caches[kind].arrays)
+        row["ratio"] = statistics.median(turn["full"] / turn["windowed"] for turn in turns)
+        found.append(row)
+        click.echo(
+            f"{length:6d} tokens: windowed {row['windowed_ms']:6.1f} ms, full "
+            f"{row['full_ms']:6.1f} ms, {row['ratio']:.2f} x; cache "
+            f"{row['windowed_bytes'] / 1e6:.0f} and {row['full_bytes'] / 1e6:.0f} MB"
+        )
+    save(report, {"decode": found, "dtype": runtimes["full"].dtype})
+
+
+@main.command()
+@click.option("--size", "sizes", multiple=True, default=("270m", "1b", "4b"), show_default=True)
+@click.option("--dtype", default="int8", show_default=True)
+@click.option("--folder", type=click.Path(path_type=Path), help="Where bundles come and go.")
+@click.option("--report", type=click.Path(path_type=Path))
+def export(sizes: tuple[str, ...], dtype: str, folder: Path | None, report: Path | None) -> None:
+    """Peak memory of an export against the size of its model."""
+    found = []
+    for size in sizes:
+        config = preset(size).config
+        with tempfile.TemporaryDirectory(dir=folder) as temporary:
+            command = [
+                *(sys.executable, "-m", "gemma3_export", "onnx", "--size", size),
+                *("--random-weights", "0", "--dtype", dtype, "--no-verify"),
+                *("-o", f"{temporary}/bundle"),
+            ]
+            started = time.perf_counter()
+            subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+            seconds = time.perf_counter() - started
+            files = Path(temporary).rglob("*.onnx*")
+            stored = sum(file.stat().st_size for file in files)
+        # of all children so far, so the sizes must grow
+        peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+        row = {
+            "size": size,
+            "parameters": config.num_parameters,
+            "largest_tensor_bytes": max(
+                4 * math.prod(shape) for _, shape in config.weight_shapes()
+            ),
+            "peak_bytes": peak,
+            "stored_bytes": stored,
+            "seconds": seconds,
+        }
+        found.append(row)
+        click.echo(
+            f"{size}: peak {peak / 1e9:.2f} GB, wrote {stored / 1e9:.2f} GB in {seconds:.0f} s"
+        )
+    save(report, {"export": found, "dtype": dtype})
+
+
+@main.command()
+@click.argument("decode_report", type=click.Path(path_type=Path))
+@click.argument("export_report", type=click.Path(path_type=Path))
+@click.option("-o", "--output", type=click.Path(path_type=Path), default="docs/growth.png")
+def plot(decode_report: Path, export_report: Path, output: Path) -> None:
+    """Draw both."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4))
+    rows = json.loads(decode_report.read_text(encoding="utf-8"))["decode"]
+    for kind in KINDS:
+        lengths = [row["tokens"] for row in rows]
+        left.plot(lengths, [row[f"{kind}_ms"] for row in rows], marker="o", label=f"{kind} caches")
+    left.set(xlabel="tokens before", ylabel="ms a token", title="Decoding", xscale="log")
+    rows = json.loads(export_report.read_text(encoding="utf-8"))["export"]
+    billions = [row["parameters"] / 1e9 for row in rows]
+    for key, label in (
+        ("stored_bytes", "written"),
+        ("peak_bytes", "peak memory"),
+        ("largest_tensor_bytes", "largest tensor in float32"),
+    ):
+        right.plot(billions, [row[key] / 1e9 for row in rows], marker="o", label=label)
+    right.set(xlabel="parameters, 1e9", ylabel="GB", title="Export")
+    for axes in (left, right):
+        axes.set_ylim(bottom=0)
+        axes.legend()
+        axes.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(output, dpi=110)
+
+
+def save(report: Path | None, found: dict[str, object]) -> None:
+    """Write what was measured, if it was asked for."""
+    if report is not None:
+        report.parent.mkdir(parents=True, exist_ok=True)
+        report.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
