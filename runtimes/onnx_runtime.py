@@ -21,6 +21,7 @@ from gemma3_export.errors import Gemma3ExportError, InputError
 from gemma3_export.runtimes.candidates import SPARE, Candidates, fetch_count
 from gemma3_export.runtimes.graph_choice import chooses_windows, device_for, window_problem
 from gemma3_export.runtimes.growing_cache import GrowingCache
+from gemma3_export.runtimes.mapped_weights import drop_mapped_pages
 from gemma3_export.runtimes.onnx_cache import OnnxCache, SharedCache
 from gemma3_export.runtimes.onnx_decoding import GRAPH_ID, DecodeSteps, SideSessions
 from gemma3_export.runtimes.onnx_session import (
@@ -106,6 +107,7 @@ class OnnxRuntime:
         self.session = open_session(
             self.graph, self.device, threads=threads, entries=entries, cuda=self.cuda
         )
+        drop_mapped_pages(bundle.file(f"{graph.path}_data"))
         # Decode steps at fixed addresses pay where the host and the logits are far apart.
         self.has_fixed_steps = self.cuda is not None and self.target == "ort"
         self._sides: SideSessions | None = None
