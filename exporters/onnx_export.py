@@ -28,7 +28,7 @@ from gemma3_export.exporters.quantizers import (
     RoundToNearest,
     matrix_names,
 )
-from gemma3_export.exporters.windowed_graph import let_go_of_old_tokens
+from gemma3_export.exporters.windowed_graph import make_windowed
 from gemma3_export.parity.options import HalfPrecision
 from gemma3_export.reference.weights import WeightSource
 from gemma3_export.signature import DType, Signature
@@ -151,7 +151,7 @@ class OnnxWriter:
         )
         ir.save(model, path)
         windowed = path.with_name("model_windowed.onnx")
-        has_windows = self.target == "ort" and let_go_of_old_tokens(model.graph, source.config)
+        has_windows = self.target == "ort" and make_windowed(model.graph, source.config)
         if has_windows:
             ir.save(model, windowed)
         graph = Graph(
