@@ -26,6 +26,7 @@ def open_runtime(
     trust: bool = False,
     cuda: CudaOptions | None = None,
     windowed: bool | None = None,
+    shares_weights: bool = False,
 ) -> Runtime:
     """Load one of a bundle's runtimes.
 
@@ -39,6 +40,7 @@ def open_runtime(
         cuda: what may be done on a GPU; ignored on the CPU.
         windowed: see :class:`gemma3_export.runtimes.onnx_runtime.OnnxRuntime`; other runtimes keep
             everything.
+        shares_weights: see there too.
 
     Raises:
         InputError: the bundle is damaged or has no such graph.
@@ -49,7 +51,16 @@ def open_runtime(
     if runtime == "onnx":
         from gemma3_export.runtimes.onnx_runtime import OnnxRuntime
 
-        return OnnxRuntime(bundle, device=device, threads=threads, cuda=cuda, windowed=windowed)
+        return OnnxRuntime(
+            bundle,
+            device=device,
+            threads=threads,
+            cuda=cuda,
+            windowed=windowed,
+            shares_weights=shares_weights,
+        )
+    if shares_weights:
+        raise InputError(f"weights are shared by the onnx runtime, not by {runtime}")
     if runtime == "torchscript":
         require_torch("torchscript")
         from gemma3_export.runtimes.torchscript_runtime import TorchScriptRuntime

@@ -8,7 +8,7 @@ from gemma3_export.runtimes.device import Device
 from gemma3_export.runtimes.onnx_session import choose_device, import_onnxruntime
 from gemma3_export.signature import WINDOW_MARGIN
 
-__all__ = ["chooses_windows", "device_for", "window_problem"]
+__all__ = ["chooses_windows", "device_for", "require_shareable", "window_problem"]
 
 WINDOWS_SINCE = (1, 31)  # ONNX Runtime's sliding_window_cache on the CPU
 
@@ -67,3 +67,20 @@ def window_problem(graph: Graph, device: Device) -> str | None:
         needed = ".".join(map(str, WINDOWS_SINCE))
         return f"they need onnxruntime {needed} and this is {version}; upgrade it"
     return None
+
+
+def require_shareable(bundle: Bundle, device: Device) -> None:
+    """Refuse to run matrices as they lie in the file where that is no use.
+
+    Raises:
+        InputError: on a GPU, or with kernels that are far slower that way.
+    """
+    graph = bundle.graph("onnx")
+    if device.kind == "cpu" and graph.dtype == "fp32":
+        return
+    reason = (
+        f"bundles in {graph.dtype} have kernels that need their own layout of the weights"
+        if device.kind == "cpu"
+        else f"{device} has memory of its own"
+    )
+    raise InputError(f"weights can be shared between processes in fp32 on the CPU only: {reason}")

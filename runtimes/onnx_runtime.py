@@ -19,7 +19,12 @@ from gemma3_export.bundle import MANIFEST, Bundle
 from gemma3_export.config import Gemma3Config
 from gemma3_export.errors import Gemma3ExportError, InputError
 from gemma3_export.runtimes.candidates import SPARE, Candidates, fetch_count
-from gemma3_export.runtimes.graph_choice import chooses_windows, device_for, window_problem
+from gemma3_export.runtimes.graph_choice import (
+    chooses_windows,
+    device_for,
+    require_shareable,
+    window_problem,
+)
 from gemma3_export.runtimes.growing_cache import GrowingCache
 from gemma3_export.runtimes.mapped_weights import drop_mapped_pages
 from gemma3_export.runtimes.onnx_cache import OnnxCache, SharedCache
@@ -39,6 +44,8 @@ from gemma3_export.signature import Signature
 
 __all__ = ["OnnxRuntime"]
 
+NO_PACKING = "session.disable_prepacking"  # kernels take matrices as they are
+
 
 class OnnxRuntime:
     """A bundle's ONNX graph behind :class:`gemma3_export.runtimes.protocol.Runtime`.
@@ -52,6 +59,8 @@ class OnnxRuntime:
         windowed: whether sliding layers' caches let go of old tokens, which saves time and memory
             in long texts but does not allow to cut a text far back; None is wherever the bundle
             and ONNX Runtime can, on the CPU.
+        shares_weights: leave float matrices as they lie in the file, so that all processes that
+            run the bundle hold them once and load at once; longer prompts and batches take longer.
         float_products: multiply quantised matrices in float32, slowly, for the parity check.
 
     Raises:
@@ -70,6 +79,7 @@ class OnnxRuntime:
         threads: int | None = None,
         cuda: CudaOptions | None = None,
         windowed: bool | None = None,
+        shares_weights: bool = False,
         float_products: bool = False,
     ) -> None:
         if isinstance(bundle, Path):
@@ -104,6 +114,10 @@ class OnnxRuntime:
                 "export without --target"
             )
         entries = {WEIGHTS_FOLDER: str(self.path.parent)} if isinstance(self.graph, bytes) else {}
+        if shares_weights:
+            require_shareable(bundle, self.device)
+            entries[NO_PACKING] = "1"
+        self.shares_weights = shares_weights
         self.session = open_session(
             self.graph, self.device, threads=threads, entries=entries, cuda=self.cuda
         )
@@ -136,6 +150,7 @@ class OnnxRuntime:
             "onnxruntime": import_onnxruntime().__version__,
             "target": self.target,
             "cache": "windowed" if self.is_windowed else "full",
+            **({"weights": "shared"} if self.shares_weights else {}),
             "dtype": self.dtype,
             **({"activations": self.activations} if self.activations else {}),
             "residual": "float32",

@@ -93,6 +93,12 @@ Examples:
 @cuda_options
 @click.option("--runtime", type=click.Choice(RUNTIMES), default="onnx", show_default=True)
 @click.option("--threads", type=click.IntRange(min=1), metavar="N", help="Threads an operator.")
+@click.option(
+    "--share-weights",
+    is_flag=True,
+    help="fp32 on the CPU: load at once and hold weights once for all processes; prompts take "
+    "longer.",
+)
 @click.option("--trust", is_flag=True, help="Load a torch archive that is not what was exported.")
 @click.option("--logprobs", type=int, metavar="N", help="With --json: N alternatives a token.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a prompt and line.")
@@ -113,6 +119,7 @@ def generate(
     cuda: CudaRequest,
     runtime: str,
     threads: int | None,
+    share_weights: bool,
     trust: bool,
     as_json: bool,
     **sampling: Any,
@@ -158,7 +165,13 @@ def generate(
     needs_all = (prompt_lookup or 0) >= bundle.config.sliding_window or may_share(
         bundle, runtime, token_ids, **sizes
     )
-    backend = open_runtime(bundle, runtime, **loading, windowed=False if needs_all else None)
+    backend = open_runtime(
+        bundle,
+        runtime,
+        **loading,
+        windowed=False if needs_all else None,
+        shares_weights=share_weights,
+    )
     if prompt_lookup is None:
         device_used = backend.describe()["device"]
         prompt_lookup = drafters.default_draft_tokens(bundle, runtime, device_used)

@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import json
+import platform
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ __all__ = ["DEFAULT_PLACE", "MADE_FROM", "PEERS", "InstalledPeer", "Peer", "find
 
 DEFAULT_PLACE = Path(".cache/peers")
 MADE_FROM = "made_from.json"
+NO_AMX = "-mno-amx-tile -mno-amx-int8 -mno-amx-bf16" if platform.machine() == "x86_64" else ""
 HERE = Path(__file__).parent
 WORKERS = HERE / "workers"
 
@@ -49,8 +51,14 @@ PEERS = {
             name="llama.cpp",
             module="llama_cpp_worker",
             formats=("Q8_0", "Q4_0", "Q4_K_M", "BF16", "F32"),
-            # As llama.cpp builds by default: for this processor, without tools that go unused.
-            build=(("CMAKE_ARGS", "-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF"),),
+            # As llama.cpp builds by default: for this processor, without tools that go unused. But
+            # its AMX products crash on Gemma 3 270M's shapes (measured: ggml_backend_amx_mul_mat).
+            build=(
+                ("CMAKE_ARGS", "-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF"),
+                ("CFLAGS", NO_AMX),
+                ("CXXFLAGS", NO_AMX),
+                ("PIP_NO_CACHE_DIR", "1"),  # a wheel from there was built for whatever it was
+            ),
         ),
         Peer(
             name="onnxruntime-genai-cuda",
