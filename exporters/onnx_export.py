@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import ClassVar
@@ -21,14 +22,20 @@ from gemma3_export.exporters.calibration import CalibrationPlan
 from gemma3_export.exporters.external_data import write_external_data
 from gemma3_export.exporters.mixed_precision import calibrate_mixed
 from gemma3_export.exporters.onnx_blocks import quantize_graph
-from gemma3_export.exporters.onnx_trace import TARGETS, trace_onnx
+from gemma3_export.exporters.onnx_trace import TARGETS, declare_signature, trace_onnx
 from gemma3_export.exporters.quantizers import (
     KeptBlocks,
     Quantizer,
     RoundToNearest,
     matrix_names,
 )
-from gemma3_export.exporters.windowed_graph import make_windowed
+from gemma3_export.exporters.screened_head import (
+    add_screen,
+    head_name,
+    is_screened,
+    screen_bytes,
+)
+from gemma3_export.exporters.windowed_graph import has_windows, make_windowed
 from gemma3_export.parity.options import HalfPrecision
 from gemma3_export.reference.weights import WeightSource
 from gemma3_export.signature import DType, Signature
@@ -58,6 +65,8 @@ class OnnxWriter:
         max_kld: how far the export may lie from full precision, mean nats a token; None is what
             ``dtype`` keeps to.
         calibration: the text that 4-bit weights are made with.
+        screen: store the head a second time, in 8 bits, so that greedy and top-k decoding reads a
+            quarter of it (target ``ort`` in fp32, on the CPU); None is wherever that pays.
 
     Raises:
         InputError: unknown target or dtype, or two that do not go together.
@@ -70,6 +79,7 @@ class OnnxWriter:
     block_size: int = 32
     max_kld: float | None = None
     calibration: CalibrationPlan = field(default_factory=CalibrationPlan)
+    screen: bool | None = None
 
     def __post_init__(self) -> None:
         require_dtype(self.dtype, (*DTYPES, *QUANTIZED))
@@ -108,7 +118,11 @@ class OnnxWriter:
     def size_bytes(self, config: Gemma3Config) -> int:
         """Weights and graph; blocks take 0.5 to 1.5 bytes a weight."""
         itemsize = 1.25 if self.dtype in QUANTIZED else DTYPES[self.dtype][0].itemsize
-        return int(config.num_parameters * itemsize) + 2**22
+        screened = (
+            self.dtype == "fp32" and self.target == "ort" and is_screened(config, self.screen)
+        )
+        screen = screen_bytes(config) if screened else 0
+        return int(config.num_parameters * itemsize) + screen + 2**22
 
     def write(
         self, source: WeightSource, folder: Path, progress: Progress
@@ -132,7 +146,9 @@ class OnnxWriter:
         path = folder / "onnx" / "model.onnx"
         path.parent.mkdir(exist_ok=True)
         data = path.with_name(path.name + "_data")
+        screens = self._screens(source.config, recipes)
         total = stored_bytes(recipes, source.config, weights_dtype)
+        total += screen_bytes(source.config) if screens else 0
         written = 0
 
         def count(size: int) -> None:
@@ -150,10 +166,11 @@ class OnnxWriter:
             progress=count,
         )
         ir.save(model, path)
-        windowed = path.with_name("model_windowed.onnx")
-        has_windows = self.target == "ort" and make_windowed(model.graph, source.config)
-        if has_windows:
-            ir.save(model, windowed)
+        hashes = {data: digest}
+        windowed: Path | None = None
+        if self.target == "ort" and has_windows(source.config):
+            windowed = path.with_name("model_windowed.onnx")
+            hashes |= self._write_windowed(model, source.config, windowed, screens, count)
         graph = Graph(
             runtime=self.runtime,
             path=path.relative_to(folder).as_posix(),
@@ -161,11 +178,50 @@ class OnnxWriter:
             target=self.target,
             cache_dtype=cache_dtype,
             weights=recipes,
-            windowed_path=windowed.relative_to(folder).as_posix() if has_windows else None,
+            windowed_path=windowed.relative_to(folder).as_posix() if windowed else None,
+            is_screened=screens,
             max_kld=self.budget,
             calibration=quantizer.calibration if quantizer else None,
         )
-        return graph, {data.relative_to(folder).as_posix(): digest}
+        return graph, {file.relative_to(folder).as_posix(): sha for file, sha in hashes.items()}
+
+    def _write_windowed(
+        self,
+        model: ir.Model,
+        config: Gemma3Config,
+        path: Path,
+        screens: bool,
+        progress: Callable[[int], None],
+    ) -> dict[Path, str]:
+        """Turn ``model`` into its sibling and write that; hashes of weights of its own."""
+        hashes: dict[Path, str] = {}
+        make_windowed(model.graph, config)
+        if screens:
+            screen = path.with_name(path.name + "_data")
+            hashes[screen] = add_screen(model.graph, config, screen, progress)
+        signature = Signature.of(
+            config, cache_dtype=self.float_types[1], is_windowed=True, is_screened=screens
+        )
+        declare_signature(model.graph, signature)
+        ir.save(model, path)
+        return hashes
+
+    def _screens(self, config: Gemma3Config, recipes: dict[str, WeightRecipe]) -> bool:
+        """Whether to screen the head, which stands in the graph with windowed caches.
+
+        Raises:
+            InputError: it is wanted and not to be had.
+        """
+        is_float = recipes[head_name(config)].blocks is None and self.float_types[1] == "float32"
+        if self.target == "ort" and is_float and has_windows(config):
+            return is_screened(config, self.screen)
+        if self.screen:
+            raise InputError(
+                f"--screen is for a head in float32 and sliding layers, with --target ort; this is "
+                f"--dtype {self.dtype} --target {self.target}, and layers are "
+                f"{', '.join(sorted(set(config.layer_types)))}; leave --screen out"
+            )
+        return False
 
     def _quantizer(
         self, source: WeightSource, folder: Path, scratch: Path, progress: Progress

@@ -31,7 +31,7 @@ from gemma3_export.exporters.packing import weight_recipes
 from gemma3_export.exporters.step import DecoderStep, example_inputs
 from gemma3_export.signature import Signature, TensorSpec
 
-__all__ = ["OPSET_VERSION", "TARGETS", "trace_onnx"]
+__all__ = ["OPSET_VERSION", "TARGETS", "declare_signature", "trace_onnx"]
 
 OPSET_VERSION = 23  # the first with Attention and RMSNormalization
 FOLD_LIMIT_BYTES = 4096  # constants up to this size are computed now, larger ones on load

@@ -12,17 +12,19 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from gemma3_export.config import Gemma3Config
-from gemma3_export.signature import Signature
 
-__all__ = ["make_windowed"]
+__all__ = ["has_windows", "make_windowed"]
 
 DOMAIN = "com.microsoft"
 
 
-def make_windowed(graph: ir.Graph, config: Gemma3Config) -> bool:
-    """Make ``graph`` the windowed one, in place; False when no layer has a window."""
-    if not any(config.is_sliding(layer) for layer in range(config.num_hidden_layers)):
-        return False
+def has_windows(config: Gemma3Config) -> bool:
+    """Whether a layer's cache can let go of tokens."""
+    return any(config.is_sliding(layer) for layer in range(config.num_hidden_layers))
+
+
+def make_windowed(graph: ir.Graph, config: Gemma3Config) -> None:
+    """Make ``graph`` the windowed one, in place; its signature is still to be declared."""
     heads = (config.num_attention_heads, config.num_key_value_heads)
     for node in tuple(graph):
         if node.op_type == "GroupQueryAttention":
@@ -32,8 +34,6 @@ def make_windowed(graph: ir.Graph, config: Gemma3Config) -> bool:
                 normalise_in_place(graph, value, count)
         elif node.op_type == "RMSNormalization":
             add_and_normalise(graph, node)
-    declare_windows(graph, config)
-    return True
 
 
 def normalise_in_place(graph: ir.Graph, value: ir.Value | None, heads: int) -> None:
@@ -91,12 +91,3 @@ def replace(graph: ir.Graph, old: ir.Node, new: ir.Node, outputs: dict[ir.Value,
         after.name, after.type = f"{before.name}.{new.op_type}", before.type
         before.replace_all_uses_with(after)
     graph.remove(old, safe=True)
-
-
-def declare_windows(graph: ir.Graph, config: Gemma3Config) -> None:
-    """Write the axes of windowed caches on inputs and outputs."""
-    signature = Signature.of(config, is_windowed=True)
-    axes = {spec.name: spec.axes for spec in (*signature.past, *signature.present)}
-    for value in (*graph.inputs, *graph.outputs):
-        if value.name in axes:
-            value.shape = ir.Shape(axes[value.name])

@@ -16,6 +16,7 @@ from gemma3_export.backends import open_runtime
 from gemma3_export.bundle import Bundle
 from gemma3_export.peers.workers.serving import Candidate, Load, serve
 from gemma3_export.runtimes.candidates import Candidates, ChoosesCandidates
+from gemma3_export.runtimes.onnx_runtime import OnnxRuntime
 from gemma3_export.runtimes.onnx_session import CudaOptions
 from gemma3_export.runtimes.protocol import IntArray, KVCache, Logits, Runtime
 from gemma3_export.runtimes.sampling import SamplingParams
@@ -95,19 +96,28 @@ def open_candidate(
 
         return open_transformers(bundle, device, threads, is_static=name != PEER)
     runtime = open_runtime(bundle, name, device=device, threads=threads, cuda=cuda)
-    return RuntimeCandidate(runtime, weight_bytes(bundle, name))
+    size = weight_bytes(bundle, name)
+    if isinstance(runtime, OnnxRuntime) and runtime.is_screened:
+        size -= 4 * bundle.config.vocab_size * bundle.config.hidden_size
+        size += file_bytes(bundle, f"{bundle.graph(name).windowed_path}_data")
+    return RuntimeCandidate(runtime, size)
 
 
 def weight_bytes(bundle: Bundle, name: str) -> int:
     """What a token reads: all weights; of a tied embedding the head reads every row."""
     if name == "onnx":
         graph = bundle.graph(name).path  # small tensors lie in it, the rest in a file beside it
-        files = bundle.manifest.files
-        return sum(files[file].size_bytes for file in (graph, f"{graph}_data") if file in files)
+        return file_bytes(bundle, graph) + file_bytes(bundle, f"{graph}_data")
     if name == "reference":
         return 4 * bundle.config.num_parameters
     kinds = {"fp32": 4, "fp16": 2, "bf16": 2}
     return kinds[bundle.graph(name).dtype] * bundle.config.num_parameters
+
+
+def file_bytes(bundle: Bundle, file: str) -> int:
+    """Size of one file; 0 if the bundle has none."""
+    record = bundle.manifest.files.get(file)
+    return record.size_bytes if record else 0
 
 
 def open_truth(weights: str, threads: int) -> Candidate:

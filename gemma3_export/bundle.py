@@ -84,6 +84,7 @@ class Graph:
     cache_dtype: DType
     weights: dict[str, WeightRecipe]  # stored tensor -> canonical weights
     windowed_path: str | None = None  # the same graph with caches that let go of old tokens
+    is_screened: bool = False  # its head can give candidates: exporters/screened_head.py
     max_kld: float = DEFAULT_MAX_KLD  # the divergence that the export was allowed
     calibration: dict[str, Any] | None = None  # the text that quantisation looked at
     verified: bool = False  # parity.json holds this graph's proof
@@ -143,7 +144,12 @@ class Bundle:
 
     def signature(self, graph: Graph, *, is_windowed: bool = False) -> Signature:
         """The inputs and outputs of ``graph``, or of its windowed sibling."""
-        return Signature.of(self.config, cache_dtype=graph.cache_dtype, is_windowed=is_windowed)
+        return Signature.of(
+            self.config,
+            cache_dtype=graph.cache_dtype,
+            is_windowed=is_windowed,
+            is_screened=is_windowed and graph.is_screened,
+        )
 
     def file(self, relative: str) -> Path:
         """Absolute path of a bundle file."""

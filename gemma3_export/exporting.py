@@ -70,6 +70,7 @@ def export_onnx(
     block_size: int = 32,
     max_kld: float | None = None,
     calibration: Path | None = None,
+    screen: bool | None = None,
     tokenizer: Tokenizer | None = None,
     verify: bool = True,
     force: bool = False,
@@ -92,6 +93,8 @@ def export_onnx(
             None is 0.01, for ``mixed`` 0.05 and for ``int4`` 0.1.
         calibration: UTF-8 text that ``int4`` and ``mixed`` are made with; None lets the model
             write it.
+        screen: store the head of an ``fp32`` export for ``ort`` a second time, in 8 bits, so that
+            greedy and top-k decoding on the CPU reads a quarter of it; None is wherever that pays.
         tokenizer: None takes the one that came with the weights, if any.
         verify: check parity; without it the manifest says that the bundle is unproven.
         force: replace an existing folder.
@@ -115,6 +118,7 @@ def export_onnx(
             block_size=block_size,
             max_kld=max_kld,
             calibration=CalibrationPlan(file=calibration),
+            screen=screen,
         ),
         source,
         output,

@@ -51,6 +51,7 @@ def _describe_graph(bundle: Bundle, graph: Graph) -> dict[str, Any]:
         "dtype": graph.dtype,
         "path": graph.path,
         "windowed_path": graph.windowed_path,
+        "screen_bytes": screen_bytes(bundle, graph),
         "verified": graph.verified,
         "cache_dtype": graph.cache_dtype,
         "cache_bytes_per_token": per_token,
@@ -63,6 +64,13 @@ def _describe_graph(bundle: Bundle, graph: Graph) -> dict[str, Any]:
         "signature": bundle.signature(graph).to_json(),
         **_operators(bundle, graph),
     }
+
+
+def screen_bytes(bundle: Bundle, graph: Graph) -> int | None:
+    """Bytes of the head's 8-bit copy; None if there is none."""
+    if not graph.is_screened:
+        return None
+    return bundle.manifest.files[f"{graph.windowed_path}_data"].size_bytes
 
 
 def cache_bytes_per_token(bundle: Bundle, graph: Graph) -> int:

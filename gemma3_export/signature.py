@@ -20,6 +20,11 @@ WINDOW_MARGIN = 64  # tokens that a windowed cache holds beyond its window, or a
 
 DType = Literal["float32", "float16", "bfloat16", "int64"]
 Axis = int | str  # a literal extent, or the name of a dynamic one
+CANDIDATES: tuple[tuple[str, DType], ...] = (
+    ("rows", "int64"),
+    ("ids", "int64"),
+    ("logits", "float32"),
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,15 +56,22 @@ class Signature:
     logits: TensorSpec
     present_keys: tuple[TensorSpec, ...]
     present_values: tuple[TensorSpec, ...]
+    num_candidates: TensorSpec | None = None  # of a screened head, as are the candidates
+    candidates: tuple[TensorSpec, ...] = ()  # rows, token ids and logits
 
     @classmethod
     def of(
-        cls, config: Gemma3Config, *, cache_dtype: DType = "float32", is_windowed: bool = False
+        cls,
+        config: Gemma3Config,
+        *,
+        cache_dtype: DType = "float32",
+        is_windowed: bool = False,
+        is_screened: bool = False,
     ) -> Signature:
         """The signature of ``config`` with a cache of ``cache_dtype``.
 
         With ``is_windowed`` the sliding layers' caches hold a window and a margin, whatever the
-        length of the text.
+        length of the text. With ``is_screened`` the head can give candidates instead of logits.
         """
 
         def cache(template: str, length: str) -> tuple[TensorSpec, ...]:
@@ -97,6 +109,17 @@ class Signature:
             ),
             present_keys=cache("present.{}.key", total),
             present_values=cache("present.{}.value", total),
+            num_candidates=TensorSpec(
+                name="num_candidates", dtype="int64", axes=(1,), optional=True
+            )
+            if is_screened
+            else None,
+            candidates=tuple(
+                TensorSpec(name=f"candidate_{name}", dtype=dtype, axes=("num_found",))
+                for name, dtype in CANDIDATES
+            )
+            if is_screened
+            else (),
         )
 
     @property
@@ -112,12 +135,14 @@ class Signature:
     @property
     def inputs(self) -> tuple[TensorSpec, ...]:
         """All inputs in graph order."""
-        return (self.input_ids, self.attention_mask, *self.past, self.num_logits_to_keep)
+        optional = (self.num_logits_to_keep, self.num_candidates)
+        present = [spec for spec in optional if spec is not None]
+        return (self.input_ids, self.attention_mask, *self.past, *present)
 
     @property
     def outputs(self) -> tuple[TensorSpec, ...]:
         """All outputs in graph order; ``logits`` comes first."""
-        return (self.logits, *self.present)
+        return (self.logits, *self.present, *self.candidates)
 
     def to_json(self) -> dict[str, object]:
         """The form that the manifest stores."""

@@ -16,7 +16,7 @@ import torch
 from gemma3_export.bundle import Bundle
 from gemma3_export.config import Gemma3Config
 from gemma3_export.errors import Gemma3ExportError, InputError, UnavailableError
-from gemma3_export.runtimes.candidates import SPARE, Candidates, fetch_count
+from gemma3_export.runtimes.candidates import SPARE, Candidates, most_needed
 from gemma3_export.runtimes.device import parse_device
 from gemma3_export.runtimes.onnx_session import CudaOptions
 from gemma3_export.runtimes.protocol import IntArray, KVCache, Logits, check_capacity
@@ -122,13 +122,18 @@ class ArchiveRuntime:
         cache.accept(present, new, row)
         return as_numpy(logits)
 
+    @property
+    def chooses_candidates(self) -> bool:
+        """See :class:`gemma3_export.runtimes.candidates.ChoosesCandidates`."""
+        return self.has_fixed_steps
+
     @torch.inference_mode()
     def step_candidates(
         self, input_ids: IntArray, cache: KVCache, requests: Sequence[SamplingParams]
     ) -> Sequence[Logits | Candidates] | None:
         """See :class:`gemma3_export.runtimes.candidates.ChoosesCandidates`."""
-        count = fetch_count(requests, self.config.vocab_size)
-        if count is None or not self.has_fixed_steps:
+        needed = most_needed(requests, self.config.vocab_size)
+        if needed is None or not self.has_fixed_steps:
             return None
         check_capacity(cache, 1)
         assert isinstance(cache, TorchCache)
@@ -139,7 +144,7 @@ class ArchiveRuntime:
         steps: TorchDecodeSteps = cache.steps
         with self._explained(1, cache):
             steps.run(input_ids, cache)
-        return steps.candidates(count, count - SPARE)
+        return steps.candidates(needed + SPARE, needed)
 
     @contextmanager
     def _explained(self, new: int, cache: KVCache) -> Iterator[None]:

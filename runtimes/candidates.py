@@ -25,8 +25,8 @@ __all__ = [
     "ChoosesCandidates",
     "candidates_needed",
     "candidates_of_rows",
-    "fetch_count",
     "from_largest",
+    "most_needed",
 ]
 
 TOP_K_LIMIT = 256  # beyond, all logits are fetched
@@ -43,7 +43,11 @@ class Candidates:
 
 @runtime_checkable
 class ChoosesCandidates(Protocol):
-    """A runtime that can choose candidates on its device."""
+    """A runtime that can choose candidates where the logits are."""
+
+    @property
+    def chooses_candidates(self) -> bool:
+        """Whether it ever does, as it is."""
 
     def step_candidates(
         self, input_ids: IntArray, cache: KVCache, requests: Sequence[SamplingParams]
@@ -70,15 +74,15 @@ def candidates_needed(params: SamplingParams) -> int | None:
     return params.top_k if params.top_k and params.top_k <= TOP_K_LIMIT else None
 
 
-def fetch_count(requests: Sequence[SamplingParams], vocab_size: int) -> int | None:
-    """How many logits to fetch for a batch; None when one of the requests needs them all."""
-    needed = [candidates_needed(params) for params in requests]
+def most_needed(requests: Sequence[SamplingParams], vocab_size: int) -> int | None:
+    """:func:`candidates_needed` by a batch; None also when few are left beyond them."""
     most = 0
-    for count in needed:
+    for params in requests:
+        count = candidates_needed(params)
         if count is None:
             return None
         most = max(most, count)
-    return most + SPARE if most + SPARE < vocab_size else None
+    return most if most + SPARE < vocab_size else None
 
 
 def from_largest(

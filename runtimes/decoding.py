@@ -112,9 +112,13 @@ class DecodingLoop:
         """Feed each active request its newest token; [V] for each, or what decides of them.
 
         Rows that have ended are fed padding along with the others, which costs less than to split
-        the batch. When one of them has no room left for that, the active rows go one by one, and
-        so does a row that is the only active one.
+        the batch. When one of them has no room left for that, the active rows go one by one. A row
+        that is the only active one may be speculated on.
         """
+        if len(active) == 1:
+            logits = self._speculate(active[0], cache)
+            if logits is not None:
+                return [logits]
         if int(cache.lengths.max()) < cache.capacity:
             chosen = self._candidates(active, cache)
             if chosen is not None:
@@ -122,7 +126,7 @@ class DecodingLoop:
             if len(active) > 1:
                 logits = self.runtime.step(self._newest(active), cache, num_logits=1)
                 return [logits[request.index, -1] for request in active]
-        return [self._decode_row(request, cache, alone=len(active) == 1) for request in active]
+        return [self._step_row(request, cache, [])[0] for request in active]
 
     def _newest(self, active: Sequence[RequestState]) -> IntArray:
         """[B, 1] each active request's newest token, padding for the others."""
@@ -134,34 +138,42 @@ class DecodingLoop:
     def _candidates(
         self, active: Sequence[RequestState], cache: KVCache
     ) -> Sequence[Logits | Candidates] | None:
-        """What a device chose for each request; None where logits are needed."""
-        speculates = len(active) == 1 and self.speculations[active[0].index] is not None
-        if speculates or not isinstance(self.runtime, ChoosesCandidates):
+        """What the backend chose for each request; None where logits are needed."""
+        if not isinstance(self.runtime, ChoosesCandidates):
             return None
         params = [request.params for request in active]
         chosen = self.runtime.step_candidates(self._newest(active), cache, params)
         return None if chosen is None else [chosen[request.index] for request in active]
 
-    def _decode_row(self, request: RequestState, cache: KVCache, *, alone: bool) -> Logits:
-        """Feed one request its newest token, if it has not been verified; [V]."""
-        speculation = self.speculations[request.index] if alone else None
-        draft: list[int] = []
-        if speculation is not None:
-            verified = speculation.verified_logits()
-            if verified is not None:
-                return verified
-            self._forget_rejected(request, cache)
-            draft = speculation.draft()
-        logits = self.runtime.step(
+    def _speculate(self, request: RequestState, cache: KVCache) -> Logits | None:
+        """[V] after the request's newest token, verified already or with a new draft.
+
+        None where there is nothing to verify.
+        """
+        speculation = self.speculations[request.index]
+        if speculation is None:
+            return None
+        verified = speculation.verified_logits()
+        if verified is not None:
+            return verified
+        self._forget_rejected(request, cache)
+        draft = speculation.draft()
+        if not draft:
+            return None
+        logits = self._step_row(request, cache, draft)
+        speculation.keep(draft, logits[1:])
+        first: Logits = logits[0]
+        return first
+
+    def _step_row(self, request: RequestState, cache: KVCache, draft: Sequence[int]) -> Logits:
+        """Feed one request its newest token and a draft; [1 + draft, V]."""
+        logits: Logits = self.runtime.step(
             np.array([[request.tokens[-1].token_id, *draft]], np.int64),
             cache,
             num_logits=1 + len(draft),
             row=request.index if len(self.requests) > 1 else None,
         )[0]
-        if speculation is not None:
-            speculation.keep(draft, logits[1:])
-        first: Logits = logits[0]
-        return first
+        return logits
 
     def _forget_rejected(self, request: RequestState, cache: KVCache) -> None:
         if cache.lengths[request.index] > request.fed_tokens:

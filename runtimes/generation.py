@@ -13,6 +13,7 @@ import numpy as np
 
 from gemma3_export.config import Gemma3Config
 from gemma3_export.errors import InputError
+from gemma3_export.runtimes.candidates import ChoosesCandidates, candidates_needed
 from gemma3_export.runtimes.decoding import DecodingLoop, Event
 from gemma3_export.runtimes.prefix_cache import PrefixCache
 from gemma3_export.runtimes.protocol import IntArray, Runtime
@@ -25,7 +26,14 @@ from gemma3_export.runtimes.request_state import (
     TokenEvent,
 )
 from gemma3_export.runtimes.sampling import SamplingParams
-from gemma3_export.runtimes.speculation import MAX_DRAFT_TOKENS, Drafter, Speculation
+from gemma3_export.runtimes.speculation import (
+    CHOSEN_COSTS,
+    MAX_DRAFT_TOKENS,
+    PLAIN_COSTS,
+    Drafter,
+    Speculation,
+    StepCosts,
+)
 
 __all__ = [
     "Cancel",
@@ -164,12 +172,20 @@ def generate(
         cancel=cancel.is_set if isinstance(cancel, threading.Event) else cancel,
         prefill_progress=prefill_progress,
         speculations=[
-            Speculation(request, drafter(), max_draft_tokens) if drafter else None
+            Speculation(request, drafter(), max_draft_tokens, _step_costs(runtime, request.params))
+            if drafter
+            else None
             for request in requests
         ],
         prefix_cache=prefix_cache,
     )
     return Generation(requests, loop.run())
+
+
+def _step_costs(runtime: Runtime, params: SamplingParams) -> StepCosts:
+    """What verifying a draft costs where the plain steps of a request fetch candidates, or not."""
+    chooses = isinstance(runtime, ChoosesCandidates) and runtime.chooses_candidates
+    return CHOSEN_COSTS if chooses and candidates_needed(params) is not None else PLAIN_COSTS
 
 
 def _check_prompts(

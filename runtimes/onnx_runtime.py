@@ -18,7 +18,7 @@ import numpy as np
 from gemma3_export.bundle import MANIFEST, Bundle
 from gemma3_export.config import Gemma3Config
 from gemma3_export.errors import Gemma3ExportError, InputError
-from gemma3_export.runtimes.candidates import SPARE, Candidates, fetch_count
+from gemma3_export.runtimes.candidates import SPARE, Candidates, most_needed
 from gemma3_export.runtimes.graph_choice import (
     chooses_windows,
     device_for,
@@ -39,11 +39,13 @@ from gemma3_export.runtimes.onnx_session import (
 from gemma3_export.runtimes.onnx_upcast import upcast_to_float32, with_float_products
 from gemma3_export.runtimes.protocol import IntArray, KVCache, Logits, check_capacity
 from gemma3_export.runtimes.sampling import SamplingParams
+from gemma3_export.runtimes.screened_steps import ScreenedSteps, has_known_grid
 from gemma3_export.runtimes.windowed_cache import WindowedCache
 from gemma3_export.signature import Signature
 
 __all__ = ["OnnxRuntime"]
 
+SCREENED_ROWS = 4  # of a batch; more of them read the head once for all, and multiply faster
 NO_PACKING = "session.disable_prepacking"  # kernels take matrices as they are
 
 
@@ -118,10 +120,14 @@ class OnnxRuntime:
             require_shareable(bundle, self.device)
             entries[NO_PACKING] = "1"
         self.shares_weights = shares_weights
+        # Blocks that are not packed are multiplied far more slowly.
+        has_screen = self.signature.num_candidates is not None
+        self.is_screened = has_screen and not shares_weights and has_known_grid()
         self.session = open_session(
             self.graph, self.device, threads=threads, entries=entries, cuda=self.cuda
         )
-        drop_mapped_pages(bundle.file(f"{graph.path}_data"))
+        for file in {graph.path, path}:
+            drop_mapped_pages(bundle.file(f"{file}_data"))
         # Decode steps at fixed addresses pay where the host and the logits are far apart.
         self.has_fixed_steps = self.cuda is not None and self.target == "ort"
         self._sides: SideSessions | None = None
@@ -143,6 +149,11 @@ class OnnxRuntime:
                 f"{MANIFEST} declare; they differ in {', '.join(different[:6])}; export it anew"
             )
 
+    @property
+    def chooses_candidates(self) -> bool:
+        """See :class:`gemma3_export.runtimes.candidates.ChoosesCandidates`."""
+        return self.has_fixed_steps or self.is_screened
+
     def describe(self) -> dict[str, object]:
         """Versions, device and providers really used."""
         return {
@@ -150,6 +161,7 @@ class OnnxRuntime:
             "onnxruntime": import_onnxruntime().__version__,
             "target": self.target,
             "cache": "windowed" if self.is_windowed else "full",
+            **({"head": "screened"} if self.is_screened else {}),
             **({"weights": "shared"} if self.shares_weights else {}),
             "dtype": self.dtype,
             **({"activations": self.activations} if self.activations else {}),
@@ -217,15 +229,24 @@ class OnnxRuntime:
         self, input_ids: IntArray, cache: KVCache, requests: Sequence[SamplingParams]
     ) -> Sequence[Logits | Candidates] | None:
         """See :class:`gemma3_export.runtimes.candidates.ChoosesCandidates`."""
-        count = fetch_count(requests, self.config.vocab_size)
-        if count is None or not self.has_fixed_steps:
+        needed = most_needed(requests, self.config.vocab_size)
+        if needed is None or not isinstance(cache, SharedCache):
             return None
         check_capacity(cache, 1)
-        assert isinstance(cache, SharedCache)
-        steps = self.decode_steps(cache)
+        if self.has_fixed_steps:
+            fixed = self.decode_steps(cache)
+            with self._explained(1, cache):
+                fixed.run(input_ids, cache)
+                return fixed.candidates(needed + SPARE, needed)
+        if not self.is_screened or cache.batch_size > SCREENED_ROWS:
+            return None
+        if cache.steps is None:
+            cache.steps = ScreenedSteps(self.session, self.signature, cache)
+        screened: ScreenedSteps = cache.steps
+        if screened.is_paused():
+            return None
         with self._explained(1, cache):
-            steps.run(input_ids, cache)
-            return steps.candidates(count, count - SPARE)
+            return screened.run(input_ids, cache, needed)
 
     def decode_steps(self, cache: SharedCache) -> DecodeSteps:
         """The decode steps of ``cache``, made when they are first asked for."""

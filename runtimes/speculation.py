@@ -15,23 +15,44 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 from gemma3_export.errors import InputError
 from gemma3_export.runtimes.protocol import Logits
 from gemma3_export.runtimes.request_state import RequestState
 
-__all__ = ["MAX_DRAFT_TOKENS", "DraftBudget", "Drafter", "Speculation"]
+__all__ = [
+    "CHOSEN_COSTS",
+    "MAX_DRAFT_TOKENS",
+    "PLAIN_COSTS",
+    "DraftBudget",
+    "Drafter",
+    "Speculation",
+    "StepCosts",
+]
 
 MAX_DRAFT_TOKENS = 16
-# All in plain decoding steps of one token, as measured in float32 on a CPU: a step is bound by
-# reading the weights, which more tokens share. In int8, where that holds less, a token costs about
-# 0.3.
-DRAFT_COST = 0.1  # of leaving the kernels for one token
-TOKEN_COST = 0.1  # of each drafted token
-ALLOWANCE = 0.03  # what drafts may lose, a token
-FIRST_BALANCE = 0.5
-MAX_BALANCE = 2.0
+ALLOWANCE = 0.03  # what drafts may lose, in plain decoding steps a token
+FIRST_TOKENS = 4  # of the longest draft before anything is known
+SPARE_TOKENS = 3  # beyond the longest draft, that may be saved up for
+
+
+@dataclass(frozen=True, slots=True)
+class StepCosts:
+    """What a step that verifies a draft takes longer than a plain one, in plain steps.
+
+    As measured in float32 on a CPU: a step is bound by reading the weights, which more tokens
+    share. In int8, where that holds less, a token costs about 0.3.
+    """
+
+    draft: float = 0.1  # of leaving the kernels for one token
+    token: float = 0.1  # of each drafted token
+
+
+PLAIN_COSTS = StepCosts()
+# A plain step that fetches candidates reads less of the head, and verifying needs all logits.
+CHOSEN_COSTS = StepCosts(draft=0.7, token=0.15)
 
 
 class Drafter(Protocol):
@@ -61,41 +82,54 @@ class DraftBudget:
     Args:
         max_tokens: the longest draft.
         token_cost: what drafting a token costs, besides verifying it.
+        costs: of verifying.
 
     Raises:
         InputError: ``max_tokens`` is not positive.
     """
 
-    def __init__(self, max_tokens: int = MAX_DRAFT_TOKENS, token_cost: float = 0.0) -> None:
+    def __init__(
+        self,
+        max_tokens: int = MAX_DRAFT_TOKENS,
+        token_cost: float = 0.0,
+        costs: StepCosts = PLAIN_COSTS,
+    ) -> None:
         if max_tokens < 1:
             raise InputError(f"max_draft_tokens is {max_tokens}; it must be at least 1")
         self._max_tokens = max_tokens
-        self._token_cost = TOKEN_COST + token_cost
-        self._balance = FIRST_BALANCE
+        self._draft_cost = costs.draft
+        self._token_cost = costs.token + token_cost
+        self._balance = self._cost(FIRST_TOKENS)
+        self._most = self._cost(max_tokens + SPARE_TOKENS)
         self._length = max_tokens  # grows while drafts are right
 
     def max_draft(self) -> int:
         """The longest draft that is covered now, 0 for none."""
-        covered = int((self._balance - DRAFT_COST) / self._token_cost)
+        covered = int((self._balance - self._draft_cost) / self._token_cost)
         return max(0, min(covered, self._length))
 
     def record(self, drafted: int, accepted: int) -> None:
         """Settle one step; ``drafted`` 0 is a plain one."""
         self._balance += ALLOWANCE * (1 + accepted)
         if drafted:
-            self._balance += accepted - DRAFT_COST - drafted * self._token_cost
+            self._balance += accepted - self._cost(drafted)
             longer = 2 * drafted if accepted == drafted else accepted + 1
             self._length = min(longer, self._max_tokens)
-        self._balance = min(self._balance, MAX_BALANCE)
+        self._balance = min(self._balance, self._most)
+
+    def _cost(self, drafted: int) -> float:
+        return self._draft_cost + drafted * self._token_cost
 
 
 class Speculation:
     """The drafts of one request, and the logits that verifying them has given."""
 
-    def __init__(self, request: RequestState, drafter: Drafter, max_tokens: int) -> None:
+    def __init__(
+        self, request: RequestState, drafter: Drafter, max_tokens: int, costs: StepCosts
+    ) -> None:
         self._request = request
         self._drafter = drafter
-        self._budget = DraftBudget(max_tokens, drafter.token_cost)
+        self._budget = DraftBudget(max_tokens, drafter.token_cost, costs)
         self._tokens: list[int] = request.prompt_ids.tolist()
         self._verified: deque[tuple[int, Logits]] = deque()  # drafted token, [V] that follow it
         self._drafted = self._accepted = 0  # of the last step

@@ -19,6 +19,7 @@ VARIANTS: dict[str, Gemma3Config] = {
     "one sliding layer, many tokens": tiny_config(
         num_hidden_layers=1, layer_types=("sliding_attention",), vocab_size=40_000
     ),
+    "screened": tiny_config(vocab_size=2_500),
     "all full, one kv head, untied": tiny_config(
         num_hidden_layers=3,
         layer_types=("full_attention",) * 3,
@@ -33,9 +34,12 @@ def source_of(variant: str = "irregular") -> RandomSource:
     return RandomSource(VARIANTS[variant], SEED)
 
 
-def export_tiny(path: Path, target: str, variant: str = "irregular") -> Path:
+def export_tiny(
+    path: Path, target: str, variant: str = "irregular", screen: bool | None = None
+) -> Path:
     """Export anew, without a tokenizer and without the parity check."""
-    return export_bundle(source_of(variant), path, OnnxWriter(target=target)).path
+    writer = OnnxWriter(target=target, screen=screen)
+    return export_bundle(source_of(variant), path, writer).path
 
 
 def exported_bundle(target: str, variant: str = "irregular") -> Path:
@@ -46,7 +50,8 @@ def exported_bundle(target: str, variant: str = "irregular") -> Path:
 @functools.cache
 def export_once(target: str, variant: str) -> Path:
     """A bundle in a folder that lives as long as the process."""
-    return export_tiny(Path(scratch().name) / f"{target} {variant}", target, variant)
+    screen = True if variant == "screened" else None
+    return export_tiny(Path(scratch().name) / f"{target} {variant}", target, variant, screen)
 
 
 @functools.cache

@@ -21,8 +21,8 @@ from gemma3_export.runtimes.candidates import (
     SPARE,
     Candidates,
     candidates_needed,
-    fetch_count,
     from_largest,
+    most_needed,
 )
 from gemma3_export.runtimes.generation import generate
 from gemma3_export.runtimes.graphs import (
@@ -123,12 +123,12 @@ def test_logits_that_are_not_finite_are_left_to_the_sampler(total: float) -> Non
 )
 def test_what_needs_all_logits_gets_them(params: SamplingParams) -> None:
     assert candidates_needed(params) is None
-    assert fetch_count([GREEDY, params], 10_000) is None
+    assert most_needed([GREEDY, params], 10_000) is None
 
 
 def test_a_batch_fetches_what_its_neediest_request_needs() -> None:
-    assert fetch_count([GREEDY, SamplingParams(top_k=40)], 10_000) == 40 + SPARE
-    assert fetch_count([GREEDY], 1 + SPARE) is None, "as many as there are"
+    assert most_needed([GREEDY, SamplingParams(top_k=40)], 10_000) == 40
+    assert most_needed([GREEDY], 1 + SPARE) is None, "as many as there are"
 
 
 def test_the_side_graphs_are_what_their_program_writes() -> None:

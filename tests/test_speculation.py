@@ -14,10 +14,11 @@ from gemma3_export.runtimes.prompt_lookup import PromptLookup
 from gemma3_export.runtimes.sampling import SamplingParams
 from gemma3_export.runtimes.speculation import (
     ALLOWANCE,
-    DRAFT_COST,
-    FIRST_BALANCE,
-    TOKEN_COST,
+    CHOSEN_COSTS,
+    FIRST_TOKENS,
+    PLAIN_COSTS,
     DraftBudget,
+    StepCosts,
 )
 from tests.fake_runtime import FAKE_CONFIG, ByteDecoder, FakeRuntime, ScriptedRuntime
 
@@ -182,13 +183,15 @@ class TestBudget:
 
     @pytest.mark.parametrize("token_cost", [0.0, 0.2])
     @pytest.mark.parametrize("max_tokens", [1, 4, 16])
+    @pytest.mark.parametrize("costs", [PLAIN_COSTS, CHOSEN_COSTS])
     @pytest.mark.parametrize("seed", range(20))
     def test_the_loss_stays_under_the_allowance(
-        self, seed: int, max_tokens: int, token_cost: float
+        self, seed: int, max_tokens: int, token_cost: float, costs: StepCosts
     ) -> None:
         """Right for a while, then wrong for a while, whatever the order."""
         generator = np.random.default_rng(seed)
-        budget = DraftBudget(max_tokens, token_cost)
+        budget = DraftBudget(max_tokens, token_cost, costs)
+        token_cost += costs.token
         spent, tokens = 0.0, 0
         for _ in range(40):
             quality = generator.choice([0.0, 0.1, 0.5, 1.0])
@@ -199,8 +202,9 @@ class TestBudget:
                 accepted = drafted if right.all() else int(right.argmin())
                 budget.record(drafted, accepted)
                 tokens += 1 + accepted
-                spent += 1 + (DRAFT_COST if drafted else 0) + drafted * (TOKEN_COST + token_cost)
-                assert spent <= tokens * (1 + ALLOWANCE) + FIRST_BALANCE
+                spent += 1 + (costs.draft if drafted else 0) + drafted * token_cost
+                first = costs.draft + FIRST_TOKENS * token_cost
+                assert spent <= tokens * (1 + ALLOWANCE) + first
 
     def test_drafts_that_are_never_right_all_but_end(self) -> None:
         budget, drafted = DraftBudget(), 0
@@ -208,7 +212,7 @@ class TestBudget:
             count = budget.max_draft()
             drafted += count
             budget.record(count, 0)
-        assert 0 < drafted < 1000 * ALLOWANCE / TOKEN_COST
+        assert 0 < drafted < 1000 * ALLOWANCE / PLAIN_COSTS.token
 
     def test_drafts_that_are_right_become_as_long_as_allowed(self) -> None:
         budget, lengths = DraftBudget(16), []

@@ -131,6 +131,8 @@ def _graph_lines(graph: Mapping[str, Any]) -> Iterator[str]:
             for tokens, size in graph["windowed_cache_bytes"].items()
         )
         yield f"  windowed cache ({graph['windowed_path']}): {'; '.join(sizes)}"
+    if graph["screen_bytes"]:
+        yield f"  screened head: {graph['screen_bytes'] / 1e6:,.1f} MB more, read before the head"
     for kind in ("inputs", "outputs"):
         yield f"  {kind}:"
         yield from _signature_lines(graph["signature"][kind])

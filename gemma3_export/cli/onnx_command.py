@@ -64,6 +64,13 @@ Examples:
     help="int8, int4: inputs of a matrix that share a scale. mixed: the fewest.",
 )
 @click.option(
+    "--screen/--no-screen",
+    default=None,
+    help="fp32 for ort: store the head a second time, in 8 bits, so that greedy and top-k decoding "
+    "on the CPU reads a quarter of it and computes exactly the logits that matter "
+    "[default: where the head is large].",
+)
+@click.option(
     "--max-kld",
     type=click.FloatRange(min=0, min_open=True),
     help="Divergence from full precision at which the export fails, nats a token "
@@ -83,6 +90,7 @@ def onnx(
     block_size: str,
     max_kld: float | None,
     calibration: Path | None,
+    screen: bool | None,
 ) -> None:
     """Export Gemma 3 to ONNX and prove that the result computes what the model computes.
 
@@ -101,6 +109,7 @@ def onnx(
         block_size=int(block_size),
         max_kld=max_kld,
         calibration=calibration,
+        screen=screen,
     )
     half = "" if activations == "fp32" else f" with {activations} activations"
     run_export(options, "onnx", f"{dtype}{half}, target {target}", export)

@@ -1,4 +1,4 @@
-"""Other forms of the graph under test: computed otherwise, or with another kind of cache.
+"""Other forms of the graph under test: computed or read otherwise, or with other caches.
 
 What a graph computes is checked in full on the form that people run. The others share its weights
 and nearly all of its nodes, so the cases that feed and read the cache in every way are enough.
@@ -13,6 +13,7 @@ import numpy as np
 
 from gemma3_export.config import Gemma3Config
 from gemma3_export.parity.cases import Case, cases_for
+from gemma3_export.parity.chosen import chosen_logits
 from gemma3_export.parity.floor import NoiseFloor, Yardstick
 from gemma3_export.parity.judge import Limits, judge_case
 from gemma3_export.parity.options import Progress
@@ -21,9 +22,10 @@ from gemma3_export.parity.report import CaseResult
 from gemma3_export.parity.truth import Truth
 from gemma3_export.runtimes.protocol import CacheForms, FloatProducts, Runtime
 
-__all__ = ["prepare_floor", "run_float_cases", "run_sibling_cases"]
+__all__ = ["prepare_floor", "run_chosen_cases", "run_float_cases", "run_sibling_cases"]
 
 CASES = ("chunked", "decode", "ragged-batch", "padded")
+STEP_CASES = ("decode", "ragged-batch")
 
 
 def run_float_cases(
@@ -54,6 +56,18 @@ def run_sibling_cases(
     return run_form(form, sibling, every, limits, progress)
 
 
+def run_chosen_cases(
+    candidate: Runtime, yardstick: Yardstick, limits: Limits, progress: Progress
+) -> list[CaseResult]:
+    """Cached steps of a runtime that chooses candidates, if it does."""
+    chosen = chosen_logits(candidate)
+    if chosen is None:
+        return []
+    every = cases_for(chosen, yardstick.config, yardstick.sequences, yardstick.options)
+    form = Form("chosen", "candidates only", yardstick.truth, yardstick.floor, STEP_CASES)
+    return run_form(form, chosen, every, limits, progress)
+
+
 @dataclass(frozen=True, slots=True)
 class Form:
     """Another form of the graph under test, and what it is held against."""
@@ -62,6 +76,7 @@ class Form:
     description: str
     truth: Truth
     floor: NoiseFloor
+    cases: tuple[str, ...] = CASES
 
 
 def run_form(
@@ -69,7 +84,7 @@ def run_form(
 ) -> list[CaseResult]:
     """Those of ``cases`` that a form needs, judged."""
     results = []
-    chosen = [case for case in cases if case.name in CASES]
+    chosen = [case for case in cases if case.name in form.cases]
     for index, case in enumerate(chosen):
         progress(f"comparing {case.name}, {form.description}", index, len(chosen))
         prepare_floor(case, runtime.config, form.floor)

@@ -21,7 +21,12 @@ from gemma3_export.parity.activation_range import (
 from gemma3_export.parity.cases import Case, cases_for
 from gemma3_export.parity.differences import LogitDifference
 from gemma3_export.parity.floor import Yardstick
-from gemma3_export.parity.forms import prepare_floor, run_float_cases, run_sibling_cases
+from gemma3_export.parity.forms import (
+    prepare_floor,
+    run_chosen_cases,
+    run_float_cases,
+    run_sibling_cases,
+)
 from gemma3_export.parity.held_out import held_out_sequences, measure_quality
 from gemma3_export.parity.judge import Limits, SeenLogits, judge_case
 from gemma3_export.parity.locate import locate
@@ -192,6 +197,9 @@ def _check(
         started = time.perf_counter()
         outcome.cases += run_sibling_cases(candidate, yardstick, limits, report)
         seconds["other caches"] = time.perf_counter() - started
+        started = time.perf_counter()
+        outcome.cases += run_chosen_cases(candidate, yardstick, limits, report)
+        seconds["candidates"] = time.perf_counter() - started
     gates = [implementation_gate(outcome.cases), judge_quality(outcome.quality, options)]
     half = HalfPrecision.of_runtime(candidate.describe())
     if half is not None and ranges is None:
