@@ -24,6 +24,7 @@ from gemma3_export.config_json import load_config
 from gemma3_export.errors import InputError
 from gemma3_export.signature import DType, Signature
 from gemma3_export.staging import write_text_atomically
+from gemma3_export.typed_json import from_json
 
 __all__ = [
     "DEFAULT_MAX_KLD",
@@ -258,53 +259,43 @@ def _read_manifest(path: Path) -> Manifest:
     try:
         data = json.loads(file.read_text(encoding="utf-8"))
         version = data["format_version"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{file} is damaged: {error!r}; export the bundle anew") from error
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise InputError(f"{file} is damaged: {error!r:.200}; export the bundle anew") from error
     if version != FORMAT_VERSION:
         raise InputError(
-            f"{path} has bundle format version {version!r} and this gemma3-export reads "
+            f"{path} has bundle format version {version!r:.20} and this gemma3-export reads "
             f"{FORMAT_VERSION}; upgrade gemma3-export or export the bundle anew"
         )
     try:
-        return _manifest_from_json(data)
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise InputError(f"{file} is damaged: {error!r}; export the bundle anew") from error
+        manifest = from_json(Manifest, data)
+        assert isinstance(manifest, Manifest)
+        _check_graphs(manifest)
+    except ValueError as error:
+        raise InputError(f"{file} is damaged: {error}; export the bundle anew") from error
+    return manifest
 
 
-def _manifest_from_json(data: dict[str, Any]) -> Manifest:
-    graphs = [
-        Graph(
-            **{
-                **graph,
-                "path": _inside(graph["path"]),
-                "windowed_path": _inside_if_any(graph.get("windowed_path")),
-                "weights": {
-                    name: _recipe_from_json(recipe) for name, recipe in graph["weights"].items()
-                },
-            }
-        )
-        for graph in data["graphs"]
-    ]
-    files = {_inside(name): FileRecord(**record) for name, record in data["files"].items()}
-    return Manifest(**{**data, "graphs": graphs, "files": files})
+def _check_graphs(manifest: Manifest) -> None:
+    """Refuse paths that lead out of the bundle, and graphs that contradict the rest.
+
+    Raises:
+        ValueError: naming the path.
+    """
+    for relative in manifest.files:
+        _check_inside(relative)
+    runtimes = [graph.runtime for graph in manifest.graphs]
+    if twice := [name for name in runtimes if runtimes.count(name) > 1]:
+        raise ValueError(f"it has {len(twice)} graphs for the runtime {twice[0]}")
+    for graph in manifest.graphs:
+        if graph.cache_dtype == "int64":
+            raise ValueError(f"the cache of {graph.path!r:.60} is int64; it must be of floats")
+        for path in (graph.path, graph.windowed_path):
+            if path is not None and path not in manifest.files:
+                _check_inside(path)
+                raise ValueError(f"the graph {path!r:.60} is not among its files")
 
 
-def _recipe_from_json(data: dict[str, Any]) -> WeightRecipe:
-    blocks = data.get("blocks")
-    return WeightRecipe(
-        names=tuple(data["names"]),
-        transposed=data["transposed"],
-        blocks=None if blocks is None else BlockFormat(**blocks),
-    )
-
-
-def _inside_if_any(relative: str | None) -> str | None:
-    return None if relative is None else _inside(relative)
-
-
-def _inside(relative: str) -> str:
-    """Refuse paths that lead out of the bundle."""
+def _check_inside(relative: str) -> None:
     parts = PurePosixPath(relative).parts
     if not parts or relative.startswith("/") or ".." in parts or "\\" in relative:
-        raise ValueError(f"path {relative!r} leads out of the bundle")
-    return relative
+        raise ValueError(f"path {relative!r:.60} leads out of the bundle")

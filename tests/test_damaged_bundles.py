@@ -1,0 +1,64 @@
+"""Bundles that were edited by hand or damaged: every command says so, in one message."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.test_cli_errors import edit_json, error_line
+
+
+@pytest.fixture
+def copied_bundle(ort_bundle, tmp_path) -> Path:
+    return Path(shutil.copytree(ort_bundle, tmp_path / "bundle"))
+
+
+COMMANDS = (("inspect",), ("inspect", "--json"), ("generate", "--prompt", "a"), ("verify",))
+MISSING = object()
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "complaint"),
+    [
+        (("versions",), None, "versions is None; it must be an object"),
+        (("files", "config.json", "sha256"), 5, "files.config.json.sha256 is 5"),
+        (("files", "config.json", "size_bytes"), "1", "size_bytes is '1'; it must be a whole"),
+        (("files", "../secret"), {"sha256": "", "size_bytes": 1}, "'../secret' leads out"),
+        (("files", "..\\secret"), {"sha256": "", "size_bytes": 1}, "leads out of the bundle"),
+        (("graphs",), {}, "graphs is {}; it must be a list"),
+        (("graphs", 0), None, "graphs[0] is None; it must be an object"),
+        (("graphs", 0, "path"), "/etc/passwd", "leads out of the bundle"),
+        (("graphs", 0, "path"), "onnx/other.onnx", "'onnx/other.onnx' is not among its files"),
+        (("graphs", 0, "windowed_path"), "../x", "leads out of the bundle"),
+        (("graphs", 0, "runtime"), None, "graphs[0].runtime is None; it must be a string"),
+        (("graphs", 0, "runtime"), MISSING, "graphs[0].runtime is missing"),
+        (("graphs", 0, "cache_dtype"), "float128", "graphs[0].cache_dtype is 'float128'"),
+        (("graphs", 0, "cache_dtype"), "int64", "is int64; it must be of floats"),
+        (("graphs", 0, "verified"), 1, "graphs[0].verified is 1; it must be true or false"),
+        (("graphs", 0, "max_kld"), float("nan"), "max_kld is nan; it must be a finite number"),
+        (("graphs", 0, "extra"), 1, "graphs[0].extra is unknown"),
+    ],
+)
+def test_manifest_with_an_impossible_value(copied_bundle, place, value, complaint):
+    path = copied_bundle / "manifest.json"
+    manifest = json.loads(path.read_text(encoding="utf-8"))
+    parent = manifest
+    for key in place[:-1]:
+        parent = parent[key]
+    if value is MISSING:
+        del parent[place[-1]]
+    else:
+        parent[place[-1]] = value
+    path.write_text(json.dumps(manifest), encoding="utf-8")
+    for command, *options in COMMANDS:
+        assert complaint in error_line(command, copied_bundle, *options)
+
+
+def test_two_graphs_for_one_runtime(copied_bundle):
+    path = copied_bundle / "manifest.json"
+    graphs = json.loads(path.read_text(encoding="utf-8"))["graphs"]
+    edit_json(path, graphs=graphs * 2)
+    assert "2 graphs for the runtime onnx" in error_line("inspect", copied_bundle)
