@@ -104,7 +104,9 @@ def _operators(bundle: Bundle, graph: Graph) -> dict[str, Any]:
     try:
         model = onnx.load(path, load_external_data=False)
     except Exception as error:  # protobuf raises what it likes
-        raise InputError(f"{path} cannot be read: {error}; export the bundle anew") from error
+        raise InputError(
+            f"{path} cannot be read: {error!r:.200}; export the bundle anew"
+        ) from error
     counts = Counter(
         f"{node.domain}::{node.op_type}" if node.domain else node.op_type
         for node in model.graph.node
@@ -134,7 +136,21 @@ def read_proofs(bundle: Bundle) -> dict[str, Any]:
 
 
 def parity_line(report: Mapping[str, Any]) -> str:
-    """A parity report, as ``parity.json`` holds it, in one line."""
+    """A parity report, as ``parity.json`` holds it, in one line.
+
+    Raises:
+        InputError: it is absent or no parity report.
+    """
+    try:
+        return _parity_line(report)
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(
+            f"{PARITY} does not hold the proof of this graph ({error!r:.200}); "
+            "export the bundle anew"
+        ) from error
+
+
+def _parity_line(report: Mapping[str, Any]) -> str:
     cases = report.get("cases", [])
     positions = sum(case["positions"] for case in cases)
     worst = max(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -62,3 +63,27 @@ def test_two_graphs_for_one_runtime(copied_bundle):
     graphs = json.loads(path.read_text(encoding="utf-8"))["graphs"]
     edit_json(path, graphs=graphs * 2)
     assert "2 graphs for the runtime onnx" in error_line("inspect", copied_bundle)
+
+
+def replace_file(bundle: Path, name: str, data: bytes) -> None:
+    """Exchange a file, and its record in the manifest with it."""
+    (bundle / name).write_bytes(data)
+    path = bundle / "manifest.json"
+    files = json.loads(path.read_text(encoding="utf-8"))["files"]
+    record = {"sha256": hashlib.sha256(data).hexdigest(), "size_bytes": len(data)}
+    edit_json(path, files=files | {name: record})
+
+
+@pytest.mark.parametrize(
+    "proofs",
+    [
+        "{}",
+        '{"onnx": {}}',
+        '{"onnx": {"cases": null}}',
+        '{"onnx": {"cases": [5]}}',
+        '{"onnx": {"cases": [{"positions": 1, "metrics": "x"}]}}',
+    ],
+)
+def test_proof_that_is_none(copied_bundle, proofs):
+    replace_file(copied_bundle, "parity.json", proofs.encode())
+    assert "parity.json" in error_line("inspect", copied_bundle)
