@@ -113,7 +113,8 @@ def open_session(
     """
     ort = import_onnxruntime()
     options = ort.SessionOptions()
-    options.log_severity_level = 3
+    # On the CPU whatever it logs is raised as well; how CUDA failed to come up is only logged.
+    options.log_severity_level = 4 if device.kind == "cpu" else 3
     if threads is not None:
         if threads < 1:
             raise InputError(f"threads is {threads}; give at least 1")

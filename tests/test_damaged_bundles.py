@@ -87,3 +87,16 @@ def replace_file(bundle: Path, name: str, data: bytes) -> None:
 def test_proof_that_is_none(copied_bundle, proofs):
     replace_file(copied_bundle, "parity.json", proofs.encode())
     assert "parity.json" in error_line("inspect", copied_bundle)
+
+
+def test_graph_that_is_no_graph(copied_bundle, capfd):
+    replace_file(copied_bundle, "onnx/model.onnx", b"{}" * 500)
+    for command, *options in COMMANDS:
+        assert "onnx/model.onnx" in error_line(command, copied_bundle, *options)
+    assert "onnxruntime:" not in capfd.readouterr().err
+
+
+def test_weights_that_end_early_give_one_message(copied_bundle, capfd):
+    replace_file(copied_bundle, "onnx/model.onnx_data", b"\0" * 1000)
+    error_line("generate", copied_bundle, "--prompt", "a")
+    assert "onnxruntime:" not in capfd.readouterr().err  # its own log is written to the descriptor
