@@ -165,10 +165,13 @@ class Sampler:
         """[V]: divide the positive and multiply the negative logits of tokens already seen."""
         if not self._seen.size:
             return logits
-        penalty = self.params.repetition_penalty
+        most = float(np.finfo(logits.dtype).max) / 4  # their differences must be finite too
+        penalty = min(max(self.params.repetition_penalty, 1 / most), most)
         seen = logits[self._seen]
+        with np.errstate(over="ignore"):
+            penalized = np.where(seen > 0, seen / penalty, seen * penalty).clip(-most, most)
         scores = logits.copy()
-        scores[self._seen] = np.where(seen > 0, seen / penalty, seen * penalty)
+        scores[self._seen] = np.where(np.isfinite(seen), penalized, seen)
         return scores
 
     def _uniform(self) -> float:

@@ -189,6 +189,16 @@ class TestFilters:
             history.append(token_id)
         assert len(set(history)) > 6
 
+    @pytest.mark.filterwarnings("error")
+    @pytest.mark.parametrize("temperature", [0.0, 1.0])
+    @pytest.mark.parametrize(("penalty", "chosen"), [(1e300, 3), (1e-300, 1), (1e39, 3)])
+    def test_a_penalty_beyond_the_range_of_logits_is_their_limit(
+        self, penalty, chosen, temperature
+    ):
+        params = SamplingParams(repetition_penalty=penalty, temperature=temperature, seed=0)
+        logits = np.array([0.0, 2.0, -1.0, 30.0, -np.inf], np.float32)
+        assert Sampler(params, [0, 1, 2, 4]).sample(logits).token_id == chosen
+
     def test_repetition_penalty_moves_both_signs_away_from_repetition(self):
         logits = np.array([2.0, 1.5, -8.0, -9.0], dtype=np.float32)
         assert Sampler(SamplingParams(repetition_penalty=2.0), [0]).sample(logits).token_id == 1
