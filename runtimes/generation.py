@@ -16,7 +16,7 @@ from gemma3_export.errors import InputError
 from gemma3_export.runtimes.candidates import ChoosesCandidates, candidates_needed
 from gemma3_export.runtimes.decoding import DecodingLoop, Event
 from gemma3_export.runtimes.prefix_cache import PrefixCache
-from gemma3_export.runtimes.protocol import IntArray, Runtime
+from gemma3_export.runtimes.protocol import CacheForms, IntArray, Runtime
 from gemma3_export.runtimes.request_state import (
     Completion,
     FinishReason,
@@ -125,7 +125,8 @@ def generate(
             decoding; in float32 it changes the speed and, but for rounding, nothing else.
             Drafts are verified
             while one prompt alone is being continued.
-        max_draft_tokens: the most tokens to draft at once.
+        max_draft_tokens: the most tokens to draft at once; with windowed caches, which could not
+            take back more, less than a window.
         prefix_cache: prompts begin with what it knows of them, and are added to it once they are
             prefilled, so that prompts of one call share too. The same ``prefill_chunk`` as before
             is needed to find them again. It is this runtime's own.
@@ -164,6 +165,7 @@ def generate(
             zip(prompt_ids, _params_per_prompt(sampling, len(prompt_ids)), strict=True)
         )
     ]
+    longest_draft = _longest_draft(runtime, max_draft_tokens)
     loop = DecodingLoop(
         runtime=runtime,
         requests=requests,
@@ -172,8 +174,8 @@ def generate(
         cancel=cancel.is_set if isinstance(cancel, threading.Event) else cancel,
         prefill_progress=prefill_progress,
         speculations=[
-            Speculation(request, drafter(), max_draft_tokens, _step_costs(runtime, request.params))
-            if drafter
+            Speculation(request, drafter(), longest_draft, _step_costs(runtime, request.params))
+            if drafter and longest_draft
             else None
             for request in requests
         ],
@@ -230,6 +232,13 @@ def _check_capacity(
             f"{capacity or limit}; shorten the prompt"
         )
     return capacity or min(longest + max_new_tokens, limit)
+
+
+def _longest_draft(runtime: Runtime, max_draft_tokens: int) -> int:
+    """What can be taken back: with the token before it, a draft fits into a window."""
+    if isinstance(runtime, CacheForms) and runtime.is_windowed:
+        return min(max_draft_tokens, runtime.config.sliding_window - 1)
+    return max_draft_tokens
 
 
 def _params_per_prompt(

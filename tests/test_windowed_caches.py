@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
@@ -11,11 +12,12 @@ import pytest
 from gemma3_export.bundle import Bundle
 from gemma3_export.errors import InputError
 from gemma3_export.parity import VerifyOptions, verify
-from gemma3_export.runtimes.generation import generate
+from gemma3_export.runtimes.generation import Completion, generate
 from gemma3_export.runtimes.onnx_runtime import OnnxRuntime
 from gemma3_export.runtimes.prompt_lookup import PromptLookup
 from gemma3_export.runtimes.protocol import KVCache
 from gemma3_export.runtimes.sampling import SamplingParams
+from gemma3_export.runtimes.speculation import Drafter
 from gemma3_export.runtimes.windowed_cache import WindowedCache
 from tests.exported_bundles import exported_bundle, source_of
 from tests.tiny_models import TINY
@@ -140,6 +142,40 @@ def test_drafts_change_nothing() -> None:
     ]
     assert texts[2].drafted_tokens > 0
     assert texts[0].token_ids == texts[1].token_ids == texts[2].token_ids
+
+
+class RightAtFirst:
+    """Knows the next ``known`` tokens of a text, which earns it long drafts, and then is wrong."""
+
+    token_cost = 0.0
+
+    def __init__(self, text: Sequence[int], known: int) -> None:
+        self.text, self.known = list(text), known
+
+    def draft(self, tokens: Sequence[int], max_tokens: int) -> list[int]:
+        end = len(tokens) + max_tokens
+        wrong = [(token + 1) % TINY.vocab_size for token in self.text]
+        return (self.text[: self.known] + wrong[self.known :])[len(tokens) : end]
+
+
+@pytest.mark.parametrize("length", range(2 * W, 3 * W + 1))
+def test_no_draft_is_longer_than_what_can_be_taken_back(length: int) -> None:
+    def answer(drafter: Callable[[], Drafter] | None) -> Completion:
+        return generate(
+            runtime(windowed=True),
+            [ids_of(length)[0]],
+            SamplingParams(),
+            max_new_tokens=30,
+            stop_token_ids=(),
+            drafter=drafter,
+            max_draft_tokens=5 * W,
+        ).collect()[0]
+
+    right = answer(None)
+    text = [*ids_of(length)[0].tolist(), *right.token_ids]
+    drafted = answer(lambda: RightAtFirst(text, length + 5))
+    assert 0 < drafted.accepted_tokens < drafted.drafted_tokens
+    assert drafted.token_ids == right.token_ids
 
 
 def test_verify_proves_both_graphs() -> None:
