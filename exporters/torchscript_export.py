@@ -25,6 +25,7 @@ from gemma3_export.parity.options import HalfPrecision
 from gemma3_export.reference.weights import WeightSource, check_finite
 from gemma3_export.runtimes.torchscript_support import torchscript
 from gemma3_export.signature import DType
+from gemma3_export.staging import require_room
 
 __all__ = ["DTYPES", "QUANTIZED", "TorchScriptWriter"]
 
@@ -112,6 +113,7 @@ class TorchScriptWriter:
             progress("writing weights", 0, 1)
             # A service that has nothing but the archive learns shapes and stop tokens from it.
             config = json.dumps(config_to_json(source.config), indent=2)
+            require_room(path, self.size_bytes(source.config))
             archive.save(str(path), _extra_files={"config.json": config})
             drop_source_paths(path)
             progress("writing weights", 1, 1)

@@ -6,6 +6,7 @@ before or complete.
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ from pathlib import Path
 
 from gemma3_export.errors import Gemma3ExportError, InputError
 
-__all__ = ["staged_directory", "write_text_atomically"]
+__all__ = ["require_room", "staged_directory", "write_text_atomically"]
 
 
 @contextmanager
@@ -59,6 +60,21 @@ def refuse_existing(target: Path, *, force: bool) -> None:
         raise InputError(f"{target} exists and is not a folder; choose another output")
     if target.exists() and any(target.iterdir()) and not force:
         raise InputError(f"{target} exists and is not empty; pass --force to replace it")
+
+
+def require_room(path: Path, size_bytes: int) -> None:
+    """Find out whether a file can be written, by reserving its bytes for a moment.
+
+    For writers that leave no way to clean up: torch ends the process when an archive does not fit.
+
+    Raises:
+        OSError: the disk is full, or a quota or limit is in the way.
+    """
+    try:
+        with path.open("wb") as file:
+            os.posix_fallocate(file.fileno(), 0, size_bytes)
+    finally:
+        path.unlink(missing_ok=True)
 
 
 def _swap(staging: Path, target: Path) -> None:

@@ -121,6 +121,12 @@ def test_a_really_full_disk_leaves_nothing(one_layer, small_disk, monkeypatch):
     assert list(small_disk.iterdir()) == []
 
 
+LIMITED_EXPORT = """
+import resource
+from gemma3_export.cli import main
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+main()
+"""
 SLOW_EXPORT = """
 import sys, time
 from gemma3_export.exporters.external_data import HashingWriter
@@ -154,6 +160,14 @@ def start(code: str, *arguments: object) -> subprocess.Popen[bytes]:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     )
+
+
+@pytest.mark.parametrize("command", ["onnx", "torchscript", "pt2"])
+def test_a_file_that_may_not_grow_so_large_leaves_nothing(one_layer, output, command):
+    process = start(LIMITED_EXPORT, command, *RANDOM[1:], one_layer, "-o", output, "--no-verify")
+    _, complaint = process.communicate(timeout=60)
+    assert process.returncode == 1, complaint
+    assert b"nothing was kept: [Errno 27] File too large" in complaint
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
