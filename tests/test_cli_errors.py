@@ -170,6 +170,14 @@ def test_a_file_that_may_not_grow_so_large_leaves_nothing(one_layer, output, com
     assert b"nothing was kept: [Errno 27] File too large" in complaint
 
 
+@pytest.mark.parametrize("arguments", [(".",), ("..", "--force")])
+def test_the_current_folder_is_not_replaced(one_layer, tmp_path, monkeypatch, arguments):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert "current folder" in error_line(*RANDOM, one_layer, "-o", *arguments)
+    assert Path.cwd().samefile(tmp_path / "here")
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_interruption_while_writing_weights_leaves_nothing(one_layer, output, number, code):
     process = start(SLOW_EXPORT, *RANDOM, one_layer, "-o", output)
