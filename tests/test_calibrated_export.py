@@ -18,7 +18,7 @@ from gemma3_export.exporters.block_matrix import quantize
 from gemma3_export.exporters.bundle_export import export_bundle
 from gemma3_export.exporters.bundle_weights import open_bundle_weights
 from gemma3_export.exporters.calibrated_blocks import Calibrator
-from gemma3_export.exporters.calibration import Calibration, CalibrationPlan
+from gemma3_export.exporters.calibration import Calibration, CalibrationPlan, calibration_from_file
 from gemma3_export.exporters.gptq import GptqRounding, Hessian
 from gemma3_export.exporters.onnx_export import OnnxWriter
 from gemma3_export.exporters.quantizers import matrix_names
@@ -271,3 +271,26 @@ def test_what_a_large_step_leaves_of_the_budget_is_taken_back() -> None:
     ]
     chosen = choose_options([cheap, table], 0.2)  # takes the cheap step, then needs the other
     assert [option.format for option in chosen] == [small, large]
+
+
+def test_of_a_long_calibration_text_a_bounded_part_is_tokenised(tmp_path, monkeypatch):
+    text = "".join(f"One, two and {number:07}. " for number in range(8_000))
+    (tmp_path / "text.txt").write_text(text, encoding="utf-8")
+    monkeypatch.setattr("gemma3_export.exporters.calibration.MOST_CHARACTERS", 24_000)
+    tokenizer = tiny_gemma_tokenizer(400)
+    config = tiny_config(vocab_size=400)
+    seen: list[str] = []
+
+    class Counting:
+        def encode_ordinary(self, text: str) -> list[int]:
+            seen.append(text)
+            return tokenizer.encode_ordinary(text)
+
+    found = calibration_from_file(tmp_path / "text.txt", Counting(), config, PLAN)
+    assert found.ids.shape == (24, 24)
+    assert len(seen[0]) == 24_000
+    assert seen[0].startswith(text[:1000])
+    assert seen[0].endswith(text[-1000:])
+    assert calibration_from_file(tmp_path / "text.txt", tokenizer, config, PLAN).ids.equal(
+        found.ids
+    )
