@@ -18,7 +18,7 @@ from gemma3_export.bundle import Bundle
 from gemma3_export.cli import command_line
 from gemma3_export.cli.drafters import default_draft_tokens
 from gemma3_export.cli.generate_command import RUNTIMES
-from gemma3_export.cli.onnx_command import DTYPES, TARGETS
+from gemma3_export.cli.onnx_command import CALIBRATED, DTYPES, TARGETS
 from gemma3_export.tokenizer import Tokenizer
 from tests.tiny_models import write_hf_folder
 from tests.tiny_tokenizers import tiny_gemma_tokenizer
@@ -99,12 +99,14 @@ def test_version():
 
 def test_choices_are_those_of_the_exporters():
     from gemma3_export.backends import RUNTIMES as BACKENDS
+    from gemma3_export.exporters.onnx_export import CALIBRATED as WRITER_CALIBRATED
     from gemma3_export.exporters.onnx_export import DTYPES as WRITER_DTYPES
     from gemma3_export.exporters.onnx_export import QUANTIZED
     from gemma3_export.exporters.onnx_trace import TARGETS as TRACER_TARGETS
 
     assert tuple(TRACER_TARGETS) == TARGETS
     assert (*WRITER_DTYPES, *QUANTIZED) == DTYPES
+    assert WRITER_CALIBRATED == CALIBRATED
     assert BACKENDS == RUNTIMES
 
 

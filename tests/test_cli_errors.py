@@ -369,6 +369,7 @@ def test_truncated_weights(tmp_path, output, keep):
         ("--random-weights", "1", "--size", "270m", "--dtype", "fp8"),
         ("--random-weights", "1", "--size", "270m", "--weights", "a/b"),
         ("--random-weights", "1", "--config", "no-such.json"),
+        ("--random-weights", "1", "--size", "270m", "--calibration", "text.txt"),
     ],
 )
 def test_impossible_sources(output, arguments):

@@ -15,6 +15,7 @@ __all__ = ["DTYPES", "TARGETS", "onnx"]
 TARGETS = ("ort", "portable")
 ACTIVATIONS = ("fp32", "bf16", "fp16")
 DTYPES = ("fp32", "bf16", "fp16", "int8", "keep", "int4", "mixed")
+CALIBRATED = ("int4", "mixed")
 EPILOG = """\b
 Examples:
   gemma3-export onnx --size 270m -o gemma-3-270m
@@ -99,6 +100,10 @@ def onnx(
     that fails or is interrupted leaves nothing behind. --size alone takes the official weights from
     the Hub.
     """
+    if calibration is not None and dtype not in CALIBRATED:
+        raise click.UsageError(
+            f"--calibration is for --dtype {' and '.join(CALIBRATED)}; leave it out for {dtype}"
+        )
     from gemma3_export.exporting import export_onnx
 
     export = partial(
