@@ -54,8 +54,14 @@ def refuse_existing(target: Path, *, force: bool) -> None:
     """Complain early about a target that must not be overwritten.
 
     Raises:
-        InputError: see :func:`staged_directory`.
+        InputError: see :func:`staged_directory`; or it is the current folder or holds it, which
+            would be renamed away under the process and the shell that started it.
     """
+    if Path.cwd().is_relative_to(target.resolve()):
+        raise InputError(
+            f"{target} is the current folder or holds it, and an output is moved into place as a "
+            "whole; name a folder that does not exist yet"
+        )
     if target.is_symlink() or (target.exists() and not target.is_dir()):
         raise InputError(f"{target} exists and is not a folder; choose another output")
     if target.exists() and any(target.iterdir()) and not force:

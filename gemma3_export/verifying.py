@@ -130,7 +130,6 @@ class ParityCheck:
         """
         from gemma3_export.exporters.bundle_weights import open_bundle_weights
         from gemma3_export.parity import VerifyOptions, verify
-        from gemma3_export.parity.terminal import divergence_text, verdict_line
 
         bundle = Bundle(folder)
         is_quantized = bundle.is_quantized(self.runtime)
@@ -145,19 +144,42 @@ class ParityCheck:
             progress=self.progress,
         )
         if not report.passed:
-            where = f"; {divergence_text(report)}" if report.divergence else ""
-            where += "".join(
-                f"; {metric.name} is {metric.value:.3g} and its limit {metric.limit:.3g}"
-                for gate in report.gates
-                for metric in gate.metrics
-                if not metric.passed
-            )
-            raise ParityError(
-                "the export does not compute what the model computes, and nothing was kept: "
-                f"{verdict_line(report)}{where}. To look into it, export with --no-verify and run "
-                "`gemma3-export verify DIR --html report.html`"
-            )
+            raise ParityError(_why_it_failed(report, bundle.max_kld(self.runtime)))
         return report.to_json()
+
+
+def _why_it_failed(report: ParityReport, budget: float) -> str:
+    """One message: what failed, by how much, and what can be done.
+
+    Args:
+        report: a report that did not pass.
+        budget: mean nats a token that the export was allowed.
+    """
+    from gemma3_export.parity.terminal import divergence_text, verdict_line
+
+    is_exact = all(gate.passed for gate in report.gates if gate.name != "quality")
+    what = (
+        "the weights lie too far from full precision"
+        if is_exact
+        else "the export does not compute what the model computes"
+    )
+    where = f"; {divergence_text(report)}" if report.divergence else ""
+    where += "".join(
+        f"; {metric.name} is {metric.value:.3g} and its limit {metric.limit:.3g}"
+        for gate in report.gates
+        for metric in gate.metrics
+        if not metric.passed
+    )
+    remedy = (
+        f"The limits of KLD, agreement and perplexity all follow from --max-kld, {budget:g} here: "
+        "give a larger one to accept that, or take another --dtype. "
+        if is_exact
+        else ""
+    )
+    return (
+        f"{what}, and nothing was kept: {verdict_line(report)}{where}. {remedy}To look into it, "
+        "export with --no-verify and run `gemma3-export verify DIR --html report.html`"
+    )
 
 
 def bundle_tokenizer(bundle: Bundle) -> Tokenizer | None:

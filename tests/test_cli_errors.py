@@ -82,6 +82,25 @@ def test_existing_output_is_left_alone(tiny_folder, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
 
 
+@pytest.mark.parametrize("name", [".", "..", "../here"])
+@pytest.mark.parametrize("force", [[], ["--force"]])
+def test_current_folder_is_not_replaced(tiny_folder, tmp_path, monkeypatch, name, force):
+    here = tmp_path / "here"
+    here.mkdir()
+    (tmp_path / "mine.txt").write_text("precious", encoding="utf-8")
+    monkeypatch.chdir(here)
+    message = error_line("onnx", "--weights", tiny_folder, "--no-verify", "-o", name, *force)
+    assert "is the current folder or holds it" in message
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["here", "mine.txt"]
+    assert list(here.iterdir()) == []
+
+
+def test_pt2_offers_no_dtype_that_it_refuses(tiny_folder, output):
+    assert "'int8' is not one of" in refused(
+        "pt2", "--weights", tiny_folder, "--dtype", "int8", "-o", output
+    )
+
+
 def test_existing_bundle_is_refused_before_weights_are_opened(ort_bundle):
     assert "--force" in error_line("onnx", "--weights", "no/such-model", "-o", ort_bundle)
 

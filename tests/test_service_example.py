@@ -76,6 +76,7 @@ def test_it_continues_a_prompt(server: Any) -> None:
         (b'{"prompt": "a", "temperature": "hot"}', {}, 400, "temperature"),
         (b'{"prompt": "a", "temperature": NaN}', {}, 400, "temperature"),
         (b'{"prompt": "a", "logprobs": 3}', {}, 400, "logprobs is unknown"),
+        (b'{"prompt": "a", "max_tokens": 3}', {}, 400, "choose among prompt, max_new_tokens"),
         (b'{"prompt": "\\ud800"}', {}, 400, ""),
         (b"[1]", {}, 400, "must be an object"),
         (b"{", {}, 400, "no JSON"),

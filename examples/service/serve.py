@@ -38,6 +38,7 @@ MAX_SECONDS = 120
 MAX_WAITING = 8
 READ_TIMEOUT_S = 30  # for a client that sends nothing
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
+KNOWN = ("prompt", "max_new_tokens", *SAMPLING)
 
 
 class Engine:
@@ -62,7 +63,7 @@ class Engine:
         if type(new_tokens) is not int or not 1 <= new_tokens <= MAX_NEW_TOKENS:
             raise InputError(f"max_new_tokens must be from 1 to {MAX_NEW_TOKENS}")
         if unknown := sorted(set(rest) - set(SAMPLING)):
-            raise InputError(f"{unknown[0]} is unknown; choose among {', '.join(SAMPLING)}")
+            raise InputError(f"{unknown[0]} is unknown; choose among {', '.join(KNOWN)}")
         sampling = SamplingParams(**rest)
         with self.turn:
             deadline = time.monotonic() + MAX_SECONDS
@@ -184,7 +185,7 @@ def require_key(host: str, key: str | None) -> None:
 @click.command()
 @click.argument("bundle_path", metavar="DIR", type=click.Path(path_type=Path))
 @click.option("--host", default="127.0.0.1", show_default=True)
-@click.option("--port", default=8000, show_default=True)
+@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True)
 @click.option("--device", default="auto", show_default=True)
 def main(bundle_path: Path, host: str, port: int, device: str) -> None:
     """Answer POST /generate until it is interrupted."""
@@ -198,6 +199,9 @@ def main(bundle_path: Path, host: str, port: int, device: str) -> None:
     except Gemma3ExportError as error:
         click.echo(f"error: {error}", err=True)
         sys.exit(error.exit_code)
+    except OSError as error:
+        click.echo(f"error: cannot listen on {host}:{port}: {error}; try another --port", err=True)
+        sys.exit(InputError.exit_code)
     click.echo(f"listening on http://{host}:{server.server_port}", err=True)
     with server:
         try:

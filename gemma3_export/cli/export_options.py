@@ -56,7 +56,11 @@ class Export(Protocol):
 
 
 OPTIONS = (
-    click.option("--weights", metavar="SRC", help="Hub id, folder, .safetensors, .gguf or .pt."),
+    click.option(
+        "--weights",
+        metavar="SRC",
+        help="Hub id, folder, .safetensors, .gguf or .pt; demo: the model in this package.",
+    ),
     click.option("--size", metavar="S", help="Published size, such as 270m or 4b-it."),
     click.option(
         "--config",

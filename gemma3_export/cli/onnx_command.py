@@ -74,8 +74,8 @@ Examples:
 @click.option(
     "--max-kld",
     type=click.FloatRange(min=0, min_open=True),
-    help="Divergence from full precision at which the export fails, nats a token "
-    "[default: 0.01; mixed: 0.05, int4: 0.1].",
+    help="Divergence from full precision at which the export fails, nats a token; the limits of "
+    "greedy agreement and perplexity follow from it [default: 0.01; mixed: 0.05, int4: 0.1].",
 )
 @click.option(
     "--calibration",

@@ -7,9 +7,10 @@ from functools import partial
 import click
 
 from gemma3_export.cli.export_options import ExportOptions, export_options, run_export
-from gemma3_export.cli.torchscript_command import DTYPES
 
 __all__ = ["pt2"]
+
+DTYPES = ("fp32", "bf16", "fp16")  # 8-bit blocks are for TorchScript
 
 EPILOG = """\b
 Examples:

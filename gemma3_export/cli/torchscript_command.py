@@ -41,7 +41,8 @@ Examples:
 @click.option(
     "--max-kld",
     type=click.FloatRange(min=0, min_open=True),
-    help="Divergence from full precision at which the export fails, nats a token [default: 0.01].",
+    help="Divergence from full precision at which the export fails, nats a token; the limits of "
+    "greedy agreement and perplexity follow from it [default: 0.01].",
 )
 @click.option(
     "--no-prepack",
