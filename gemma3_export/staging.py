@@ -17,6 +17,10 @@ from gemma3_export.errors import Gemma3ExportError, InputError
 
 __all__ = ["require_room", "staged_directory", "write_text_atomically"]
 
+# What every folder that a command creates has: a bundle, a Hugging Face folder or a run, tokens, a
+# peer's model. Without one of them a folder is somebody's own, and --force does not delete it.
+OURS = ("manifest.json", "config.json", "meta.json", "made_from.json")
+
 
 @contextmanager
 def staged_directory(target: Path, *, force: bool = False) -> Iterator[Path]:
@@ -55,7 +59,8 @@ def refuse_existing(target: Path, *, force: bool) -> None:
 
     Raises:
         InputError: see :func:`staged_directory`; or it is the current folder or holds it, which
-            would be renamed away under the process and the shell that started it.
+            would be renamed away under the process and the shell that started it; or nothing in
+            it says that this program made it.
     """
     if Path.cwd().is_relative_to(target.resolve()):
         raise InputError(
@@ -64,7 +69,14 @@ def refuse_existing(target: Path, *, force: bool) -> None:
         )
     if target.is_symlink() or (target.exists() and not target.is_dir()):
         raise InputError(f"{target} exists and is not a folder; choose another output")
-    if target.exists() and any(target.iterdir()) and not force:
+    if not target.exists() or not (names := sorted(path.name for path in target.iterdir())):
+        return
+    if not set(names) & set(OURS):
+        raise InputError(
+            f"{target} exists and nothing in it ({', '.join(names[:3])}) says that this program "
+            "made it, so it is not replaced, with --force either; choose another output"
+        )
+    if not force:
         raise InputError(f"{target} exists and is not empty; pass --force to replace it")
     if Path.cwd().is_relative_to(target.resolve()):
         raise InputError(

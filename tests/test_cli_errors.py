@@ -72,12 +72,13 @@ def output(tmp_path) -> Iterator[Path]:
     assert list(parent.iterdir()) == []
 
 
-def test_existing_output_is_left_alone(tiny_folder, tmp_path):
+@pytest.mark.parametrize("force", [[], ["--force"]])
+def test_a_folder_that_is_not_ours_is_left_alone(tiny_folder, tmp_path, force):
     output = tmp_path / "out"
     output.mkdir()
     (output / "mine.txt").write_text("precious", encoding="utf-8")
-    message = error_line("onnx", "--weights", tiny_folder, "-o", output)
-    assert "--force" in message
+    message = error_line("onnx", "--weights", tiny_folder, "-o", output, *force)
+    assert "choose another output" in message
     assert (output / "mine.txt").read_text(encoding="utf-8") == "precious"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
 

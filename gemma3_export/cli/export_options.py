@@ -89,7 +89,9 @@ OPTIONS = (
         help="The folder to create, or a bundle of the same weights to add this format to.",
     ),
     click.option("--no-verify", is_flag=True, help="Skip the parity check; the bundle says so."),
-    click.option("--force", is_flag=True, help="Replace an existing folder."),
+    click.option(
+        "--force", is_flag=True, help="Replace an existing folder that this program made."
+    ),
 )
 
 

@@ -38,7 +38,7 @@ Examples:
 @click.option(
     "-o", "--output", type=click.Path(path_type=Path), required=True, help="The folder to create."
 )
-@click.option("--force", is_flag=True, help="Replace an existing folder.")
+@click.option("--force", is_flag=True, help="Replace an existing folder that this program made.")
 def to_hf(
     weights: str,
     config_path: Path | None,

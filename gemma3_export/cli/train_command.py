@@ -87,7 +87,7 @@ def train_options(command: Callable[..., None]) -> Callable[..., None]:
     help="A config.json: fresh weights.",
 )
 @click.option("--weights", metavar="SRC", help="Go on from these weights, whatever their format.")
-@click.option("--force", is_flag=True, help="Replace an existing folder.")
+@click.option("--force", is_flag=True, help="Replace an existing folder that this program made.")
 @train_options
 def train(
     data_path: Path | None,
