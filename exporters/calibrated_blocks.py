@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gemma3_export.block_format import BlockFormat
 from gemma3_export.bundle import WeightRecipe
-from gemma3_export.config import Gemma3Config
+from gemma3_export.config import EMBEDDING, HEAD, Gemma3Config
 from gemma3_export.exporters.block_matrix import BlockMatrix, pack_codes, quantize, unpack_codes
 from gemma3_export.exporters.bundle_export import Progress
 from gemma3_export.exporters.calibration import Calibration
@@ -21,7 +21,6 @@ from gemma3_export.exporters.gptq import DAMPING, GptqRounding, Hessian
 from gemma3_export.exporters.layer_walk import LayerWalk
 from gemma3_export.exporters.quantizers import CHUNK_BYTES, matrix_names, packed_format
 from gemma3_export.reference.weights import WeightSource, check_finite
-from gemma3_export.reference.weights.checkpoint import EMBEDDING, HEAD
 
 __all__ = ["CalibratedBlocks", "Calibrator", "check_formats"]
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from gemma3_export.block_format import BlockFormat
-from gemma3_export.config import Gemma3Config
+from gemma3_export.config import EMBEDDING, HEAD, Gemma3Config
 from gemma3_export.errors import InputError
 from gemma3_export.exporters.block_matrix import quantize
 from gemma3_export.exporters.bundle_export import Progress
@@ -19,7 +19,6 @@ from gemma3_export.exporters.quantizers import matrix_names
 from gemma3_export.exporters.sensitivity import DivergenceMeter, Option, choose_options
 from gemma3_export.reference.loading import load_reference
 from gemma3_export.reference.weights import WeightSource
-from gemma3_export.reference.weights.checkpoint import EMBEDDING, HEAD
 
 __all__ = ["calibrate_mixed", "candidate_formats"]
 

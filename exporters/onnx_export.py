@@ -31,7 +31,6 @@ from gemma3_export.exporters.quantizers import (
 )
 from gemma3_export.exporters.screened_head import (
     add_screen,
-    head_name,
     is_screened,
     screen_bytes,
 )
@@ -212,7 +211,7 @@ class OnnxWriter:
         Raises:
             InputError: it is wanted and not to be had.
         """
-        is_float = recipes[head_name(config)].blocks is None and self.float_types[1] == "float32"
+        is_float = recipes[config.head_name].blocks is None and self.float_types[1] == "float32"
         if self.target == "ort" and is_float and has_windows(config):
             return is_screened(config, self.screen)
         if self.screen:

@@ -8,12 +8,11 @@ from typing import Any, Protocol
 
 from gemma3_export.block_format import BlockFormat, common_format
 from gemma3_export.bundle import WeightRecipe
-from gemma3_export.config import Gemma3Config
+from gemma3_export.config import EMBEDDING, Gemma3Config
 from gemma3_export.errors import InputError
 from gemma3_export.exporters.block_matrix import BlockMatrix, quantize
 from gemma3_export.exporters.gguf_blocks import gguf_format, read_gguf_blocks
 from gemma3_export.reference.weights import WeightSource, check_finite
-from gemma3_export.reference.weights.checkpoint import EMBEDDING
 
 __all__ = ["KeptBlocks", "Quantizer", "RoundToNearest", "matrix_names", "packed_format"]
 

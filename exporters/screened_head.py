@@ -36,9 +36,8 @@ from gemma3_export.errors import InputError
 from gemma3_export.exporters.block_matrix import pack_codes, quantize
 from gemma3_export.exporters.external_data import HashingWriter, Progress, attach, raw_bytes
 from gemma3_export.exporters.onnx_blocks import CODES, SCALES, Part, stored_parts
-from gemma3_export.reference.weights.checkpoint import EMBEDDING, HEAD
 
-__all__ = ["add_screen", "head_name", "is_screened", "screen_bytes"]
+__all__ = ["add_screen", "is_screened", "screen_bytes"]
 
 NAME = "head_screen"
 MARGINS = "margins"
@@ -144,11 +143,6 @@ def block_size(config: Gemma3Config) -> int:
     return next((size for size in BLOCK_SIZES if config.hidden_size % size == 0), 0)
 
 
-def head_name(config: Gemma3Config) -> str:
-    """The stored tensor that makes logits."""
-    return EMBEDDING if config.tie_word_embeddings else HEAD
-
-
 def screen_format(config: Gemma3Config) -> BlockFormat:
     """The blocks of the copy."""
     return BlockFormat(bits=8, block_size=block_size(config))
@@ -179,7 +173,7 @@ def add_screen(
     Returns:
         The SHA-256 of the file.
     """
-    head = graph.initializers[head_name(config)]
+    head = graph.initializers[config.head_name]
     product = next(node for node, _ in head.uses() if node.op_type == "Gemm")
     rows = product.inputs[0]
     reshape = None if rows is None else rows.producer()

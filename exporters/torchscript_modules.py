@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
-from gemma3_export.config import Gemma3Config
+from gemma3_export.config import EMBEDDING, HEAD, Gemma3Config
 from gemma3_export.exporters.block_matrix import BlockMatrix, in_blocks
 from gemma3_export.exporters.packing import PackedAttention, PackedMLP, PackedProjection
 from gemma3_export.exporters.torchscript_matrix import BlockedMatrix, Matrix, PlainMatrix
@@ -24,7 +24,6 @@ from gemma3_export.reference.model import (
     RotaryEmbedding,
     ScaledEmbedding,
 )
-from gemma3_export.reference.weights.checkpoint import EMBEDDING, HEAD
 
 __all__ = ["TorchScriptGemma3", "install_matrices"]
 

@@ -14,7 +14,9 @@ from typing import Literal, get_args
 
 from gemma3_export.errors import InputError
 
-__all__ = ["Gemma3Config", "LayerType", "default_layer_types"]
+__all__ = ["EMBEDDING", "HEAD", "Gemma3Config", "LayerType", "default_layer_types"]
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"  # canonical names
 
 LayerType = Literal["sliding_attention", "full_attention"]
 
@@ -136,7 +138,7 @@ class Gemma3Config:
     def weight_shapes(self) -> Iterator[tuple[str, tuple[int, ...]]]:
         """Canonical (Hugging Face) name and shape of every weight, in model order."""
         hidden, head = self.hidden_size, self.head_dim
-        yield "model.embed_tokens.weight", (self.vocab_size, hidden)
+        yield EMBEDDING, (self.vocab_size, hidden)
         for layer in range(self.num_hidden_layers):
             prefix = f"model.layers.{layer}."
             yield prefix + "input_layernorm.weight", (hidden,)
@@ -154,7 +156,12 @@ class Gemma3Config:
             yield prefix + "post_feedforward_layernorm.weight", (hidden,)
         yield "model.norm.weight", (hidden,)
         if not self.tie_word_embeddings:
-            yield "lm_head.weight", (self.vocab_size, hidden)
+            yield HEAD, (self.vocab_size, hidden)
+
+    @property
+    def head_name(self) -> str:
+        """Canonical name of the weight that makes logits; a tied head is the embedding."""
+        return EMBEDDING if self.tie_word_embeddings else HEAD
 
     @property
     def num_parameters(self) -> int:

@@ -78,11 +78,6 @@ def refuse_existing(target: Path, *, force: bool) -> None:
         )
     if not force:
         raise InputError(f"{target} exists and is not empty; pass --force to replace it")
-    if Path.cwd().is_relative_to(target.resolve()):
-        raise InputError(
-            f"{target} is or holds the current folder, which would be replaced by another; choose "
-            "a new folder in it, or go elsewhere first"
-        )
 
 
 def require_room(path: Path, size_bytes: int) -> None:

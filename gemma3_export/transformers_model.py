@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from gemma3_export.config import Gemma3Config
+from gemma3_export.config import EMBEDDING, HEAD, Gemma3Config
 from gemma3_export.config_json import config_to_json
 
 __all__ = ["build_transformers_model"]
@@ -38,7 +38,7 @@ def build_transformers_model(
         model = Gemma3ForCausalLM(hf_config)
     weights = {name: read(name).to(dtype) for name, _ in config.weight_shapes()}
     if config.tie_word_embeddings:
-        weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
+        weights[HEAD] = weights[EMBEDDING]
     model.load_state_dict(weights, strict=True, assign=True)
     model.tie_weights()
     # RoPE tables and the embedding's scale are no weights; the meta device left them empty.

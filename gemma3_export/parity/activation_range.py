@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from gemma3_export.config import Gemma3Config
+from gemma3_export.config import EMBEDDING, Gemma3Config
 from gemma3_export.errors import ParityError
 from gemma3_export.parity.held_out import held_out_sequences
 from gemma3_export.parity.options import HalfPrecision, Progress, VerifyOptions
@@ -39,7 +39,6 @@ from gemma3_export.parity.taps import ATTEND, ROTARY_KEY
 from gemma3_export.reference.loading import load_module
 from gemma3_export.reference.model import Gemma3
 from gemma3_export.reference.weights import WeightSource, check_finite
-from gemma3_export.reference.weights.checkpoint import EMBEDDING, HEAD
 from gemma3_export.runtimes.protocol import IntArray
 from gemma3_export.tokenizer import Tokenizer
 
@@ -137,7 +136,7 @@ def measure_head(
 ) -> None:
     """Input and output of the head, whose matrix is read in parts."""
     largest = [torch.zeros(len(x), 1) for x in normed]
-    head = EMBEDDING if source.config.tie_word_embeddings else HEAD
+    head = source.config.head_name
     for name in dict.fromkeys((EMBEDDING, head)):
         parts = []
         for chunk in source.chunks(name):

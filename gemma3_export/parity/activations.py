@@ -22,9 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gemma3_export.config import Gemma3Config
 from gemma3_export.reference.model import Gemma3
-from gemma3_export.reference.weights.checkpoint import EMBEDDING, HEAD
 
 __all__ = ["FLIP_SHARE", "ActivationRounding", "round_to_int8"]
 
@@ -50,7 +48,7 @@ class ActivationRounding:
     def __init__(self, model: Gemma3, block_sizes: Mapping[str, int]) -> None:
         self.is_on = False
         self._hooks = []
-        head = head_name(model.config)
+        head = model.config.head_name
         for name, block_size in block_sizes.items():
             module = model.head if name == head else model.get_submodule(name.rpartition(".")[0])
             if name == head or isinstance(module, nn.Linear):  # a mere lookup has no input
@@ -77,8 +75,3 @@ class ActivationRounding:
             return (round_to_int8(inputs[0], block_size), *inputs[1:])
 
         return hook
-
-
-def head_name(config: Gemma3Config) -> str:
-    """The matrix that makes logits."""
-    return EMBEDDING if config.tie_word_embeddings else HEAD

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from gemma3_export.config import Gemma3Config
+from gemma3_export.config import EMBEDDING, HEAD, Gemma3Config
 from gemma3_export.config_json import PADDED_VOCAB_SIZE
 from gemma3_export.errors import InputError
 from gemma3_export.gguf_file import GgufTensor
@@ -21,7 +21,6 @@ from gemma3_export.reference.weights.stores import GgufStore, TensorStore
 
 __all__ = ["CheckpointSource"]
 
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 READABLE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_LISTED = 10
 COMPARE_BYTES = 16 * 2**20
