@@ -72,13 +72,20 @@ class Screen:
         }.items():
             model.graph.initializer.append(numpy_helper.from_array(array, name))
         del model.graph.input[2:]  # constants, which kernels pack
+        for name in ("bottom", "top"):
+            model.graph.output.append(onnx.ValueInfoProto(name=name))
         self.session = onnxruntime.InferenceSession(model.SerializeToString())
 
     def __call__(self, hidden: np.ndarray, count: int) -> list[Any]:
         """Rows, ids and logits of candidates, and the states whose logits are needed in full."""
         inputs = {"hidden": hidden, "num_candidates": np.array([count])}
-        found: list[Any] = self.session.run(None, inputs)
+        found: list[Any] = self.session.run(None, inputs)[:4]
         return found
+
+    def reach(self, hidden: np.ndarray) -> list[np.ndarray]:
+        """[V] the least and the most that each logit can be."""
+        inputs = {"hidden": hidden, "num_candidates": np.array([1])}
+        return [found[0] for found in self.session.run(["bottom", "top"], inputs)]
 
 
 def random_head(seed: int = 0) -> np.ndarray:
@@ -99,6 +106,17 @@ def states() -> dict[str, np.ndarray]:
 
 
 class TestProof:
+    @pytest.mark.parametrize("kind", states())
+    def test_every_logit_lies_within_its_reach(self, kind: str) -> None:
+        """So this processor's kernel rounds to the grid that the proof takes for granted."""
+        head, hidden = random_head(), states()[kind]
+        bottom, top = Screen(head).reach(hidden)
+        truth = head.astype(np.float64) @ hidden[0, 0].astype(np.float64)
+        assert (bottom <= truth).all()
+        assert (truth <= top).all()
+        lengths = np.linalg.norm(head, axis=1) * np.linalg.norm(hidden)
+        assert (top - bottom < 0.02 * lengths).all(), "of use only where it is narrow"
+
     @pytest.mark.parametrize("count", [1, 7, 40])
     @pytest.mark.parametrize("kind", states())
     def test_no_token_among_the_largest_is_missing(self, kind: str, count: int) -> None:
