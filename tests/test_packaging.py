@@ -137,13 +137,20 @@ def documented_commands(text: str) -> list[tuple[str, set[str]]]:
     found = []
     for block in re.findall(r"```(?:sh|console|bash)\n(.*?)```", text, flags=re.DOTALL):
         for line in block.replace("\\\n", " ").splitlines():
-            if match := re.search(r"(?:^|\s)gemma3-export (\w+)(.*)", line):
+            if match := re.search(r"(?:^|\s)gemma3-export (\w[\w-]*)(.*)", line):
                 options = set(re.findall(r"(?<=\s)--[a-z-]+", match[2]))
                 found.append((match[1], options))
     return found
 
 
-@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", "docs/cuda.md"])
+DOCUMENTS = [
+    "README.md",
+    "CONTRIBUTING.md",
+    *(f"docs/{p.name}" for p in REPOSITORY.glob("docs/*.md")),
+]
+
+
+@pytest.mark.parametrize("document", sorted(DOCUMENTS))
 def test_documented_commands_exist(document):
     from gemma3_export.cli import command_line
 
