@@ -106,18 +106,22 @@ def run_benchmark(path: Path, options: BenchmarkOptions) -> dict[str, Any]:
     with ExitStack() as stack:
         workers = [stack.enter_context(candidate) for candidate in candidates]
         device = same_device(workers)
-        bandwidths = bandwidths_of(device, threads)
+        bandwidths, missing = bandwidths_of(device, threads)
         measured = [
             measure_case(workers, random_prompts(bundle.config, case, 1 + options.repeat), options)
             for case in options.cases()
         ]
-        bandwidths += bandwidths_of(device, threads)
+        bandwidths += bandwidths_of(device, threads)[0]
+        fastest = max(bandwidths, default=None)
         cases = [
-            describe_case(workers, case, rounds, options.new_tokens, max(bandwidths))
+            describe_case(workers, case, rounds, options.new_tokens, fastest)
             for case, rounds in zip(options.cases(), measured, strict=True)
         ]
         report: dict[str, Any] = {
-            "machine": machine | {"device": device, "read_bytes_per_s": spread(bandwidths)},
+            "machine": machine
+            | {"device": device}
+            | {"read_bytes_per_s": spread(bandwidths) if bandwidths else None}
+            | ({"read_bytes_missing": missing} if missing else {}),
             "options": asdict(options) | {"threads": threads, "peers": str(options.peers)},
             "candidates": {worker.name: worker.facts for worker in workers},
             "cases": cases,
@@ -146,15 +150,18 @@ def same_device(workers: Sequence[Worker]) -> str:
     return f"{device}:0" if device == "cuda" else device
 
 
-def bandwidths_of(device: str, threads: int) -> list[float]:
+def bandwidths_of(device: str, threads: int) -> tuple[list[float], str | None]:
     """How fast the memory that weights are read from is, for each of several readings.
 
-    Raises:
-        UnavailableError: a GPU's cannot be measured.
+    Of a GPU there may be none, for the reason that comes with them: speeds can be measured all the
+    same.
     """
-    if device.startswith("cuda"):
-        return device_bandwidths(device)
-    return read_bandwidths(threads)
+    if not device.startswith("cuda"):
+        return read_bandwidths(threads), None
+    try:
+        return device_bandwidths(device), None
+    except UnavailableError as error:
+        return [], str(error)
 
 
 def prepare(

@@ -23,7 +23,7 @@ def describe_case(
     case: tuple[int, int],
     rounds: Sequence[Sequence[dict[str, Any]]],
     new_tokens: int,
-    bandwidth: float,
+    bandwidth: float | None,
 ) -> dict[str, Any]:
     """Speeds of all candidates, and how the first compares with the others."""
     prompt_tokens, batch = case
@@ -33,7 +33,8 @@ def describe_case(
     candidates = {}
     for index, worker in enumerate(workers):
         found = summary([one_round[index] for one_round in speeds])
-        if size := worker.facts["describe"].get("bytes_per_token"):
+        size = worker.facts["describe"].get("bytes_per_token")
+        if size and bandwidth:
             steps_per_s = found["decode_tokens_per_s"]["median"] / batch
             found["share_of_bandwidth"] = steps_per_s * size / bandwidth
         candidates[worker.name] = found

@@ -13,11 +13,14 @@ Report = Mapping[str, Any]
 def table_lines(report: Report) -> Iterator[str]:
     """What ``gemma3-export bench`` prints."""
     machine, options = report["machine"], report["options"]
+    speed = machine["read_bytes_per_s"]
     yield (
         f"{machine['processor']}, {machine['processors']} processors, {machine['system']}, "
         f"load {machine['load_average']:.1f}; {machine['device']} memory is read at "
-        f"{scaled(machine['read_bytes_per_s'], 1e-9, 1)} GB/s"
+        + (f"{scaled(speed, 1e-9, 1)} GB/s" if speed else "an unknown speed")
     )
+    if speed is None:
+        yield f"share of its limit: unknown, {machine['read_bytes_missing']}"
     yield f"{options['threads']} threads; median (least to greatest) of {options['repeat']}"
     yield ""
     for name, candidate in report["candidates"].items():

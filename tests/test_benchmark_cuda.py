@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from types import SimpleNamespace
 from typing import Any
 
@@ -31,9 +32,11 @@ def test_memory_is_read_at_a_positive_speed() -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
-def test_a_gpu_that_is_not_there_is_named_with_what_to_run() -> None:
-    with pytest.raises(UnavailableError, match=r"cuda:0 cannot be measured.*gemma3-export doctor"):
-        bandwidths_of("cuda:0", threads=1)
+def test_a_gpu_whose_memory_cannot_be_measured_is_no_error_but_a_reason() -> None:
+    found, missing = bandwidths_of("cuda:0", threads=1)
+    assert found == []
+    assert missing is not None
+    assert re.search(r"cuda:0 cannot be measured.*gemma3-export doctor", missing)
 
 
 def test_without_torch_the_command_that_brings_it_is_named(
