@@ -45,7 +45,7 @@ from gemma3_export.signature import Signature
 
 __all__ = ["OnnxRuntime"]
 
-SCREENED_ROWS = 4  # of a batch; more of them read the head once for all, and multiply faster
+SCREENED_ROWS = 8  # of a batch; more of them share what is read, and the copy saves nothing
 NO_PACKING = "session.disable_prepacking"  # kernels take matrices as they are
 
 

@@ -28,7 +28,7 @@ class PromptLookup:
 
     token_cost = 0.0
 
-    def __init__(self, *, max_ngram: int = 6, min_ngram: int = 2) -> None:
+    def __init__(self, *, max_ngram: int = 8, min_ngram: int = 3) -> None:
         if not 1 <= min_ngram <= max_ngram:
             raise InputError(
                 f"min_ngram is {min_ngram} and max_ngram {max_ngram}; they must be at least 1, "

@@ -33,8 +33,8 @@ __all__ = [
 ]
 
 MAX_DRAFT_TOKENS = 16
-ALLOWANCE = 0.03  # what drafts may lose, in plain decoding steps a token
-FIRST_TOKENS = 4  # of the longest draft before anything is known
+ALLOWANCE = 0.02  # what drafts may lose, in plain decoding steps a token
+FIRST_TOKENS = 3  # of the longest draft before anything is known
 SPARE_TOKENS = 3  # beyond the longest draft, that may be saved up for
 
 
@@ -51,7 +51,8 @@ class StepCosts:
 
 
 PLAIN_COSTS = StepCosts()
-# A plain step that fetches candidates reads less of the head, and verifying needs all logits.
+# A plain step that fetches candidates reads less of the head; verifying needs, and samples from, all
+# logits.
 CHOSEN_COSTS = StepCosts(draft=0.7, token=0.15)
 
 

@@ -233,12 +233,12 @@ class TestPromptLookup:
     @pytest.mark.parametrize(
         ("tokens", "count", "draft"),
         [
-            ([1, 2, 3, 4, 5, 1, 2], 3, [3, 4, 5]),
-            ([1, 2, 3, 9, 1, 2, 4, 9, 1, 2], 1, [4]),  # the latest
-            ([7, 1, 2, 3, 8, 1, 2, 4, 7, 1, 2], 1, [3]),  # the longest before the latest
-            ([1, 2, 3, 4, 9, 9, 3], 4, []),  # one token is no match
-            ([1, 2, 1, 2], 5, [1, 2, 1, 2, 1]),  # a loop goes on
-            ([4, 4, 4], 4, [4, 4, 4, 4]),
+            ([0, 1, 2, 3, 4, 5, 0, 1, 2], 3, [3, 4, 5]),
+            ([0, 1, 2, 3, 9, 0, 1, 2, 4, 9, 0, 1, 2], 1, [4]),  # the latest
+            ([7, 0, 1, 2, 3, 8, 0, 1, 2, 4, 7, 0, 1, 2], 1, [3]),  # the longest before the latest
+            ([1, 2, 3, 4, 9, 9, 2, 3], 4, []),  # two tokens are no match
+            ([1, 2, 1, 2, 1], 5, [2, 1, 2, 1, 2]),  # a loop goes on
+            ([4, 4, 4, 4], 4, [4, 4, 4, 4]),
             ([1, 2], 4, []),
             ([1], 4, []),
         ],

@@ -128,6 +128,7 @@ def test_what_is_gone_cannot_be_brought_back() -> None:
 
 def test_drafts_change_nothing() -> None:
     prompt = np.tile(ids_of(5), 6)[0]
+    pairs = functools.partial(PromptLookup, min_ngram=2)
     texts = [
         generate(
             runtime(windowed=windowed),
@@ -138,7 +139,7 @@ def test_drafts_change_nothing() -> None:
             drafter=drafter,
             max_draft_tokens=W,
         ).collect()[0]
-        for windowed, drafter in ((False, None), (True, None), (True, PromptLookup))
+        for windowed, drafter in ((False, None), (True, None), (True, pairs))
     ]
     assert texts[2].drafted_tokens > 0
     assert texts[0].token_ids == texts[1].token_ids == texts[2].token_ids
