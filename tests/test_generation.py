@@ -96,6 +96,10 @@ class TestLoop:
         assert len({c.token_ids for c in each}) == 1
         assert {c.seed for c in each + shared} == {7}
 
+    def test_a_seed_that_had_no_effect_is_not_reported(self):
+        assert answer_alone([2, 9], SamplingParams(seed=5), max_new_tokens=2).seed is None
+        assert answer_alone([2, 9], SamplingParams(top_k=4), max_new_tokens=2).seed is not None
+
     def test_repetition_penalty_sees_the_prompt(self):
         plain = answer_alone([2, 30], max_new_tokens=1).token_ids[0]
         prompt = [plain, 2, 30]
