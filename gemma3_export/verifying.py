@@ -67,7 +67,8 @@ def verify_bundle(
         progress: told the stage, and how far it is.
 
     Raises:
-        InputError: the bundle is not what was exported, or the two are different models.
+        InputError: the bundle is not what was exported, the two are different models, or the budget
+            is no positive number.
         UnavailableError: a package or the device is missing.
     """
     require_packages()
@@ -76,8 +77,9 @@ def verify_bundle(
 
     if not isinstance(bundle, Bundle):
         bundle = Bundle(Path(bundle))
+    budget = bundle.max_kld(runtime) if max_kld is None else max_kld
+    options = VerifyOptions.for_budget(budget, seed=seed)
     bundle.check_files()
-    options = VerifyOptions.for_budget(max_kld or bundle.max_kld(runtime), seed=seed)
     tokenizer = bundle_tokenizer(bundle)
     candidate = open_runtime(bundle, runtime, device=device, threads=threads, cuda=cuda)
     full_source = None
@@ -164,12 +166,6 @@ def _why_it_failed(report: ParityReport, budget: float) -> str:
         else "the export does not compute what the model computes"
     )
     where = f"; {divergence_text(report)}" if report.divergence else ""
-    where += "".join(
-        f"; {metric.name} is {metric.value:.3g} and its limit {metric.limit:.3g}"
-        for gate in report.gates
-        for metric in gate.metrics
-        if not metric.passed
-    )
     remedy = (
         f"The limits of KLD, agreement and perplexity all follow from --max-kld, {budget:g} here: "
         "give a larger one to accept that, or take another --dtype. "
