@@ -37,7 +37,11 @@ from gemma3_export.runtimes.onnx_session import (
     import_onnxruntime,
     open_session,
 )
-from gemma3_export.runtimes.onnx_upcast import upcast_to_float32, with_float_products
+from gemma3_export.runtimes.onnx_upcast import (
+    upcast_to_float32,
+    weights_folder,
+    with_float_products,
+)
 from gemma3_export.runtimes.protocol import IntArray, KVCache, Logits, check_capacity, check_step
 from gemma3_export.runtimes.sampling import SamplingParams
 from gemma3_export.runtimes.screened_steps import ScreenedSteps, has_known_grid
@@ -116,7 +120,10 @@ class OnnxRuntime:
                 f"target {self.target} has a cache that grows, so no CUDA graph can be captured; "
                 "export without --target"
             )
-        entries = {WEIGHTS_FOLDER: str(self.path.parent)} if isinstance(self.graph, bytes) else {}
+        self.weights_folder = weights_folder(bundle.file(f"{graph.path}_data"))
+        entries = {}
+        if isinstance(self.graph, bytes):
+            entries[WEIGHTS_FOLDER] = str(self.weights_folder)
         if shares_weights:
             require_shareable(bundle, self.device)
             entries[NO_PACKING] = "1"

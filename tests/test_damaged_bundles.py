@@ -13,6 +13,8 @@ from gemma3_export.bundle import Bundle
 from gemma3_export.errors import InputError
 from gemma3_export.exporters.bundle_export import link_files
 from gemma3_export.exporters.bundle_weights import open_bundle_weights
+from gemma3_export.parity.onnx_taps import OnnxTaps
+from gemma3_export.runtimes.onnx_runtime import OnnxRuntime
 from tests.test_cli_errors import edit_json, error_line, run
 
 
@@ -127,6 +129,12 @@ def test_bundle_of_links_is_verified_and_extended(linked_bundle, tmp_path):
     copied = tmp_path / "copied"
     link_files(Bundle(linked_bundle), copied)  # what adding a graph begins with
     assert not any(path.is_symlink() for path in copied.rglob("*"))
+
+
+def test_rewritten_graphs_find_weights_behind_links(linked_bundle):
+    runtime = OnnxRuntime(linked_bundle, device="cpu", threads=1, windowed=False)
+    OnnxTaps(runtime)
+    OnnxRuntime(linked_bundle, device="cpu", threads=1, float_products=True)
 
 
 def test_graph_that_names_a_file_outside_of_the_bundle(copied_bundle):
