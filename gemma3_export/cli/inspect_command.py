@@ -49,6 +49,9 @@ def inspect(
     With --cuda-placement, say where ONNX Runtime puts each node of the ONNX graph, over a stub of
     CUDA; the exit code is 1 when anything but extents stays on the CPU.
     """
+    if cuda_python is not None and not cuda_placement:
+        raise click.UsageError("--cuda-python is for --cuda-placement; add that, or leave it out")
+
     from gemma3_export.bundle import Bundle
     from gemma3_export.inspection import inspect_bundle
 
