@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -339,5 +340,8 @@ def test_inspect_says_what_the_bundle_is(ort_bundle, check):
     assert graph["operators"]["com.microsoft::GroupQueryAttention"] == 5
     text = run_ok("inspect", ort_bundle, *check).stdout
     assert "proof: passed" in text
-    assert "model.safetensors" in text
+    assert re.search(
+        r"^weights: tiny \(safetensors\)\n  model.safetensors: SHA-256 \w{64}$", text, re.M
+    )
+    assert "{" not in text
     assert ("SHA-256 checked" in text) == bool(check)

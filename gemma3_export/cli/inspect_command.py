@@ -89,11 +89,22 @@ def _lines(facts: Mapping[str, Any]) -> Iterator[str]:
         yield from _graph_lines(graph)
         yield f"  proof: {_proof_line(graph, facts)}"
     yield ""
-    yield "weights: " + json.dumps(facts["source"], indent=2)
+    yield from _source_lines(facts["source"])
     yield ""
     yield from _file_lines(facts)
     yield ""
     yield "made with: " + ", ".join(f"{k} {v}" for k, v in sorted(facts["versions"].items()))
+
+
+def _source_lines(source: Mapping[str, Any]) -> Iterator[str]:
+    """Where the weights came from; what the manifest may say besides comes last."""
+    rest = dict(source)
+    kind, location = rest.pop("kind", "of unknown kind"), rest.pop("location", "an unknown place")
+    yield f"weights: {location} ({kind})"
+    files = rest.pop("files", None)
+    for name, sha256 in files.items() if isinstance(files, dict) else ():
+        yield f"  {name}: SHA-256 {sha256}"
+    yield from (f"  {key}: {value}" for key, value in rest.items())
 
 
 def _model_lines(model: Mapping[str, Any]) -> Iterator[str]:
