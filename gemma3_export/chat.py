@@ -130,8 +130,8 @@ def chat_turns(messages: Sequence[ChatMessage]) -> list[Turn]:
         if role != expected:
             wanted = "assistant" if expected == "model" else "user"
             raise InputError(
-                f"message {index} has role {message['role']!r:.80} where {wanted!r} is due; roles must "
-                "alternate between user and assistant, beginning with user"
+                f"message {index} has role {message['role']!r:.80} where {wanted!r} is due; roles "
+                "must alternate between user and assistant, beginning with user"
             )
         text = _text(index, role, message, trimmed=True)
         turns.append(Turn(index=index, speaker=role, text=text if turns else prefix + text))

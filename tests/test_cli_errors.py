@@ -52,7 +52,8 @@ def refused(*arguments: object, code: int = 2) -> str:
 
 
 def error_line(*arguments: object, code: int = 2) -> str:
-    message = refused(*arguments, code=code)
+    lines = refused(*arguments, code=code).splitlines(keepends=True)
+    message = "".join(line for line in lines if not line.endswith(" ...\n"))  # the stages so far
     assert message.startswith("error: ")
     assert message.count("\n") == 1, message
     return message
