@@ -199,7 +199,7 @@ def link_files(bundle: Bundle, folder: Path) -> None:
         target = folder / relative
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
-            target.hardlink_to(bundle.file(relative))
+            target.hardlink_to(bundle.file(relative).resolve())  # a link may be relative
         except OSError:  # a file system without hard links
             shutil.copyfile(bundle.file(relative), target)
 

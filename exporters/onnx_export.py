@@ -13,7 +13,7 @@ import onnx_ir as ir
 import torch
 
 from gemma3_export.block_format import BlockFormat
-from gemma3_export.bundle import Graph, WeightRecipe, default_max_kld
+from gemma3_export.bundle import Graph, WeightRecipe, default_max_kld, require_max_kld
 from gemma3_export.config import Gemma3Config
 from gemma3_export.errors import InputError
 from gemma3_export.exporters.bundle_export import Progress, half_precision, require_dtype
@@ -68,7 +68,7 @@ class OnnxWriter:
             quarter of it (target ``ort`` in fp32, on the CPU); None is wherever that pays.
 
     Raises:
-        InputError: unknown target or dtype, or two that do not go together.
+        InputError: unknown target or dtype, two that do not go together, or an impossible budget.
     """
 
     target: str = "ort"
@@ -82,6 +82,7 @@ class OnnxWriter:
 
     def __post_init__(self) -> None:
         require_dtype(self.dtype, (*DTYPES, *QUANTIZED))
+        require_max_kld(self.budget)
         if self.target not in TARGETS:
             raise InputError(f"unknown target {self.target!r}; choose {' or '.join(TARGETS)}")
         if self.target != "ort" and self.dtype != "fp32":
@@ -112,7 +113,7 @@ class OnnxWriter:
     @property
     def budget(self) -> float:
         """The divergence that the export is allowed, mean nats a token."""
-        return self.max_kld or default_max_kld(self.dtype)
+        return default_max_kld(self.dtype) if self.max_kld is None else self.max_kld
 
     def size_bytes(self, config: Gemma3Config) -> int:
         """Weights and graph; blocks take 0.5 to 1.5 bytes a weight."""

@@ -8,7 +8,7 @@ verified, or loaded into the reference, without the weights that it came from.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -40,6 +40,9 @@ class BundleWeights(WeightSource):
             initializers = ir.load(path).graph.initializers
         except Exception as error:  # protobuf and onnx_ir raise what they like
             raise InputError(f"{path} cannot be read: {error}; export the bundle anew") from error
+        for stored in initializers.values():
+            if isinstance(stored.const_value, ir.ExternalTensor):
+                stored.const_value = resolved(stored.const_value, bundle, path)
         self.shapes = dict(self.config.weight_shapes())
         self.stored: dict[str, tuple[Any, WeightRecipe, int]] = {}
         for name, recipe in self.graph.weights.items():
@@ -103,3 +106,32 @@ class BundleWeights(WeightSource):
     def fingerprint(self) -> dict[str, Any]:
         """The fingerprint of the weights that the bundle was made from."""
         return self.bundle.manifest.source
+
+
+def resolved(tensor: ir.ExternalTensor, bundle: Bundle, graph: Path) -> ir.ExternalTensor:
+    """``tensor`` with the real path of its file, which may be a link, as in the Hub's cache.
+
+    onnx_ir refuses links that lead out of the graph's folder, and files with several names. Here
+    the file is one that the manifest lists with its hash, whatever lies behind its name.
+
+    Raises:
+        InputError: the graph names another file.
+    """
+    location = PurePosixPath(tensor.location)
+    relative = (PurePosixPath(bundle.graph("onnx").path).parent / location).as_posix()
+    if relative not in bundle.manifest.files:
+        raise InputError(
+            f"{graph} reads {str(location)!r:.80}, which is not among the bundle's files; export "
+            "it anew"
+        )
+    file = bundle.file(relative).resolve()
+    if not file.is_file():
+        raise InputError(f"{bundle.file(relative)} is missing or no file; copy the bundle again")
+    return ir.ExternalTensor(
+        file,  # without a folder that it would have to lie in
+        tensor.offset,
+        tensor.length,
+        tensor.dtype,
+        shape=tensor.shape,
+        name=tensor.name,
+    )

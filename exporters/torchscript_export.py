@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 
 from gemma3_export.block_format import BlockFormat
-from gemma3_export.bundle import Graph, WeightRecipe, default_max_kld, sha256_of
+from gemma3_export.bundle import Graph, WeightRecipe, default_max_kld, require_max_kld, sha256_of
 from gemma3_export.config import Gemma3Config
 from gemma3_export.config_json import config_to_json
 from gemma3_export.errors import InputError
@@ -52,7 +52,8 @@ class TorchScriptWriter:
             ``dtype`` keeps to.
 
     Raises:
-        InputError: unknown dtype, a block size that does not exist, or int8 without oneDNN.
+        InputError: unknown dtype, a block size or a budget that is impossible, or int8 without
+            oneDNN.
     """
 
     runtime: ClassVar[str] = "torchscript"
@@ -63,6 +64,7 @@ class TorchScriptWriter:
 
     def __post_init__(self) -> None:
         require_dtype(self.dtype, (*DTYPES, *QUANTIZED))
+        require_max_kld(self.budget)
         if self.is_quantized:
             BlockFormat(bits=8, block_size=self.block_size)
             if not self.prepack:
@@ -70,6 +72,11 @@ class TorchScriptWriter:
                     "int8 archives ask oneDNN what the processor can do, so there is none for "
                     "torch builds without it; leave out --no-prepack, or choose --dtype bf16"
                 )
+
+    @property
+    def budget(self) -> float:
+        """The divergence that the export is allowed, mean nats a token."""
+        return default_max_kld(self.dtype) if self.max_kld is None else self.max_kld
 
     @property
     def is_quantized(self) -> bool:
@@ -124,7 +131,7 @@ class TorchScriptWriter:
             target="prepacked" if self.prepack and not self.is_quantized else "plain",
             cache_dtype=cache_dtype,
             weights=recipes,
-            max_kld=self.max_kld or default_max_kld(self.dtype),
+            max_kld=self.budget,
         )
         return graph, {graph.path: sha256_of(path)}
 

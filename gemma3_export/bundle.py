@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
@@ -38,6 +39,7 @@ __all__ = [
     "Manifest",
     "WeightRecipe",
     "default_max_kld",
+    "require_max_kld",
     "sha256_of",
 ]
 
@@ -203,6 +205,20 @@ class Bundle:
 def default_max_kld(dtype: str) -> float:
     """The divergence, mean nats a token, that an export as ``dtype`` is allowed."""
     return MAX_KLDS.get(dtype, DEFAULT_MAX_KLD)
+
+
+def require_max_kld(max_kld: float) -> float:
+    """``max_kld``, mean nats a token, if it is a divergence that can be allowed.
+
+    Raises:
+        InputError: it is no positive number.
+    """
+    if not 0 < max_kld < math.inf:
+        raise InputError(
+            f"the divergence budget is {max_kld}; give a positive number of nats a token, "
+            "such as 0.05"
+        )
+    return max_kld
 
 
 def write_manifest(path: Path, manifest: Manifest, hashes: Mapping[str, str]) -> None:

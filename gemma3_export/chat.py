@@ -130,8 +130,8 @@ def chat_turns(messages: Sequence[ChatMessage]) -> list[Turn]:
         if role != expected:
             wanted = "assistant" if expected == "model" else "user"
             raise InputError(
-                f"message {index} has role {message['role']!r} where {wanted!r} is due; roles must "
-                "alternate between user and assistant, beginning with user"
+                f"message {index} has role {message['role']!r:.80} where {wanted!r} is due; roles "
+                "must alternate between user and assistant, beginning with user"
             )
         text = _text(index, role, message, trimmed=True)
         turns.append(Turn(index=index, speaker=role, text=text if turns else prefix + text))
@@ -174,7 +174,7 @@ def _role(index: int, message: object) -> str:
     if role in ("assistant", "model"):
         return "model"
     if role not in ("system", "user"):
-        raise InputError(f"message {index} has role {role!r}; use system, user or assistant")
+        raise InputError(f"message {index} has role {role!r:.80}; use system, user or assistant")
     return str(role)
 
 
@@ -191,7 +191,7 @@ def _text(index: int, role: str, message: Mapping[str, object], *, trimmed: bool
     for number, part in enumerate(content):
         kind = part.get("type") if isinstance(part, Mapping) else None
         if kind != "text":
-            named = f"type {kind!r}" if kind else "no type"
+            named = f"type {kind!r:.80}" if kind else "no type"
             raise InputError(
                 f"message {index} ({role}): content part {number} has {named}; this is the text "
                 "half of Gemma 3, only parts of type 'text' are supported"

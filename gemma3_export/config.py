@@ -70,7 +70,7 @@ class Gemma3Config:
         for index, layer_type in enumerate(self.layer_types):
             if layer_type not in get_args(LayerType):
                 raise InputError(
-                    f"layer_types[{index}] is {layer_type!r}; Gemma 3 knows "
+                    f"layer_types[{index}] is {layer_type!r:.80}; Gemma 3 knows "
                     f"{' and '.join(get_args(LayerType))}"
                 )
         if self.num_attention_heads % self.num_key_value_heads:
@@ -83,7 +83,7 @@ class Gemma3Config:
         token_ids = (self.pad_token_id, self.bos_token_id, *self.eos_token_id)
         if bad := [token_id for token_id in token_ids if not 0 <= token_id < self.vocab_size]:
             raise InputError(
-                f"special token ids {bad} lie outside the vocabulary of {self.vocab_size}; "
+                f"special token ids {bad!s:.80} lie outside the vocabulary of {self.vocab_size}; "
                 "set pad_token_id, bos_token_id and eos_token_id"
             )
 
@@ -102,7 +102,7 @@ class Gemma3Config:
         for name in counts:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 2**31:
-                raise InputError(f"{name} is {value!r}; it must be a positive whole number")
+                raise InputError(f"{name} is {value!r:.80}; it must be a positive whole number")
         reals = (
             "query_pre_attn_scalar",
             "rope_theta",
@@ -114,7 +114,7 @@ class Gemma3Config:
         for name in reals:
             value = getattr(self, name)
             if not isinstance(value, (int, float)) or not 0 < value < float("inf"):
-                raise InputError(f"{name} is {value!r}; it must be a positive finite number")
+                raise InputError(f"{name} is {value!r:.80}; it must be a positive finite number")
 
     @property
     def attention_scale(self) -> float:

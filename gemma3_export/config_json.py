@@ -163,7 +163,9 @@ def _from_hugging_face(top: dict[str, Any], extra_eos: tuple[int, ...]) -> Gemma
         refuse_unknown_keys(top, WRAPPER_KEYS | BENIGN_KEYS)
         inner = text.get("model_type", "gemma3_text")
         if inner != "gemma3_text":
-            raise InputError(f"text_config.model_type is {inner!r}; only gemma3_text is supported")
+            raise InputError(
+                f"text_config.model_type is {inner!r:.80}; only gemma3_text is supported"
+            )
     refuse_unimplemented(text)
     refuse_unknown_keys(text, TEXT_KEYS | BENIGN_KEYS)
 
@@ -190,7 +192,7 @@ def _from_hugging_face(top: dict[str, Any], extra_eos: tuple[int, ...]) -> Gemma
 
 def _from_ancestor(top: dict[str, Any], extra_eos: tuple[int, ...]) -> Gemma3Config:
     if top.get("qk_norm", True) is not True:
-        raise InputError(f"qk_norm is {top['qk_norm']!r}; Gemma 3 normalises queries and keys")
+        raise InputError(f"qk_norm is {top['qk_norm']!r:.80}; Gemma 3 normalises queries and keys")
     known = {*ANCESTOR_KEYS, "qk_norm", "layer_types", "dtype"}
     known |= {"tie_word_embeddings", "pad_token_id", "bos_token_id", "eos_token_id"}
     refuse_unknown_keys(top, known)
@@ -238,8 +240,8 @@ def _check_model_type(top: Mapping[str, Any]) -> None:
         raise InputError("model_type is missing; a Gemma 3 config says gemma3_text or gemma3")
     if model_type not in ("gemma3", "gemma3_text"):
         raise InputError(
-            f"model_type is {model_type!r}; only Gemma 3 text models (gemma3_text, or gemma3 with "
-            "a text_config) are supported"
+            f"model_type is {model_type!r:.80}; only Gemma 3 text models (gemma3_text, or gemma3 "
+            "with a text_config) are supported"
         )
 
 
@@ -256,8 +258,8 @@ def _layer_types(text: Mapping[str, Any], num_hidden_layers: object) -> tuple[La
     # transformers 5 writes _sliding_window_pattern 6 beside any layer_types: there it says nothing.
     if public is not None and private is not None and public != private:
         raise InputError(
-            f"sliding_window_pattern ({public!r}) and _sliding_window_pattern ({private!r}) "
-            "contradict each other; keep one"
+            f"sliding_window_pattern ({public!r:.80}) and _sliding_window_pattern "
+            f"({private!r:.80}) contradict each other; keep one"
         )
     pattern = private if public is None and listed is None else public
     if pattern is not None:
@@ -279,7 +281,7 @@ def _is_tied(top: Mapping[str, Any], text: Mapping[str, Any]) -> bool:
     values = [value for value in values if value is not None]
     for value in values:
         if not isinstance(value, bool):
-            raise InputError(f"tie_word_embeddings is {value!r}; it must be true or false")
+            raise InputError(f"tie_word_embeddings is {value!r:.80}; it must be true or false")
     if len(set(values)) > 1:
         raise InputError("tie_word_embeddings of text_config and of the file contradict each other")
     return values[0] if values else True

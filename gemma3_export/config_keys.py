@@ -166,8 +166,8 @@ def refuse_unimplemented(part: Mapping[str, Any]) -> None:
     bidirectional = part.get("use_bidirectional_attention")
     if bidirectional not in (None, False):
         raise InputError(
-            f"use_bidirectional_attention is {bidirectional!r}: this is an embedding model such as "
-            "EmbeddingGemma, which generates no text; give a causal Gemma 3 checkpoint"
+            f"use_bidirectional_attention is {bidirectional!r:.80}: this is an embedding model "
+            "such as EmbeddingGemma, which generates no text; give a causal Gemma 3 checkpoint"
         )
     for key in ("hidden_activation", "hidden_act"):
         if part.get(key) not in (None, _ACTIVATION):
@@ -187,7 +187,7 @@ def refuse_unknown_keys(part: Mapping[str, Any], known: Set[str]) -> None:
     """
     unknown = [key for key, value in part.items() if key not in known and value is not None]
     if unknown:
-        shown = ", ".join(f"{key} = {part[key]!r:.40}" for key in sorted(unknown)[:10])
+        shown = ", ".join(f"{key:.40} = {part[key]!r:.40}" for key in sorted(unknown)[:10])
         more = f" and {len(unknown) - 10} more" if len(unknown) > 10 else ""
         raise InputError(
             f"unknown keys may change the computation and are not ignored: {shown}{more}; "

@@ -23,8 +23,8 @@ def read_rope(text: Mapping[str, Any]) -> dict[str, float]:
     for key in _FIELDS:
         if key in flat and key in nested and flat[key] != nested[key]:
             raise InputError(
-                f"rope_parameters says {key} is {nested[key]!r}, the flat keys say {flat[key]!r}; "
-                "keep one dialect"
+                f"rope_parameters says {key} is {nested[key]!r:.80}, the flat keys say "
+                f"{flat[key]!r:.80}; keep one dialect"
             )
     return flat | nested
 
@@ -36,7 +36,7 @@ def _read_flat(text: Mapping[str, Any]) -> dict[str, Any]:
         factor, theta = _read_kind(scaling, where="rope_scaling")
         found["rope_scaling_factor"] = factor
         if theta is not None and found.setdefault("rope_theta", theta) != theta:
-            raise InputError(f"rope_scaling.rope_theta ({theta!r}) contradicts rope_theta")
+            raise InputError(f"rope_scaling.rope_theta ({theta!r:.80}) contradicts rope_theta")
     return found
 
 
@@ -62,7 +62,9 @@ def _read_nested(text: Mapping[str, Any]) -> dict[str, Any]:
         where = "rope_parameters.sliding_attention"
         factor, theta = _read_kind(parameters["sliding_attention"], where=where)
         if factor != 1.0:
-            raise InputError(f"{where}.factor is {factor!r}; Gemma 3 scales only full attention")
+            raise InputError(
+                f"{where}.factor is {factor!r:.80}; Gemma 3 scales only full attention"
+            )
         if theta is not None:
             found["rope_local_base_freq"] = theta
     return found
@@ -74,7 +76,9 @@ def _read_kind(parameters: object, *, where: str) -> tuple[Any, Any]:
         raise InputError(f"{where} is {parameters!r:.60}; it must be an object")
     kind, old_kind = parameters.get("rope_type"), parameters.get("type")
     if kind is not None and old_kind is not None and kind != old_kind:
-        raise InputError(f"{where}: rope_type {kind!r} and type {old_kind!r} contradict each other")
+        raise InputError(
+            f"{where}: rope_type {kind!r:.80} and type {old_kind!r:.80} contradict each other"
+        )
     kind = kind if kind is not None else (old_kind if old_kind is not None else "default")
     if kind not in ("default", "linear"):
         raise InputError(

@@ -74,6 +74,7 @@ def export_onnx(
     tokenizer: Tokenizer | None = None,
     verify: bool = True,
     force: bool = False,
+    threads: int | None = None,
     progress: Progress | None = None,
 ) -> ExportResult:
     """Export ``source`` as an ONNX bundle at ``output``, and prove it.
@@ -98,6 +99,8 @@ def export_onnx(
         tokenizer: None takes the one that came with the weights, if any.
         verify: check parity; without it the manifest says that the bundle is unproven.
         force: replace an existing folder.
+        threads: threads inside one operator, of torch and ONNX Runtime; None is all processors, and
+            one for models of fewer than 20 million parameters.
         progress: told the stage, and how far it is.
 
     Raises:
@@ -125,6 +128,7 @@ def export_onnx(
         tokenizer=tokenizer,
         verify=verify,
         force=force,
+        threads=threads,
         progress=progress,
     )
 
@@ -140,6 +144,7 @@ def export_torchscript(
     tokenizer: Tokenizer | None = None,
     verify: bool = True,
     force: bool = False,
+    threads: int | None = None,
     progress: Progress | None = None,
 ) -> ExportResult:
     """Export ``source`` as a TorchScript bundle at ``output``, and prove it.
@@ -156,6 +161,8 @@ def export_torchscript(
         tokenizer: None takes the one that came with the weights, if any.
         verify: check parity; without it the manifest says that the archive is unproven.
         force: replace an existing folder.
+        threads: threads inside one operator, of torch and ONNX Runtime; None is all processors, and
+            one for models of fewer than 20 million parameters.
         progress: told the stage, and how far it is.
 
     Raises:
@@ -171,6 +178,7 @@ def export_torchscript(
         tokenizer=tokenizer,
         verify=verify,
         force=force,
+        threads=threads,
         progress=progress,
     )
 
@@ -183,6 +191,7 @@ def export_pt2(
     tokenizer: Tokenizer | None = None,
     verify: bool = True,
     force: bool = False,
+    threads: int | None = None,
     progress: Progress | None = None,
 ) -> ExportResult:
     """Export ``source`` as a ``torch.export`` program, and prove it.
@@ -194,6 +203,8 @@ def export_pt2(
         tokenizer: None takes the one that came with the weights, if any.
         verify: check parity; without it the manifest says that the program is unproven.
         force: replace an existing folder.
+        threads: threads inside one operator, of torch and ONNX Runtime; None is all processors, and
+            one for models of fewer than 20 million parameters.
         progress: told the stage, and how far it is.
 
     Raises:
@@ -209,6 +220,7 @@ def export_pt2(
         tokenizer=tokenizer,
         verify=verify,
         force=force,
+        threads=threads,
         progress=progress,
     )
 
@@ -221,16 +233,20 @@ def _export(
     tokenizer: Tokenizer | None,
     verify: bool,
     force: bool,
+    threads: int | None,
     progress: Progress | None,
 ) -> ExportResult:
     from gemma3_export.exporters.bundle_export import export_bundle
+    from gemma3_export.parity.threads import threads_for, torch_threads
 
-    return export_bundle(
-        source,
-        Path(output),
-        writer,
-        tokenizer=tokenizer,
-        force=force,
-        verification=ParityCheck(runtime=writer.runtime, progress=progress) if verify else None,
-        progress=progress,
-    )
+    check = ParityCheck(runtime=writer.runtime, progress=progress, threads=threads)
+    with torch_threads(threads_for(source.config, threads)):
+        return export_bundle(
+            source,
+            Path(output),
+            writer,
+            tokenizer=tokenizer,
+            force=force,
+            verification=check if verify else None,
+            progress=progress,
+        )

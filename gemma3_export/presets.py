@@ -65,13 +65,14 @@ SIZES: tuple[str, ...] = tuple(size + suffix for size in _CONFIGS for suffix in 
 
 
 def preset(size: str) -> Preset:
-    """The published model called ``size``, such as ``270m`` or ``4b-it``.
+    """The published model called ``size``, such as ``270m``, ``270M`` or ``4b-it``.
 
     Raises:
         InputError: no such size was published.
     """
+    asked, size = size, size.lower()
     if size not in SIZES:
-        raise InputError(f"unknown size {size!r}; choose one of {', '.join(SIZES)}")
+        raise InputError(f"unknown size {asked!r:.80}; choose one of {', '.join(SIZES)}")
     base = size.removesuffix("-it")
     config = _CONFIGS[base]
     if size.endswith("-it"):

@@ -23,7 +23,7 @@ from gemma3_export.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
     from gemma3_export.exporters.bundle_export import Progress
-    from gemma3_export.parity import ParityReport
+    from gemma3_export.parity import ParityReport, VerifyOptions
     from gemma3_export.parity.report import HalfRanges
     from gemma3_export.reference.weights import WeightSource
     from gemma3_export.runtimes.onnx_session import CudaOptions
@@ -55,7 +55,8 @@ def verify_bundle(
         bundle: an opened bundle, or its folder; all its files are hashed first.
         runtime: which runtime of the bundle to check.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
-        threads: threads inside one operator; None lets the backend choose.
+        threads: threads inside one operator, of torch and ONNX Runtime; None is all processors,
+            and one for models of fewer than 20 million parameters.
         cuda: what may be done on a GPU; ignored on the CPU.
         source: the weights it was made from; None takes those in the bundle, which leaves a
             quantised bundle without gate B.
@@ -67,19 +68,53 @@ def verify_bundle(
         progress: told the stage, and how far it is.
 
     Raises:
-        InputError: the bundle is not what was exported, or the two are different models.
+        InputError: the bundle is not what was exported, the two are different models, or the budget
+            is no positive number.
         UnavailableError: a package or the device is missing.
     """
     require_packages()
-    from gemma3_export.exporters.bundle_weights import open_bundle_weights
-    from gemma3_export.parity import VerifyOptions, compare, verify
+    from gemma3_export.parity import VerifyOptions
+    from gemma3_export.parity.threads import threads_for, torch_threads
 
     if not isinstance(bundle, Bundle):
         bundle = Bundle(Path(bundle))
+    budget = bundle.max_kld(runtime) if max_kld is None else max_kld
+    options = VerifyOptions.for_budget(budget, seed=seed)
+    threads = threads_for(bundle.config, threads)
     bundle.check_files()
-    options = VerifyOptions.for_budget(max_kld or bundle.max_kld(runtime), seed=seed)
+    with torch_threads(threads):
+        return _compared(
+            bundle,
+            open_runtime(bundle, runtime, device=device, threads=threads, cuda=cuda),
+            source,
+            against,
+            options,
+            progress,
+            runtime=runtime,
+            device=device,
+            threads=threads,
+            cuda=cuda,
+        )
+
+
+def _compared(
+    bundle: Bundle,
+    candidate: Runtime,
+    source: WeightSource | None,
+    against: str | None,
+    options: VerifyOptions,
+    progress: Progress | None,
+    *,
+    runtime: str,
+    device: str,
+    threads: int | None,
+    cuda: CudaOptions | None,
+) -> ParityReport:
+    """The report on ``candidate``; see :func:`verify_bundle`."""
+    from gemma3_export.exporters.bundle_weights import open_bundle_weights
+    from gemma3_export.parity import compare, verify
+
     tokenizer = bundle_tokenizer(bundle)
-    candidate = open_runtime(bundle, runtime, device=device, threads=threads, cuda=cuda)
     full_source = None
     if source is None or bundle.is_quantized(runtime):  # such a graph has other weights
         full_source, source = source, open_bundle_weights(bundle, runtime)
@@ -121,6 +156,7 @@ class ParityCheck:
 
     runtime: str
     progress: Progress | None = None
+    threads: int | None = None  # as for :func:`verify_bundle`
 
     def __call__(self, folder: Path, source: WeightSource, ranges: HalfRanges | None = None) -> str:
         """Return the text of ``parity.json``.
@@ -130,19 +166,22 @@ class ParityCheck:
         """
         from gemma3_export.exporters.bundle_weights import open_bundle_weights
         from gemma3_export.parity import VerifyOptions, verify
+        from gemma3_export.parity.threads import threads_for, torch_threads
 
         bundle = Bundle(folder)
         is_quantized = bundle.is_quantized(self.runtime)
-        report = verify(
-            open_runtime(bundle, self.runtime, device="cpu"),
-            open_bundle_weights(bundle, self.runtime) if is_quantized else source,
-            options=VerifyOptions.for_budget(bundle.max_kld(self.runtime)),
-            full_source=source if is_quantized else None,
-            tokenizer=bundle_tokenizer(bundle),
-            files={name: record.sha256 for name, record in bundle.manifest.files.items()},
-            ranges=ranges,
-            progress=self.progress,
-        )
+        threads = threads_for(bundle.config, self.threads)
+        with torch_threads(threads):
+            report = verify(
+                open_runtime(bundle, self.runtime, device="cpu", threads=threads),
+                open_bundle_weights(bundle, self.runtime) if is_quantized else source,
+                options=VerifyOptions.for_budget(bundle.max_kld(self.runtime)),
+                full_source=source if is_quantized else None,
+                tokenizer=bundle_tokenizer(bundle),
+                files={name: record.sha256 for name, record in bundle.manifest.files.items()},
+                ranges=ranges,
+                progress=self.progress,
+            )
         if not report.passed:
             raise ParityError(_why_it_failed(report, bundle.max_kld(self.runtime)))
         return report.to_json()
@@ -164,12 +203,6 @@ def _why_it_failed(report: ParityReport, budget: float) -> str:
         else "the export does not compute what the model computes"
     )
     where = f"; {divergence_text(report)}" if report.divergence else ""
-    where += "".join(
-        f"; {metric.name} is {metric.value:.3g} and its limit {metric.limit:.3g}"
-        for gate in report.gates
-        for metric in gate.metrics
-        if not metric.passed
-    )
     remedy = (
         f"The limits of KLD, agreement and perplexity all follow from --max-kld, {budget:g} here: "
         "give a larger one to accept that, or take another --dtype. "

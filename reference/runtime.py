@@ -6,7 +6,7 @@ import torch
 
 from gemma3_export.config import Gemma3Config
 from gemma3_export.reference.model import Gemma3
-from gemma3_export.runtimes.protocol import IntArray, KVCache, Logits, check_capacity
+from gemma3_export.runtimes.protocol import IntArray, KVCache, Logits, check_step
 from gemma3_export.runtimes.torch_cache import TorchCache, as_numpy
 
 __all__ = ["ReferenceRuntime"]
@@ -46,8 +46,8 @@ class ReferenceRuntime:
     ) -> Logits:
         """See :class:`gemma3_export.runtimes.protocol.Runtime`."""
         assert isinstance(cache, TorchCache)
+        check_step(cache, input_ids, num_logits, row)
         new = input_ids.shape[1]
-        check_capacity(cache, new, row)
         mask, past = cache.prepare(new, row)
         output = self.model(
             torch.from_numpy(input_ids).to(self.device),

@@ -19,7 +19,7 @@ from gemma3_export.errors import Gemma3ExportError, InputError, UnavailableError
 from gemma3_export.runtimes.candidates import SPARE, Candidates, most_needed
 from gemma3_export.runtimes.device import parse_device
 from gemma3_export.runtimes.onnx_session import CudaOptions
-from gemma3_export.runtimes.protocol import IntArray, KVCache, Logits, check_capacity
+from gemma3_export.runtimes.protocol import IntArray, KVCache, Logits, check_capacity, check_step
 from gemma3_export.runtimes.sampling import SamplingParams
 from gemma3_export.runtimes.torch_cache import TorchCache, as_numpy, to_device
 from gemma3_export.runtimes.torch_decoding import TorchDecodeSteps
@@ -113,8 +113,8 @@ class ArchiveRuntime:
     ) -> Logits:
         """See :class:`gemma3_export.runtimes.protocol.Runtime`."""
         assert isinstance(cache, TorchCache)
+        check_step(cache, input_ids, num_logits, row)
         new = input_ids.shape[1]
-        check_capacity(cache, new, row)
         mask, past = cache.prepare(new, row)
         ids = to_device(input_ids, self.device)
         with self._explained(new, cache):

@@ -197,19 +197,19 @@ def _check_prompts(
     if not len(prompts):
         raise InputError("there is no prompt; give at least one")
     checked = []
-    for index, prompt in enumerate(prompts):
+    for number, prompt in enumerate(prompts, 1):  # as people count
         ids = np.asarray(prompt)
         if ids.size == 0:
-            raise InputError(f"prompt {index} is empty; give at least one token, such as <bos>")
+            raise InputError(f"prompt {number} is empty; give at least one token, such as <bos>")
         if ids.ndim != 1 or ids.dtype.kind not in "iu":
             raise InputError(
-                f"prompt {index} has shape {ids.shape} and type {ids.dtype}; "
+                f"prompt {number} has shape {ids.shape} and type {ids.dtype}; "
                 "each prompt must be a sequence of token ids"
             )
         bad = ids[(ids < 0) | (ids >= config.vocab_size)]
         if bad.size:
             raise InputError(
-                f"prompt {index} holds token id {bad[0]}, outside the model's vocabulary of "
+                f"prompt {number} holds token id {bad[0]}, outside the model's vocabulary of "
                 f"{config.vocab_size}; was it encoded with another model's tokenizer?"
             )
         checked.append(ids.astype(np.int64))
@@ -228,7 +228,7 @@ def _check_capacity(
     if longest > (capacity or limit):
         what = "the model's context" if capacity is None else "the cache's capacity"
         raise InputError(
-            f"prompt {lengths.index(longest)} has {longest} tokens, more than {what} of "
+            f"prompt {lengths.index(longest) + 1} has {longest} tokens, more than {what} of "
             f"{capacity or limit}; shorten the prompt"
         )
     return capacity or min(longest + max_new_tokens, limit)

@@ -45,7 +45,7 @@ def chooses_windows(bundle: Bundle, device: Device, wanted: bool | None) -> bool
     Raises:
         InputError: it is wanted and not to be had.
     """
-    problem = window_problem(bundle.graph("onnx"), device)
+    problem = window_problem(bundle, device)
     if wanted and problem:
         raise InputError(f"windowed caches were asked for, but {problem}")
     if wanted is None:  # windows shorter than their margin save nothing
@@ -53,12 +53,18 @@ def chooses_windows(bundle: Bundle, device: Device, wanted: bool | None) -> bool
     return wanted
 
 
-def window_problem(graph: Graph, device: Device) -> str | None:
+def window_problem(bundle: Bundle, device: Device) -> str | None:
     """Why the graph with windowed caches cannot run; None if it can.
 
     On CUDA its caches must have exactly the window's size, which nobody here has seen run.
     """
-    if graph.windowed_path is None:
+    config = bundle.config
+    if config.sliding_window >= config.max_position_embeddings:
+        return (
+            f"the window of {config.sliding_window} tokens is as long as the context of "
+            f"{config.max_position_embeddings}, so there is nothing to let go of"
+        )
+    if bundle.graph("onnx").windowed_path is None:
         return "the bundle has no such graph; export it anew, for the target ort"
     if device.kind != "cpu":
         return "they are for the CPU; pass --device cpu"

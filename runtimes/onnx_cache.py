@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gemma3_export.config import Gemma3Config
+from gemma3_export.errors import Gemma3ExportError
 from gemma3_export.runtimes.device import Device
 from gemma3_export.runtimes.onnx_copies import HeadMemory, SharesByCopies, TokenCopies
 from gemma3_export.runtimes.onnx_session import import_onnxruntime
@@ -118,7 +119,15 @@ class SharedCache(SharesByCopies):
     def _allocate(self, shape: tuple[int, ...]) -> Any:
         ort = import_onnxruntime()
         if self.device.kind == "cpu":  # zeroed pages cost nothing until they are written
-            self.arrays.append(np.zeros(shape, self.dtype))
+            try:
+                self.arrays.append(np.zeros(shape, self.dtype))
+            except (MemoryError, ValueError) as error:  # the latter beyond any address
+                size = math.prod(shape) * self.dtype.itemsize * len(self.shapes)
+                raise Gemma3ExportError(
+                    f"a cache of {self.batch_size} rows with {self.capacity} tokens needs about "
+                    f"{size / 1e9:.1f} GB, which this machine does not give; ask for fewer "
+                    "tokens or prompts"
+                ) from error
             return ort.OrtValue.ortvalue_from_numpy(self.arrays[-1])
         return ort.OrtValue.ortvalue_from_shape_and_type(
             list(shape), self.dtype, self.device.kind, self.device.index

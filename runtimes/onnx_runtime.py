@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from gemma3_export.bundle import MANIFEST, Bundle
+from gemma3_export.bundle import Bundle
 from gemma3_export.config import Gemma3Config
 from gemma3_export.errors import Gemma3ExportError, InputError
 from gemma3_export.runtimes.candidates import SPARE, Candidates, most_needed
@@ -29,6 +29,7 @@ from gemma3_export.runtimes.growing_cache import GrowingCache
 from gemma3_export.runtimes.mapped_weights import drop_mapped_pages
 from gemma3_export.runtimes.onnx_cache import OnnxCache, SharedCache
 from gemma3_export.runtimes.onnx_decoding import GRAPH_ID, DecodeSteps, SideSessions
+from gemma3_export.runtimes.onnx_interface import check_interface
 from gemma3_export.runtimes.onnx_session import (
     WEIGHTS_FOLDER,
     CudaOptions,
@@ -36,8 +37,12 @@ from gemma3_export.runtimes.onnx_session import (
     import_onnxruntime,
     open_session,
 )
-from gemma3_export.runtimes.onnx_upcast import upcast_to_float32, with_float_products
-from gemma3_export.runtimes.protocol import IntArray, KVCache, Logits, check_capacity
+from gemma3_export.runtimes.onnx_upcast import (
+    upcast_to_float32,
+    weights_folder,
+    with_float_products,
+)
+from gemma3_export.runtimes.protocol import IntArray, KVCache, Logits, check_capacity, check_step
 from gemma3_export.runtimes.sampling import SamplingParams
 from gemma3_export.runtimes.screened_steps import ScreenedSteps, has_known_grid
 from gemma3_export.runtimes.windowed_cache import WindowedCache
@@ -115,7 +120,10 @@ class OnnxRuntime:
                 f"target {self.target} has a cache that grows, so no CUDA graph can be captured; "
                 "export without --target"
             )
-        entries = {WEIGHTS_FOLDER: str(self.path.parent)} if isinstance(self.graph, bytes) else {}
+        self.weights_folder = weights_folder(bundle.file(f"{graph.path}_data"))
+        entries = {}
+        if isinstance(self.graph, bytes):
+            entries[WEIGHTS_FOLDER] = str(self.weights_folder)
         if shares_weights:
             require_shareable(bundle, self.device)
             entries[NO_PACKING] = "1"
@@ -134,20 +142,7 @@ class OnnxRuntime:
         self._graph_ids = itertools.count(1)  # 0 is ONNX Runtime's default
         self._counts: dict[int, Any] = {}
         self.threads = threads
-        self._check_interface(bundle.path)
-
-    def _check_interface(self, path: Path) -> None:
-        """A graph whose inputs and outputs are not the config's was swapped or edited."""
-        declared = [spec.name for spec in (*self.signature.inputs, *self.signature.outputs)]
-        session = self.session
-        found = [value.name for value in (*session.get_inputs(), *session.get_outputs())]
-        found += [value.name for value in session.get_overridable_initializers()]
-        if set(declared) != set(found):
-            different = sorted(set(declared) ^ set(found))
-            raise Gemma3ExportError(
-                f"the graph in {path} does not have the inputs and outputs that its config and "
-                f"{MANIFEST} declare; they differ in {', '.join(different[:6])}; export it anew"
-            )
+        check_interface(self.session, self.signature, self.path)
 
     @property
     def chooses_candidates(self) -> bool:
@@ -190,7 +185,7 @@ class OnnxRuntime:
 
     def with_other_caches(self) -> OnnxRuntime | None:
         """See :class:`gemma3_export.runtimes.protocol.CacheForms`."""
-        if window_problem(self.bundle.graph(self.name), self.device):
+        if window_problem(self.bundle, self.device):
             return None
         return OnnxRuntime(
             self.bundle, device="cpu", threads=self.threads, windowed=not self.is_windowed
@@ -208,8 +203,8 @@ class OnnxRuntime:
     ) -> Logits:
         """See :class:`gemma3_export.runtimes.protocol.Runtime`."""
         assert isinstance(cache, SharedCache | GrowingCache)
+        check_step(cache, input_ids, num_logits, row)
         rows, new = input_ids.shape
-        check_capacity(cache, new, row)
         if self.target == "ort" and row is None and rows > 1 and new > 1:
             # GroupQueryAttention takes several tokens after a past for one row at a time only.
             parts = [

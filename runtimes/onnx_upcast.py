@@ -13,7 +13,7 @@ from typing import Any
 
 from gemma3_export.errors import InputError, UnavailableError
 
-__all__ = ["upcast_to_float32", "with_float_products"]
+__all__ = ["read_graph", "upcast_to_float32", "weights_folder", "with_float_products"]
 
 # These hand numbers on; a result of any other operator is a new number, to be rounded.
 MOVES = {"Concat", "Expand", "Gather", "Identity", "Reshape", "Slice", "Split", "Transpose"}
@@ -38,7 +38,7 @@ def upcast_to_float32(path: Path) -> bytes:
 
 
 def read_graph(path: Path) -> Any:
-    """The graph's ``ModelProto``, without its weights.
+    """The graph's ``ModelProto``, without its weights, whose files have their real names.
 
     Raises:
         UnavailableError: the package ``onnx`` is missing.
@@ -53,9 +53,19 @@ def read_graph(path: Path) -> Any:
             "--dtype fp32"
         ) from error
     try:
-        return onnx.load(path, load_external_data=False)
+        model = onnx.load(path, load_external_data=False)
     except Exception as error:  # protobuf raises what it likes
         raise InputError(f"{path} cannot be read: {error}; export the bundle anew") from error
+    for tensor in model.graph.initializer:
+        for entry in tensor.external_data:
+            if entry.key == "location":  # ONNX Runtime refuses links out of the folder
+                entry.value = (path.parent / entry.value).resolve().name
+    return model
+
+
+def weights_folder(data: Path) -> Path:
+    """Where the files lie that a graph of :func:`read_graph` names; ``data`` is one of them."""
+    return data.resolve().parent
 
 
 class Upcast:

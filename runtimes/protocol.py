@@ -30,6 +30,7 @@ __all__ = [
     "StoredTokens",
     "check_capacity",
     "check_export",
+    "check_step",
     "check_stored",
     "check_truncation",
     "describe_layout",
@@ -120,16 +121,46 @@ class Runtime(Protocol):
             [rows, num_logits, V] float32; ``num_logits`` 0 means all T.
 
         Raises:
-            InputError: a row has no room for T more tokens.
+            InputError: a row has no room for T more tokens, T is 0, or the arguments do not fit
+                each other or the cache.
         """
 
 
-def check_capacity(cache: KVCache, new_tokens: int, row: int | None = None) -> None:
-    """Refuse a step that would not fit, before anything is computed.
+def check_step(
+    cache: KVCache, input_ids: IntArray, num_logits: int, row: int | None = None
+) -> None:
+    """Refuse an impossible step in the same words on every backend, before anything is computed.
 
     Raises:
-        InputError: a row would grow past the cache's capacity.
+        InputError: see :meth:`Runtime.step`.
     """
+    rows = cache.batch_size if row is None else 1
+    if input_ids.ndim != 2 or len(input_ids) != rows:
+        raise InputError(
+            f"input_ids have the shape {list(input_ids.shape)}; this step takes [{rows}, T]: "
+            f"{'a row of tokens for each row of the cache' if row is None else 'one row'}"
+        )
+    new_tokens = input_ids.shape[1]
+    check_capacity(cache, new_tokens, row)
+    if not 0 <= num_logits <= new_tokens:
+        raise InputError(
+            f"num_logits is {num_logits}; a step of {new_tokens} tokens has logits for 1 to "
+            f"{new_tokens}, and 0 means all"
+        )
+
+
+def check_capacity(cache: KVCache, new_tokens: int, row: int | None = None) -> None:
+    """Refuse tokens that would not fit, before anything is computed.
+
+    Raises:
+        InputError: there are none, there is no such row, or it would grow past the capacity.
+    """
+    if new_tokens < 1:
+        raise InputError(f"a step of {new_tokens} tokens was asked for; give at least one")
+    if row is not None and not 0 <= row < cache.batch_size:
+        raise InputError(
+            f"row {row} was asked for, and the cache has {cache.batch_size}, counted from 0"
+        )
     lengths = cache.lengths if row is None else cache.lengths[row : row + 1]
     longest = int(lengths.max(initial=0))
     if longest + new_tokens > cache.capacity:

@@ -63,7 +63,7 @@ class Completion:
     text: str  # without the stop text; if cancelled, without characters still kept back
     finish_reason: FinishReason
     stop_reason: int | str | None  # the token or text that stopped it
-    seed: int  # with the request's index, reproduces the completion
+    seed: int | None  # with the request's index, reproduces the completion; None is greedy
     time_to_first_token_s: float | None  # from the start of the whole batch
     prefill_s: float  # in the backend, for this prompt, copies of a reused prefix included
     decode_s: float  # in backend and sampler, for all tokens but the first
@@ -207,7 +207,7 @@ class RequestState:
             text=self._text,
             finish_reason=self.finish_reason or "cancelled",
             stop_reason=self._stop_reason,
-            seed=self._sampler.seed,
+            seed=None if self.params.is_greedy else self._sampler.seed,
             time_to_first_token_s=self.time_to_first_token_s,
             prefill_s=self.prefill_s,
             decode_s=self.decode_s,

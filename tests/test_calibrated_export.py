@@ -23,10 +23,11 @@ from gemma3_export.exporters.gptq import GptqRounding, Hessian
 from gemma3_export.exporters.onnx_export import OnnxWriter
 from gemma3_export.exporters.quantizers import matrix_names
 from gemma3_export.exporters.sensitivity import DivergenceMeter, Option, choose_options
+from gemma3_export.exporters.torchscript_export import TorchScriptWriter
 from gemma3_export.parity import VerifyOptions, verify
 from gemma3_export.reference.loading import load_reference
 from gemma3_export.reference.weights.random_source import RandomSource
-from gemma3_export.verifying import ParityCheck
+from gemma3_export.verifying import ParityCheck, verify_bundle
 from tests.tiny_models import tiny_config
 from tests.tiny_tokenizers import tiny_gemma_tokenizer
 
@@ -199,6 +200,18 @@ def test_budgets_follow_the_dtype() -> None:
     assert OnnxWriter(dtype="int8").budget == 0.01
     assert OnnxWriter(dtype="mixed").budget == default_max_kld("mixed") == 0.05
     assert OnnxWriter(dtype="mixed", max_kld=0.2).budget == 0.2
+
+
+@pytest.mark.parametrize("max_kld", [0.0, -0.1, float("nan"), float("inf")])
+def test_impossible_budgets_are_refused_and_not_replaced(tmp_path: Path, max_kld: float) -> None:
+    bundle = export_bundle(RandomSource(tiny_config(), 1), tmp_path / "b", OnnxWriter()).path
+    for attempt in (
+        lambda: OnnxWriter(max_kld=max_kld),
+        lambda: TorchScriptWriter(max_kld=max_kld),
+        lambda: verify_bundle(bundle, max_kld=max_kld, threads=1),
+    ):
+        with pytest.raises(InputError, match=f"budget is {max_kld}"):
+            attempt()
 
 
 # Calibration text

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -19,6 +20,7 @@ from gemma3_export.cli import command_line
 from gemma3_export.cli.drafters import default_draft_tokens
 from gemma3_export.cli.generate_command import RUNTIMES
 from gemma3_export.cli.onnx_command import CALIBRATED, DTYPES, TARGETS
+from gemma3_export.cli.progress_bars import ProgressBars
 from gemma3_export.tokenizer import Tokenizer
 from tests.tiny_models import write_hf_folder
 from tests.tiny_tokenizers import tiny_gemma_tokenizer
@@ -121,7 +123,34 @@ def test_onnx_exports_proves_and_says_so(one_layer, tmp_path):
     assert "parity: passed" in result.stdout
     assert f"next: gemma3-export generate {tmp_path / 'out'} --prompt" in result.stdout
     assert Bundle(tmp_path / "out").graph("onnx").verified
-    assert result.stderr == ""  # no progress bar: this is no terminal
+    # A line a stage and no progress bar: this is no terminal.
+    stages = result.stderr.splitlines()
+    assert stages[:3] == ["tracing ...", "writing weights ...", "computing the truth ..."]
+    assert stages[3].startswith("comparing ")
+    assert all(line.endswith(" ...") for line in stages)
+    assert len(stages) < 8
+
+
+def test_a_long_stage_says_that_it_goes_on(monkeypatch, capsys):
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    with ProgressBars() as progress:
+        for seconds, stage, done in (
+            (0, "writing weights", 5),
+            (10, "writing weights", 20),
+            (31, "writing weights", 50),
+            (32, "comparing prefill-5", 0),
+            (40, "comparing decode", 7),
+            (65, "comparing chunked", 80),
+        ):
+            now[0] = seconds
+            progress(stage, done, 100)
+    assert capsys.readouterr().err.splitlines() == [
+        "writing weights ...",
+        "writing weights (50%) ...",
+        "comparing prefill-5 ...",
+        "comparing chunked (80%) ...",
+    ]
 
 
 def test_onnx_without_proof_says_that_nothing_was_proven(one_layer, tmp_path):
@@ -339,5 +368,7 @@ def test_inspect_says_what_the_bundle_is(ort_bundle, check):
     assert graph["operators"]["com.microsoft::GroupQueryAttention"] == 5
     text = run_ok("inspect", ort_bundle, *check).stdout
     assert "proof: passed" in text
-    assert "model.safetensors" in text
+    origin = r"^weights: tiny \(safetensors\)\n  model.safetensors: SHA-256 \w{64}$"
+    assert re.search(origin, text, re.MULTILINE)
+    assert "{" not in text
     assert ("SHA-256 checked" in text) == bool(check)

@@ -52,7 +52,8 @@ def refused(*arguments: object, code: int = 2) -> str:
 
 
 def error_line(*arguments: object, code: int = 2) -> str:
-    message = refused(*arguments, code=code)
+    lines = refused(*arguments, code=code).splitlines(keepends=True)
+    message = "".join(line for line in lines if not line.endswith(" ...\n"))  # the stages so far
     assert message.startswith("error: ")
     assert message.count("\n") == 1, message
     return message
@@ -275,6 +276,31 @@ def test_impossible_sampling_values(ort_bundle, option, value):
 )
 def test_impossible_options(ort_bundle, arguments):
     refused("generate", ort_bundle, "--prompt", "a", *arguments)
+
+
+@pytest.mark.parametrize(
+    ("command", "options", "option"),
+    [
+        ("torchscript", ("--dtype", "bf16", "--block-size", "32"), "--block-size"),
+        ("torchscript", ("--block-size", "128"), "--block-size"),  # the default, but given
+        ("onnx", ("--block-size", "32"), "--block-size"),
+        ("onnx", ("--dtype", "bf16", "--block-size", "32"), "--block-size"),
+        ("onnx", ("--dtype", "fp16", "--block-size", "32"), "--block-size"),
+        ("onnx", ("--dtype", "keep", "--block-size", "64"), "--block-size"),
+    ],
+)
+def test_export_options_without_effect_are_refused(one_layer, output, command, options, option):
+    arguments = ("--random-weights", 0, "--config", one_layer, "-o", output)
+    message = refused(command, *arguments, *options)
+    assert f"{option} would have no effect" in message
+
+
+def test_cuda_options_without_effect_are_refused(ort_bundle):
+    assert "--cuda-placement" in refused("inspect", ort_bundle, "--cuda-python", "/bin/true")
+    for option in (["--cuda-graph"], ["--tf32"], ["--gpu-memory-limit", "1GB"]):
+        for command in (["generate", "--prompt", "a"], ["verify"], ["bench"]):
+            message = refused(command[0], ort_bundle, *command[1:], "--device", "cpu", *option)
+            assert f"{option[0]} has no effect on the CPU" in message
 
 
 @pytest.mark.parametrize("command", ["generate", "verify"])

@@ -11,6 +11,7 @@ import pytest
 
 from gemma3_export.config import Gemma3Config, default_layer_types
 from gemma3_export.config_json import config_from_json, config_to_json, load_config
+from gemma3_export.config_keys import BENIGN_KEYS, TEXT_KEYS, WRAPPER_KEYS
 from gemma3_export.errors import InputError
 from gemma3_export.presets import SIZES, preset
 from tests.tiny_models import tiny_config
@@ -239,6 +240,31 @@ def test_wrapper_contradictions_are_refused() -> None:
     ]:
         with pytest.raises(InputError, match=message):
             read(OFFICIAL_4B | changes)
+
+
+def complaint(data: object) -> str:
+    """Why ``data`` is refused; empty where it is not."""
+    try:
+        read(data)
+    except InputError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("long", ["x" * 5000, ["x" * 5000], {"x" * 5000: 1}, [-1] * 5000], ids=type)
+def test_long_values_are_not_repeated_whole(long: object) -> None:
+    """Whatever key holds them, and wherever it is."""
+    whole = config_to_json(tiny_config())
+    keys = {*TEXT_KEYS, *WRAPPER_KEYS, *BENIGN_KEYS, *whole, "x" * 5000, "qk_norm", "n_layers"}
+    places: list[dict[str, object]] = [whole | {key: long} for key in sorted(keys)]
+    for key in ("rope_type", "type", "factor", "rope_theta", "x"):
+        kind = {"rope_type": "linear", "factor": 8.0, key: long}
+        places.append(whole | {"rope_scaling": kind})
+        for name in ("full_attention", "sliding_attention"):
+            places.append(whole | {"rope_scaling": None, "rope_parameters": {name: kind}})
+    messages = [message for data in places if (message := complaint(data))]
+    assert len(messages) > 30
+    assert max(map(len, messages)) < 500
 
 
 @pytest.mark.parametrize(

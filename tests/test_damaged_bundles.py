@@ -9,7 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.test_cli_errors import edit_json, error_line
+from gemma3_export.bundle import Bundle
+from gemma3_export.errors import InputError
+from gemma3_export.exporters.bundle_export import link_files
+from gemma3_export.exporters.bundle_weights import open_bundle_weights
+from gemma3_export.parity.onnx_taps import OnnxTaps
+from gemma3_export.runtimes.onnx_runtime import OnnxRuntime
+from tests.test_cli_errors import edit_json, error_line, run
 
 
 @pytest.fixture
@@ -100,3 +106,44 @@ def test_weights_that_end_early_give_one_message(copied_bundle, capfd):
     replace_file(copied_bundle, "onnx/model.onnx_data", b"\0" * 1000)
     error_line("generate", copied_bundle, "--prompt", "a")
     assert "onnxruntime:" not in capfd.readouterr().err  # its own log is written to the descriptor
+
+
+@pytest.fixture
+def linked_bundle(ort_bundle, tmp_path) -> Path:
+    """A bundle as the Hub's cache holds it: names that lead to files elsewhere."""
+    snapshot, blobs = tmp_path / "snapshots" / "1", tmp_path / "blobs"
+    blobs.mkdir()
+    for number, file in enumerate(sorted(p for p in ort_bundle.rglob("*") if p.is_file())):
+        link = snapshot / file.relative_to(ort_bundle)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, blobs / str(number))
+        up = "../" * (len(link.relative_to(tmp_path).parts) - 1)
+        link.symlink_to(f"{up}blobs/{number}")
+    return snapshot
+
+
+def test_bundle_of_links_is_verified_and_extended(linked_bundle, tmp_path):
+    for command in (("verify",), ("generate", "--prompt", "a", "--max-new-tokens", "2")):
+        result = run(command[0], linked_bundle, *command[1:])
+        assert result.exit_code == 0, result.output
+    copied = tmp_path / "copied"
+    link_files(Bundle(linked_bundle), copied)  # what adding a graph begins with
+    assert not any(path.is_symlink() for path in copied.rglob("*"))
+
+
+def test_rewritten_graphs_find_weights_behind_links(linked_bundle):
+    runtime = OnnxRuntime(linked_bundle, device="cpu", threads=1, windowed=False)
+    OnnxTaps(runtime)
+    OnnxRuntime(linked_bundle, device="cpu", threads=1, float_products=True)
+
+
+def test_graph_that_names_a_file_outside_of_the_bundle(copied_bundle):
+    data = copied_bundle / "onnx" / "model.onnx_data"
+    graph = (copied_bundle / "onnx" / "model.onnx").read_bytes()
+    assert len(b"model.onnx_data") == len(b"../../model.onn")
+    shutil.copy(data, copied_bundle.parent / "model.onn")
+    graph = graph.replace(b"model.onnx_data", b"../../model.onn")
+    replace_file(copied_bundle, "onnx/model.onnx", graph)
+    error_line("verify", copied_bundle)  # by ONNX Runtime already
+    with pytest.raises(InputError, match=r"'\.\./\.\./model\.onn', which is not among the bundle"):
+        open_bundle_weights(Bundle(copied_bundle))

@@ -96,6 +96,10 @@ class TestLoop:
         assert len({c.token_ids for c in each}) == 1
         assert {c.seed for c in each + shared} == {7}
 
+    def test_a_seed_that_had_no_effect_is_not_reported(self):
+        assert answer_alone([2, 9], SamplingParams(seed=5), max_new_tokens=2).seed is None
+        assert answer_alone([2, 9], SamplingParams(top_k=4), max_new_tokens=2).seed is not None
+
     def test_repetition_penalty_sees_the_prompt(self):
         plain = answer_alone([2, 30], max_new_tokens=1).token_ids[0]
         prompt = [plain, 2, 30]
@@ -179,15 +183,15 @@ class TestLimits:
         ("prompts", "options", "message"),
         [
             ([], {}, "no prompt"),
-            ([[]], {}, "prompt 0 is empty"),
-            ([[2], []], {}, "prompt 1 is empty"),
-            ([2, 3], {}, "prompt 0 has shape"),
-            ([[2, 3.5]], {}, "prompt 0 .* type float64"),
+            ([[]], {}, "prompt 1 is empty"),
+            ([[2], []], {}, "prompt 2 is empty"),
+            ([2, 3], {}, "prompt 1 has shape"),
+            ([[2, 3.5]], {}, "prompt 1 .* type float64"),
             ([["a"]], {}, "sequence of token ids"),
             ([[2, 256]], {}, "token id 256, outside the model's vocabulary of 256"),
-            ([[2], [-1]], {}, "prompt 1 holds token id -1"),
-            ([[2] * 129], {}, "prompt 0 has 129 tokens, more than the model's context of 128"),
-            ([[2], [2] * 9], {"capacity": 8}, "prompt 1 has 9 tokens, more than .* capacity of 8"),
+            ([[2], [-1]], {}, "prompt 2 holds token id -1"),
+            ([[2] * 129], {}, "prompt 1 has 129 tokens, more than the model's context of 128"),
+            ([[2], [2] * 9], {"capacity": 8}, "prompt 2 has 9 tokens, more than .* capacity of 8"),
             ([[2]], {"capacity": 129}, "capacity is 129; it must be from 1 to the model's 128"),
             ([[2]], {"capacity": 0}, "capacity is 0"),
             ([[2]], {"max_new_tokens": 0}, "max_new_tokens is 0"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import shutil
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from gemma3_export.runtimes.onnx_runtime import OnnxRuntime
 from gemma3_export.runtimes.protocol import IntArray, KVCache, Logits, Runtime
 from gemma3_export.signature import Signature
 from tests.exported_bundles import TARGETS, exported_bundle, source_of
+from tests.test_cli_errors import edit_json
 from tests.tiny_models import TINY
 
 TOLERANCE = 1e-5  # absolute; logits are about 1, and two correct float32 runs differ by 1e-6
@@ -373,3 +375,90 @@ assert not heavy, heavy
         check=False,
     )
     assert done.returncode == 0, done.stderr
+
+
+# --- graphs that are not the config's ---------------------------------------------------------
+
+
+def edit_config(bundle: Path, **changes: object) -> None:
+    """Change ``config.json``, and its record in the manifest with it."""
+    edit_json(bundle / "config.json", **changes)
+    write_manifest(bundle, Bundle(bundle).manifest, {})
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"vocab_size": 96}, r"logits is \[.*97\], declared as \[.*96\]"),
+        ({"head_dim": 32}, r"past_key_values\.0\.key is .*16\], declared as .*32\]"),
+        ({"num_key_value_heads": 3}, r"past_key_values\.0\.key .*, 2, .*, 3, .*and 18 more"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("windowed", [True, False])
+def test_config_edited_with_its_hash_is_refused_at_opening(
+    copied: Path, changes: dict[str, object], complaint: str, windowed: bool
+) -> None:
+    edit_config(copied, **changes)
+    with pytest.raises(InputError, match=complaint):
+        OnnxRuntime(copied, windowed=windowed)
+
+
+def test_the_type_of_the_cache_must_be_the_declared_one(copied: Path) -> None:
+    graphs = json.loads((copied / "manifest.json").read_text(encoding="utf-8"))["graphs"]
+    edit_json(copied / "manifest.json", graphs=[graphs[0] | {"cache_dtype": "float16"}])
+    with pytest.raises(InputError, match=r"is tensor\(float\), declared as tensor\(float16\)"):
+        OnnxRuntime(copied)
+
+
+@pytest.mark.parametrize("windowed", [True, False])
+def test_windowed_and_full_graph_cannot_take_each_others_place(
+    copied: Path, windowed: bool
+) -> None:
+    names = ["model.onnx", "model_windowed.onnx"]
+    wrong, right = names if windowed else reversed(names)
+    shutil.copy(copied / "onnx" / wrong, copied / "onnx" / right)
+    write_manifest(copied, Bundle(copied).manifest, {})
+    with pytest.raises(InputError, match=rf"{right} does not have .*window_capacity"):
+        OnnxRuntime(copied, windowed=windowed)
+
+
+def test_windows_as_long_as_the_context_need_no_windowed_caches(copied: Path) -> None:
+    edit_config(copied, sliding_window=2**31 - 1)
+    runtime = OnnxRuntime(copied, device="cpu", threads=1)
+    assert not runtime.is_windowed
+    runtime.step(random_ids(1, 3), runtime.new_cache(1, 3), num_logits=1)
+    with pytest.raises(InputError, match="as long as the context of 256"):
+        OnnxRuntime(copied, windowed=True)
+
+
+def test_a_cache_that_does_not_fit_into_memory_is_one_error(copied: Path) -> None:
+    edit_config(copied, max_position_embeddings=2**31 - 1)
+    runtime = OnnxRuntime(copied, device="cpu", threads=1, windowed=False)
+    with pytest.raises(Gemma3ExportError, match=r"needs about .* GB.*fewer"):
+        runtime.new_cache(2**20, 2**30)
+
+
+@pytest.mark.parametrize(
+    ("shape", "arguments", "complaint"),
+    [
+        ((2, 0), {"num_logits": 0}, "a step of 0 tokens"),
+        ((1, 0), {"num_logits": 0, "row": 1}, "a step of 0 tokens"),
+        ((1, 3), {"num_logits": 1, "row": 2}, "row 2 .* the cache has 2"),
+        ((1, 3), {"num_logits": 1, "row": -1}, "row -1 .* the cache has 2"),
+        ((2, 3), {"num_logits": -1}, "num_logits is -1"),
+        ((2, 3), {"num_logits": 4}, "num_logits is 4; a step of 3 tokens"),
+        ((1, 3), {"num_logits": 1}, r"shape \[1, 3\]; this step takes \[2, T\]"),
+        ((2, 3), {"num_logits": 1, "row": 0}, r"shape \[2, 3\]; this step takes \[1, T\]"),
+        ((3,), {"num_logits": 1}, r"shape \[3\]"),
+    ],
+)
+@pytest.mark.parametrize("backend", ["ort", "portable", "reference"])
+def test_impossible_steps_are_refused_in_the_same_words(
+    backend: str, shape: tuple[int, ...], arguments: dict[str, int], complaint: str
+) -> None:
+    runtime: Runtime = reference_runtime() if backend == "reference" else onnx_runtime(backend)
+    cache = runtime.new_cache(2, 8)
+    with pytest.raises(InputError, match=complaint):
+        runtime.step(np.zeros(shape, np.int64), cache, **arguments)
+    assert cache.lengths.tolist() == [0, 0]

@@ -238,6 +238,23 @@ def test_the_terminal_says_what_is_wrong_and_where(
     assert "not_finite" in render_terminal(broken)
 
 
+def test_the_last_line_says_which_numbers_failed_where_all_cases_pass(
+    passing: ParityReport,
+) -> None:
+    implementation, quality = passing.gates[:2]
+    kld, top1, _ = quality.metrics
+    bad = (
+        replace(kld, value=0.25, passed=False),
+        replace(top1, value=0.5, passed=False),
+    )
+    report = replace(passing, gates=(implementation, replace(quality, passed=False, metrics=bad)))
+    last = render_terminal(report).strip().splitlines()[-1]
+    assert last.startswith(
+        "FAIL  quality: mean_kld is 0.25 (limit 0.01) and top1_agreement is 0.5 (at least 0.93) "
+        "(all 15 cases pass), "
+    )
+
+
 def test_progress_ends_where_it_said_it_would(source: WeightSource, yardstick: Yardstick) -> None:
     seen: list[tuple[str, int, int]] = []
     runtime = ReferenceRuntime(load_reference(source))

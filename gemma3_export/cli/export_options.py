@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from gemma3_export.reference.weights import WeightSource
     from gemma3_export.tokenizer import Tokenizer
 
-__all__ = ["ExportOptions", "export_options", "run_export"]
+__all__ = ["ExportOptions", "export_options", "run_export", "threads_option"]
 
 TIKTOKEN_PREFIX = "tiktoken:"
 
@@ -37,6 +37,7 @@ class ExportOptions:
     output: Path
     no_verify: bool
     force: bool
+    threads: int | None
 
 
 class Export(Protocol):
@@ -50,11 +51,19 @@ class Export(Protocol):
         tokenizer: Tokenizer | None,
         verify: bool,
         force: bool,
+        threads: int | None,
         progress: Progress,
     ) -> ExportResult:
         """Export in one format."""
 
 
+threads_option = click.option(
+    "--threads",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Threads an operator, of torch and ONNX Runtime [default: all processors; 1 for fewer "
+    "than 20M parameters].",
+)
 OPTIONS = (
     click.option(
         "--weights",
@@ -92,6 +101,7 @@ OPTIONS = (
     click.option(
         "--force", is_flag=True, help="Replace an existing folder that this program made."
     ),
+    threads_option,
 )
 
 
@@ -137,6 +147,7 @@ def run_export(options: ExportOptions, runtime: str, description: str, export: E
             tokenizer=tokenizer,
             verify=not options.no_verify,
             force=options.force,
+            threads=options.threads,
             progress=progress,
         )
         parameters = source.config.num_parameters

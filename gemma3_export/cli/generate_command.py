@@ -56,7 +56,12 @@ Examples:
 @click.option("--top-p", type=float, metavar="P", help="Sample among tokens that add up to P.")
 @click.option("--min-p", type=float, metavar="P", help="Drop tokens below P times the likeliest.")
 @click.option("--repetition-penalty", type=float, default=1.0, metavar="R", help="1 is off.")
-@click.option("--seed", type=int, metavar="N", help="The same seed gives the same text.")
+@click.option(
+    "--seed",
+    type=int,
+    metavar="N",
+    help="The same seed gives the same text; --json prints it, and null for greedy.",
+)
 @click.option("--stop", "stop_texts", multiple=True, metavar="TEXT", help="End before this text.")
 @click.option(
     "--prompt-lookup",

@@ -126,7 +126,7 @@ class JsonPrinter:
 def completion_to_json(
     completion: Completion, prompt: Prompt, tokenizer: Tokenizer | None
 ) -> dict[str, Any]:
-    """Everything about a completion; with ``seed`` and ``index`` it can be repeated."""
+    """Everything about a completion, which ``seed`` (null: greedy) and ``index`` repeat."""
     data: dict[str, Any] = {
         "index": completion.request,
         "prompt": prompt.text,

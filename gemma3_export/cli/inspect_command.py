@@ -49,6 +49,9 @@ def inspect(
     With --cuda-placement, say where ONNX Runtime puts each node of the ONNX graph, over a stub of
     CUDA; the exit code is 1 when anything but extents stays on the CPU.
     """
+    if cuda_python is not None and not cuda_placement:
+        raise click.UsageError("--cuda-python is for --cuda-placement; add that, or leave it out")
+
     from gemma3_export.bundle import Bundle
     from gemma3_export.inspection import inspect_bundle
 
@@ -86,11 +89,22 @@ def _lines(facts: Mapping[str, Any]) -> Iterator[str]:
         yield from _graph_lines(graph)
         yield f"  proof: {_proof_line(graph, facts)}"
     yield ""
-    yield "weights: " + json.dumps(facts["source"], indent=2)
+    yield from _source_lines(facts["source"])
     yield ""
     yield from _file_lines(facts)
     yield ""
     yield "made with: " + ", ".join(f"{k} {v}" for k, v in sorted(facts["versions"].items()))
+
+
+def _source_lines(source: Mapping[str, Any]) -> Iterator[str]:
+    """Where the weights came from; what the manifest may say besides comes last."""
+    rest = dict(source)
+    kind, location = rest.pop("kind", "of unknown kind"), rest.pop("location", "an unknown place")
+    yield f"weights: {location} ({kind})"
+    files = rest.pop("files", None)
+    for name, sha256 in files.items() if isinstance(files, dict) else ():
+        yield f"  {name}: SHA-256 {sha256}"
+    yield from (f"  {key}: {value}" for key, value in rest.items())
 
 
 def _model_lines(model: Mapping[str, Any]) -> Iterator[str]:

@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from gemma3_export.cli.export_options import ExportOptions, export_options, run_export
+from gemma3_export.cli.given_options import refuse_if_given
 
 __all__ = ["DTYPES", "TARGETS", "onnx"]
 
@@ -16,6 +17,7 @@ TARGETS = ("ort", "portable")
 ACTIVATIONS = ("fp32", "bf16", "fp16")
 DTYPES = ("fp32", "bf16", "fp16", "int8", "keep", "int4", "mixed")
 CALIBRATED = ("int4", "mixed")
+BLOCKED = ("int8", *CALIBRATED)  # whose blocks this program cuts; those of keep are the file's
 EPILOG = """\b
 Examples:
   gemma3-export onnx --size 270m -o gemma-3-270m
@@ -103,6 +105,10 @@ def onnx(
     if calibration is not None and dtype not in CALIBRATED:
         raise click.UsageError(
             f"--calibration is for --dtype {' and '.join(CALIBRATED)}; leave it out for {dtype}"
+        )
+    if dtype not in BLOCKED:
+        refuse_if_given(
+            "block_size", "--block-size", f"it is for --dtype {', '.join(BLOCKED)}, not for {dtype}"
         )
     from gemma3_export.exporting import export_onnx
 

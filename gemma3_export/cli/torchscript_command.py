@@ -7,6 +7,7 @@ from functools import partial
 import click
 
 from gemma3_export.cli.export_options import ExportOptions, export_options, run_export
+from gemma3_export.cli.given_options import refuse_if_given
 
 __all__ = ["DTYPES", "torchscript"]
 
@@ -58,6 +59,8 @@ def torchscript(
     docs/torchscript.md says what that means. An archive is code: it is loaded only when its hash is
     the manifest's.
     """
+    if dtype != "int8":
+        refuse_if_given("block_size", "--block-size", f"it is for --dtype int8, not for {dtype}")
     from gemma3_export.exporting import export_torchscript
 
     export = partial(

@@ -9,6 +9,7 @@ import click
 
 from gemma3_export.bundle import RUNTIMES
 from gemma3_export.cli.cuda_options import CudaRequest, cuda_options
+from gemma3_export.cli.export_options import threads_option
 from gemma3_export.cli.progress_bars import ProgressBars
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ file_option = click.Path(path_type=Path, dir_okay=False)
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the random tokens.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 @cuda_options
-@click.option("--threads", type=click.IntRange(min=1), metavar="N", help="Threads an operator.")
+@threads_option
 def verify(
     bundle_path: Path,
     runtime: str,

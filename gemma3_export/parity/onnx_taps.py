@@ -15,6 +15,7 @@ import torch
 from gemma3_export.errors import UnavailableError
 from gemma3_export.parity.taps import ATTEND, ROTARY_KEY, Tap, Taps, flat
 from gemma3_export.runtimes.onnx_session import WEIGHTS_FOLDER, import_onnxruntime
+from gemma3_export.runtimes.onnx_upcast import read_graph
 from gemma3_export.runtimes.onnx_values import as_float32, run_graph, zeros
 from gemma3_export.runtimes.protocol import IntArray
 
@@ -54,7 +55,7 @@ class OnnxTaps:
         model = (
             onnx.load_model_from_string(runtime.graph)
             if isinstance(runtime.graph, bytes)
-            else onnx.load(runtime.graph, load_external_data=False)
+            else read_graph(runtime.graph)
         )
         self.names = tap_names(model.graph.node)
         known = {value.name for value in model.graph.output}
@@ -66,7 +67,7 @@ class OnnxTaps:
         ort = import_onnxruntime()
         options = ort.SessionOptions()
         options.log_severity_level = 3
-        options.add_session_config_entry(WEIGHTS_FOLDER, str(runtime.path.parent))
+        options.add_session_config_entry(WEIGHTS_FOLDER, str(runtime.weights_folder))
         self.session = ort.InferenceSession(
             model.SerializeToString(), options, providers=runtime.session.get_providers()
         )

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from gemma3_export.bundle import require_max_kld
 from gemma3_export.errors import InputError
 
 __all__ = ["HalfPrecision", "Progress", "VerifyOptions", "compute_dtype", "floor_dtype"]
@@ -44,14 +45,9 @@ class VerifyOptions:
         Raises:
             InputError: the budget is no positive number.
         """
-        if not 0 < max_mean_kld < math.inf:
-            raise InputError(
-                f"the divergence budget is {max_mean_kld}; give a positive number of nats a token, "
-                "such as 0.05"
-            )
         return cls(
             seed=seed,
-            max_mean_kld=max_mean_kld,
+            max_mean_kld=require_max_kld(max_mean_kld),
             min_top1=max(0.0, 1 - 0.7 * math.sqrt(max_mean_kld)),
             max_perplexity_ratio=math.exp(3 * max_mean_kld),
         )

@@ -59,9 +59,25 @@ def verdict_line(report: ParityReport) -> str:
             f"{times(worst)} x the noise floor (limit {report.options['factor']:g}){tied}, "
             f"{seconds:.1f} s"
         )
+    return f"FAIL  {'; '.join(failed_parts(report))}, {seconds:.1f} s"
+
+
+def failed_parts(report: ParityReport) -> Iterator[str]:
+    """The cases that failed, then each gate with numbers of its own that failed."""
     bad = [case.name for case in report.cases if not case.passed]
-    what = ", ".join([*bad[:4], *([f"and {len(bad) - 4} more"] if len(bad) > 4 else [])])
-    return f"FAIL  {what or 'quality'} ({len(bad)} of {cases} cases), {seconds:.1f} s"
+    if bad:
+        what = ", ".join([*bad[:4], *([f"and {len(bad) - 4} more"] if len(bad) > 4 else [])])
+        yield f"{what} ({len(bad)} of {len(report.cases)} cases)"
+    for gate in report.gates:
+        beyond = [metric for metric in gate.metrics if not metric.passed]
+        if beyond:
+            numbers = " and ".join(
+                f"{metric.name} is {metric.value:.3g} "
+                f"({'at least' if metric.is_minimum else 'limit'} {metric.limit:.3g})"
+                for metric in beyond
+            )
+            alone = "" if bad else f" (all {len(report.cases)} cases pass)"
+            yield f"{gate.name}: {numbers}{alone}"
 
 
 def divergence_text(report: ParityReport) -> str:

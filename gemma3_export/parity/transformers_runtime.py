@@ -19,7 +19,7 @@ from gemma3_export.runtimes.protocol import (
     KVCache,
     LayerKV,
     Logits,
-    check_capacity,
+    check_step,
     check_truncation,
     empty_lengths,
 )
@@ -107,8 +107,8 @@ class TransformersRuntime:
     ) -> Logits:
         """See :class:`gemma3_export.runtimes.protocol.Runtime`."""
         assert isinstance(cache, TransformersCache)
+        check_step(cache, input_ids, num_logits, row)
         new = input_ids.shape[1]
-        check_capacity(cache, new, row)
         rows = range(cache.batch_size) if row is None else [row]
         found = []
         for index, r in enumerate(rows):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import gemma3_export
+from gemma3_export.bundle import MANIFEST
 from gemma3_export.config import Gemma3Config
 from gemma3_export.config_json import (
     PADDED_VOCAB_SIZE,
@@ -38,6 +39,7 @@ SUFFIXES = (".safetensors", ".gguf", *TORCH_SUFFIXES)
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 # Facts that may differ between two descriptions of one model.
 NOT_COMPARED = {"pad_token_id", "bos_token_id", "eos_token_id", "initializer_range"}
+SHOWN_FIELDS = 4  # of a config that is not that of --size
 STATED_IN_GGUF = ("rope_theta", "rope_scaling_factor", "rms_norm_eps", "sliding_window")
 
 
@@ -116,8 +118,8 @@ def _local_path(spec: str) -> Path | None:
         raise InputError(f"{spec!r:.100} is not a usable path: {error}") from error
     if HUB_ID.fullmatch(spec) and path.suffix not in SUFFIXES:
         return None
-    if spec in SIZES:
-        raise InputError(f"{spec!r} is a size, not weights; use --size {spec}")
+    if spec.lower() in SIZES:
+        raise InputError(f"{spec!r} is a size, not weights; use --size {spec.lower()}")
     raise InputError(
         f"{spec!r:.200} does not exist; give a folder, a file ({', '.join(SUFFIXES)}) or a Hub id "
         "such as google/gemma-3-270m"
@@ -185,8 +187,23 @@ def _open_folder(folder: Path) -> TensorStore:
             raise InputError(f"{folder} has several weight files ({names}); name one of them")
         if found:
             return _open_store(found[0])
+    if (folder / MANIFEST).is_file():
+        raise InputError(_not_from_an_export(folder))
     raise InputError(
         f"{folder} has no model.safetensors, {INDEX}, .gguf or .pt file; is it a model's folder?"
+    )
+
+
+def _not_from_an_export(folder: Path) -> str:
+    """What to give instead of a bundle, which says where its weights came from."""
+    source = load_json_object(folder / MANIFEST).get("source")
+    origin = source.get("location") if isinstance(source, dict) else None
+    if origin == DEMO_FOLDER.name:
+        origin = DEMO
+    made_from = f" ({origin:.80})" if isinstance(origin, str) else ""
+    return (
+        f"{folder} is an export of this program, not weights; give what it was made from{made_from}"
+        f", with -o {folder} to add another format to it"
     )
 
 
@@ -228,21 +245,36 @@ def _agree_with_gguf(config: Gemma3Config, from_gguf: Gemma3Config, where: Path)
             raise InputError(f"{where} says {key} is {stated!r}, the GGUF file says {stored!r}")
 
 
+def _difference(name: str, stated: object, wanted: object) -> str:
+    """``hidden_size is 64, not 640``; of lists the length, or the first place that differs."""
+    if isinstance(stated, tuple) and isinstance(wanted, tuple):
+        if len(stated) != len(wanted):
+            return f"{name} has {len(stated)} entries, not {len(wanted)}"
+        place = next(
+            i for i, pair in enumerate(zip(stated, wanted, strict=True)) if len(set(pair)) > 1
+        )
+        name, stated, wanted = f"{name}[{place}]", stated[place], wanted[place]
+    return f"{name} is {stated!r}, not {wanted!r}"
+
+
 def _agree_with_size(config: Gemma3Config, size: str | None, where: str) -> Gemma3Config:
     """``config`` with the end-of-text ids of ``size``, which it must otherwise equal."""
     if size is None:
         return config
     expected = preset(size).config
-    differing = []
+    differing = {}
     for field in fields(Gemma3Config):
         stated, wanted = getattr(config, field.name), getattr(expected, field.name)
         if field.name == "vocab_size" and stated == PADDED_VOCAB_SIZE:
             stated = TEXT_VOCAB_SIZE
         if field.name not in NOT_COMPARED and stated != wanted:
-            differing.append(f"{field.name} is {stated!r:.60}, not {wanted!r:.60}")
+            differing[field.name] = _difference(field.name, stated, wanted)
     if differing:
+        shown, others = [*differing.values()][:SHOWN_FIELDS], [*differing][SHOWN_FIELDS:]
+        more = f"; also different: {', '.join(others)}" if others else ""
         raise InputError(
-            f"{where} is not a {size} model: {'; '.join(differing)}; drop --size or name the right"
+            f"{where} is not a {size} model: {'; '.join(shown)}{more}; drop --size or name the "
+            "right one"
         )
     return replace(
         config, eos_token_id=tuple(dict.fromkeys((*config.eos_token_id, *expected.eos_token_id)))
