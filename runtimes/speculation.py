@@ -51,8 +51,7 @@ class StepCosts:
 
 
 PLAIN_COSTS = StepCosts()
-# A plain step that fetches candidates reads less of the head; verifying needs, and samples from, all
-# logits.
+# A plain step that fetches candidates reads less of the head, and samples from fewer logits.
 CHOSEN_COSTS = StepCosts(draft=0.7, token=0.15)
 
 
