@@ -23,6 +23,7 @@ N candidates.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -245,14 +246,11 @@ def write_screen(
     """Write codes, scales and margins to ``path``, point to them, and return its SHA-256."""
     block_format = screen_format(config)
     assert isinstance(head.const_value, ir.ExternalTensor)
-    weights = head.const_value.numpy()  # mapped
-    step = max(1, CHUNK_BYTES // (4 * config.hidden_size))
     kept: dict[str, list[torch.Tensor]] = {SCALES: [], MARGINS: []}
     with path.open("wb") as file:
         writer = HashingWriter(file, progress)
         places = {CODES: 0}
-        for start in range(0, len(weights), step):
-            chunk = torch.from_numpy(weights[start : start + step].copy())
+        for chunk in row_chunks(head.const_value, config):
             matrix = quantize(chunk, block_format)
             writer.write(raw_bytes(pack_codes(matrix)))
             kept[SCALES].append(matrix.scales)
@@ -266,6 +264,17 @@ def write_screen(
     for key, part in parts.items():
         attach(graph.initializers[part.name], part, places[key], path)
     return writer.digest.hexdigest()
+
+
+def row_chunks(stored: ir.ExternalTensor, config: Gemma3Config) -> Iterator[torch.Tensor]:
+    """Rows of the head as written, a few at a time; all of a mapped file would count as memory."""
+    columns = config.hidden_size
+    step = max(1, CHUNK_BYTES // (4 * columns))
+    with Path(stored.path).open("rb") as file:
+        file.seek(stored.offset or 0)
+        for start in range(0, config.vocab_size, step):
+            rows = min(step, config.vocab_size - start)
+            yield torch.from_numpy(np.fromfile(file, "<f4", rows * columns).reshape(rows, columns))
 
 
 def row_margins(weights: torch.Tensor, copies: torch.Tensor) -> torch.Tensor:
