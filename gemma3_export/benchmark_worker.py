@@ -99,7 +99,7 @@ def open_candidate(
     size = weight_bytes(bundle, name)
     if isinstance(runtime, OnnxRuntime) and runtime.is_screened:
         size -= 4 * bundle.config.vocab_size * bundle.config.hidden_size
-        size += file_bytes(bundle, f"{bundle.graph(name).windowed_path}_data")
+        size += bundle.file_bytes(f"{bundle.graph(name).windowed_path}_data")
     return RuntimeCandidate(runtime, size)
 
 
@@ -107,17 +107,11 @@ def weight_bytes(bundle: Bundle, name: str) -> int:
     """What a token reads: all weights; of a tied embedding the head reads every row."""
     if name == "onnx":
         graph = bundle.graph(name).path  # small tensors lie in it, the rest in a file beside it
-        return file_bytes(bundle, graph) + file_bytes(bundle, f"{graph}_data")
+        return bundle.file_bytes(graph) + bundle.file_bytes(f"{graph}_data")
     if name == "reference":
         return 4 * bundle.config.num_parameters
     kinds = {"fp32": 4, "fp16": 2, "bf16": 2}
     return kinds[bundle.graph(name).dtype] * bundle.config.num_parameters
-
-
-def file_bytes(bundle: Bundle, file: str) -> int:
-    """Size of one file; 0 if the bundle has none."""
-    record = bundle.manifest.files.get(file)
-    return record.size_bytes if record else 0
 
 
 def open_truth(weights: str, threads: int) -> Candidate:

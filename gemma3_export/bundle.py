@@ -154,6 +154,11 @@ class Bundle:
             is_screened=is_windowed and graph.is_screened,
         )
 
+    def file_bytes(self, relative: str) -> int:
+        """Size of one file; 0 if the bundle has none of this name."""
+        record = self.manifest.files.get(relative)
+        return record.size_bytes if record else 0
+
     def file(self, relative: str) -> Path:
         """Absolute path of a bundle file."""
         return self.path.joinpath(*PurePosixPath(relative).parts)
