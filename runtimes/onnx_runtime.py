@@ -26,7 +26,6 @@ from gemma3_export.runtimes.graph_choice import (
     window_problem,
 )
 from gemma3_export.runtimes.growing_cache import GrowingCache
-from gemma3_export.runtimes.huge_pages import anonymous_mappings, gather_in_background
 from gemma3_export.runtimes.mapped_weights import drop_mapped_pages
 from gemma3_export.runtimes.onnx_cache import OnnxCache, SharedCache
 from gemma3_export.runtimes.onnx_decoding import GRAPH_ID, DecodeSteps, SideSessions
@@ -132,14 +131,11 @@ class OnnxRuntime:
         # Blocks that are not packed are multiplied far more slowly.
         has_screen = self.signature.num_candidates is not None
         self.is_screened = has_screen and not shares_weights and has_known_grid()
-        before = anonymous_mappings()
         self.session = open_session(
             self.graph, self.device, threads=threads, entries=entries, cuda=self.cuda
         )
         for file in {graph.path, path}:
             drop_mapped_pages(bundle.file(f"{file}_data"))
-        if self.device.kind == "cpu":
-            gather_in_background(before, bundle.file_bytes(f"{graph.path}_data"))
         # Decode steps at fixed addresses pay where the host and the logits are far apart.
         self.has_fixed_steps = self.cuda is not None and self.target == "ort"
         self._sides: SideSessions | None = None
