@@ -14,7 +14,6 @@ from typing import Any
 
 from gemma3_export import errors
 from gemma3_export.errors import Gemma3ExportError
-from gemma3_export.huge_pages import huge_page_variables
 from gemma3_export.peers import InstalledPeer
 
 __all__ = ["Worker", "own_worker", "peer_worker"]
@@ -136,12 +135,7 @@ def started(
         stdout=subprocess.PIPE,
         text=True,
         # Some libraries size their pools by this before anybody can tell them.
-        env={
-            **variables,
-            **huge_page_variables(variables),
-            "OMP_NUM_THREADS": threads,
-            "HF_HUB_OFFLINE": "1",
-        },
+        env={**variables, "OMP_NUM_THREADS": threads, "HF_HUB_OFFLINE": "1"},
     )
     worker = Worker(name, process)
     try:

@@ -15,7 +15,6 @@ import click
 from gemma3_export import __version__
 from gemma3_export.cli.interruption import exit_code_of, handle_signals
 from gemma3_export.errors import Gemma3ExportError
-from gemma3_export.huge_pages import restart_with_huge_pages
 
 __all__ = ["command_line", "main"]
 
@@ -110,8 +109,6 @@ def command_line(debug: bool) -> None:
 
 def main() -> NoReturn:
     """What ``gemma3-export`` and ``python -m gemma3_export`` run."""
-    if "generate" in sys.argv[1:3]:  # behind --debug too
-        restart_with_huge_pages()
     handle_signals()
     command_line(prog_name="gemma3-export")
     raise AssertionError("click ends the process")
