@@ -94,8 +94,9 @@ class ScreenedSteps:
         logits, rows, ids, scores = (value.numpy() for value in self.binding.get_outputs()[:4])
         if len(scores):
             self.pause = FIRST_PAUSE
+            vocab_size = logits.shape[-1]
             return [
-                complete(ids[rows == row], scores[rows == row], needed)
+                complete(ids[rows == row], scores[rows == row], needed, vocab_size)
                 for row in range(cache.batch_size)
             ]
         self.paused = self.pause
@@ -103,10 +104,15 @@ class ScreenedSteps:
         return list(logits[:, -1])
 
 
-def complete(ids: NDArray[np.int64], scores: NDArray[np.float32], needed: int) -> Candidates:
+def complete(
+    ids: NDArray[np.int64], scores: NDArray[np.float32], needed: int, vocab_size: int
+) -> Candidates | Logits:
     """Of one row's candidates [N], ids ascending, those not below the last one ``needed``.
 
-    Others are left out since there may be more like them.
+    Others are left out since there may be more like them. A row with fewer than that has a state
+    that is not finite, so neither is any of its logits [V].
     """
+    if len(scores) < needed:
+        return np.full(vocab_size, np.nan, np.float32)
     is_kept = scores >= np.partition(scores, -needed)[-needed]
     return Candidates(ids[is_kept], scores[is_kept])

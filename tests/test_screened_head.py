@@ -166,6 +166,21 @@ class TestProof:
         assert ids.size == 0
         np.testing.assert_array_equal(others, hidden)
 
+    def test_a_row_that_is_not_finite_among_others_has_no_candidates(self) -> None:
+        hidden = np.repeat(states()["plain"], 2, axis=0)
+        hidden[1, 0, 4] = np.nan
+        rows, ids, scores, others = Screen(random_head())(hidden, 3)
+        assert others.shape[1] == 0
+        finite, broken = (
+            screened_steps.complete(ids[rows == row], scores[rows == row], 3, ROWS)
+            for row in range(2)
+        )
+        assert isinstance(finite, Candidates)
+        assert len(finite.ids) == 3
+        assert isinstance(broken, np.ndarray), "the sampler refuses logits that are not finite"
+        assert broken.shape == (ROWS,)
+        assert np.isnan(broken).all()
+
     def test_logits_that_lie_too_close_together_are_all_given(self) -> None:
         head = np.repeat(random_head()[:1], ROWS, axis=0)
         _, ids, _, others = Screen(head)(states()["plain"], 1)
