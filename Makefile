@@ -82,7 +82,7 @@ demo-270m: $(WEIGHTS) ## The same with the real Gemma 3 270M
 	@PATH="$(CURDIR)/$(BIN):$$PATH" sh examples/demo-270m.sh $(WEIGHTS) $(DEMO_270M)
 
 train-demo: $(INSTALLED) ## Train the bundled model anew, and hold its loss to the recorded one
-	$(BIN)/python -m gemma3_export.reference.training.demo -o $(TRAIN_DEMO)
+	$(BIN)/python -m benchmarks.train_demo -o $(TRAIN_DEMO)
 
 lint: $(INSTALLED) ## Style and types
 	$(BIN)/ruff check
@@ -108,7 +108,7 @@ test-cuda: gpu $(GPU_VENV)/.installed ## Parity of every format on an NVIDIA GPU
 
 # Before anything is downloaded. The command exits with 3, which make shows and turns into its own 2.
 gpu: $(INSTALLED)
-	@$(BIN)/python -m tests.cuda_machine
+	@$(BIN)/python -m tests.support.cuda_machine
 
 # With CUDA's libraries and a torch that has CUDA: gigabytes.
 $(GPU_VENV)/.installed: pyproject.toml constraints.txt | gpu
@@ -132,7 +132,7 @@ bench: demo-270m ## Speeds of the real 270M's bundle, beside transformers in the
 	$(BIN)/gemma3-export bench $(DEMO_270M) --against transformers
 
 peers: $(INSTALLED) $(WEIGHTS) ## Install the engines that bench-peers compares with (long; builds one)
-	$(BIN)/python -m gemma3_export.peers $(PEERS) --weights $(WEIGHTS) --pip-args "$(PIP_ARGS)"
+	$(BIN)/python -m benchmarks.peers $(PEERS) --weights $(WEIGHTS) --pip-args "$(PIP_ARGS)"
 
 bench-peers: demo-270m peers ## Speed and quality beside other engines; writes build/peers*.{json,svg}
 	$(BIN)/gemma3-export bench $(DEMO_270M) $(AGAINST) --weights $(WEIGHTS) --new-tokens 32 \
@@ -144,7 +144,7 @@ bench-peers: demo-270m peers ## Speed and quality beside other engines; writes b
 
 bench-cuda: gpu $(GPU_VENV)/.installed $(WEIGHTS) ## The same on an NVIDIA GPU, in bf16 (Error 3: there is none)
 	[ -d $(DEMO_270M_CUDA) ] || $(GPU_VENV)/bin/gemma3-export onnx --weights $(WEIGHTS) --dtype bf16 -o $(DEMO_270M_CUDA)
-	$(GPU_VENV)/bin/python -m gemma3_export.peers onnxruntime-genai-cuda:bf16 --weights $(WEIGHTS) --pip-args "$(PIP_ARGS)"
+	$(GPU_VENV)/bin/python -m benchmarks.peers onnxruntime-genai-cuda:bf16 --weights $(WEIGHTS) --pip-args "$(PIP_ARGS)"
 	for graph in --no-cuda-graph --cuda-graph; do \
 		$(GPU_VENV)/bin/gemma3-export bench $(DEMO_270M_CUDA) --device cuda $$graph --prompt-tokens 512 \
 			--prompt-tokens 2048 --batch 1 --batch 8 --against transformers --against transformers:static \

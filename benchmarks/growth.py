@@ -24,10 +24,10 @@ from pathlib import Path
 import click
 import numpy as np
 
-from gemma3_export.bundle import Bundle
-from gemma3_export.presets import preset
-from gemma3_export.runtimes.onnx_cache import SharedCache
-from gemma3_export.runtimes.onnx_runtime import OnnxRuntime
+from gemma3_export.bundle.bundle import Bundle
+from gemma3_export.config.presets import preset
+from gemma3_export.runtimes.onnx.caches import SharedCache
+from gemma3_export.runtimes.onnx.runtime import OnnxRuntime
 
 LENGTHS = (16, 512, 1024, 2048, 4096, 8192, 16384, 32000)
 STEPS = 8  # single tokens in one turn

@@ -16,11 +16,11 @@ from pathlib import Path
 import click
 import numpy as np
 
-from gemma3_export.backends import open_runtime
-from gemma3_export.runtimes.generation import Completion, generate
-from gemma3_export.runtimes.prefix_cache import PrefixCache
+from gemma3_export.api.opening import open_runtime
+from gemma3_export.runtimes.generation.loop import Completion, generate
+from gemma3_export.runtimes.generation.prefix_cache import PrefixCache
+from gemma3_export.runtimes.generation.sampling import SamplingParams
 from gemma3_export.runtimes.protocol import Runtime
-from gemma3_export.runtimes.sampling import SamplingParams
 
 QUESTION_TOKENS = 20
 

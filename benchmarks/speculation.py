@@ -30,15 +30,15 @@ from pydoc_data.topics import topics
 
 import click
 
-from gemma3_export.backends import open_runtime
-from gemma3_export.benchmark_machine import describe_machine
-from gemma3_export.bundle import Bundle
-from gemma3_export.runtimes.generation import Completion, generate
-from gemma3_export.runtimes.prompt_lookup import PromptLookup
+from gemma3_export.api.opening import open_runtime
+from gemma3_export.api.verification import bundle_tokenizer
+from gemma3_export.bench.machine import describe_machine
+from gemma3_export.bundle.bundle import Bundle
+from gemma3_export.runtimes.generation.loop import Completion, generate
+from gemma3_export.runtimes.generation.prompt_lookup import PromptLookup
+from gemma3_export.runtimes.generation.sampling import SamplingParams
+from gemma3_export.runtimes.generation.speculation import MAX_DRAFT_TOKENS
 from gemma3_export.runtimes.protocol import Runtime
-from gemma3_export.runtimes.sampling import SamplingParams
-from gemma3_export.runtimes.speculation import MAX_DRAFT_TOKENS
-from gemma3_export.verifying import bundle_tokenizer
 
 GREEDY = SamplingParams()
 DRAWN = SamplingParams(temperature=1.0, top_k=64, seed=7)

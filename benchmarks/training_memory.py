@@ -13,11 +13,11 @@ import resource
 import click
 import torch
 
-from gemma3_export.presets import preset
+from gemma3_export.config.presets import preset
+from gemma3_export.reference.training.initialization import fresh_model
 from gemma3_export.reference.training.loss_module import LossModule
-from gemma3_export.reference.training.optimisation import make_optimizer
+from gemma3_export.reference.training.optimizer import make_optimizer
 from gemma3_export.reference.training.options import TrainOptions
-from gemma3_export.reference.training.starting import fresh_model
 
 
 @click.command()

@@ -25,13 +25,13 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from gemma3_export.config import Gemma3Config
+from gemma3_export.config.gemma3_config import Gemma3Config
 from gemma3_export.reference.model import Gemma3
+from gemma3_export.reference.training.initialization import DEMO_CONFIG, fresh_model
 from gemma3_export.reference.training.loss import IGNORED_LABEL
 from gemma3_export.reference.training.loss_module import LossModule
-from gemma3_export.reference.training.optimisation import learning_rate, make_optimizer
+from gemma3_export.reference.training.optimizer import learning_rate, make_optimizer
 from gemma3_export.reference.training.options import TrainOptions
-from gemma3_export.reference.training.starting import DEMO_CONFIG, fresh_model
 from gemma3_export.reference.training.token_data import TokenData, open_token_data
 from gemma3_export.reference.training.windows import TRAIN_STREAM, VALIDATION_STREAM, Windows
 

@@ -19,13 +19,13 @@ import torch
 from torch import Tensor, nn
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
-from gemma3_export.config import Gemma3Config
-from gemma3_export.config_json import config_to_json
-from gemma3_export.presets import preset
+from gemma3_export.config.gemma3_config import Gemma3Config
+from gemma3_export.config.hugging_face import config_to_json
+from gemma3_export.config.presets import preset
+from gemma3_export.reference.training.initialization import DEMO_CONFIG, fresh_model
 from gemma3_export.reference.training.loss_module import LossModule
-from gemma3_export.reference.training.optimisation import make_optimizer
+from gemma3_export.reference.training.optimizer import make_optimizer
 from gemma3_export.reference.training.options import TrainOptions
-from gemma3_export.reference.training.starting import DEMO_CONFIG, fresh_model
 
 Step = Callable[[Tensor, Tensor], float]
 

@@ -50,9 +50,9 @@ def assert_parity(
         AssertionError: parity failed; the message is the report's table.
         Gemma3ExportError: the check could not be done.
     """
-    from gemma3_export.exporting import open_weights
+    from gemma3_export.api.exporting import open_weights
+    from gemma3_export.api.verification import verify_bundle
     from gemma3_export.parity import render_html, render_junit, render_terminal
-    from gemma3_export.verifying import verify_bundle
 
     report = verify_bundle(
         bundle,

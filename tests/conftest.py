@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from gemma3_export.config_json import config_to_json
-from gemma3_export.exporting import export_onnx, open_weights
-from tests import cuda_machine, cuda_python
-from tests.tiny_models import tiny_config, write_hf_folder
-from tests.tiny_tokenizers import tiny_gemma_tokenizer
+from gemma3_export.api.exporting import export_onnx, open_weights
+from gemma3_export.config.hugging_face import config_to_json
+from tests.support import cuda_machine, cuda_python
+from tests.support.tiny_models import tiny_config, write_hf_folder
+from tests.support.tiny_tokenizers import tiny_gemma_tokenizer
 
 REPOSITORY = Path(__file__).parent.parent
 VOCAB_SIZE = 400

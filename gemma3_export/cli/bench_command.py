@@ -8,9 +8,9 @@ from typing import Any
 
 import click
 
-from gemma3_export.bundle import RUNTIMES
+from benchmarks.peers import DEFAULT_PLACE
+from gemma3_export.bundle.bundle import RUNTIMES
 from gemma3_export.cli.cuda_options import CudaRequest, cuda_options
-from gemma3_export.peers import DEFAULT_PLACE
 
 __all__ = ["bench"]
 
@@ -25,7 +25,7 @@ Examples:
 
 \b
 Peers: transformers, transformers:static (static cache, compiled decode steps), reference (the
-PyTorch model); and once `python -m gemma3_export.peers` has installed them: optimum-onnx,
+PyTorch model); and once `python -m benchmarks.peers` has installed them: optimum-onnx,
 onnxruntime-genai, onnxruntime-genai-cuda, llama.cpp, openvino, with :FORMAT for another than the
 default.
 """
@@ -84,7 +84,7 @@ default.
     type=click.Path(path_type=Path),
     default=DEFAULT_PLACE,
     show_default=True,
-    help="Where `python -m gemma3_export.peers` put them.",
+    help="Where `python -m benchmarks.peers` put them.",
 )
 @click.option(
     "--weights",
@@ -108,8 +108,8 @@ def bench(
     printed: above 1 the bundle is better. "of limit" is the share of the memory's reading speed,
     measured in the same run, that decoding one token's weights uses.
     """
-    from gemma3_export.benchmark import BenchmarkOptions, run_benchmark
-    from gemma3_export.benchmark_table import table_lines
+    from gemma3_export.bench.run import BenchmarkOptions, run_benchmark
+    from gemma3_export.bench.table import table_lines
     from gemma3_export.staging import write_text_atomically
 
     options["device"], options["cuda"] = cuda.settle(options["device"], options["runtime"])
@@ -118,7 +118,7 @@ def bench(
     if report is not None:
         write_text_atomically(report, text + "\n")
     if plot is not None:
-        from gemma3_export.benchmark_plot import speed_plot
+        from gemma3_export.bench.plot import speed_plot
 
         write_text_atomically(plot, speed_plot(found))
     click.echo(text if as_json else "\n".join(table_lines(found)))

@@ -13,8 +13,8 @@ from typing import NoReturn
 import click
 
 from gemma3_export import __version__
-from gemma3_export.cli.interruption import exit_code_of, handle_signals
 from gemma3_export.errors import Gemma3ExportError
+from gemma3_export.signals import exit_code_of, handle_signals
 
 __all__ = ["command_line", "main"]
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from gemma3_export.runtimes.onnx_session import CudaOptions
+    from gemma3_export.runtimes.onnx.session import CudaOptions
 
 __all__ = ["CudaRequest", "cuda_options", "memory_size"]
 
@@ -67,8 +67,8 @@ class CudaRequest:
             click.UsageError: an option could have no effect.
             InputError: the device's name is unknown.
         """
-        from gemma3_export.runtimes.device import parse_device
-        from gemma3_export.runtimes.onnx_session import CudaOptions
+        from gemma3_export.device import parse_device
+        from gemma3_export.runtimes.onnx.session import CudaOptions
 
         wanted = parse_device(device)
         given = self._given()
@@ -107,7 +107,7 @@ def usable_device(device: str, runtime: str) -> str:
 
     ``auto`` is CUDA or the CPU, without a warning where there is no GPU that might be meant.
     """
-    from gemma3_export.doctor import examine
+    from gemma3_export.cuda.doctor import examine
 
     asked = "cuda" if device == "auto" else device
     report = examine(asked, runtime)

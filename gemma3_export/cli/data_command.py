@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 
 import click
 
-from gemma3_export.cli.progress_bars import ProgressBars
+from gemma3_export.progress import ProgressBars
 
 if TYPE_CHECKING:
     from gemma3_export.reference.training.documents import DocumentSource
-    from gemma3_export.tokenizer import Tokenizer
+    from gemma3_export.tokenizer.tokenizer import Tokenizer
 
 __all__ = ["data"]
 
@@ -123,9 +123,9 @@ def _open_tokenizer(source: DocumentSource, path: str | None, vocab_size: int) -
         click.echo(f"learning a vocabulary of {vocab_size:,} tokens from the text", err=True)
         return train_bpe(source, vocab_size)
     if path.startswith(TIKTOKEN_PREFIX):
-        from gemma3_export.tiktoken_tokenizer import load_tiktoken
+        from gemma3_export.tokenizer.tiktoken_tokenizer import load_tiktoken
 
         return load_tiktoken(path.removeprefix(TIKTOKEN_PREFIX))
-    from gemma3_export.tokenizer import load_tokenizer
+    from gemma3_export.tokenizer.tokenizer import load_tokenizer
 
     return load_tokenizer(path)

@@ -6,7 +6,7 @@ import json
 
 import click
 
-from gemma3_export.bundle import RUNTIMES
+from gemma3_export.bundle.bundle import RUNTIMES
 
 __all__ = ["doctor"]
 
@@ -41,7 +41,7 @@ def doctor(device: str, runtime: str, as_json: bool) -> None:
     own, so that what crashes there is reported too.
     """
     from gemma3_export.cli.doctor_lines import doctor_lines
-    from gemma3_export.doctor import examine
+    from gemma3_export.cuda.doctor import examine
 
     report = examine(device, runtime)
     click.echo(

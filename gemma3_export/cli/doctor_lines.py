@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from gemma3_export.doctor import Facts, Report
-    from gemma3_export.doctor.facts import Driver, Gpu, Library
+    from gemma3_export.cuda.doctor import Report
+    from gemma3_export.cuda.facts import Driver, Facts, Gpu, Library
 
 __all__ = ["doctor_lines"]
 

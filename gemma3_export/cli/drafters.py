@@ -9,18 +9,18 @@ from typing import TYPE_CHECKING
 from gemma3_export.errors import InputError
 
 if TYPE_CHECKING:
-    from gemma3_export.bundle import Bundle
-    from gemma3_export.runtimes.onnx_session import CudaOptions
+    from gemma3_export.bundle.bundle import Bundle
+    from gemma3_export.runtimes.generation.speculation import Drafter
+    from gemma3_export.runtimes.onnx.session import CudaOptions
     from gemma3_export.runtimes.protocol import Runtime
-    from gemma3_export.runtimes.speculation import Drafter
-    from gemma3_export.tokenizer import Tokenizer
+    from gemma3_export.tokenizer.tokenizer import Tokenizer
 
 __all__ = ["default_draft_tokens", "draft_model", "prompt_lookup"]
 
 
 def prompt_lookup(max_draft_tokens: int) -> Callable[[], Drafter] | None:
     """Drafts from the text so far, if any are wanted."""
-    from gemma3_export.runtimes.prompt_lookup import PromptLookup
+    from gemma3_export.runtimes.generation.prompt_lookup import PromptLookup
 
     return PromptLookup if max_draft_tokens else None
 
@@ -32,7 +32,7 @@ def default_draft_tokens(bundle: Bundle, runtime: str, device: object) -> int:
     with differences far above rounding, so drafts could change the text. On CUDA
     nothing of it has been measured.
     """
-    from gemma3_export.runtimes.speculation import MAX_DRAFT_TOKENS
+    from gemma3_export.runtimes.generation.speculation import MAX_DRAFT_TOKENS
 
     drafts = str(device) == "cpu" and not bundle.is_quantized(runtime)
     return MAX_DRAFT_TOKENS if drafts else 0
@@ -56,10 +56,10 @@ def draft_model(
         InputError: it is damaged, or its tokens are not the model's.
         UnavailableError: a package or the device is missing.
     """
-    from gemma3_export.backends import open_runtime
-    from gemma3_export.bundle import Bundle
-    from gemma3_export.runtimes.draft_model import DraftModel, relative_cost
-    from gemma3_export.verifying import bundle_tokenizer
+    from gemma3_export.api.opening import open_runtime
+    from gemma3_export.api.verification import bundle_tokenizer
+    from gemma3_export.bundle.bundle import Bundle
+    from gemma3_export.runtimes.generation.draft_model import DraftModel, relative_cost
 
     bundle = Bundle(path)
     own = bundle_tokenizer(bundle)

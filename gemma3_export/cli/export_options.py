@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import click
 
-from gemma3_export.cli.progress_bars import ProgressBars
+from gemma3_export.progress import ProgressBars
 
 if TYPE_CHECKING:
-    from gemma3_export.exporters.bundle_export import ExportResult, Progress
+    from gemma3_export.exporters.bundle_writer import ExportResult, Progress
     from gemma3_export.reference.weights import WeightSource
-    from gemma3_export.tokenizer import Tokenizer
+    from gemma3_export.tokenizer.tokenizer import Tokenizer
 
 __all__ = ["ExportOptions", "export_options", "run_export", "threads_option"]
 
@@ -128,7 +128,7 @@ def run_export(options: ExportOptions, runtime: str, description: str, export: E
         description: dtype and target, for the summary.
         export: writes the bundle.
     """
-    from gemma3_export.exporting import open_weights
+    from gemma3_export.api.exporting import open_weights
 
     refuse_early(options.output, runtime, force=options.force)
     tokenizer = None if options.tokenizer_path is None else load_tokenizer(options.tokenizer_path)
@@ -159,7 +159,7 @@ def refuse_early(output: Path, runtime: str, *, force: bool) -> None:
 
     A bundle that has no graph for ``runtime`` yet may get one.
     """
-    from gemma3_export.bundle import MANIFEST, Bundle
+    from gemma3_export.bundle.bundle import MANIFEST, Bundle
     from gemma3_export.staging import refuse_existing
 
     if not force and (output / MANIFEST).is_file():
@@ -172,10 +172,10 @@ def refuse_early(output: Path, runtime: str, *, force: bool) -> None:
 def load_tokenizer(path: str) -> Tokenizer:
     """A tokenizer file or folder, or a tiktoken encoding."""
     if path.startswith(TIKTOKEN_PREFIX):
-        from gemma3_export.tiktoken_tokenizer import load_tiktoken
+        from gemma3_export.tokenizer.tiktoken_tokenizer import load_tiktoken
 
         return load_tiktoken(path.removeprefix(TIKTOKEN_PREFIX))
-    from gemma3_export import tokenizer
+    from gemma3_export.tokenizer import tokenizer
 
     return tokenizer.load_tokenizer(path)
 
@@ -202,7 +202,7 @@ def print_summary(result: ExportResult, runtime: str, description: str) -> None:
 
 def proof_line(path: Path, runtime: str) -> str:
     """The new graph's parity report in one line."""
-    from gemma3_export.bundle import PARITY
-    from gemma3_export.inspection import parity_line
+    from gemma3_export.bundle.bundle import PARITY
+    from gemma3_export.bundle.inspection import parity_line
 
     return parity_line(json.loads((path / PARITY).read_text(encoding="utf-8"))[runtime])

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from gemma3_export.bundle import Bundle
+    from gemma3_export.bundle.bundle import Bundle
 
 __all__ = ["inspect"]
 
@@ -52,8 +52,8 @@ def inspect(
     if cuda_python is not None and not cuda_placement:
         raise click.UsageError("--cuda-python is for --cuda-placement; add that, or leave it out")
 
-    from gemma3_export.bundle import Bundle
-    from gemma3_export.inspection import inspect_bundle
+    from gemma3_export.bundle.bundle import Bundle
+    from gemma3_export.bundle.inspection import inspect_bundle
 
     bundle = Bundle(bundle_path)
     if check:
@@ -71,7 +71,7 @@ def inspect(
 def show_placement(bundle: Bundle, python: Path | None, as_json: bool) -> None:
     """Print the placement of the bundle's ONNX graph; a bad one ends with exit code 1."""
     from gemma3_export.cli.placement_lines import placement_lines
-    from gemma3_export.placement import check_placement
+    from gemma3_export.cuda.placement import check_placement
 
     report = check_placement(bundle, python)
     click.echo(
@@ -167,7 +167,7 @@ def _signature_lines(specs: list[dict[str, Any]]) -> Iterator[str]:
 
 
 def _proof_line(graph: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
-    from gemma3_export.inspection import parity_line
+    from gemma3_export.bundle.inspection import parity_line
 
     if not graph["verified"]:
         command = f"gemma3-export verify {facts['path']} --runtime {graph['runtime']}"

@@ -110,7 +110,7 @@ def onnx(
         refuse_if_given(
             "block_size", "--block-size", f"it is for --dtype {', '.join(BLOCKED)}, not for {dtype}"
         )
-    from gemma3_export.exporting import export_onnx
+    from gemma3_export.api.exporting import export_onnx
 
     export = partial(
         export_onnx,

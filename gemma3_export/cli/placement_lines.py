@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from gemma3_export.placement import PlacementReport
+    from gemma3_export.cuda.placement import PlacementReport
 
 __all__ = ["placement_lines"]
 

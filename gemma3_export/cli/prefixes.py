@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 from gemma3_export.cli.cuda_options import memory_size
 
 if TYPE_CHECKING:
-    from gemma3_export.bundle import Bundle
-    from gemma3_export.runtimes.prefix_cache import PrefixCache
+    from gemma3_export.bundle.bundle import Bundle
+    from gemma3_export.runtimes.generation.prefix_cache import PrefixCache
     from gemma3_export.runtimes.protocol import Runtime
 
 __all__ = ["cache_size", "may_share", "prefix_cache_for", "shared_length"]
@@ -53,7 +53,7 @@ def prefix_cache_for(
     Quantised products amplify the rounding between one division into chunks and another, and on
     CUDA nothing of it has been measured: there only whole chunks are reused, which changes no bit.
     """
-    from gemma3_export.runtimes.prefix_cache import PrefixCache
+    from gemma3_export.runtimes.generation.prefix_cache import PrefixCache
 
     is_exact = bundle.is_quantized(runtime.name) or str(runtime.describe()["device"]) != "cpu"
     granularity = prefill_chunk if is_exact else FEWEST_TOKENS

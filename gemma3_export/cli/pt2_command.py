@@ -33,6 +33,6 @@ def pt2(options: ExportOptions, dtype: str) -> None:
 
     The program needs torch alone and runs on the CPU. docs/torchscript.md compares the two.
     """
-    from gemma3_export.exporting import export_pt2
+    from gemma3_export.api.exporting import export_pt2
 
     run_export(options, "pt2", dtype, partial(export_pt2, dtype=dtype))

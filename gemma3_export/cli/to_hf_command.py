@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from gemma3_export.cli.progress_bars import ProgressBars
+from gemma3_export.progress import ProgressBars
 
 __all__ = ["to_hf"]
 
@@ -50,9 +50,9 @@ def to_hf(
     force: bool,
 ) -> None:
     """Write weights of any format as a folder that `transformers` loads."""
-    from gemma3_export.exporting import open_weights
+    from gemma3_export.api.exporting import open_weights
     from gemma3_export.staging import refuse_existing
-    from gemma3_export.tokenizer import load_tokenizer
+    from gemma3_export.tokenizer.tokenizer import load_tokenizer
 
     refuse_existing(output, force=force)
     source = open_weights(weights, config_path=config_path, revision=revision, token=hf_token)

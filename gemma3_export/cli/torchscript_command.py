@@ -61,7 +61,7 @@ def torchscript(
     """
     if dtype != "int8":
         refuse_if_given("block_size", "--block-size", f"it is for --dtype int8, not for {dtype}")
-    from gemma3_export.exporting import export_torchscript
+    from gemma3_export.api.exporting import export_torchscript
 
     export = partial(
         export_torchscript,

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 
 import click
 
-from gemma3_export.bundle import RUNTIMES
+from gemma3_export.bundle.bundle import RUNTIMES
 from gemma3_export.cli.cuda_options import CudaRequest, cuda_options
 from gemma3_export.cli.export_options import threads_option
-from gemma3_export.cli.progress_bars import ProgressBars
+from gemma3_export.progress import ProgressBars
 
 if TYPE_CHECKING:
     from gemma3_export.parity import ParityReport
@@ -71,9 +71,9 @@ def verify(
     With --cuda-graph the graph is loaded so that it can be captured; the steps that are compared
     give all logits and run outside of the capture.
     """
-    from gemma3_export.bundle import Bundle
-    from gemma3_export.exporting import open_weights
-    from gemma3_export.verifying import verify_bundle
+    from gemma3_export.api.exporting import open_weights
+    from gemma3_export.api.verification import verify_bundle
+    from gemma3_export.bundle.bundle import Bundle
 
     bundle = Bundle(bundle_path)
     device, allowed = cuda.settle(device, runtime)

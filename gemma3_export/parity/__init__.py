@@ -27,13 +27,13 @@ bundle share the expensive part: ``yardstick = make_yardstick(runtime, source, .
 ``verify(each, source, yardstick=yardstick)``.
 """
 
-from gemma3_export.parity.html import render_html
-from gemma3_export.parity.junit import render_junit
+from gemma3_export.parity.check import compare, make_yardstick, verify
 from gemma3_export.parity.options import VerifyOptions
 from gemma3_export.parity.progress import terminal_progress
-from gemma3_export.parity.report import ParityReport
-from gemma3_export.parity.terminal import render_terminal
-from gemma3_export.parity.verify import compare, make_yardstick, verify
+from gemma3_export.parity.report.html import render_html
+from gemma3_export.parity.report.junit import render_junit
+from gemma3_export.parity.report.model import ParityReport
+from gemma3_export.parity.report.terminal import render_terminal
 
 __all__ = [
     "ParityReport",

@@ -9,11 +9,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from gemma3_export.config import Gemma3Config
+from gemma3_export.config.gemma3_config import Gemma3Config
 from gemma3_export.parity.observations import Seen, TeacherForcing
 from gemma3_export.parity.options import VerifyOptions
 from gemma3_export.parity.padding import accepts_padding, padded_batch
-from gemma3_export.parity.prompts import TokenSequence, decode_start
+from gemma3_export.parity.sequences import TokenSequence, decode_start
 from gemma3_export.runtimes.protocol import Runtime
 
 __all__ = ["Case", "cases_for", "chunk_size"]

@@ -12,13 +12,13 @@ import numpy as np
 import torch
 
 from gemma3_export.parity.differences import LogitDifference, compare_logits
-from gemma3_export.parity.floor import next_ids
+from gemma3_export.parity.expected import Truth
+from gemma3_export.parity.noise_floor import next_ids
 from gemma3_export.parity.observations import TeacherForcing
 from gemma3_export.parity.options import Progress
-from gemma3_export.parity.prompts import TokenSequence
-from gemma3_export.parity.truth import Truth
+from gemma3_export.parity.sequences import TokenSequence
 from gemma3_export.runtimes.protocol import Runtime
-from gemma3_export.tokenizer import Tokenizer
+from gemma3_export.tokenizer.tokenizer import Tokenizer
 
 __all__ = ["held_out_passages", "held_out_sequences", "measure_quality"]
 

@@ -27,10 +27,10 @@ from gemma3_export.parity.differences import (
     compare_logits,
     compare_tensors,
 )
-from gemma3_export.parity.floor import NoiseFloor, next_ids
+from gemma3_export.parity.expected import Truth
+from gemma3_export.parity.noise_floor import NoiseFloor, next_ids
 from gemma3_export.parity.observations import CacheRead, Observation, Seen
-from gemma3_export.parity.report import CaseResult, LayerResult, MetricResult, PointResult
-from gemma3_export.parity.truth import Truth
+from gemma3_export.parity.report.model import CaseResult, LayerResult, MetricResult, PointResult
 
 __all__ = ["Limits", "SeenLogits", "judge_case"]
 

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from gemma3_export.config import Gemma3Config
+from gemma3_export.config.gemma3_config import Gemma3Config
 from gemma3_export.parity.differences import compare_tensors
-from gemma3_export.parity.floor import Yardstick
+from gemma3_export.parity.intermediates import BLOCKS, Tap, Taps, tap_model, tapped_step
 from gemma3_export.parity.judge import Limits
-from gemma3_export.parity.report import CaseResult, Divergence
-from gemma3_export.parity.taps import BLOCKS, Tap, Taps, tap_model, tapped_step
+from gemma3_export.parity.noise_floor import Yardstick
+from gemma3_export.parity.report.model import CaseResult, Divergence
 from gemma3_export.runtimes.protocol import Runtime
 
 __all__ = ["locate"]

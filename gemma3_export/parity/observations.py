@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from gemma3_export.config import Gemma3Config
-from gemma3_export.parity.prompts import TokenSequence
+from gemma3_export.config.gemma3_config import Gemma3Config
+from gemma3_export.parity.sequences import TokenSequence
 from gemma3_export.runtimes.protocol import IntArray, LayerKV, Logits, Runtime
 
 __all__ = ["CacheRead", "Observation", "Seen", "TeacherForcing", "least_tokens"]

@@ -13,10 +13,10 @@ import numpy as np
 import torch
 
 from gemma3_export.errors import UnavailableError
-from gemma3_export.parity.taps import ATTEND, ROTARY_KEY, Tap, Taps, flat
-from gemma3_export.runtimes.onnx_session import WEIGHTS_FOLDER, import_onnxruntime
-from gemma3_export.runtimes.onnx_upcast import read_graph
-from gemma3_export.runtimes.onnx_values import as_float32, run_graph, zeros
+from gemma3_export.parity.intermediates import ATTEND, ROTARY_KEY, Tap, Taps, flat
+from gemma3_export.runtimes.onnx.session import WEIGHTS_FOLDER, import_onnxruntime
+from gemma3_export.runtimes.onnx.upcast import read_graph
+from gemma3_export.runtimes.onnx.values import as_float32, run_graph, zeros
 from gemma3_export.runtimes.protocol import IntArray
 
 __all__ = ["OnnxTaps"]

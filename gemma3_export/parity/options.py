@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from gemma3_export.bundle import require_max_kld
+from gemma3_export.bundle.bundle import require_max_kld
 from gemma3_export.errors import InputError
 
 __all__ = ["HalfPrecision", "Progress", "VerifyOptions", "compute_dtype", "floor_dtype"]

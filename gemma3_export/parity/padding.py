@@ -15,10 +15,10 @@ import numpy as np
 import torch
 
 from gemma3_export.parity.observations import CacheRead, Observation, Seen, least_tokens
-from gemma3_export.parity.prompts import TokenSequence
-from gemma3_export.runtimes.onnx_values import as_float32, run_graph, zeros
+from gemma3_export.parity.sequences import TokenSequence
+from gemma3_export.runtimes.onnx.values import as_float32, run_graph, zeros
 from gemma3_export.runtimes.protocol import IntArray, Runtime
-from gemma3_export.runtimes.torch_cache import as_numpy
+from gemma3_export.runtimes.torch.cache import as_numpy
 
 __all__ = ["accepts_padding", "padded_batch"]
 

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from gemma3_export.config import Gemma3Config
+from gemma3_export.config.gemma3_config import Gemma3Config
 from gemma3_export.parity.cases import SHORT, Case
 from gemma3_export.parity.observations import Observation
-from gemma3_export.parity.prompts import TokenSequence
+from gemma3_export.parity.sequences import TokenSequence
 from gemma3_export.runtimes.protocol import IntArray, KVCache, LayerKV, Logits
 
 __all__ = ["PlanningRuntime", "needed_positions"]

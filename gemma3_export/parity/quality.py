@@ -13,12 +13,12 @@ import numpy as np
 import torch
 
 from gemma3_export.parity.differences import LogitDifference, compare_logits
-from gemma3_export.parity.floor import next_ids
+from gemma3_export.parity.expected import Truth
 from gemma3_export.parity.judge import SeenLogits
+from gemma3_export.parity.noise_floor import next_ids
 from gemma3_export.parity.options import VerifyOptions
-from gemma3_export.parity.prompts import TokenSequence
-from gemma3_export.parity.report import GateResult, MetricResult
-from gemma3_export.parity.truth import Truth
+from gemma3_export.parity.report.model import GateResult, MetricResult
+from gemma3_export.parity.sequences import TokenSequence
 
 __all__ = ["judge_quality", "requality"]
 

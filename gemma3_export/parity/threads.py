@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 import torch
 
-from gemma3_export.config import Gemma3Config
+from gemma3_export.config.gemma3_config import Gemma3Config
 from gemma3_export.errors import InputError
 
 __all__ = ["SMALL_PARAMETERS", "threads_for", "torch_threads"]

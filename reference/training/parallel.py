@@ -22,8 +22,8 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
+from gemma3_export.reference.training.distributed import Ranks
 from gemma3_export.reference.training.loss_module import LossModule
-from gemma3_export.reference.training.ranks import Ranks
 
 __all__ = [
     "clip_gradients",

@@ -19,7 +19,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from gemma3_export.config_json import load_json_object
+from gemma3_export.config.hugging_face import load_json_object
 from gemma3_export.errors import Gemma3ExportError, InputError
 from gemma3_export.reference.training.documents import Document, DocumentSource, Split
 from gemma3_export.reference.training.token_data import (
@@ -32,7 +32,7 @@ from gemma3_export.reference.training.token_data import (
     tokenizer_fingerprint,
 )
 from gemma3_export.staging import refuse_existing, write_text_atomically
-from gemma3_export.tokenizer import Tokenizer
+from gemma3_export.tokenizer.tokenizer import Tokenizer
 
 __all__ = ["prepare_tokens"]
 

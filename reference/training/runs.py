@@ -19,19 +19,19 @@ from typing import Any
 import torch
 
 from gemma3_export import __version__
-from gemma3_export.config_json import load_config, load_json_object
+from gemma3_export.config.hugging_face import load_config, load_json_object
 from gemma3_export.errors import Gemma3ExportError, InputError
 from gemma3_export.reference.model import Gemma3
 from gemma3_export.reference.training.checkpoints import load_latest_checkpoint
-from gemma3_export.reference.training.logbook import Logbook, draw_loss_curve
-from gemma3_export.reference.training.model_folder import write_description
-from gemma3_export.reference.training.options import TrainOptions
-from gemma3_export.reference.training.ranks import Ranks, join_ranks
-from gemma3_export.reference.training.starting import (
+from gemma3_export.reference.training.distributed import Ranks, join_ranks
+from gemma3_export.reference.training.initialization import (
     fresh_config,
     fresh_model,
     model_from_weights,
 )
+from gemma3_export.reference.training.metrics_log import Logbook, draw_loss_curve
+from gemma3_export.reference.training.model_folder import write_description
+from gemma3_export.reference.training.options import TrainOptions
 from gemma3_export.reference.training.token_data import TokenMeta, open_token_data
 from gemma3_export.reference.training.trainer import Progress, Trainer
 from gemma3_export.reference.weights import WeightSource

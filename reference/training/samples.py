@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from gemma3_export.reference.model import Gemma3
 from gemma3_export.reference.runtime import ReferenceRuntime
-from gemma3_export.runtimes.generation import generate
-from gemma3_export.runtimes.sampling import SamplingParams
-from gemma3_export.tokenizer import StreamingDecoder, Tokenizer
+from gemma3_export.runtimes.generation.loop import generate
+from gemma3_export.runtimes.generation.sampling import SamplingParams
+from gemma3_export.tokenizer.tokenizer import StreamingDecoder, Tokenizer
 
 __all__ = ["sample_text"]
 

@@ -9,7 +9,7 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors,
 
 from gemma3_export.errors import InputError
 from gemma3_export.reference.training.documents import Document
-from gemma3_export.tokenizer import Tokenizer
+from gemma3_export.tokenizer.tokenizer import Tokenizer
 
 __all__ = ["train_bpe"]
 

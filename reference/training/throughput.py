@@ -7,7 +7,7 @@ from time import perf_counter
 
 import torch
 
-from gemma3_export.config import Gemma3Config
+from gemma3_export.config.gemma3_config import Gemma3Config
 
 __all__ = ["flops_per_token", "measure_peak_flops"]
 

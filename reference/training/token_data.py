@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gemma3_export.config_json import load_json_object
+from gemma3_export.config.hugging_face import load_json_object
 from gemma3_export.errors import InputError
-from gemma3_export.tokenizer import Tokenizer
+from gemma3_export.tokenizer.tokenizer import Tokenizer
 
 __all__ = [
     "META",

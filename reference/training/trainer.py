@@ -17,10 +17,11 @@ from gemma3_export.errors import Gemma3ExportError
 from gemma3_export.reference.model import Gemma3
 from gemma3_export.reference.training.checkpoints import save_checkpoint
 from gemma3_export.reference.training.compiling import compile_in_place
-from gemma3_export.reference.training.logbook import Logbook, LogRow
+from gemma3_export.reference.training.distributed import Ranks
 from gemma3_export.reference.training.loss_module import LossModule, compute_dtype_of
+from gemma3_export.reference.training.metrics_log import Logbook, LogRow
 from gemma3_export.reference.training.model_folder import write_weights
-from gemma3_export.reference.training.optimisation import (
+from gemma3_export.reference.training.optimizer import (
     learning_rate,
     make_optimizer,
     set_learning_rate,
@@ -34,7 +35,6 @@ from gemma3_export.reference.training.parallel import (
     whole_model,
     whole_optimizer,
 )
-from gemma3_export.reference.training.ranks import Ranks
 from gemma3_export.reference.training.samples import sample_text
 from gemma3_export.reference.training.stopping import StopSignals
 from gemma3_export.reference.training.throughput import flops_per_token, measure_peak_flops

@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 
-from gemma3_export.config import EMBEDDING, HEAD, Gemma3Config
-from gemma3_export.config_json import PADDED_VOCAB_SIZE
+from gemma3_export.config.gemma3_config import EMBEDDING, HEAD, Gemma3Config
+from gemma3_export.config.hugging_face import PADDED_VOCAB_SIZE
+from gemma3_export.config.presets import TEXT_VOCAB_SIZE
 from gemma3_export.errors import InputError
 from gemma3_export.gguf_file import GgufTensor
-from gemma3_export.presets import TEXT_VOCAB_SIZE
 from gemma3_export.reference.weights.naming import NameMap, map_names
 from gemma3_export.reference.weights.source import WeightSource
 from gemma3_export.reference.weights.stores import GgufStore, TensorStore

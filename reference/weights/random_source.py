@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from gemma3_export.config import Gemma3Config
+from gemma3_export.config.gemma3_config import Gemma3Config
 from gemma3_export.errors import InputError
 from gemma3_export.reference.weights.source import WeightSource
 

@@ -12,7 +12,7 @@ from typing import Any, TypeGuard
 import torch
 from safetensors import safe_open
 
-from gemma3_export.config_json import load_json_object
+from gemma3_export.config.hugging_face import load_json_object
 from gemma3_export.errors import InputError
 from gemma3_export.reference.weights.stores import StoredTensor, TensorStore
 

@@ -1,0 +1,1 @@
+"""What only developers run: measurements, peers, the recorded training. Not in the wheel."""

@@ -1,0 +1,123 @@
+"""Retrain the bundled demo model from nothing, offline, and hold it to the recorded loss.
+
+    python -m benchmarks.train_demo -o build/train-demo
+
+That is ``make train-demo``. The text is Python's own library, the tokenizer a small BPE learned
+from it. ``--install`` replaces the bundled model by the result.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+
+from gemma3_export.config.hugging_face import load_json_object
+from gemma3_export.errors import Gemma3ExportError
+from gemma3_export.progress import ProgressBars
+from gemma3_export.reference.training.checkpoints import checkpoint_steps
+from gemma3_export.reference.training.documents import PythonLibrary
+from gemma3_export.reference.training.initialization import DEMO
+from gemma3_export.reference.training.metrics_log import LOG
+from gemma3_export.reference.training.model_folder import export_hf_folder
+from gemma3_export.reference.training.options import TrainOptions
+from gemma3_export.reference.training.preparation import prepare_tokens
+from gemma3_export.reference.training.runs import RECORD, resume_training, train
+from gemma3_export.reference.training.small_bpe import train_bpe
+from gemma3_export.reference.weights import open_weights
+from gemma3_export.reference.weights.opening import DEMO_FOLDER
+
+__all__ = ["DEMO_OPTIONS", "DEMO_VOCAB_SIZE", "install", "retrain_demo"]
+
+DEMO_VOCAB_SIZE = 2048
+DEMO_OPTIONS = TrainOptions(
+    steps=2500,
+    batch_size=4,
+    context_length=256,
+    learning_rate=6e-3,
+    min_learning_rate=1e-4,
+    warmup_steps=100,
+    eval_interval=250,
+    eval_batches=48,
+    sample_interval=500,
+    sample_prompt="def ",
+    checkpoint_interval=250,
+    seed=2026,
+)
+TOLERANCE = 0.02  # of the recorded validation loss
+COPIED = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", LOG)
+
+
+def retrain_demo(folder: Path) -> float:
+    """Prepare the data, train, and return the best validation loss.
+
+    A run of the same options that was interrupted in ``folder`` goes on; anything else there is
+    replaced.
+
+    Raises:
+        Gemma3ExportError: the loss is no number any more, or the disk is full.
+    """
+    tokens, run = folder / "tokens", folder / "run"
+    if _is_interrupted(run):
+        result = resume_training(run, data_path=tokens, report=click.echo)
+    else:
+        source = PythonLibrary()
+        with ProgressBars() as progress:
+            bpe = train_bpe(source, DEMO_VOCAB_SIZE)
+            prepare_tokens(source, bpe, tokens, force=True, progress=progress)
+        result = train(tokens, run, DEMO_OPTIONS, size=DEMO, force=True, report=click.echo)
+    return result.progress.best_validation_loss
+
+
+def _is_interrupted(run: Path) -> bool:
+    """Whether there is a run of the demo's options that has not come to its end."""
+    if not checkpoint_steps(run):
+        return False
+    record = load_json_object(run / RECORD)
+    steps = record.get("result", {}).get("steps", 0)  # noted when a run ends, by a signal too
+    return bool(record["options"] == DEMO_OPTIONS.to_json() and steps < DEMO_OPTIONS.steps)
+
+
+def install(run: Path) -> None:
+    """Make the model of ``run`` the bundled one: bfloat16 weights, and how they came about."""
+    record = load_json_object(run / RECORD)
+    del record["data_path"]  # a folder of this machine
+    with open_weights(str(run)) as source:
+        export_hf_folder(source, DEMO_FOLDER, dtype=torch.bfloat16, force=True)
+    for name in COPIED:
+        shutil.copyfile(run / name, DEMO_FOLDER / name)
+    (DEMO_FOLDER / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+@click.command()
+@click.option("-o", "--output", type=click.Path(path_type=Path), required=True)
+@click.option("--install", "is_to_install", is_flag=True, help="Replace the bundled model.")
+def main(output: Path, is_to_install: bool) -> None:
+    """Retrain the demo model; fails if it is more than 2 % worse than recorded."""
+    try:
+        loss = retrain_demo(output)
+    except Gemma3ExportError as error:
+        click.echo(f"error: {error}", err=True)
+        sys.exit(error.exit_code)
+    if is_to_install:
+        install(output / "run")
+        click.echo(f"installed: validation loss {loss:.4f}")
+        return
+    recorded: dict[str, Any] = load_json_object(DEMO_FOLDER / RECORD)
+    expected = recorded["result"]["best_validation_loss"]
+    click.echo(
+        f"validation loss {loss:.4f}, recorded {expected:.4f} ({loss / expected - 1:+.2%}; "
+        f"recorded with Python {recorded['versions']['python']}, whose library is the text)"
+    )
+    if loss > expected * (1 + TOLERANCE):
+        click.echo(f"error: that is more than {TOLERANCE:.0%} above the recorded loss", err=True)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,302 @@
+"""Make a bundle: everything around the graph, all or nothing.
+
+A graph writer adds its graph; this module adds config, tokenizer, manifest and proof, and lets the
+folder appear under its name only when all of it is there.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import ClassVar, Protocol
+
+import torch
+
+from gemma3_export import __version__
+from gemma3_export.bundle.bundle import MANIFEST, PARITY, Bundle, Graph, Manifest, write_manifest
+from gemma3_export.config.gemma3_config import Gemma3Config
+from gemma3_export.config.hugging_face import config_to_json
+from gemma3_export.errors import Gemma3ExportError, InputError
+from gemma3_export.parity.activation_range import (
+    calibration_sequences,
+    measure_ranges,
+    require_range,
+)
+from gemma3_export.parity.options import HalfPrecision
+from gemma3_export.parity.report.model import HalfRanges
+from gemma3_export.reference.weights import WeightSource
+from gemma3_export.staging import refuse_existing, staged_directory, write_text_atomically
+from gemma3_export.tokenizer.tokenizer import Tokenizer, load_tokenizer
+
+__all__ = [
+    "ExportResult",
+    "GraphWriter",
+    "Progress",
+    "Verification",
+    "export_bundle",
+    "half_precision",
+    "require_dtype",
+]
+
+Progress = Callable[[str, int, int], None]  # stage, done, total (bytes or steps)
+
+
+class GraphWriter(Protocol):
+    """Writes one executable form of the model into a bundle."""
+
+    runtime: ClassVar[str]  # the backend that runs it
+
+    @property
+    def half(self) -> HalfPrecision | None:
+        """What the graph holds in half precision; None when it computes in float32."""
+
+    def size_bytes(self, config: Gemma3Config) -> int:
+        """About how much room the files need."""
+
+    def write(
+        self, source: WeightSource, folder: Path, progress: Progress
+    ) -> tuple[Graph, dict[str, str]]:
+        """Write the graph below ``folder``; return its record and the hashes that it knows."""
+
+
+class Verification(Protocol):
+    """Proves a staged bundle; called with its folder and the weights that it was made from."""
+
+    def __call__(self, folder: Path, source: WeightSource, ranges: HalfRanges | None = None) -> str:
+        """Return the parity report as JSON.
+
+        Raises:
+            ParityError: the bundle does not compute what the reference computes.
+        """
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportResult:
+    """What an export made, and how long it took."""
+
+    path: Path
+    verified: bool
+    size_bytes: int
+    seconds: dict[str, float] = field(default_factory=dict)  # by stage
+
+
+def export_bundle(
+    source: WeightSource,
+    output: Path,
+    writer: GraphWriter,
+    *,
+    tokenizer: Tokenizer | None = None,
+    force: bool = False,
+    verification: Verification | None = None,
+    progress: Progress | None = None,
+) -> ExportResult:
+    """Export ``source`` as a bundle at ``output``, or add a graph to the bundle that is there.
+
+    Args:
+        source: the weights and their config.
+        output: the folder to create. When it is a bundle of the same weights without a graph for
+            this runtime, the graph is added; the folder is still replaced in one step.
+        writer: what kind of graph to write.
+        tokenizer: None takes the one that came with the weights, if any.
+        force: replace an existing folder.
+        verification: the parity check; None skips it, and the manifest says so.
+        progress: told the stage, and how far it is.
+
+    Raises:
+        InputError: the folder exists, or weights, config and tokenizer contradict each other.
+        ParityError: the graph is not the reference, or float16 cannot hold its activations;
+            nothing is kept.
+        Gemma3ExportError: the disk is full or cannot be written.
+    """
+    report = progress or (lambda stage, done, total: None)
+    existing = None if force else extendable_bundle(output, writer.runtime, source)
+    if existing is None:
+        refuse_existing(output, force=force)
+    tokenizer = tokenizer or tokenizer_of(source)
+    if tokenizer is not None:
+        tokenizer.check_vocab_size(source.config.vocab_size)
+    require_space(output, writer.size_bytes(source.config))
+    seconds: dict[str, float] = {}
+    started = time.perf_counter()
+    ranges = checked_ranges(writer.half, source, tokenizer, verification is not None, report)
+    if ranges is not None:
+        seconds["activation range"] = time.perf_counter() - started
+    with staged_directory(output, force=force or existing is not None) as folder:
+        started = time.perf_counter()
+        if existing is None:
+            write_model_files(folder, source.config, tokenizer)
+        else:
+            link_files(existing, folder)
+        graph, hashes = writer.write(source, folder, report)
+        manifest = combine(existing, graph, source)
+        write_manifest(folder, manifest, known_hashes(existing) | hashes)
+        seconds["export"] = time.perf_counter() - started
+        if verification is not None:
+            started = time.perf_counter()
+            add_proof(folder, graph.runtime, verification(folder, source, ranges))
+            manifest.graphs[-1] = replace(graph, verified=True)
+            hashes = {name: record.sha256 for name, record in manifest.files.items()}
+            hashes.pop(PARITY, None)
+            write_manifest(folder, manifest, hashes)
+            seconds["parity"] = time.perf_counter() - started
+        size = sum(record.size_bytes for record in manifest.files.values())
+    return ExportResult(
+        path=output, verified=verification is not None, size_bytes=size, seconds=seconds
+    )
+
+
+def checked_ranges(
+    half: HalfPrecision | None,
+    source: WeightSource,
+    tokenizer: Tokenizer | None,
+    is_verified: bool,
+    progress: Progress,
+) -> HalfRanges | None:
+    """How large the activations grow; float16 is always checked, with a proof and without.
+
+    Raises:
+        ParityError: they come too near the end of the type.
+    """
+    if half is None or not (is_verified or half.dtype == torch.float16):
+        return None
+    sequences = calibration_sequences(source.config, tokenizer)
+    ranges = measure_ranges(source, sequences, half, progress)
+    require_range(ranges)
+    return ranges
+
+
+def extendable_bundle(output: Path, runtime: str, source: WeightSource) -> Bundle | None:
+    """The bundle at ``output``, when a graph for ``runtime`` can be added to it.
+
+    Raises:
+        InputError: it is a bundle of other weights.
+    """
+    if not (output / MANIFEST).is_file():
+        return None
+    bundle = Bundle(output)
+    if any(graph.runtime == runtime for graph in bundle.manifest.graphs):
+        return None
+    if bundle.config != source.config or bundle.manifest.source != source.fingerprint():
+        raise InputError(
+            f"{output} is a bundle of other weights, so no {runtime} graph is added to it; "
+            "choose another output, or pass --force to replace it"
+        )
+    return bundle
+
+
+def link_files(bundle: Bundle, folder: Path) -> None:
+    """Bring a bundle's files into ``folder`` without copying them, where the disk allows it.
+
+    The links are the only names of the files again once the old folder is gone.
+    """
+    bundle.check_sizes()
+    for relative in bundle.manifest.files:
+        target = folder / relative
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            target.hardlink_to(bundle.file(relative).resolve())  # a link may be relative
+        except OSError:  # a file system without hard links
+            shutil.copyfile(bundle.file(relative), target)
+
+
+def known_hashes(bundle: Bundle | None) -> dict[str, str]:
+    """Hashes of files that are taken over unchanged."""
+    if bundle is None:
+        return {}
+    return {name: record.sha256 for name, record in bundle.manifest.files.items()}
+
+
+def combine(existing: Bundle | None, graph: Graph, source: WeightSource) -> Manifest:
+    """The manifest with ``graph`` added; files are filled in when it is written."""
+    graphs = [] if existing is None else existing.manifest.graphs
+    return Manifest(
+        graphs=[*graphs, graph], source=source.fingerprint(), versions=package_versions()
+    )
+
+
+def add_proof(folder: Path, runtime: str, report: str) -> None:
+    """Add one runtime's parity report to ``parity.json``."""
+    path = folder / PARITY
+    proofs = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    proofs[runtime] = json.loads(report)
+    write_text_atomically(path, json.dumps(proofs, indent=1) + "\n")
+
+
+def tokenizer_of(source: WeightSource) -> Tokenizer | None:
+    """The tokenizer that came with the weights, if any."""
+    file = source.tokenizer_file()
+    return None if file is None else load_tokenizer(file)
+
+
+def require_space(output: Path, size_bytes: int) -> None:
+    """Refuse an export that the disk cannot hold, before anything is written.
+
+    Raises:
+        Gemma3ExportError: too little space.
+    """
+    folder = output.absolute().parent
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    if free < size_bytes:
+        raise Gemma3ExportError(
+            f"the export needs about {size_bytes / 1e9:.2f} GB and {folder} has "
+            f"{free / 1e9:.2f} GB left; free some space or choose another output"
+        )
+
+
+def write_model_files(folder: Path, config: Gemma3Config, tokenizer: Tokenizer | None) -> None:
+    """Config, generation config and tokenizer, as Hugging Face writes them."""
+    write_json(folder / "config.json", config_to_json(config))
+    write_json(folder / "generation_config.json", generation_config(config))
+    if tokenizer is not None:
+        tokenizer.save(folder)
+
+
+def generation_config(config: Gemma3Config) -> dict[str, object]:
+    """Gemma's recommended sampling, for tools that read it; ours is greedy unless told."""
+    eos = config.eos_token_id
+    return {
+        "bos_token_id": config.bos_token_id,
+        "eos_token_id": eos[0] if len(eos) == 1 else list(eos),
+        "pad_token_id": config.pad_token_id,
+        "do_sample": True,
+        "temperature": 1.0,
+        "top_k": 64,
+        "top_p": 0.95,
+    }
+
+
+def write_json(path: Path, data: object) -> None:
+    """Pretty JSON with a final newline."""
+    path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of what made the bundle."""
+    names = ("torch", "onnx", "onnx-ir", "onnxscript")
+    return {"gemma3-export": __version__} | {
+        name: importlib.metadata.version(name) for name in names
+    }
+
+
+def half_precision(dtype: torch.dtype, *, holds_residual: bool) -> HalfPrecision | None:
+    """Of a graph in ``dtype``; None when that is float32."""
+    return (
+        HalfPrecision(dtype=dtype, holds_residual=holds_residual) if dtype.itemsize == 2 else None
+    )
+
+
+def require_dtype(dtype: str, supported: tuple[str, ...]) -> None:
+    """Refuse an element type that a format does not have.
+
+    Raises:
+        InputError: with the choices.
+    """
+    if dtype not in supported:
+        raise InputError(f"dtype {dtype!r} is not supported here; choose {', '.join(supported)}")

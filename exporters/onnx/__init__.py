@@ -1,0 +1,1 @@
+"""Write the model as an ONNX graph with external data."""

@@ -1,0 +1,199 @@
+"""Stream weights into an ONNX graph's external data file.
+
+Each tensor is read, converted, written, hashed and dropped, so peak memory follows the largest
+tensor (or one chunk of it, when it is stored as it is read) and not the model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import BinaryIO
+
+import onnx_ir as ir
+import torch
+
+from gemma3_export.bundle.bundle import WeightRecipe
+from gemma3_export.exporters.onnx.blocks import (
+    CODES,
+    LOOKUP_SCALES,
+    MINIMUMS,
+    SCALES,
+    Part,
+    stored_parts,
+)
+from gemma3_export.exporters.quantize.quantizers import Quantizer
+from gemma3_export.reference.weights import WeightSource, check_finite
+from gemma3_export.reference.weights.block_matrix import SCALE_TYPES, pack_codes
+
+__all__ = ["ALIGNMENT_BYTES", "write_external_data"]
+
+ALIGNMENT_BYTES = 4096  # tensors begin on a page, so that a runtime can map them into memory
+CHUNK_BYTES = 64 * 2**20
+
+Progress = Callable[[int], None]  # called with bytes just written
+
+
+class HashingWriter:
+    """Writes a file and its SHA-256 in one pass."""
+
+    def __init__(self, file: BinaryIO, progress: Progress | None) -> None:
+        self.file = file
+        self.digest = hashlib.sha256()
+        self.position = 0
+        self.progress = progress
+
+    def write(self, data: bytes | memoryview) -> None:
+        """Append ``data``."""
+        self.file.write(data)
+        self.digest.update(data)
+        self.position += len(data)
+        if self.progress is not None:
+            self.progress(len(data))
+
+    def align(self) -> None:
+        """Pad with zeros to the next page."""
+        padding = -self.position % ALIGNMENT_BYTES
+        self.file.write(bytes(padding))
+        self.digest.update(bytes(padding))
+        self.position += padding
+
+
+def write_external_data(
+    graph: ir.Graph,
+    recipes: Mapping[str, WeightRecipe],
+    source: WeightSource,
+    path: Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    quantizer: Quantizer | None = None,
+    progress: Progress | None = None,
+) -> str:
+    """Fill the graph's weights from ``source`` through the file ``path``.
+
+    Args:
+        graph: its initializers named in ``recipes`` have no value yet and get one that points
+            into the file.
+        recipes: how each stored tensor is made of canonical weights.
+        source: where the canonical weights come from.
+        path: the external data file, beside the graph's own file.
+        dtype: element type of matrices on disk; vectors, which are the norms', stay float32.
+        quantizer: makes the blocks of quantised matrices.
+        progress: told the bytes written.
+
+    Returns:
+        The file's SHA-256.
+
+    Raises:
+        InputError: a weight holds NaN or infinity.
+        OSError: the disk is full.
+    """
+    shapes = dict(source.config.weight_shapes())
+    with path.open("wb") as file:
+        writer = HashingWriter(file, progress)
+        for name, recipe in recipes.items():
+            if recipe.blocks is not None:
+                assert quantizer is not None
+                write_blocks(writer, graph, name, recipe, quantizer, path)
+                continue
+            writer.align()
+            start = writer.position
+            is_vector = len(shapes[recipe.names[0]]) == 1
+            stored = torch.float32 if is_vector else dtype
+            extents = write_tensor(writer, recipe, source, stored)
+            attach(graph.initializers[name], Part(name, extents, ONNX_TYPES[stored]), start, path)
+    return writer.digest.hexdigest()
+
+
+ONNX_TYPES = {
+    torch.float32: ir.DataType.FLOAT,
+    torch.float16: ir.DataType.FLOAT16,
+    torch.bfloat16: ir.DataType.BFLOAT16,
+}
+
+
+def write_tensor(
+    writer: HashingWriter, recipe: WeightRecipe, source: WeightSource, dtype: torch.dtype
+) -> tuple[int, ...]:
+    """Write one stored tensor; return its shape."""
+    if recipe.transposed:
+        parts = [read_checked(source, name, dtype) for name in recipe.names]
+        tensor = torch.cat(parts).T.contiguous()
+        del parts
+        writer.write(raw_bytes(tensor))
+        return tuple(tensor.shape)
+    rows, trailing = 0, tuple[int, ...]()
+    for name in recipe.names:
+        for chunk in source.chunks(name, max_bytes=CHUNK_BYTES):
+            check_finite(name, chunk)
+            writer.write(raw_bytes(chunk.to(dtype).contiguous()))
+            rows, trailing = rows + chunk.shape[0], tuple(chunk.shape[1:])
+    return (rows, *trailing)
+
+
+def write_blocks(
+    writer: HashingWriter,
+    graph: ir.Graph,
+    name: str,
+    recipe: WeightRecipe,
+    quantizer: Quantizer,
+    path: Path,
+) -> None:
+    """Write one quantised matrix: codes as they are made, then what is kept beside them."""
+    writer.align()
+    places = {CODES: writer.position}
+    kept: dict[str, list[torch.Tensor]] = {SCALES: [], MINIMUMS: []}
+    for matrix in quantizer.matrices(recipe):
+        writer.write(raw_bytes(pack_codes(matrix)))
+        kept[SCALES].append(matrix.scales)
+        if matrix.minimums is not None:
+            kept[MINIMUMS].append(matrix.minimums)
+    rows = sum(len(part) for part in kept[SCALES])
+    assert recipe.blocks is not None
+    columns = kept[SCALES][0].shape[1] * recipe.blocks.block_size
+    parts = stored_parts(name, recipe.blocks, rows, columns)
+    for key, part in parts.items():
+        if key == CODES:
+            continue
+        writer.align()
+        places[key] = writer.position
+        tensor = torch.cat(kept[key]) if key in kept else torch.zeros(part.shape, dtype=torch.uint8)
+        if key == SCALES:
+            tensor = tensor.to(SCALE_TYPES[recipe.blocks.scale_type])
+            check_finite(f"{name}.{key} in {recipe.blocks.scale_type}", tensor)
+        writer.write(raw_bytes(tensor.contiguous()))
+    for key, part in parts.items():
+        attach(graph.initializers[part.name], part, places[key], path)
+    alias = graph.initializers.get(f"{name}.{LOOKUP_SCALES}")
+    if alias is not None:
+        scales = parts[SCALES]
+        attach(alias, Part(str(alias.name), (*scales.shape, 1), scales.dtype), places[SCALES], path)
+
+
+def attach(value: ir.Value, part: Part, offset: int, path: Path) -> None:
+    """Let an initializer point into the external data."""
+    value.const_value = ir.ExternalTensor(
+        location=path.name,
+        offset=offset,
+        length=int(math.prod(part.shape) * part.dtype.itemsize),  # it is a float
+        dtype=part.dtype,
+        shape=ir.Shape(part.shape),
+        name=part.name,
+        base_dir=path.parent,
+    )
+    value.shape = ir.Shape(part.shape)
+    value.type = ir.TensorType(part.dtype)
+
+
+def read_checked(source: WeightSource, name: str, dtype: torch.dtype) -> torch.Tensor:
+    """One whole canonical weight in ``dtype``, known to be finite."""
+    tensor = source.read(name)
+    check_finite(name, tensor)
+    return tensor.to(dtype)
+
+
+def raw_bytes(tensor: torch.Tensor) -> memoryview:
+    """The tensor's memory, without a copy."""
+    return tensor.view(torch.uint8).numpy().data.cast("B")

@@ -1,0 +1,257 @@
+"""Modules that stand in for the reference's while a graph is traced.
+
+Each computes what the module it replaces computes, in a form that ONNX Runtime has a good kernel
+for: projections packed into one matrix product, attention as one fused operator. The parity check
+holds them to the reference.
+
+In half precision, matrices and whatever is between two products are half, while norms and the
+residual stream are float32: there the numbers grow largest, and rounding adds up over the layers.
+
+Shapes: B batch rows, T new tokens, S all tokens, D hidden size, C vocabulary or feature columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F  # noqa: N812  (torch's own convention)
+from torch import Tensor
+from torch.onnx import ops
+
+from gemma3_export.config.gemma3_config import Gemma3Config
+from gemma3_export.exporters.onnx.layer_stack import layer_boundary
+from gemma3_export.exporters.packing import PackedAttention, PackedMLP, PackedProjection
+from gemma3_export.reference.model import (
+    DecoderLayer,
+    Gemma3,
+    KeyValue,
+    LastTokens,
+    LayerContext,
+    LMHead,
+    RMSNorm,
+    ScaledEmbedding,
+)
+
+__all__ = ["FusedGemma3", "PortableGemma3"]
+
+SLICE_TO_END = torch.iinfo(torch.int64).max
+
+
+class OnnxProjection(PackedProjection):
+    """A product with a matrix stored input-major, so that no transposition is left in the graph."""
+
+    is_transposed = True
+
+    def product(self, x: Tensor) -> Tensor:
+        """[B, T, in] to [B, T, sum of out_features]."""
+        return x @ self.weight
+
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, ...]:
+        """As :class:`PackedProjection`; ``x`` is brought to the product's element type."""
+        return super().forward(x.to(self.weight.dtype))
+
+    def split(self, y: Tensor) -> tuple[Tensor, ...]:
+        """As one node; torch's own split becomes a sequence and a node for each part."""
+        shapes = [(*y.shape[:-1], size) for size in self.out_features]
+        return tuple(
+            ops.symbolic_multi_out(
+                "Split",
+                [y, torch.tensor(self.out_features)],
+                {"axis": -1},
+                dtypes=[y.dtype] * len(shapes),
+                shapes=shapes,
+                version=18,
+            )
+        )
+
+
+def split_heads(x: Tensor, head_dim: int) -> Tensor:
+    """[B, T, C] to [B, T, C/H, H], as one node; ``view`` would compute its shape in the graph."""
+    shape = (*x.shape[:-1], x.shape[-1] // head_dim, head_dim)
+    return reshape(x, [0, 0, -1, head_dim], shape)
+
+
+def merge_heads(x: Tensor) -> Tensor:
+    """[B, T, N, H] to [B, T, N*H], as one node."""
+    return reshape(x, [0, 0, -1], (*x.shape[:2], x.shape[2] * x.shape[3]))
+
+
+def reshape(x: Tensor, target: Sequence[int], shape: Sequence[int | torch.SymInt]) -> Tensor:
+    """ONNX Reshape, in whose ``target`` 0 copies an extent and -1 takes the rest."""
+    return ops.symbolic(
+        "Reshape", [x, torch.tensor(target)], dtype=x.dtype, shape=shape, version=21
+    )
+
+
+@dataclass(kw_only=True)
+class FusedContext:
+    """What GroupQueryAttention takes in place of masks and angles."""
+
+    cos: Tensor  # [max_position_embeddings, H/2] the whole table
+    sin: Tensor
+    last_index: Tensor  # [B] int32 tokens of each row, less one
+    total: Tensor  # [] int32 longest row
+    attention_mask: Tensor  # [B, S]
+
+
+class FusedAttention(PackedAttention):
+    """Rotation, cache update, window and attention in one GroupQueryAttention node."""
+
+    def forward(  # type: ignore[override]
+        self, x_BTD: Tensor, context: FusedContext, past: KeyValue
+    ) -> tuple[Tensor, KeyValue]:
+        """As the reference's, but lengths come from the mask's sums: pad on the right only."""
+        config = self.config
+        batch, new = x_BTD.shape[:2]
+        q, k, v = self.project(x_BTD)
+        q = merge_heads(self.q_norm(split_heads(q, config.head_dim)))
+        k = merge_heads(self.k_norm(split_heads(k, config.head_dim)))
+        cache = (
+            batch,
+            config.num_key_value_heads,
+            context.attention_mask.shape[1],
+            config.head_dim,
+        )
+        out, key, value = ops.symbolic_multi_out(
+            "com.microsoft::GroupQueryAttention",
+            [q, k, v, *past, context.last_index, context.total, context.cos, context.sin],
+            {
+                "num_heads": config.num_attention_heads,
+                "kv_num_heads": config.num_key_value_heads,
+                "scale": config.attention_scale,
+                "local_window_size": config.sliding_window if config.is_sliding(self.layer) else -1,
+                "do_rotary": 1,
+            },
+            dtypes=[q.dtype] * 3,
+            shapes=[(batch, new, config.query_size), cache, cache],
+            version=1,
+        )
+        return self.o_proj(out), (key, value)
+
+
+class FloatNorm(RMSNorm):
+    """A norm on the residual stream: float32 out, whatever comes in."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise the last axis of ``x``."""
+        return super().forward(x.float())
+
+
+class FloatEmbedding(ScaledEmbedding):
+    """Token embedding that opens a float32 residual stream."""
+
+    def forward(self, ids_BT: Tensor) -> Tensor:
+        """[B, T] token ids to [B, T, D] float32; the scale is rounded to the weights' type."""
+        scale = torch.tensor(self.hidden_size**0.5, dtype=torch.float32)
+        return self.lookup(ids_BT).float() * scale.to(self.weight.dtype).float()
+
+
+class MarkedLayer(DecoderLayer):
+    """A layer whose input is marked, so that it can be cut out of the trace."""
+
+    def __init__(self, config: Gemma3Config, layer: int) -> None:
+        super().__init__(config, layer)
+        self.post_attention_layernorm = FloatNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_feedforward_layernorm = FloatNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(
+        self, x: Tensor, context: LayerContext, past: KeyValue | None
+    ) -> tuple[Tensor, KeyValue]:
+        """As the reference's."""
+        return super().forward(layer_boundary(x), context, past)
+
+
+class SliceLastTokens(LastTokens):
+    """``x[:, -count:]`` with a ``count`` that is a graph input; -0 starts at 0 and keeps all."""
+
+    def forward(self, x_BTD: Tensor, count: Tensor | int) -> Tensor:
+        """[B, T, D] to [B, count, D]; the traced shape claims T, which is corrected afterwards."""
+        assert isinstance(count, Tensor)
+        x_BTD = layer_boundary(x_BTD)  # the end of the last layer
+        end, axis = torch.tensor([SLICE_TO_END]), torch.tensor([1])
+        # -count, by way of an extent: arithmetic on extents stays on the CPU, where a GPU's Slice
+        # wants its bounds, while a bare negation goes to the GPU and has to be copied back.
+        extent = ops.symbolic(
+            "Shape", [x_BTD], {"start": 1, "end": 2}, dtype=torch.int64, shape=[1], version=21
+        )
+        start = extent - count - extent
+        return ops.symbolic(
+            "Slice", [x_BTD, start, end, axis], dtype=x_BTD.dtype, shape=x_BTD.shape, version=13
+        )
+
+
+class GemmHead(LMHead):
+    """Logits through a two-dimensional product, which takes the embedding untransposed.
+
+    So one stored matrix serves the embedding and the head.
+    """
+
+    def forward(self, x: Tensor, weight_VD: Tensor) -> Tensor:
+        """[B, T, D] to [B, T, V] float32."""
+        # Extents are read in the graph: the traced ones ignore num_logits_to_keep.
+        vocab_size, hidden_size = weight_VD.shape
+        rows = reshape(x, [-1, hidden_size], (x.shape[0] * x.shape[1], hidden_size))
+        rows = rows.to(weight_VD.dtype)
+        extents = ops.symbolic("Shape", [x], {"end": 2}, dtype=torch.int64, shape=[2], version=21)
+        target = torch.cat((extents, torch.tensor([vocab_size])))
+        logits = F.linear(rows, weight_VD).float()
+        return ops.symbolic(
+            "Reshape",
+            [logits, target],
+            dtype=logits.dtype,
+            shape=(*x.shape[:2], vocab_size),
+            version=21,
+        )
+
+
+class PortableGemma3(Gemma3):
+    """The reference in standard operators, for any ONNX runtime; padding may stand anywhere."""
+
+    attention: type[PackedAttention] = PackedAttention
+
+    def __init__(self, config: Gemma3Config) -> None:
+        super().__init__(config)
+        self.model.embed_tokens = FloatEmbedding(config.vocab_size, config.hidden_size)
+        self.last_tokens = SliceLastTokens()
+        self.head = GemmHead()
+        for index in range(config.num_hidden_layers):
+            layer = MarkedLayer(config, index)
+            layer.self_attn = self.attention(layer.self_attn, OnnxProjection)
+            layer.mlp = PackedMLP(config, OnnxProjection)
+            self.model.layers[index] = layer
+
+    def round_matrices(self, dtype: torch.dtype) -> None:
+        """Hold matrices in ``dtype``; the vectors, which are the norms', stay float32."""
+        for parameter in self.parameters():
+            if parameter.ndim > 1:
+                parameter.data = parameter.data.to(dtype)
+
+
+class FusedGemma3(PortableGemma3):
+    """The reference with ONNX Runtime's fused attention; padding on the right only."""
+
+    attention = FusedAttention
+
+    def layer_contexts(  # type: ignore[override]
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        past_key_values: Sequence[KeyValue],
+    ) -> dict[str, FusedContext]:
+        """Rotary tables and row lengths; the tables are constants that a runtime folds on load."""
+        positions = torch.arange(self.config.max_position_embeddings)
+        last_index = (attention_mask.sum(1) - 1).to(torch.int32)
+        total = torch.scalar_tensor(attention_mask.shape[1], dtype=torch.int32)
+        contexts = {}
+        for kind, rotary in self.rotary.items():
+            cos, sin = rotary(positions)
+            contexts[kind] = FusedContext(
+                cos=cos.to(self.head_weight.dtype),  # the attention's element type
+                sin=sin.to(self.head_weight.dtype),
+                last_index=last_index,
+                total=total,
+                attention_mask=attention_mask,
+            )
+        return contexts

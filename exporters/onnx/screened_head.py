@@ -1,0 +1,284 @@
+"""A head for decoding, in the graph of our own runtime: the largest logits, exact and complete.
+
+The head is a model's largest matrix, and greedy or top-k decoding looks at a handful of the quarter
+million logits that it makes. So a copy in 8-bit blocks goes first and screens: it reads a quarter
+of the bytes and shows, with a proven bound, which tokens may be among the k largest. Only their
+rows are then multiplied in float32.
+
+For a hidden state h, a row w of the head and its copy c, by Cauchy and Schwarz
+
+    |w.h - c.h| <= |w - c| |h|
+
+The kernel rounds its inputs to 8 bits by block. Therefore h is split into g, which lies on the grid
+that the kernel rounds to, and a rest r; the kernel multiplies g exactly, and errs on r by no more
+than |c| sqrt(D) max|r| / 254. Both bounds together are the reach of a row's logit around c.g + c.r.
+A token may be among the k largest when the top of its reach is not below the k-th largest bottom.
+
+Where that leaves too many tokens, or none since numbers are not finite, the graph gives all logits.
+
+Shapes: B batch rows, T kept tokens, D hidden size, V vocabulary, G blocks, R screened rows,
+N candidates.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from onnx import parser
+
+from gemma3_export.bundle.block_format import BlockFormat
+from gemma3_export.config.gemma3_config import Gemma3Config
+from gemma3_export.errors import InputError
+from gemma3_export.exporters.onnx.blocks import CODES, SCALES, Part, stored_parts
+from gemma3_export.exporters.onnx.external_data import HashingWriter, Progress, attach, raw_bytes
+from gemma3_export.reference.weights.block_matrix import pack_codes, quantize
+
+__all__ = ["add_screen", "is_screened", "screen_bytes"]
+
+NAME = "head_screen"
+MARGINS = "margins"
+LEAST_BYTES = 32 * 2**20  # of a head in float32; smaller ones are no burden
+LIMIT_SHARE = 64  # more candidates than this part of the vocabulary: all logits instead
+LEAST_LIMIT = 256
+CHUNK_BYTES = 64 * 2**20
+BLOCK_SIZES = (128, 64, 32, 16)  # the larger, the fewer scales to read
+# What sums of D products in float32 may be off, as a part of D |h| |w|; twice what it can be.
+SUM_ERROR = 2.0**-23
+LEVELS = 127  # on each side of zero, of the grid that the kernel rounds its inputs to
+SLACK = 1.001  # bounds computed in float32 stay bounds
+
+# Products of two halves of a row are in two rows, R apart.
+GRAPH = """
+<ir_version: 10, opset_import: ["": 23, "com.microsoft": 1]>
+screen (
+    float[B, T, D] hidden, int64[1] num_candidates, float[V, D] head,
+    uint8[V, G, S] codes, float[V, G] scales, float[2, V] margins
+) => (
+    int64[N] candidate_rows, int64[N] candidate_ids, float[N] candidate_logits,
+    float[B, A, D] others
+)
+<
+    int64[1] zero = {0}, int64[1] one = {1}, int64[1] last = {-1}, int64[1] end = {LAST},
+    int64[1] limit = {LIMIT}, int64[2] rows_shape = {-1, COLUMNS},
+    int64[3] blocks_shape = {-1, BLOCKS, BLOCK_SIZE}, int64[3] halves_shape = {2, -1, ROWS},
+    float tiny = {1e-30}, float levels = {LEVELS}, float doubt = {DOUBT}
+>
+{
+    first_count = Min (num_candidates, one)
+    first = Slice (hidden, zero, first_count, one)
+    states = Reshape (first, rows_shape)
+    blocks = Reshape (states, blocks_shape)
+    sizes = Abs (blocks)
+    largest = ReduceMax <keepdims: int = 1> (sizes, last)
+    not_zero = Max (largest, tiny)
+    grid = Div (not_zero, levels)
+    in_grid = Div (blocks, grid)
+    rounded = Round (in_grid)
+    gridded = Mul (rounded, grid)
+    on_grid = Reshape (gridded, rows_shape)
+    rest = Sub (states, on_grid)
+    both = Concat <axis: int = 0> (on_grid, rest)
+    products = com.microsoft.MatMulNBits <
+        K: int = COLUMNS, N: int = ROWS, bits: int = 8, block_size: int = BLOCK_SIZE,
+        accuracy_level: int = 4
+    > (both, codes, scales)
+    halves = Reshape (products, halves_shape)
+    screened = ReduceSum <keepdims: int = 0> (halves, zero)
+    length = ReduceL2 <keepdims: int = 1> (states, last)
+    rest_sizes = Abs (rest)
+    rest_largest = ReduceMax <keepdims: int = 1> (rest_sizes, last)
+    rest_error = Mul (rest_largest, doubt)
+    errors = Concat <axis: int = 1> (length, rest_error)
+    reach = MatMul (errors, margins)
+    bottom = Sub (screened, reach)
+    top = Add (screened, reach)
+    count = Max (num_candidates, one)
+    best, best_ids = TopK <axis: int = -1, sorted: int = 0> (bottom, count)
+    bar = ReduceMin <keepdims: int = 1> (best, last)
+    may_be = GreaterOrEqual (top, bar)
+    found = NonZero (may_be)
+    found_count = Shape <start: int = 1> (found)
+    is_some = Greater (found_count, zero)
+    is_few = LessOrEqual (found_count, limit)
+    suffices = And (is_some, is_few)
+    used_count = Where (suffices, found_count, zero)
+    used = Slice (found, zero, used_count, one)
+    row_part, id_part = Split <axis: int = 0, num_outputs: int = 2> (used)
+    candidate_rows = Reshape (row_part, last)
+    candidate_ids = Reshape (id_part, last)
+    candidate_states = Gather <axis: int = 0> (states, candidate_rows)
+    candidate_weights = Gather <axis: int = 0> (head, candidate_ids)
+    terms = Mul (candidate_states, candidate_weights)
+    candidate_logits = ReduceSum <keepdims: int = 0> (terms, last)
+    others_count = Where (suffices, zero, end)
+    others = Slice (hidden, zero, others_count, one)
+}
+"""
+
+
+def is_screened(config: Gemma3Config, wanted: bool | None) -> bool:
+    """Whether to give a float32 head a screen; None is wherever the head is large.
+
+    Raises:
+        InputError: a screen is wanted, and no block size divides the hidden size.
+    """
+    size = block_size(config)
+    if wanted and not size:
+        sizes = ", ".join(map(str, BLOCK_SIZES))
+        raise InputError(
+            f"blocks of {sizes} do not divide hidden_size {config.hidden_size}, so its head "
+            "cannot be screened; leave --screen out"
+        )
+    if wanted is None:
+        return bool(size) and 4 * config.vocab_size * config.hidden_size >= LEAST_BYTES
+    return wanted
+
+
+def block_size(config: Gemma3Config) -> int:
+    """Columns of the copy that share a scale; 0 where none of the sizes divide."""
+    return next((size for size in BLOCK_SIZES if config.hidden_size % size == 0), 0)
+
+
+def screen_format(config: Gemma3Config) -> BlockFormat:
+    """The blocks of the copy."""
+    return BlockFormat(bits=8, block_size=block_size(config))
+
+
+def screen_bytes(config: Gemma3Config) -> int:
+    """Bytes of the copy and its margins."""
+    copy = screen_format(config).size_bytes(config.vocab_size, config.hidden_size)
+    return copy + 2 * 4 * config.vocab_size
+
+
+def add_screen(
+    graph: ir.Graph, config: Gemma3Config, path: Path, progress: Progress | None = None
+) -> str:
+    """Let ``graph`` choose candidates when its input ``num_candidates`` is not 0.
+
+    Then ``candidate_rows``, ``candidate_ids`` and ``candidate_logits`` [N] hold, among others, the
+    ``num_candidates`` largest logits of each row's first kept token, and ``logits`` is empty; or it
+    is the other way round, where too many tokens are candidates.
+
+    Args:
+        graph: activations are float32, the head is stored as such and has its values. Its new
+            inputs and outputs are still to be declared.
+        config: the model.
+        path: the external data file to write, beside the graph's own.
+        progress: told the bytes written.
+
+    Returns:
+        The SHA-256 of the file.
+    """
+    head = graph.initializers[config.head_name]
+    product = next(node for node, _ in head.uses() if node.op_type == "Gemm")
+    rows = product.inputs[0]
+    reshape = None if rows is None else rows.producer()
+    hidden = None if reshape is None else reshape.inputs[0]
+    assert hidden is not None
+    for node, _ in tuple(product.outputs[0].uses()):  # a Reshape, perhaps to no rows
+        node.attributes["allowzero"] = ir.AttrInt64("allowzero", 1)
+    screen = ir.from_proto(parser.parse_model(graph_text(config))).graph
+    for node, index in tuple(hidden.uses()):
+        node.replace_input_with(index, screen.outputs[-1])
+    splice(graph, screen, {"hidden": hidden, "head": head})
+    return write_screen(graph, head, config, path, progress)
+
+
+def splice(graph: ir.Graph, part: ir.Graph, given: dict[str, ir.Value]) -> None:
+    """Move the nodes of ``part`` into ``graph``, behind the one that makes the first ``given``.
+
+    Integer inputs of ``part`` that are not given become inputs of ``graph``, others initializers;
+    all its outputs but the last become outputs.
+    """
+    nodes, constants = tuple(part), tuple(part.initializers.values())
+    inputs, outputs = tuple(part.inputs), tuple(part.outputs[:-1])
+    part.outputs.clear()
+    part.inputs.clear()
+    part.initializers.clear()
+    part.remove(nodes)
+    for value in inputs:
+        if value.name in given:
+            value.replace_all_uses_with(given[value.name])
+        elif value.dtype == ir.DataType.INT64:
+            graph.inputs.append(value)
+        else:
+            constants = (*constants, value)
+    for value in (*constants, *(output for node in nodes for output in node.outputs)):
+        if value not in outputs:
+            value.name = f"{NAME}.{value.name}"
+    for value in constants:
+        graph.initializers[str(value.name)] = value
+    for node in nodes:
+        node.name = f"node_{node.outputs[0].name}"
+    graph.outputs.extend(outputs)
+    before = next(iter(given.values())).producer()
+    assert before is not None
+    graph.insert_after(before, nodes)
+
+
+def graph_text(config: Gemma3Config) -> str:
+    """:data:`GRAPH` for one model."""
+    size = screen_format(config).block_size
+    numbers = {
+        "BLOCK_SIZE": size,
+        "BLOCKS": config.hidden_size // size,
+        "COLUMNS": config.hidden_size,
+        "ROWS": config.vocab_size,
+        "LIMIT": max(LEAST_LIMIT, config.vocab_size // LIMIT_SHARE),
+        "LAST": np.iinfo(np.int64).max,
+        "LEVELS": float(LEVELS),
+        "DOUBT": SLACK * math.sqrt(config.hidden_size) / (2 * LEVELS),
+    }
+    text = GRAPH
+    for name, number in numbers.items():
+        text = text.replace(name, str(number))
+    return text
+
+
+def write_screen(
+    graph: ir.Graph, head: ir.Value, config: Gemma3Config, path: Path, progress: Progress | None
+) -> str:
+    """Write codes, scales and margins to ``path``, point to them, and return its SHA-256."""
+    block_format = screen_format(config)
+    assert isinstance(head.const_value, ir.ExternalTensor)
+    kept: dict[str, list[torch.Tensor]] = {SCALES: [], MARGINS: []}
+    with path.open("wb") as file:
+        writer = HashingWriter(file, progress)
+        places = {CODES: 0}
+        for chunk in row_chunks(head.const_value, config):
+            matrix = quantize(chunk, block_format)
+            writer.write(raw_bytes(pack_codes(matrix)))
+            kept[SCALES].append(matrix.scales)
+            kept[MARGINS].append(row_margins(chunk, matrix.dequantize()))
+        for key, axis in ((SCALES, 0), (MARGINS, 1)):
+            writer.align()
+            places[key] = writer.position
+            writer.write(raw_bytes(torch.cat(kept[key], dim=axis)))
+    parts = stored_parts(NAME, block_format, config.vocab_size, config.hidden_size)
+    parts[MARGINS] = Part(f"{NAME}.{MARGINS}", (2, config.vocab_size), ir.DataType.FLOAT)
+    for key, part in parts.items():
+        attach(graph.initializers[part.name], part, places[key], path)
+    return writer.digest.hexdigest()
+
+
+def row_chunks(stored: ir.ExternalTensor, config: Gemma3Config) -> Iterator[torch.Tensor]:
+    """Rows of the head as written, a few at a time; all of a mapped file would count as memory."""
+    columns = config.hidden_size
+    step = max(1, CHUNK_BYTES // (4 * columns))
+    with Path(stored.path).open("rb") as file:
+        file.seek(stored.offset or 0)
+        for start in range(0, config.vocab_size, step):
+            rows = min(step, config.vocab_size - start)
+            yield torch.from_numpy(np.fromfile(file, "<f4", rows * columns).reshape(rows, columns))
+
+
+def row_margins(weights: torch.Tensor, copies: torch.Tensor) -> torch.Tensor:
+    """[2, V]: per unit of |h| the longest error of a row's logit, and the length of its copy."""
+    errors, lengths = (copies - weights).norm(dim=1), copies.norm(dim=1)
+    rounding = SUM_ERROR * weights.shape[1] * lengths
+    return SLACK * torch.stack((errors + rounding, lengths))

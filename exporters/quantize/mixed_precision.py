@@ -1,0 +1,173 @@
+"""Give every matrix the format that its sensitivity deserves: ``--dtype mixed``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from gemma3_export.bundle.block_format import BlockFormat
+from gemma3_export.config.gemma3_config import EMBEDDING, HEAD, Gemma3Config
+from gemma3_export.errors import InputError
+from gemma3_export.exporters.bundle_writer import Progress
+from gemma3_export.exporters.quantize.calibrated_blocks import CalibratedBlocks, Calibrator
+from gemma3_export.exporters.quantize.calibration import Calibration
+from gemma3_export.exporters.quantize.gptq import Hessian
+from gemma3_export.exporters.quantize.layerwise import MATRIX_GROUPS
+from gemma3_export.exporters.quantize.quantizers import matrix_names
+from gemma3_export.exporters.quantize.sensitivity import DivergenceMeter, Option, choose_options
+from gemma3_export.reference.loading import load_reference
+from gemma3_export.reference.weights import WeightSource
+from gemma3_export.reference.weights.block_matrix import quantize
+
+__all__ = ["calibrate_mixed", "candidate_formats"]
+
+Product = tuple[str, ...]  # canonical names of matrices that are stored as one
+
+JUDGES = 8  # sequences of the text that divergences are measured on, and no Hessian sees
+ROUNDS = 4
+MARGIN = 0.8  # of the budget: other text diverges otherwise than this one
+SAMPLED_ROWS = 4096  # of a large matrix, for its output errors
+
+
+def products_of(config: Gemma3Config) -> list[Product]:
+    """What shares a format: matrices of one product, as the exporter packs them."""
+    head = [] if config.tie_word_embeddings else [(HEAD,)]
+    layers = [
+        tuple(f"model.layers.{layer}.{name}.weight" for name in group)
+        for layer in range(config.num_hidden_layers)
+        for group in MATRIX_GROUPS
+    ]
+    return [(EMBEDDING,), *layers, *head]
+
+
+def candidate_formats(columns: int, block_size: int) -> list[BlockFormat]:
+    """What a matrix may be stored as, the smallest first; ``block_size`` is the finest."""
+    found = []
+    for bits, factor in ((4, 2), (4, 1), (8, 4), (8, 1)):
+        size = block_size * factor
+        if size <= 256 and columns % size == 0:
+            found.append(BlockFormat(bits=bits, block_size=size))
+    return found
+
+
+@dataclass(kw_only=True)
+class OutputErrors:
+    """Squared errors of the outputs of matrices rounded to the nearest codes, by format."""
+
+    source: WeightSource
+    block_size: int
+    of: dict[str, dict[BlockFormat, float]] = field(default_factory=dict)
+
+    def add(self, names: Sequence[str], hessian: Hessian) -> None:
+        """Measure some matrices that share their inputs."""
+        moment = hessian.mean().float()
+        for name in names:
+            weights = self.source.read(name, 0, self._rows(name)).float()
+            self.of[name] = {}
+            for item in candidate_formats(weights.shape[1], self.block_size):
+                error = quantize(weights, item).dequantize() - weights
+                self.of[name][item] = float(((error @ moment) * error).sum())
+
+    def ratio(self, product: Product, of: BlockFormat, to: BlockFormat) -> float:
+        """How much larger the error is in one format than in the other."""
+        found = sum(self.of[name][of] for name in product)
+        return found / max(sum(self.of[name][to] for name in product), 1e-30)
+
+    def _rows(self, name: str) -> int:
+        return min(SAMPLED_ROWS, dict(self.source.config.weight_shapes())[name][0])
+
+
+def calibrate_mixed(
+    source: WeightSource,
+    text: Calibration,
+    block_size: int,
+    max_kld: float,
+    folder: Path,
+    progress: Progress,
+) -> CalibratedBlocks:
+    """Quantise every matrix, the least sensitive ones most, within a divergence budget.
+
+    The model is held in memory twice, unlike with one format for all.
+
+    Args:
+        source: canonical weights.
+        text: its last sequences measure divergences, the others calibrate.
+        block_size: the finest blocks.
+        max_kld: the budget, mean nats a token.
+        folder: empty; it holds the matrices as long as they are needed.
+        progress: told what is being done.
+
+    Raises:
+        InputError: no format keeps to the budget, or blocks do not divide a matrix.
+    """
+    learnt = Calibration(ids=text.ids[:-JUDGES], description=text.description)
+    narrow = BlockFormat(bits=4, block_size=block_size)
+    errors = OutputErrors(source=source, block_size=block_size)
+    formats = dict.fromkeys(matrix_names(source.config), narrow)
+    calibrator = Calibrator(source, learnt, folder, progress, errors.add)
+    blocks = calibrator.calibrate(formats)
+    meter = DivergenceMeter(load_reference(source), text.ids[-JUDGES:])
+    products = products_of(source.config)
+    options = measure_options(source, products, blocks, meter, errors, progress)
+    budget = allowed = MARGIN * max_kld
+    best = float("inf")
+    for _ in range(ROUNDS):
+        chosen = choose_options(options, allowed)
+        formats = {
+            name: option.format
+            for product, option in zip(products, chosen, strict=True)
+            for name in product
+        }
+        calibrator.observe = None
+        blocks = calibrator.calibrate(formats)
+        found = measure_all(blocks, meter)
+        best = min(best, found)
+        if found <= budget:
+            return blocks
+        if all(option == items[-1] for option, items in zip(chosen, options, strict=True)):
+            break
+        predicted = sum(option.divergence for option in chosen)
+        allowed = min(allowed, predicted) * 0.9 * budget / found
+    raise InputError(
+        f"no choice of formats keeps to a divergence of {max_kld} with room for other text: the "
+        f"best one reached has {best:.3g} nats a token on the calibration text; give a larger "
+        "--max-kld, or export with --dtype int8 or fp32"
+    )
+
+
+def measure_options(
+    source: WeightSource,
+    products: Sequence[Product],
+    blocks: CalibratedBlocks,
+    meter: DivergenceMeter,
+    errors: OutputErrors,
+    progress: Progress,
+) -> list[list[Option]]:
+    """The divergence of each product in the format of ``blocks``, and from it in all others."""
+    shapes = dict(source.config.weight_shapes())
+    options = []
+    for index, product in enumerate(products):
+        progress("measuring sensitivities", index, len(products))
+        weights = ((name, blocks.load(name).dequantize()) for name in product)
+        measured = meter.with_changed(weights, {})
+        rows, columns = sum(shapes[name][0] for name in product), shapes[product[0]][1]
+        options.append(
+            [
+                Option(
+                    format=item,
+                    size_bytes=item.size_bytes(rows, columns),
+                    divergence=measured * errors.ratio(product, item, blocks.formats[product[0]]),
+                )
+                for item in candidate_formats(columns, errors.block_size)
+            ]
+        )
+    progress("measuring sensitivities", len(products), len(products))
+    return options
+
+
+def measure_all(blocks: CalibratedBlocks, meter: DivergenceMeter) -> float:
+    """The divergence with every matrix quantised, and activations as the kernels round them."""
+    rounded = {name: item.block_size for name, item in blocks.formats.items()}
+    weights = ((name, blocks.load(name).dequantize()) for name in blocks.formats)
+    return meter.with_changed(weights, rounded)

@@ -1,0 +1,138 @@
+"""Where the blocks of quantised matrices come from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from gemma3_export.bundle.block_format import BlockFormat, common_format
+from gemma3_export.bundle.bundle import WeightRecipe
+from gemma3_export.config.gemma3_config import EMBEDDING, Gemma3Config
+from gemma3_export.errors import InputError
+from gemma3_export.exporters.quantize.gguf_blocks import gguf_format, read_gguf_blocks
+from gemma3_export.reference.weights import WeightSource, check_finite
+from gemma3_export.reference.weights.block_matrix import BlockMatrix, quantize
+
+__all__ = ["KeptBlocks", "Quantizer", "RoundToNearest", "matrix_names", "packed_format"]
+
+CHUNK_BYTES = 64 * 2**20
+
+
+class Quantizer(Protocol):
+    """Makes the quantised form of matrices, a few rows at a time."""
+
+    @property
+    def calibration(self) -> dict[str, Any] | None:
+        """The text that was looked at, for the manifest."""
+
+    def format(self, names: Sequence[str]) -> BlockFormat | None:
+        """How the matrices ``names``, packed into one, are stored; None keeps them in float32."""
+
+    def matrices(self, recipe: WeightRecipe) -> Iterator[BlockMatrix]:
+        """The rows of a packed matrix in its ``recipe.blocks``, in order.
+
+        Raises:
+            InputError: a weight is not finite.
+        """
+
+
+def matrix_names(config: Gemma3Config) -> list[str]:
+    """Canonical names of everything that may be quantised: all but the norms."""
+    return [name for name, shape in config.weight_shapes() if len(shape) == 2]
+
+
+def row_chunks(source: WeightSource, name: str) -> Iterator[tuple[int, int]]:
+    """Row ranges of a canonical matrix that are :data:`CHUNK_BYTES` in float32."""
+    rows, columns = dict(source.config.weight_shapes())[name]
+    step = max(1, CHUNK_BYTES // (4 * columns))
+    for start in range(0, rows, step):
+        yield start, min(start + step, rows)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoundToNearest:
+    """Each block on its own, without data; see ``block_matrix.quantize``.
+
+    Args:
+        source: canonical weights.
+        formats: canonical matrix to its format; what is absent stays in float32.
+
+    Raises:
+        InputError: blocks do not divide a matrix.
+    """
+
+    source: WeightSource
+    formats: Mapping[str, BlockFormat]
+    calibration: None = None
+
+    def __post_init__(self) -> None:
+        shapes = dict(self.source.config.weight_shapes())
+        for name, block_format in self.formats.items():
+            block_format.check_columns(name, shapes[name][1])
+
+    def format(self, names: Sequence[str]) -> BlockFormat | None:
+        """See :class:`Quantizer`."""
+        return packed_format([self.formats.get(name) for name in names])
+
+    def matrices(self, recipe: WeightRecipe) -> Iterator[BlockMatrix]:
+        """See :class:`Quantizer`."""
+        assert recipe.blocks is not None
+        for name in recipe.names:
+            for weights in self.source.chunks(name, max_bytes=CHUNK_BYTES):
+                check_finite(name, weights)
+                yield quantize(weights, recipe.blocks)
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeptBlocks:
+    """The blocks of a quantised GGUF, bit by bit.
+
+    Matrices that the file holds in a float type stay in float32.
+
+    Raises:
+        InputError: the weights are no quantised GGUF, or it has types without an equivalent.
+    """
+
+    source: WeightSource
+    calibration: None = None
+
+    def __post_init__(self) -> None:
+        formats = [self._format(name) for name in matrix_names(self.source.config)]
+        if not any(formats):
+            raise InputError(
+                f"{self.source.origin} holds no quantised matrix to keep; give a quantised GGUF "
+                "file, or choose another --dtype"
+            )
+
+    def _format(self, name: str) -> BlockFormat | None:
+        tensor = self.source.gguf_tensor(name)
+        if tensor is None:
+            return None
+        found = gguf_format(tensor)
+        if name == EMBEDDING and found is not None and found.has_minimum:
+            return BlockFormat(bits=8, block_size=found.block_size, has_minimum=True)
+        return found
+
+    def format(self, names: Sequence[str]) -> BlockFormat | None:
+        """See :class:`Quantizer`."""
+        return packed_format([self._format(name) for name in names])
+
+    def matrices(self, recipe: WeightRecipe) -> Iterator[BlockMatrix]:
+        """See :class:`Quantizer`."""
+        assert recipe.blocks is not None
+        for name in recipe.names:
+            tensor = self.source.gguf_tensor(name)
+            assert tensor is not None
+            for start, stop in row_chunks(self.source, name):
+                matrix = read_gguf_blocks(tensor, start, stop)
+                check_finite(name, matrix.scales)
+                if matrix.minimums is not None:
+                    check_finite(name, matrix.minimums)
+                yield matrix.convert(recipe.blocks)
+
+
+def packed_format(formats: Sequence[BlockFormat | None]) -> BlockFormat | None:
+    """The format of several matrices in one product: float32 if one of them is."""
+    quantized = [item for item in formats if item is not None]
+    return common_format(quantized) if len(quantized) == len(formats) else None

@@ -1,0 +1,1 @@
+"""Write the model as a TorchScript archive or a torch.export program."""

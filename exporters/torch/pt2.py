@@ -1,0 +1,131 @@
+"""Write the model as a ``torch.export`` program, the successor of TorchScript."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F  # noqa: N812  (torch's own convention)
+from torch import Tensor, nn
+
+from gemma3_export.bundle.bundle import Graph, WeightRecipe, sha256_of
+from gemma3_export.config.gemma3_config import Gemma3Config
+from gemma3_export.config.hugging_face import config_to_json
+from gemma3_export.exporters.bundle_writer import Progress, half_precision, require_dtype
+from gemma3_export.exporters.step import DecoderStep, example_inputs
+from gemma3_export.exporters.torch.torchscript import DTYPES
+from gemma3_export.parity.options import HalfPrecision
+from gemma3_export.reference.loading import load_reference
+from gemma3_export.reference.model import Gemma3, LastTokens, LMHead
+from gemma3_export.reference.weights import WeightSource
+from gemma3_export.staging import require_room
+
+__all__ = ["Pt2Writer", "export_program"]
+
+
+class MaskedLastTokens(LastTokens):
+    """Choose tokens by a mask: torch.export cannot slice by a number that a tensor holds."""
+
+    def forward(self, x_BTD: Tensor, count: Tensor | int) -> Tensor:
+        """[B, T, D] to [B, count, D]."""
+        new = x_BTD.shape[1]
+        places = torch.arange(new, device=x_BTD.device)
+        is_kept = (places >= new - count) | torch.eq(torch.as_tensor(count), 0)
+        return x_BTD[:, is_kept]
+
+
+class FlatLMHead(LMHead):
+    """One product over all tokens: Inductor takes no batch of products of unknown height."""
+
+    def product(self, x: Tensor, weight_VD: Tensor) -> Tensor:
+        """[B, T, D] to [B, T, V]."""
+        flat = F.linear(x.reshape(-1, x.shape[-1]), weight_VD)
+        return flat.view(x.shape[0], x.shape[1], -1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pt2Writer:
+    """A :class:`gemma3_export.exporters.bundle_writer.GraphWriter` for ``torch.export``.
+
+    Args:
+        dtype: a key of :data:`gemma3_export.exporters.torch.torchscript.DTYPES`.
+
+    Raises:
+        InputError: unknown dtype.
+    """
+
+    runtime: ClassVar[str] = "pt2"
+    dtype: str = "fp32"
+
+    def __post_init__(self) -> None:
+        require_dtype(self.dtype, tuple(DTYPES))
+
+    @property
+    def half(self) -> HalfPrecision | None:
+        """See :class:`gemma3_export.exporters.bundle_writer.GraphWriter`."""
+        return half_precision(DTYPES[self.dtype][0], holds_residual=True)
+
+    def size_bytes(self, config: Gemma3Config) -> int:
+        """Weights and graph."""
+        return config.num_parameters * DTYPES[self.dtype][0].itemsize + 2**24
+
+    def write(
+        self, source: WeightSource, folder: Path, progress: Progress
+    ) -> tuple[Graph, dict[str, str]]:
+        """Load the weights, trace, and save ``pt2/model.pt2``."""
+        dtype, cache_dtype = DTYPES[self.dtype]
+        path = folder / "pt2" / "model.pt2"
+        path.parent.mkdir(exist_ok=True)
+        progress("reading weights", 0, 1)
+        model = load_reference(source, dtype)
+        progress("reading weights", 1, 1)
+        recipes = {name: WeightRecipe(names=(name,)) for name, _ in model.named_parameters()}
+        progress("tracing", 0, 1)
+        program = export_program(model, dtype)
+        progress("tracing", 1, 1)
+        progress("writing weights", 0, 1)
+        config = json.dumps(config_to_json(source.config), indent=2)
+        require_room(path, self.size_bytes(source.config))
+        torch.export.save(program, path, extra_files={"config.json": config})
+        progress("writing weights", 1, 1)
+        graph = Graph(
+            runtime=self.runtime,
+            path=path.relative_to(folder).as_posix(),
+            dtype=self.dtype,
+            target="export",
+            cache_dtype=cache_dtype,
+            weights=recipes,
+        )
+        return graph, {graph.path: sha256_of(path)}
+
+
+def export_program(model: Gemma3, dtype: torch.dtype) -> torch.export.ExportedProgram:
+    """One decoder step with batch, new and past lengths dynamic; changes ``model``'s head."""
+    model.last_tokens, model.head = MaskedLastTokens(), FlatLMHead()
+    dim = torch.export.Dim
+    batch, new, past = dim("batch_size"), dim("sequence_length"), dim("past_sequence_length")
+    *others, _ = example_inputs(model.config, dtype=dtype)
+    keep = torch.ones(1, dtype=torch.int64)
+    caches = [{0: batch, 2: past}] * (2 * model.config.num_hidden_layers)
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore", FutureWarning)  # torch's own calls among themselves
+        program = torch.export.export(
+            DecoderStep(model).eval(),
+            (*others, keep),
+            dynamic_shapes=({0: batch, 1: new}, {0: batch, 1: dim.DYNAMIC}, caches, None),
+            strict=False,
+        )
+    drop_source_paths(program.graph_module)
+    return program
+
+
+def drop_source_paths(module: nn.Module) -> None:
+    """Stack traces name files of the machine that exports; they do not belong in a bundle."""
+    for part in module.modules():
+        if isinstance(part, torch.fx.GraphModule):
+            for node in part.graph.nodes:
+                node.meta.pop("stack_trace", None)

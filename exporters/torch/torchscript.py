@@ -1,0 +1,185 @@
+"""Write the model as a TorchScript archive."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+
+from gemma3_export.bundle.block_format import BlockFormat
+from gemma3_export.bundle.bundle import (
+    Graph,
+    WeightRecipe,
+    default_max_kld,
+    require_max_kld,
+    sha256_of,
+)
+from gemma3_export.bundle.signature import DType
+from gemma3_export.config.gemma3_config import Gemma3Config
+from gemma3_export.config.hugging_face import config_to_json
+from gemma3_export.errors import InputError
+from gemma3_export.exporters.bundle_writer import Progress, half_precision, require_dtype
+from gemma3_export.exporters.packing import weight_recipes
+from gemma3_export.exporters.quantize.quantizers import Quantizer, RoundToNearest, matrix_names
+from gemma3_export.exporters.step import DecoderStep, example_inputs
+from gemma3_export.exporters.torch.modules import TorchScriptGemma3, install_matrices
+from gemma3_export.exporters.torch.torchscript_debug import drop_source_paths
+from gemma3_export.parity.options import HalfPrecision
+from gemma3_export.reference.weights import WeightSource, check_finite
+from gemma3_export.reference.weights.block_matrix import BlockMatrix
+from gemma3_export.runtimes.torch.torchscript_support import torchscript
+from gemma3_export.staging import require_room
+
+__all__ = ["DTYPES", "QUANTIZED", "TorchScriptWriter"]
+
+# --dtype: weights, and the cache's element type
+DTYPES: dict[str, tuple[torch.dtype, DType]] = {
+    "fp32": (torch.float32, "float32"),
+    "bf16": (torch.bfloat16, "bfloat16"),
+    "fp16": (torch.float16, "float16"),
+}
+QUANTIZED = ("int8",)  # --dtype: matrices in blocks, the rest as in bf16
+BLOCK_SIZE = 128  # of int8: a smaller one costs speed, for each block is a product of its own
+
+
+@dataclass(frozen=True, kw_only=True)
+class TorchScriptWriter:
+    """A :class:`gemma3_export.exporters.bundle_writer.GraphWriter` for TorchScript.
+
+    Args:
+        dtype: a key of :data:`DTYPES`, or one of :data:`QUANTIZED`.
+        prepack: let the archive lay out its matrices for the CPU when it is loaded; False makes an
+            archive that torch builds without oneDNN can load too.
+        block_size: columns of an ``int8`` matrix that share a scale.
+        max_kld: how far the export may lie from full precision, mean nats a token; None is what
+            ``dtype`` keeps to.
+
+    Raises:
+        InputError: unknown dtype, a block size or a budget that is impossible, or int8 without
+            oneDNN.
+    """
+
+    runtime: ClassVar[str] = "torchscript"
+    dtype: str = "fp32"
+    prepack: bool = True
+    block_size: int = BLOCK_SIZE
+    max_kld: float | None = None
+
+    def __post_init__(self) -> None:
+        require_dtype(self.dtype, (*DTYPES, *QUANTIZED))
+        require_max_kld(self.budget)
+        if self.is_quantized:
+            BlockFormat(bits=8, block_size=self.block_size)
+            if not self.prepack:
+                raise InputError(
+                    "int8 archives ask oneDNN what the processor can do, so there is none for "
+                    "torch builds without it; leave out --no-prepack, or choose --dtype bf16"
+                )
+
+    @property
+    def budget(self) -> float:
+        """The divergence that the export is allowed, mean nats a token."""
+        return default_max_kld(self.dtype) if self.max_kld is None else self.max_kld
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether matrices are stored in blocks."""
+        return self.dtype in QUANTIZED
+
+    @property
+    def float_types(self) -> tuple[torch.dtype, DType]:
+        """Of all that is not quantised, and of the cache."""
+        return DTYPES["bf16" if self.is_quantized else self.dtype]
+
+    @property
+    def half(self) -> HalfPrecision | None:
+        """See :class:`gemma3_export.exporters.bundle_writer.GraphWriter`."""
+        return half_precision(self.float_types[0], holds_residual=True)
+
+    def size_bytes(self, config: Gemma3Config) -> int:
+        """Weights and code."""
+        itemsize = 1.25 if self.is_quantized else self.float_types[0].itemsize
+        return int(config.num_parameters * itemsize) + 2**22
+
+    def write(
+        self, source: WeightSource, folder: Path, progress: Progress
+    ) -> tuple[Graph, dict[str, str]]:
+        """Load the packed weights, trace, and save ``torchscript/model.ts``."""
+        dtype, cache_dtype = self.float_types
+        path = folder / "torchscript" / "model.ts"
+        path.parent.mkdir(exist_ok=True)
+        with torchscript(), torch.inference_mode():
+            model, recipes, blocks = load_packed(source, dtype, self._quantizer(source), progress)
+            install_matrices(model, blocks, prepack=self.prepack)
+            blocks.clear()
+            progress("tracing", 0, 1)
+            trace: Any = torch.jit.trace  # untyped
+            archive = trace(
+                DecoderStep(model).eval(),
+                example_inputs(source.config, dtype=dtype),
+                check_trace=False,  # parity is checked afterwards, and better
+            )
+            progress("tracing", 1, 1)
+            progress("writing weights", 0, 1)
+            # A service that has nothing but the archive learns shapes and stop tokens from it.
+            config = json.dumps(config_to_json(source.config), indent=2)
+            require_room(path, self.size_bytes(source.config))
+            archive.save(str(path), _extra_files={"config.json": config})
+            drop_source_paths(path)
+            progress("writing weights", 1, 1)
+        graph = Graph(
+            runtime=self.runtime,
+            path=path.relative_to(folder).as_posix(),
+            dtype=self.dtype,
+            target="prepacked" if self.prepack and not self.is_quantized else "plain",
+            cache_dtype=cache_dtype,
+            weights=recipes,
+            max_kld=self.budget,
+        )
+        return graph, {graph.path: sha256_of(path)}
+
+    def _quantizer(self, source: WeightSource) -> Quantizer | None:
+        if not self.is_quantized:
+            return None
+        block_format = BlockFormat(bits=8, block_size=self.block_size)
+        formats = dict.fromkeys(matrix_names(source.config), block_format)
+        return RoundToNearest(source=source, formats=formats)
+
+
+def load_packed(
+    source: WeightSource, dtype: torch.dtype, quantizer: Quantizer | None, progress: Progress
+) -> tuple[TorchScriptGemma3, dict[str, WeightRecipe], dict[str, BlockMatrix]]:
+    """The stand-in model filled by its recipes, one tensor at a time.
+
+    What ``quantizer`` quantises is returned beside the model, which keeps no floats of it.
+
+    Raises:
+        InputError: a weight holds NaN or infinity.
+    """
+    with torch.device("meta"):
+        model = TorchScriptGemma3(source.config)
+    recipes = weight_recipes(model)
+    blocks: dict[str, BlockMatrix] = {}
+    model = model.to(dtype).to_empty(device="cpu").eval().requires_grad_(False)
+    parameters = dict(model.named_parameters())
+    total = sum(parameter.nbytes for parameter in parameters.values())
+    done = 0
+    for name, recipe in recipes.items():
+        if quantizer is not None and parameters[name].ndim == 2:
+            recipes[name] = replace(recipe, blocks=quantizer.format(recipe.names))
+            blocks[name] = BlockMatrix.stack(list(quantizer.matrices(recipes[name])))
+            done += parameters[name].nbytes
+            progress("reading weights", done, total)
+            continue
+        start = 0
+        for source_name in recipe.names:
+            for chunk in source.chunks(source_name):
+                check_finite(source_name, chunk)
+                parameters[name][start : start + chunk.shape[0]] = chunk.to(dtype)
+                start += chunk.shape[0]
+        done += parameters[name].nbytes
+        progress("reading weights", done, total)
+    return model, recipes, blocks

@@ -1,0 +1,1 @@
+"""The Python API: load and generate, export, verify. The command line calls nothing else."""

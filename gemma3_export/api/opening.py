@@ -1,0 +1,104 @@
+"""Open any runtime of a bundle by its name.
+
+The one place that knows all backends; each is imported only when it is asked for, so the ONNX path
+never imports torch.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+from gemma3_export.bundle.bundle import RUNTIMES, Bundle
+from gemma3_export.errors import InputError, UnavailableError
+from gemma3_export.runtimes.onnx.session import CudaOptions
+from gemma3_export.runtimes.protocol import Runtime
+
+__all__ = ["open_runtime"]
+
+
+def open_runtime(
+    bundle: Bundle | Path,
+    runtime: str = "onnx",
+    *,
+    device: str = "auto",
+    threads: int | None = None,
+    trust: bool = False,
+    cuda: CudaOptions | None = None,
+    windowed: bool | None = None,
+    shares_weights: bool = False,
+) -> Runtime:
+    """Load one of a bundle's runtimes.
+
+    Args:
+        bundle: an opened bundle, or its folder.
+        runtime: ``onnx``, ``torchscript``, ``pt2``, or ``reference``: the PyTorch model with the
+            bundle's weights.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+        threads: threads inside one operator; None lets the backend choose.
+        trust: load a torch archive although it is not the one that was exported.
+        cuda: what may be done on a GPU; ignored on the CPU.
+        windowed: see :class:`gemma3_export.runtimes.onnx.runtime.OnnxRuntime`; other runtimes keep
+            everything.
+        shares_weights: see there too.
+
+    Raises:
+        InputError: the bundle is damaged or has no such graph.
+        UnavailableError: a package or the device is missing.
+    """
+    if isinstance(bundle, Path):
+        bundle = Bundle(bundle)
+    if runtime == "onnx":
+        from gemma3_export.runtimes.onnx.runtime import OnnxRuntime
+
+        return OnnxRuntime(
+            bundle,
+            device=device,
+            threads=threads,
+            cuda=cuda,
+            windowed=windowed,
+            shares_weights=shares_weights,
+        )
+    if shares_weights:
+        raise InputError(f"weights are shared by the onnx runtime, not by {runtime}")
+    if runtime == "torchscript":
+        require_torch("torchscript")
+        from gemma3_export.runtimes.torch.torchscript_runtime import TorchScriptRuntime
+
+        return TorchScriptRuntime(bundle, device=device, threads=threads, trust=trust, cuda=cuda)
+    if runtime == "pt2":
+        require_torch("pt2")
+        from gemma3_export.runtimes.torch.pt2_runtime import Pt2Runtime
+
+        return Pt2Runtime(bundle, device=device, threads=threads, trust=trust, cuda=cuda)
+    if runtime == "reference":
+        return _open_reference(bundle, device, threads)
+    raise InputError(f"unknown runtime {runtime!r}; choose {', '.join(RUNTIMES)}")
+
+
+def _open_reference(bundle: Bundle, device: str, threads: int | None) -> Runtime:
+    require_torch("reference")
+    import torch
+
+    from gemma3_export.reference.loading import load_reference
+    from gemma3_export.reference.runtime import ReferenceRuntime
+    from gemma3_export.reference.weights.bundle_weights import open_bundle_weights
+    from gemma3_export.runtimes.torch.torchscript_runtime import torch_device
+
+    place = torch_device(device)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    bundle.check_sizes()
+    return ReferenceRuntime(load_reference(open_bundle_weights(bundle), device=place))
+
+
+def require_torch(runtime: str) -> None:
+    """Complain when torch is missing.
+
+    Raises:
+        UnavailableError: with the command that installs it.
+    """
+    if importlib.util.find_spec("torch") is None:
+        raise UnavailableError(
+            f'the {runtime} runtime needs torch; run: pip install "gemma3-export[export]"'
+        )

@@ -1,0 +1,1 @@
+"""Measure a bundle, alone or against other engines in the same run."""

@@ -1,0 +1,239 @@
+"""Measure a bundle's runtimes, alone or against peers in the same run.
+
+Each candidate lives in its own process, so that memory and threads are its own; the candidates take
+turns (A B C A B C), and those that wait are stopped by a signal, spinning threads included. So a
+change of the machine's load strikes all, and ratios mean more than the absolute numbers.
+
+This module imports neither torch nor ONNX Runtime.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.peers import DEFAULT_PLACE, PEERS, find_peer, parse
+from gemma3_export.bench.device import device_bandwidths
+from gemma3_export.bench.machine import available_processors, describe_machine, read_bandwidths
+from gemma3_export.bench.process import Worker, own_worker, peer_worker
+from gemma3_export.bench.report import describe_case, spread
+from gemma3_export.bundle.bundle import RUNTIMES, Bundle
+from gemma3_export.config.gemma3_config import Gemma3Config
+from gemma3_export.errors import InputError, UnavailableError
+from gemma3_export.runtimes.onnx.session import CudaOptions
+
+__all__ = ["OWN_PEERS", "BenchmarkOptions", "run_benchmark"]
+
+# They need no environment of their own; "static" is a static cache and compiled decode steps.
+OWN_PEERS = ("transformers", "transformers:static", "reference")
+WARM_UP_TOKENS = 2
+PACKAGES = {  # what a candidate needs, and how to get it
+    "onnx": (("onnxruntime",), 'pip install "gemma3-export[cpu]"'),
+    "torchscript": (("torch",), 'pip install "gemma3-export[export]"'),
+    "pt2": (("torch",), 'pip install "gemma3-export[export]"'),
+    "reference": (("torch",), 'pip install "gemma3-export[export]"'),
+} | dict.fromkeys(
+    ("transformers", "transformers:static"),
+    (("torch", "transformers"), 'pip install "gemma3-export[export]" "transformers>=5.23"'),
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BenchmarkOptions:
+    """What to measure: every prompt length with every batch.
+
+    Raises:
+        InputError: an option is impossible.
+    """
+
+    prompt_tokens: tuple[int, ...] = (512,)
+    new_tokens: int = 64
+    batch: tuple[int, ...] = (1,)
+    threads: int | None = None  # None: as many as this process may use
+    runtime: str = "onnx"
+    device: str = "auto"
+    cuda: CudaOptions | None = None  # what the bundle's runtime may do on a GPU
+    repeat: int = 3
+    against: tuple[str, ...] = ()  # OWN_PEERS, or NAME[:FORMAT] of an installed peer
+    peers: Path = DEFAULT_PLACE
+    weights: str | None = None  # full precision, to measure the quality of every candidate
+
+    def __post_init__(self) -> None:
+        for name in ("prompt_tokens", "new_tokens", "batch", "repeat", "threads"):
+            value = getattr(self, name)
+            for number in value if isinstance(value, tuple) else (value,):
+                if number is not None and number < 1:
+                    raise InputError(f"{name} is {number}; it must be at least 1")
+        if self.runtime not in RUNTIMES:
+            raise InputError(f"unknown runtime {self.runtime!r}; choose {', '.join(RUNTIMES)}")
+        for spec in self.against:
+            if spec == self.runtime or self.against.count(spec) > 1:
+                raise InputError(f"{spec} cannot be measured against itself; name another")
+            if spec not in OWN_PEERS and spec.partition(":")[0] not in PEERS:
+                choices = ", ".join((*OWN_PEERS, *PEERS))
+                raise InputError(f"unknown peer {spec!r}; choose among {choices}")
+            if spec not in OWN_PEERS:
+                parse(spec)
+
+    def cases(self) -> list[tuple[int, int]]:
+        """Prompt tokens and batch of each case, the smallest first: peak memory only grows."""
+        return sorted(
+            {(prompt, batch) for prompt in self.prompt_tokens for batch in self.batch},
+            key=lambda case: case[0] * case[1],
+        )
+
+
+def run_benchmark(path: Path, options: BenchmarkOptions) -> dict[str, Any]:
+    """Measure the bundle at ``path`` and return a report that JSON can hold.
+
+    Raises:
+        InputError: the bundle is damaged, the tokens do not fit its context, or a peer has other
+            weights.
+        UnavailableError: a package, a peer or the device is missing.
+    """
+    bundle = Bundle(path)
+    bundle.check_sizes()
+    check_context(bundle.config, options)
+    threads = options.threads or available_processors()
+    candidates = prepare(bundle, options, threads)
+    machine = describe_machine()
+    with ExitStack() as stack:
+        workers = [stack.enter_context(candidate) for candidate in candidates]
+        device = same_device(workers)
+        bandwidths, missing = bandwidths_of(device, threads)
+        measured = [
+            measure_case(workers, random_prompts(bundle.config, case, 1 + options.repeat), options)
+            for case in options.cases()
+        ]
+        bandwidths += bandwidths_of(device, threads)[0]
+        fastest = max(bandwidths, default=None)
+        cases = [
+            describe_case(workers, case, rounds, options.new_tokens, fastest)
+            for case, rounds in zip(options.cases(), measured, strict=True)
+        ]
+        report: dict[str, Any] = {
+            "machine": machine
+            | {"device": device}
+            | {"read_bytes_per_s": spread(bandwidths) if bandwidths else None}
+            | ({"read_bytes_missing": missing} if missing else {}),
+            "options": asdict(options) | {"threads": threads, "peers": str(options.peers)},
+            "candidates": {worker.name: worker.facts for worker in workers},
+            "cases": cases,
+        }
+        if options.weights is not None:
+            from gemma3_export.bench.quality import measure_quality
+
+            report["quality"] = measure_quality(bundle, workers, options.weights, threads)
+    return report
+
+
+def same_device(workers: Sequence[Worker]) -> str:
+    """Where the candidates compute, as they say themselves: ``cpu`` or ``cuda:N``.
+
+    Raises:
+        InputError: not all in the same place, which compares nothing.
+    """
+    devices = {worker.name: str(worker.facts["describe"].get("device")) for worker in workers}
+    kinds = {device.partition(":")[0].lower() for device in devices.values()} - {"none"}
+    if len(kinds) > 1:
+        raise InputError(
+            f"the candidates do not compute in the same place ({devices}); pass --device cpu, or "
+            "leave those out that cannot use the GPU"
+        )
+    device = devices[workers[0].name]
+    return f"{device}:0" if device == "cuda" else device
+
+
+def bandwidths_of(device: str, threads: int) -> tuple[list[float], str | None]:
+    """How fast the memory that weights are read from is, for each of several readings.
+
+    Of a GPU there may be none, for the reason that comes with them: speeds can be measured all the
+    same.
+    """
+    if not device.startswith("cuda"):
+        return read_bandwidths(threads), None
+    try:
+        return device_bandwidths(device), None
+    except UnavailableError as error:
+        return [], str(error)
+
+
+def prepare(
+    bundle: Bundle, options: BenchmarkOptions, threads: int
+) -> list[AbstractContextManager[Worker]]:
+    """What starts each candidate; everything that can be refused before is refused here."""
+    found: list[AbstractContextManager[Worker]] = []
+    for spec in (options.runtime, *options.against):
+        if spec in PACKAGES:
+            require_packages(spec)
+            asked: dict[str, Any] = {
+                "name": spec,
+                "bundle": str(bundle.path.resolve()),
+                "device": options.device,
+            }
+            if spec == options.runtime and options.cuda is not None:
+                asked["cuda"] = asdict(options.cuda)
+            found.append(own_worker(spec, asked | {"threads": threads}))
+        else:
+            peer = find_peer(spec, options.peers)
+            peer.check_weights(bundle.manifest.source)
+            found.append(peer_worker(peer, threads))
+    return found
+
+
+def check_context(config: Gemma3Config, options: BenchmarkOptions) -> None:
+    """Refuse more tokens than the model's context holds.
+
+    Raises:
+        InputError: with the limit.
+    """
+    longest, limit = max(options.prompt_tokens), config.max_position_embeddings
+    if longest + options.new_tokens > limit:
+        raise InputError(
+            f"{longest} prompt and {options.new_tokens} new tokens are more than "
+            f"the model's context of {limit}; ask for fewer"
+        )
+
+
+def require_packages(name: str) -> None:
+    """Complain before anything is started.
+
+    Raises:
+        UnavailableError: with the command that installs what is missing.
+    """
+    packages, command = PACKAGES[name]
+    missing = [package for package in packages if importlib.util.find_spec(package) is None]
+    if missing:
+        raise UnavailableError(f"measuring {name} needs {' and '.join(missing)}; run: {command}")
+
+
+def random_prompts(
+    config: Gemma3Config, case: tuple[int, int], count: int
+) -> list[list[list[int]]]:
+    """``count`` prompts [B, T], the same for every candidate."""
+    prompt_tokens, batch = case
+    generator = np.random.default_rng(0)
+    shape = (count, batch, prompt_tokens)
+    prompts: list[list[list[int]]] = generator.integers(0, config.vocab_size, shape).tolist()
+    return prompts
+
+
+def measure_case(
+    workers: Sequence[Worker], prompts: Sequence[list[list[int]]], options: BenchmarkOptions
+) -> list[list[dict[str, Any]]]:
+    """Rounds in which every worker has one turn, after a first turn that does not count.
+
+    No prompt comes twice: an engine that keeps the cache of known prefixes would answer at once.
+    """
+    warm_up, *measured = prompts
+    for worker in workers:
+        worker.measure(warm_up, min(WARM_UP_TOKENS, options.new_tokens))
+    return [
+        [worker.measure(prompt, options.new_tokens) for worker in workers] for prompt in measured
+    ]

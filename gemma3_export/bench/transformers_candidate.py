@@ -1,0 +1,148 @@
+"""Hugging Face's model as a benchmark's candidate: as it comes, and at its fastest.
+
+Legend: B batch, T tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+
+from gemma3_export.bench.serving import Candidate
+from gemma3_export.bench.transformers_model import build_transformers_model
+from gemma3_export.bundle.bundle import Bundle
+from gemma3_export.reference.weights.bundle_weights import open_bundle_weights
+from gemma3_export.runtimes.protocol import IntArray, Logits
+from gemma3_export.runtimes.torch.torchscript_runtime import torch_device
+
+__all__ = ["StaticCandidate", "TransformersCandidate", "open_transformers"]
+
+CAPACITY_STEP = 64  # a static cache's size is a multiple of it
+WARM_UPS = 2  # the second finds a cache that has been filled before, for which torch compiles anew
+
+
+class TransformersCandidate:
+    """The model with its default cache and attention.
+
+    In float32 on the CPU; on a GPU in the precision of the bundle's cache, for which its kernels
+    are made.
+    """
+
+    def __init__(self, bundle: Bundle, device: str, threads: int) -> None:
+        torch.set_num_threads(threads)
+        place = torch_device(device)
+        self.device = str(place)
+        half = bundle.manifest.graphs[0].cache_dtype
+        self.dtype: torch.dtype = torch.float32 if place.type == "cpu" else getattr(torch, half)
+        with open_bundle_weights(bundle) as weights:
+            self.model = build_transformers_model(
+                bundle.config, weights.read, device=self.device, dtype=self.dtype
+            )
+
+    def describe(self) -> dict[str, object]:
+        """See :class:`Candidate`."""
+        return {
+            "runtime": "transformers",
+            "transformers": transformers.__version__,
+            "torch": torch.__version__,
+            "dtype": str(self.model.dtype).removeprefix("torch."),
+            "device": self.device,
+            "threads": torch.get_num_threads(),
+            "attention": self.model.config._attn_implementation,
+            "bytes_per_token": sum(p.nbytes for p in self.model.parameters()),
+        }
+
+    @torch.no_grad()
+    def run(self, prompt: IntArray, new_tokens: int) -> tuple[float, float, IntArray]:
+        """See :class:`Candidate`."""
+        started = time.perf_counter()
+        ids = torch.from_numpy(prompt).to(self.device)
+        output = self.model(ids, use_cache=True, logits_to_keep=1)
+        tokens = [output.logits[:, -1:].argmax(-1).cpu()]
+        first = time.perf_counter()
+        for _ in range(new_tokens):
+            output = self.model(
+                tokens[-1].to(self.device),
+                past_key_values=output.past_key_values,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+            tokens.append(output.logits[:, -1:].argmax(-1).cpu())
+        ended = time.perf_counter()
+        return first - started, ended - first, torch.cat(tokens, dim=1).numpy()
+
+    @torch.no_grad()
+    def logits(self, ids: IntArray) -> Logits:
+        """See :class:`Candidate`."""
+        output = self.model(torch.from_numpy(ids)[None].to(self.device))
+        found: Logits = output.logits[0].float().cpu().numpy()
+        return found
+
+
+class StaticCandidate(TransformersCandidate):
+    """The model with a static cache and compiled decode steps, as CUDA graphs on a GPU.
+
+    Tokens stay on the device until all of them are there. Each shape is compiled in a pass of its
+    own, which is not measured.
+    """
+
+    def __init__(self, bundle: Bundle, device: str, threads: int) -> None:
+        super().__init__(bundle, device, threads)
+        # "reduce-overhead" means CUDA graphs
+        self.compiled: Any = torch.compile(self.model, mode="reduce-overhead", dynamic=False)
+        self.caches: dict[tuple[int, int], Any] = {}
+
+    def describe(self) -> dict[str, object]:
+        """See :class:`Candidate`."""
+        return super().describe() | {"cache": "static", "decoding": "torch.compile"}
+
+    @torch.no_grad()
+    def run(self, prompt: IntArray, new_tokens: int) -> tuple[float, float, IntArray]:
+        """See :class:`Candidate`."""
+        rows, length = prompt.shape
+        capacity = -(-(length + new_tokens + 1) // CAPACITY_STEP) * CAPACITY_STEP
+        if (rows, capacity) not in self.caches:
+            self.caches[rows, capacity] = transformers.StaticCache(
+                config=self.model.config, max_cache_len=capacity
+            )
+            for _ in range(WARM_UPS):
+                self._continue(prompt, 3, self.caches[rows, capacity])
+        return self._continue(prompt, new_tokens, self.caches[rows, capacity])
+
+    def _continue(
+        self, prompt: IntArray, new_tokens: int, cache: Any
+    ) -> tuple[float, float, IntArray]:
+        cache.reset()
+        started = time.perf_counter()
+        ids = torch.from_numpy(prompt).to(self.device)
+        tokens = [self._next(self.model, ids, cache)]
+        tokens[0].cpu()  # waits for the device
+        first = time.perf_counter()
+        for _ in range(new_tokens):
+            torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
+            tokens.append(self._next(self.compiled, tokens[-1], cache))
+        found = torch.cat(tokens, dim=1).cpu().numpy()
+        return first - started, time.perf_counter() - first, found
+
+    def _next(self, model: Any, ids: Tensor, cache: Any) -> Tensor:
+        """[B, 1] the likeliest tokens after ``ids`` [B, T]."""
+        output = model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        token: Tensor = output.logits[:, -1:].argmax(-1)
+        return token.clone()  # a CUDA graph writes its output there again
+
+
+def open_transformers(bundle: Bundle, device: str, threads: int, *, is_static: bool) -> Candidate:
+    """Load the model with the bundle's weights.
+
+    Args:
+        bundle: where the weights are.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+        threads: threads inside one operator.
+        is_static: at its fastest, see :class:`StaticCandidate`.
+    """
+    kind = StaticCandidate if is_static else TransformersCandidate
+    return kind(bundle, device, threads)

@@ -1,0 +1,1 @@
+"""The exported folder: manifest, graph signature, quantised block formats, inspection."""

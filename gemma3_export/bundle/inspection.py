@@ -1,0 +1,178 @@
+"""What a bundle is, as data: model, graphs, files, origin, proof and the cost of its cache.
+
+Needs neither torch nor ONNX Runtime; operators are counted when the package ``onnx`` is there.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+from gemma3_export.bundle.bundle import PARITY, Bundle, Graph
+from gemma3_export.bundle.signature import TensorSpec, window_capacity
+from gemma3_export.errors import InputError
+
+__all__ = ["CONTEXTS", "cache_bytes_per_token", "inspect_bundle", "parity_line", "read_proofs"]
+
+CONTEXTS = (2048, 8192, 32768)  # tokens for which the cache's size is shown
+DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+
+
+def inspect_bundle(bundle: Bundle) -> dict[str, Any]:
+    """Everything that ``gemma3-export inspect --json`` prints.
+
+    Raises:
+        InputError: the graph or the proof cannot be read.
+    """
+    config, manifest = bundle.config, bundle.manifest
+    return {
+        "path": str(bundle.path),
+        "format_version": manifest.format_version,
+        "model": {"parameters": config.num_parameters, **asdict(config)},
+        "graphs": [_describe_graph(bundle, graph) for graph in manifest.graphs],
+        "files": {name: asdict(record) for name, record in manifest.files.items()},
+        "size_bytes": sum(record.size_bytes for record in manifest.files.values()),
+        "source": manifest.source,
+        "versions": manifest.versions,
+        "proofs": read_proofs(bundle),
+    }
+
+
+def _describe_graph(bundle: Bundle, graph: Graph) -> dict[str, Any]:
+    per_token = cache_bytes_per_token(bundle, graph)
+    limit = bundle.config.max_position_embeddings
+    return {
+        "runtime": graph.runtime,
+        "target": graph.target,
+        "dtype": graph.dtype,
+        "path": graph.path,
+        "windowed_path": graph.windowed_path,
+        "screen_bytes": screen_bytes(bundle, graph),
+        "verified": graph.verified,
+        "cache_dtype": graph.cache_dtype,
+        "cache_bytes_per_token": per_token,
+        "cache_bytes": {str(n): per_token * n for n in CONTEXTS if n <= limit},
+        "windowed_cache_bytes": {
+            str(n): windowed_cache_bytes(bundle, graph, n) for n in CONTEXTS if n <= limit
+        }
+        if graph.windowed_path
+        else {},
+        "signature": bundle.signature(graph).to_json(),
+        **_operators(bundle, graph),
+    }
+
+
+def screen_bytes(bundle: Bundle, graph: Graph) -> int | None:
+    """Bytes of the head's 8-bit copy; None if there is none."""
+    if not graph.is_screened:
+        return None
+    return bundle.manifest.files[f"{graph.windowed_path}_data"].size_bytes
+
+
+def cache_bytes_per_token(bundle: Bundle, graph: Graph) -> int:
+    """Bytes of keys and values that one token of one row occupies."""
+    return sum(map(_bytes_per_token, bundle.signature(graph).past))
+
+
+def windowed_cache_bytes(bundle: Bundle, graph: Graph, tokens: int) -> int:
+    """Bytes of one row's cache of ``tokens`` where sliding layers keep their window only."""
+    capacity = window_capacity(bundle.config)
+    return sum(
+        _bytes_per_token(spec) * (capacity if bundle.config.is_sliding(index // 2) else tokens)
+        for index, spec in enumerate(bundle.signature(graph).past)
+    )
+
+
+def _bytes_per_token(spec: TensorSpec) -> int:
+    literal = math.prod(axis for axis in spec.axes if isinstance(axis, int))
+    return literal * DTYPE_BYTES[spec.dtype]
+
+
+def _operators(bundle: Bundle, graph: Graph) -> dict[str, Any]:
+    """Opsets and nodes by operator; None, with the reason, when they cannot be counted."""
+    if graph.runtime != "onnx":
+        return {"opsets": None, "operators": None, "operators_missing": "no ONNX graph"}
+    try:
+        import onnx
+    except ImportError:
+        return {"opsets": None, "operators": None, "operators_missing": "onnx is not installed"}
+    path = bundle.file(graph.path)
+    try:
+        model = onnx.load(path, load_external_data=False)
+    except Exception as error:  # protobuf raises what it likes
+        raise InputError(
+            f"{path} cannot be read: {error!r:.200}; export the bundle anew"
+        ) from error
+    counts = Counter(
+        f"{node.domain}::{node.op_type}" if node.domain else node.op_type
+        for node in model.graph.node
+    )
+    return {
+        "opsets": {opset.domain or "ai.onnx": opset.version for opset in model.opset_import},
+        "operators": dict(counts.most_common()),
+    }
+
+
+def read_proofs(bundle: Bundle) -> dict[str, Any]:
+    """The parity reports that the bundle carries, by runtime; empty when it was never verified.
+
+    Raises:
+        InputError: the file is damaged.
+    """
+    path = bundle.file(PARITY)
+    if not path.is_file():
+        return {}
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{path} is damaged: {error}; export the bundle anew") from error
+    if not isinstance(data, dict) or not all(isinstance(v, dict) for v in data.values()):
+        raise InputError(f"{path} is damaged: it holds no objects; export the bundle anew")
+    return data
+
+
+def parity_line(report: Mapping[str, Any]) -> str:
+    """A parity report, as ``parity.json`` holds it, in one line.
+
+    Raises:
+        InputError: it is absent or no parity report.
+    """
+    try:
+        return _parity_line(report)
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(
+            f"{PARITY} does not hold the proof of this graph ({error!r:.200}); "
+            "export the bundle anew"
+        ) from error
+
+
+def _parity_line(report: Mapping[str, Any]) -> str:
+    cases = report.get("cases", [])
+    positions = sum(case["positions"] for case in cases)
+    worst = max(
+        (
+            metric["value"] / metric["floor"]
+            for case in cases
+            for metric in case["metrics"]
+            if metric["floor"] and metric["value"] is not None and "kld" not in metric["name"]
+        ),
+        default=0.0,
+    )
+    error = max(
+        (
+            metric["value"]
+            for case in cases
+            for metric in case["metrics"]
+            if metric["name"] == "logits_max_abs" and metric["value"] is not None
+        ),
+        default=0.0,
+    )
+    verdict = "passed" if report.get("passed") else "FAILED"
+    return (
+        f"{verdict}; {len(cases)} cases, {positions} positions, largest error of a logit "
+        f"{error:.2g}, worst error {worst:.2f} x the noise floor of {report['floor_dtype']}"
+    )

@@ -1,0 +1,1 @@
+"""The model configuration: its dataclass, published presets, and every dialect it is read from."""

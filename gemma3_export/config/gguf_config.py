@@ -1,0 +1,205 @@
+"""Reads the model's config from the metadata of a GGUF file."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from gemma3_export.config.gemma3_config import Gemma3Config, LayerType, default_layer_types
+from gemma3_export.config.hugging_face import PADDED_VOCAB_SIZE
+from gemma3_export.config.presets import END_OF_TURN_ID, TEXT_VOCAB_SIZE
+from gemma3_export.errors import InputError
+from gemma3_export.gguf_file import GgufFile
+
+__all__ = ["config_from_gguf"]
+
+_ARCHITECTURE = "gemma3"
+_LAYERS_27B = 62
+_REQUIRED = (
+    "context_length",
+    "embedding_length",
+    "block_count",
+    "feed_forward_length",
+    "attention.head_count",
+    "attention.key_length",
+    "attention.layer_norm_rms_epsilon",
+    "attention.sliding_window",
+)
+_KNOWN = {
+    *_REQUIRED,
+    "attention.head_count_kv",
+    "attention.value_length",
+    "attention.sliding_window_pattern",
+    "attention.key_length_swa",
+    "attention.value_length_swa",
+    "attention.causal",
+    "rope.freq_base",
+    "rope.freq_base_swa",
+    "rope.scaling.type",
+    "rope.scaling.factor",
+    "rope.scaling.original_context_length",
+    "rope.scaling.finetuned",
+    "rope.dimension_count",
+    "rope.dimension_count_swa",
+    "vocab_size",
+    "mm.tokens_per_image",
+}
+
+
+def config_from_gguf(reader: GgufFile) -> Gemma3Config:
+    """The config that a GGUF file's metadata and embedding describe.
+
+    Raises:
+        InputError: another architecture, a split file, or metadata that is absent or not supported.
+    """
+    try:
+        return _Metadata(reader).config()
+    except InputError as error:
+        raise InputError(f"{reader.path.name}: {error}") from error
+
+
+class _Metadata:
+    def __init__(self, reader: GgufFile) -> None:
+        self.reader = reader
+
+    def config(self) -> Gemma3Config:
+        self._check_kind()
+        hidden, layers = self._whole("embedding_length"), self._whole("block_count")
+        heads, head_dim = self._whole("attention.head_count"), self._whole("attention.key_length")
+        for key in ("value_length", "key_length_swa", "value_length_swa"):
+            self._must_equal(f"attention.{key}", head_dim)
+        for key in ("rope.dimension_count", "rope.dimension_count_swa"):
+            self._must_equal(key, head_dim)
+        self._must_equal("attention.causal", True)
+        if not 0 < layers <= 4096:
+            raise InputError(f"{_ARCHITECTURE}.block_count is {layers}")
+        vocab_size = self._vocab_size(hidden)
+        # llama.cpp hard-codes this: the 27B divides by hidden/heads, the others by the head size.
+        scalar = hidden / max(heads, 1) if layers == _LAYERS_27B else head_dim
+        token = "tokenizer.ggml.{}_token_id".format
+        return Gemma3Config(
+            vocab_size=vocab_size,
+            hidden_size=hidden,
+            intermediate_size=self._whole("feed_forward_length"),
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            num_key_value_heads=self._whole("attention.head_count_kv", heads),
+            head_dim=head_dim,
+            max_position_embeddings=self._whole("context_length"),
+            sliding_window=self._whole("attention.sliding_window"),
+            query_pre_attn_scalar=scalar,
+            layer_types=self._layer_types(layers),
+            rope_theta=self._real("rope.freq_base", 1_000_000.0),
+            rope_local_base_freq=self._real("rope.freq_base_swa", 10_000.0),
+            rope_scaling_factor=self._rope_factor(),
+            rms_norm_eps=self._real("attention.layer_norm_rms_epsilon", 1e-6),
+            pad_token_id=self._token_id(token("padding"), 0),
+            bos_token_id=self._token_id(token("bos"), 2),
+            eos_token_id=self._eos_ids(vocab_size),
+        )
+
+    def _check_kind(self) -> None:
+        value = self.reader.value
+        architecture = value("general.architecture")
+        if architecture != _ARCHITECTURE:
+            raise InputError(
+                f"general.architecture is {architecture!r:.60}; only {_ARCHITECTURE} is supported"
+            )
+        splits = value("split.count", 0)
+        if not isinstance(splits, int) or splits > 1:
+            raise InputError(
+                f"split.count is {splits!r:.20}: this is one part of a split GGUF; join the parts "
+                "with `llama-gguf-split --merge` first"
+            )
+        prefix = _ARCHITECTURE + "."
+        own = [key for key in self.reader.fields if key.startswith(prefix)]
+        for key in own:
+            if key.removeprefix(prefix) not in _KNOWN:
+                shown = f"{self.reader.value(key)!r:.60}"
+                raise InputError(f"{key} = {shown} may change the computation and is not supported")
+        if missing := [key for key in _REQUIRED if prefix + key not in self.reader.fields]:
+            raise InputError(f"metadata is missing: {', '.join(prefix + key for key in missing)}")
+
+    def _value(self, key: str, default: Any = None) -> Any:
+        return self.reader.value(f"{_ARCHITECTURE}.{key}", default)
+
+    def _whole(self, key: str, default: int | None = None) -> int:
+        value = self._value(key, default)
+        if isinstance(value, list) and value and len(set(value)) == 1:
+            value = value[0]  # one entry a layer, all alike
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise InputError(f"{_ARCHITECTURE}.{key} is {value!r:.60}; it must be one whole number")
+        return value
+
+    def _real(self, key: str, default: float) -> float:
+        value = self._value(key, default)
+        if not isinstance(value, float):
+            raise InputError(f"{_ARCHITECTURE}.{key} is {value!r:.60}; it must be one number")
+        if not np.isfinite(np.float32(value)):
+            raise InputError(f"{_ARCHITECTURE}.{key} is {value!r}; it must be finite")
+        # Stored in float32: take the shortest decimal that means the same, 1e-06 for 9.9999999e-07.
+        return float(str(np.float32(value)))
+
+    def _must_equal(self, key: str, expected: object) -> None:
+        value = self._value(key, expected)
+        if value != expected:
+            raise InputError(
+                f"{_ARCHITECTURE}.{key} is {value!r:.60}; only {expected!r} is supported here"
+            )
+
+    def _vocab_size(self, hidden: int) -> int:
+        shapes = {tensor.name: tensor.shape for tensor in self.reader.tensors}
+        shape = shapes.get("token_embd.weight")
+        if shape is None or len(shape) != 2:
+            raise InputError(
+                "there is no matrix token_embd.weight; is this a vocabulary-only file?"
+            )
+        if shape[1] != hidden:
+            raise InputError(
+                f"token_embd.weight has shape {shape}, but embedding_length is {hidden}"
+            )
+        return TEXT_VOCAB_SIZE if shape[0] == PADDED_VOCAB_SIZE else shape[0]
+
+    def _layer_types(self, layers: int) -> tuple[LayerType, ...]:
+        key = "attention.sliding_window_pattern"
+        pattern = self._value(key, 6)
+        if isinstance(pattern, list) and len(pattern) == layers:
+            return tuple("sliding_attention" if item else "full_attention" for item in pattern)
+        if isinstance(pattern, int) and not isinstance(pattern, bool) and pattern > 0:
+            return default_layer_types(layers, pattern)
+        raise InputError(
+            f"{_ARCHITECTURE}.{key} is {pattern!r:.60}; it must be a period or one flag a layer"
+        )
+
+    def _rope_factor(self) -> float:
+        kind = self._value("rope.scaling.type", "none")
+        if kind == "none":
+            return 1.0
+        if kind != "linear":
+            raise InputError(
+                f"{_ARCHITECTURE}.rope.scaling.type is {kind!r:.40}; only linear is supported"
+            )
+        return self._real("rope.scaling.factor", 1.0)
+
+    def _token_id(self, key: str, default: int) -> int:
+        value = self.reader.value(key, default)
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise InputError(f"{key} is {value!r:.60}; it must be a whole number")
+        return value
+
+    def _eos_ids(self, vocab_size: int) -> tuple[int, ...]:
+        found = [self._token_id("tokenizer.ggml.eos_token_id", 1)]
+        for key in ("tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id"):
+            if key in self.reader.fields:
+                found.append(self._token_id(key, 1))
+        if vocab_size == TEXT_VOCAB_SIZE and self._ends_turns():
+            found += [1, END_OF_TURN_ID]  # instruction models stop at both
+        return tuple(sorted(set(found)))
+
+    def _ends_turns(self) -> bool:
+        template = self.reader.value("tokenizer.chat_template", "")
+        tokens = self.reader.get_field("tokenizer.ggml.tokens")
+        if "<end_of_turn>" not in str(template) or tokens is None or tokens.size <= END_OF_TURN_ID:
+            return False
+        return bool(tokens.contents(END_OF_TURN_ID) == "<end_of_turn>")

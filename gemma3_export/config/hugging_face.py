@@ -1,0 +1,336 @@
+"""Reads and writes ``config.json`` in every dialect that a Gemma 3 checkpoint comes with.
+
+Hugging Face has three (flat keys with a layer pattern, ``layer_types``, and nested
+``rope_parameters``), multimodal checkpoints wrap the text half in ``text_config``, and the notebook
+that this project descends from has its own dictionary. A key that would change the computation in a
+way that is not implemented is refused by name, never dropped.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+from gemma3_export.config.config_keys import (
+    BENIGN_KEYS,
+    TEXT_DEFAULTS,
+    TEXT_KEYS,
+    WRAPPER_KEYS,
+    refuse_unimplemented,
+    refuse_unknown_keys,
+)
+from gemma3_export.config.config_rope import read_rope
+from gemma3_export.config.gemma3_config import Gemma3Config, LayerType, default_layer_types
+from gemma3_export.config.presets import TEXT_VOCAB_SIZE
+from gemma3_export.errors import InputError
+
+__all__ = [
+    "PADDED_VOCAB_SIZE",
+    "config_from_json",
+    "config_to_json",
+    "load_config",
+    "load_json_object",
+]
+
+PADDED_VOCAB_SIZE = 262_208  # the official multimodal files pad the text vocabulary to this
+MAX_JSON_BYTES = 64 * 2**20
+MAX_LAYERS = 4096  # a bound for lists built from a number in a file
+GPT2_VOCAB_SIZE = 50_257  # the ancestors' custom model; its last id ends a text
+
+ANCESTOR_KEYS = {
+    "vocab_size": "vocab_size",
+    "context_length": "max_position_embeddings",
+    "emb_dim": "hidden_size",
+    "n_heads": "num_attention_heads",
+    "n_layers": "num_hidden_layers",
+    "hidden_dim": "intermediate_size",
+    "head_dim": "head_dim",
+    "n_kv_groups": "num_key_value_heads",  # the count of key heads, in spite of its name
+    "sliding_window": "sliding_window",
+    "rope_base": "rope_theta",
+    "rope_local_base": "rope_local_base_freq",
+    "query_pre_attn_scalar": "query_pre_attn_scalar",
+}
+
+
+def load_config(path: Path) -> Gemma3Config:
+    """Read ``path``, a ``config.json`` or the folder that holds one.
+
+    The end-of-text ids of a ``generation_config.json`` beside it are added, because instruction
+    models name ``<end_of_turn>`` only there.
+
+    Raises:
+        InputError: a file is absent, is not JSON, or describes something not implemented.
+    """
+    if path.is_dir():
+        path = path / "config.json"
+    data = load_json_object(path)
+    generation = path.with_name("generation_config.json")
+    extra: tuple[int, ...] = ()
+    if generation != path and generation.is_file():
+        value = load_json_object(generation).get("eos_token_id")
+        extra = _token_ids(value, where=f"{generation.name}: eos_token_id")
+    return _config_from_json(data, where=str(path), extra_eos=extra)
+
+
+def config_from_json(data: object, *, where: str) -> Gemma3Config:
+    """The config that parsed JSON of any dialect describes; ``where`` names it in errors.
+
+    Raises:
+        InputError: ``data`` is malformed, contradictory, or describes something not implemented.
+    """
+    return _config_from_json(data, where=where, extra_eos=())
+
+
+def config_to_json(config: Gemma3Config) -> dict[str, Any]:
+    """``config`` as a ``config.json`` that transformers 4.57 and 5 both read."""
+    scalar = config.query_pre_attn_scalar
+    scaled = config.rope_scaling_factor != 1.0
+    eos = list(config.eos_token_id)
+    return {
+        "architectures": ["Gemma3ForCausalLM"],
+        "model_type": "gemma3_text",
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.num_hidden_layers,
+        "num_attention_heads": config.num_attention_heads,
+        "num_key_value_heads": config.num_key_value_heads,
+        "head_dim": config.head_dim,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "max_position_embeddings": config.max_position_embeddings,
+        "sliding_window": config.sliding_window,
+        "layer_types": list(config.layer_types),
+        # transformers insists on a whole number here
+        "query_pre_attn_scalar": int(scalar) if scalar == int(scalar) else scalar,
+        "rope_theta": config.rope_theta,
+        "rope_local_base_freq": config.rope_local_base_freq,
+        "rope_scaling": (
+            {"rope_type": "linear", "factor": config.rope_scaling_factor} if scaled else None
+        ),
+        "rms_norm_eps": config.rms_norm_eps,
+        "initializer_range": config.initializer_range,
+        "tie_word_embeddings": config.tie_word_embeddings,
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "attn_logit_softcapping": None,
+        "final_logit_softcapping": None,
+        "use_bidirectional_attention": False,
+        "use_cache": True,
+        "pad_token_id": config.pad_token_id,
+        "bos_token_id": config.bos_token_id,
+        "eos_token_id": (eos if len(eos) > 1 else eos[0]) if eos else None,
+    }
+
+
+def load_json_object(path: Path) -> dict[str, Any]:
+    """Parse a JSON file that holds one object.
+
+    Raises:
+        InputError: the file is absent, unreadable, too large, not JSON, or not an object.
+    """
+    try:
+        if path.stat().st_size > MAX_JSON_BYTES:
+            raise InputError(f"{path} is larger than {MAX_JSON_BYTES} bytes; it is no JSON config")
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path} does not exist; give the path of a config.json") from None
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} is not valid JSON: {str(error)[:200]}") from error
+    return _object(data, where=str(path))
+
+
+def _config_from_json(data: object, *, where: str, extra_eos: tuple[int, ...]) -> Gemma3Config:
+    top = _object(data, where=where)
+    try:
+        if "emb_dim" in top or "n_layers" in top:
+            return _from_ancestor(top, extra_eos)
+        return _from_hugging_face(top, extra_eos)
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from error
+
+
+def _from_hugging_face(top: dict[str, Any], extra_eos: tuple[int, ...]) -> Gemma3Config:
+    _check_model_type(top)
+    is_wrapper = top.get("text_config") is not None
+    text = _object(top["text_config"], where="text_config") if is_wrapper else top
+    if is_wrapper:
+        refuse_unimplemented(top)
+        refuse_unknown_keys(top, WRAPPER_KEYS | BENIGN_KEYS)
+        inner = text.get("model_type", "gemma3_text")
+        if inner != "gemma3_text":
+            raise InputError(
+                f"text_config.model_type is {inner!r:.80}; only gemma3_text is supported"
+            )
+    refuse_unimplemented(text)
+    refuse_unknown_keys(text, TEXT_KEYS | BENIGN_KEYS)
+
+    fields: dict[str, Any] = {}
+    for key, default in TEXT_DEFAULTS.items():
+        value = text.get(key)
+        fields[key] = default if value is None else value
+    if is_wrapper and fields["vocab_size"] == PADDED_VOCAB_SIZE:
+        fields["vocab_size"] = TEXT_VOCAB_SIZE
+    layer_types = _layer_types(text, fields["num_hidden_layers"])
+    if text.get("sliding_window", 0) is None:
+        if "sliding_attention" in layer_types:
+            raise InputError("sliding_window is null, but layer_types has sliding layers; set it")
+        fields["sliding_window"] = fields["max_position_embeddings"]
+    return _build(
+        **fields,
+        **read_rope(text),
+        layer_types=layer_types,
+        tie_word_embeddings=_is_tied(top, text),
+        eos_token_id=_eos_token_ids(top, text, extra_eos),
+        **_other_token_ids(top, text),
+    )
+
+
+def _from_ancestor(top: dict[str, Any], extra_eos: tuple[int, ...]) -> Gemma3Config:
+    if top.get("qk_norm", True) is not True:
+        raise InputError(f"qk_norm is {top['qk_norm']!r:.80}; Gemma 3 normalises queries and keys")
+    known = {*ANCESTOR_KEYS, "qk_norm", "layer_types", "dtype"}
+    known |= {"tie_word_embeddings", "pad_token_id", "bos_token_id", "eos_token_id"}
+    refuse_unknown_keys(top, known)
+    fields = {new: top[old] for old, new in ANCESTOR_KEYS.items() if top.get(old) is not None}
+    # The notebook scales by the head size where no scalar is given.
+    fields.setdefault("query_pre_attn_scalar", fields.get("head_dim"))
+    required = ("rope_base", "rope_local_base", "query_pre_attn_scalar")
+    missing = [
+        old for old, new in ANCESTOR_KEYS.items() if old not in required and new not in fields
+    ]
+    if missing:
+        raise InputError(f"required keys are missing: {', '.join(missing)}")
+    tokens = _other_token_ids(top, top)
+    if fields["vocab_size"] == GPT2_VOCAB_SIZE:  # GPT-2 has one special token, the last id
+        end = GPT2_VOCAB_SIZE - 1
+        tokens = {"pad_token_id": end, "bos_token_id": end} | tokens
+        top = {"eos_token_id": end} | top
+    return _build(
+        **fields,
+        layer_types=_layer_types(top, fields["num_hidden_layers"]),
+        tie_word_embeddings=_is_tied(top, top),
+        eos_token_id=_eos_token_ids(top, top, extra_eos),
+        **tokens,
+    )
+
+
+def _build(**fields: Any) -> Gemma3Config:
+    reals = ("query_pre_attn_scalar", "rope_theta", "rope_local_base_freq", "rope_scaling_factor")
+    for key in (*reals, "rms_norm_eps", "initializer_range"):
+        if key in fields:
+            fields[key] = _real(fields[key], key)
+    return Gemma3Config(**fields)
+
+
+def _check_model_type(top: Mapping[str, Any]) -> None:
+    model_type = top.get("model_type")
+    has_text = top.get("text_config") is not None
+    if model_type == "gemma3" and not has_text:
+        raise InputError("model_type is 'gemma3', but there is no text_config; add it")
+    if model_type == "gemma3_text" and has_text:
+        raise InputError(
+            "model_type is 'gemma3_text', but there is a text_config; keep one of them"
+        )
+    if model_type is None:
+        raise InputError("model_type is missing; a Gemma 3 config says gemma3_text or gemma3")
+    if model_type not in ("gemma3", "gemma3_text"):
+        raise InputError(
+            f"model_type is {model_type!r:.80}; only Gemma 3 text models (gemma3_text, or gemma3 "
+            "with a text_config) are supported"
+        )
+
+
+def _layer_types(text: Mapping[str, Any], num_hidden_layers: object) -> tuple[LayerType, ...]:
+    layers = _whole(num_hidden_layers, "num_hidden_layers")
+    if not 0 < layers <= MAX_LAYERS:
+        raise InputError(f"num_hidden_layers is {layers}; it must be within 1 and {MAX_LAYERS}")
+    public, private = text.get("sliding_window_pattern"), text.get("_sliding_window_pattern")
+    listed = text.get("layer_types")
+    if listed is not None:
+        if not isinstance(listed, list) or not all(isinstance(item, str) for item in listed):
+            raise InputError("layer_types must be a list of strings, one a layer")
+        listed = tuple(listed)
+    # transformers 5 writes _sliding_window_pattern 6 beside any layer_types: there it says nothing.
+    if public is not None and private is not None and public != private:
+        raise InputError(
+            f"sliding_window_pattern ({public!r:.80}) and _sliding_window_pattern "
+            f"({private!r:.80}) contradict each other; keep one"
+        )
+    pattern = private if public is None and listed is None else public
+    if pattern is not None:
+        every = _whole(pattern, "sliding_window_pattern")
+        if every < 1:
+            raise InputError(f"sliding_window_pattern is {every}; it must be at least 1")
+        if listed is not None and listed != default_layer_types(layers, every):
+            raise InputError(
+                f"layer_types and sliding_window_pattern ({every}) contradict each other; keep one"
+            )
+        return default_layer_types(layers, every)
+    if listed is None:
+        return default_layer_types(layers)
+    return cast("tuple[LayerType, ...]", listed)
+
+
+def _is_tied(top: Mapping[str, Any], text: Mapping[str, Any]) -> bool:
+    values = [part["tie_word_embeddings"] for part in (top, text) if "tie_word_embeddings" in part]
+    values = [value for value in values if value is not None]
+    for value in values:
+        if not isinstance(value, bool):
+            raise InputError(f"tie_word_embeddings is {value!r:.80}; it must be true or false")
+    if len(set(values)) > 1:
+        raise InputError("tie_word_embeddings of text_config and of the file contradict each other")
+    return values[0] if values else True
+
+
+def _eos_token_ids(
+    top: Mapping[str, Any], text: Mapping[str, Any], extra: tuple[int, ...]
+) -> tuple[int, ...]:
+    stated = [part["eos_token_id"] for part in (text, top) if "eos_token_id" in part]
+    found = [i for value in stated for i in _token_ids(value, where="eos_token_id")]
+    if not stated:
+        found = [1]
+    return tuple(dict.fromkeys([*found, *extra]))
+
+
+def _other_token_ids(top: Mapping[str, Any], text: Mapping[str, Any]) -> dict[str, int]:
+    ids = {}
+    for key in ("pad_token_id", "bos_token_id"):
+        value = text.get(key) if text.get(key) is not None else top.get(key)
+        if value is not None:
+            ids[key] = _whole(value, key)
+    return ids
+
+
+def _token_ids(value: object, *, where: str) -> tuple[int, ...]:
+    if value is None:
+        return ()
+    values = value if isinstance(value, list) else [value]
+    return tuple(_whole(item, where) for item in values)
+
+
+def _whole(value: object, key: str) -> int:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise InputError(f"{key} is {value!r:.60}; it must be a whole number")
+    if abs(value) >= 2**63:
+        raise InputError(f"{key} is too large")
+    return value
+
+
+def _real(value: object, key: str) -> float:
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        raise InputError(f"{key} is {value!r:.60}; it must be a number")
+    try:
+        return float(value)
+    except OverflowError:
+        raise InputError(f"{key} is too large") from None
+
+
+def _object(data: object, *, where: str) -> dict[str, Any]:
+    if not isinstance(data, dict):
+        raise InputError(f"{where} must hold a JSON object, not {type(data).__name__}")
+    return data

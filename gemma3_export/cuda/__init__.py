@@ -1,0 +1,1 @@
+"""CUDA without guesswork: the doctor, and operator placement shown without a GPU."""

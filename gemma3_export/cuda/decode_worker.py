@@ -1,0 +1,84 @@
+"""Run by another interpreter, over the stub: generate, and print what was counted in each step.
+
+Values are meaningless, the control flow is that of the runtime and of the one generation loop.
+Needs onnxruntime, numpy and this package. Arguments: the bundle, and a JSON object with ``rows``,
+``capacity``, ``steps``, ``prompt_tokens`` (of the first row; each further one has one more),
+``graph`` (CUDA graph), ``device`` and ``top_k`` (null is greedy). Prints one JSON object: counters
+of the load, of the prefill, and of each step.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+
+from gemma3_export.cuda.stub import COUNTERS
+from gemma3_export.runtimes.generation import candidates
+from gemma3_export.runtimes.generation.loop import TokenEvent, generate
+from gemma3_export.runtimes.generation.sampling import SamplingParams
+from gemma3_export.runtimes.onnx import runtime as onnx_runtime
+from gemma3_export.runtimes.onnx.session import CudaOptions, choose_device
+
+
+class Meter:
+    """Reads the stub's counters; the stub is in this process, preloaded."""
+
+    def __init__(self) -> None:
+        self.read_counters = ctypes.CDLL(None).gemma3_stub_counters
+        self.last = dict.fromkeys(COUNTERS, 0)
+
+    def since(self) -> dict[str, int]:
+        """What has happened since the last call."""
+        values = (ctypes.c_longlong * len(COUNTERS))()
+        self.read_counters(values)
+        now = dict(zip(COUNTERS, values, strict=True))
+        changed = {name: now[name] - self.last[name] for name in COUNTERS}
+        self.last = now
+        return changed
+
+
+def as_they_are(values: Any, ids: Any, total: float, needed: int) -> candidates.Candidates:
+    """Stands in for ``from_largest``, to which the stub's zeros are a tie that decides nothing."""
+    del total, needed
+    return candidates.Candidates(ids.astype(np.int64), values.copy())
+
+
+def decode(bundle: Path, plan: dict[str, Any]) -> dict[str, Any]:
+    """Prefill every row, then decode them together, as every caller of the package does."""
+    meter = Meter()
+    vars(candidates)["from_largest"] = as_they_are
+    onnxruntime.preload_dlls = lambda: None  # real libraries would take the stub's place
+    # a graph that falls back is refused there; here it shall show what it would cost
+    vars(onnx_runtime)["device_for"] = lambda graph, device: choose_device(device)
+    runtime = onnx_runtime.OnnxRuntime(
+        bundle, device=plan["device"], cuda=CudaOptions(graph=plan["graph"])
+    )
+    rows = plan["rows"]
+    events = generate(
+        runtime,
+        [[1] * (plan["prompt_tokens"] + row) for row in range(rows)],
+        SamplingParams(top_k=plan["top_k"], seed=0),
+        max_new_tokens=1 + plan["steps"],
+        stop_token_ids=(),
+        capacity=plan["capacity"],
+    )
+    found: dict[str, Any] = {"load": meter.since(), "described": runtime.describe(), "steps": []}
+    tokens = 0
+    for event in events:
+        tokens += isinstance(event, TokenEvent)
+        # The rows' tokens come together: first those after the prompts, then those of each step.
+        if isinstance(event, TokenEvent) and tokens % rows == 0:
+            found["steps"].append(meter.since())
+    found["prefill"] = found["steps"].pop(0)
+    found["completions"] = [len(done.token_ids) for done in events.completions]
+    return found
+
+
+if __name__ == "__main__":
+    print(json.dumps(decode(Path(sys.argv[1]), json.loads(sys.argv[2]))))

@@ -1,1 +1,0 @@
-"""Workers that run in the environments of peers, without this package."""

@@ -1,0 +1,221 @@
+"""Gemma's tokenizer rebuilt from the metadata of a GGUF file.
+
+A GGUF keeps the SentencePiece view: pieces with scores, no merges. The merges follow from it: every
+way to cut a piece into two other pieces is one, and better pieces merge first. For the official
+vocabulary this gives the official ``tokenizer.json``, entry by entry.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import tokenizers
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
+
+from gemma3_export.errors import InputError
+from gemma3_export.tokenizer.chat import CONTROL_TOKENS
+from gemma3_export.tokenizer.tokenizer import Tokenizer
+from gemma3_export.tokenizer.tokenizer_json import IMAGE_PLACEHOLDER
+
+__all__ = ["MetadataReader", "merges_from_scores", "tokenizer_from_gguf"]
+
+# Token types of the GGUF specification.
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
+# Gemma's longest piece has 31 characters. The bounds keep the search for merges, which tries every
+# cut of every piece, from running for hours on a made-up file.
+MAX_PIECE_CHARACTERS = 256
+MAX_TOKENS = 2**20
+_PREFIX = "tokenizer.ggml."
+_T = TypeVar("_T")
+_N = TypeVar("_N", int, float)
+
+
+class MetadataReader(Protocol):
+    """What is needed of an opened file: ``gguf_file.GgufFile`` and ``gguf.GGUFReader`` have it."""
+
+    def get_field(self, key: str) -> Any:
+        """An object whose ``contents()`` is the value of ``key``, or None."""
+
+
+def tokenizer_from_gguf(reader: MetadataReader) -> Tokenizer:
+    """Rebuild the tokenizer that ``reader``'s file was converted from.
+
+    Takes 4 s for Gemma's vocabulary.
+
+    Raises:
+        InputError: the file has no Gemma tokenizer, or its metadata contradict themselves.
+    """
+    _check_kind(reader)
+    pieces = _read_pieces(reader)
+    types = np.array(_read_numbers(reader, "token_type", len(pieces), int))
+    scores = np.array(_read_numbers(reader, "scores", len(pieces), float))
+    if not np.isfinite(scores).all():
+        raise InputError(f"{_PREFIX}scores holds values that are not finite; convert the file anew")
+    if bad := sorted({int(kind) for kind in types} - set(range(NORMAL, BYTE + 1))):
+        raise InputError(
+            f"{_PREFIX}token_type holds unknown types {bad[:5]}; convert the file anew"
+        )
+    # Rows that a conversion appended to match the padded embedding of the multimodal models.
+    while pieces and (types[len(pieces) - 1] == UNUSED or pieces[-1] == IMAGE_PLACEHOLDER):
+        pieces.pop()
+    # llama.cpp matches these in raw text; Gemma's own file writes them as everywhere, with "▁".
+    for index in np.flatnonzero(types[: len(pieces)] == USER_DEFINED).tolist():
+        pieces[index] = pieces[index].replace(" ", "▁")
+    vocab = {piece: index for index, piece in enumerate(pieces)}
+    if len(vocab) != len(pieces):
+        doubles = [piece for index, piece in enumerate(pieces) if vocab[piece] != index]
+        raise InputError(f"{_PREFIX}tokens lists {doubles[0]!r} twice; convert the file anew")
+    _check_special_ids(reader, vocab)
+    merges = merges_from_scores(vocab, types, scores)
+    return Tokenizer(_build(vocab, merges, types))
+
+
+def merges_from_scores(
+    vocab: dict[str, int], types: npt.NDArray[np.int64], scores: npt.NDArray[np.float64]
+) -> list[tuple[str, str]]:
+    """All merges of ``vocab`` (piece to id, ids from 0 without gaps), first ones first.
+
+    The order is by score of the whole, then length of the left and of the right part, each from
+    high to low; then by the ids of the whole, the left and the right part, from low to high.
+    """
+    pieces = list(vocab)
+    # Only normal pieces have a score of their own; SentencePiece gives the others 0.
+    rank = np.where(types == NORMAL, scores, 0.0)
+    look_up = vocab.get
+    found: list[int] = []  # flat: half a million tuples would keep the garbage collector busy
+    for whole, piece in enumerate(pieces):
+        if types[whole] in (UNKNOWN, UNUSED):
+            continue
+        length = len(piece)
+        for cut in range(1, length):
+            left = look_up(piece[:cut])
+            if left is not None:
+                right = look_up(piece[cut:])
+                if right is not None:
+                    found += (whole, left, right, cut, length - cut)
+    table = np.array(found, dtype=np.int64).reshape(-1, 5)
+    whole_ids, left_ids, right_ids, left_lengths, right_lengths = table.T
+    order = np.lexsort(
+        (right_ids, left_ids, whole_ids, -right_lengths, -left_lengths, -rank[whole_ids])
+    )
+    return [
+        (pieces[left], pieces[right])
+        for left, right in zip(left_ids[order].tolist(), right_ids[order].tolist(), strict=True)
+    ]
+
+
+def _build(
+    vocab: dict[str, int], merges: list[tuple[str, str]], types: npt.NDArray[np.int64]
+) -> tokenizers.Tokenizer:
+    model = models.BPE(
+        vocab=vocab,
+        merges=merges,
+        unk_token="<unk>",  # noqa: S106 -- no password
+        fuse_unk=True,
+        byte_fallback=True,
+    )
+    backend = tokenizers.Tokenizer(model)
+    backend.normalizer = normalizers.Replace(" ", "▁")
+    backend.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    bos_id = vocab["<bos>"]
+    backend.post_processor = processors.TemplateProcessing(
+        single="<bos> $A", pair="<bos> $A <bos>:1 $B:1", special_tokens=[("<bos>", bos_id)]
+    )
+    added = [
+        # A GGUF counts unused and mask tokens as control tokens; officially they are not special.
+        AddedToken(piece, normalized=False, special=piece in CONTROL_TOKENS)
+        for piece, kind in zip(vocab, types.tolist(), strict=False)
+        if kind in (CONTROL, USER_DEFINED) and piece != IMAGE_PLACEHOLDER
+    ]
+    backend.add_tokens(added)
+    return backend
+
+
+def _check_kind(reader: MetadataReader) -> None:
+    kind = _contents(reader, "model")
+    if kind is None:
+        raise InputError("the GGUF has no tokenizer; give a tokenizer.json beside it")
+    if kind != "llama":
+        raise InputError(
+            f"the GGUF's tokenizer is of kind {kind!r}; only Gemma's, kind 'llama', can be "
+            "rebuilt: give the original tokenizer.json"
+        )
+    if _contents(reader, "add_space_prefix"):
+        raise InputError(
+            f"{_PREFIX}add_space_prefix is set, which Gemma 3 never does; give the original "
+            "tokenizer.json"
+        )
+
+
+def _check_special_ids(reader: MetadataReader, vocab: dict[str, int]) -> None:
+    names = {"bos": "<bos>", "eos": "<eos>", "unknown": "<unk>", "padding": "<pad>"}
+    for name, piece in names.items():
+        if piece not in vocab:
+            raise InputError(
+                f"{_PREFIX}tokens has no {piece}, so this is no Gemma tokenizer; give the original "
+                "tokenizer.json"
+            )
+        token_id = _contents(reader, f"{name}_token_id")
+        # Instruction models may name <end_of_turn> as their end; both stay in the vocabulary.
+        allowed = {None, vocab[piece]} | ({vocab.get("<end_of_turn>")} if name == "eos" else set())
+        if type(token_id) not in (int, type(None)) or token_id not in allowed:
+            raise InputError(
+                f"{_PREFIX}{name}_token_id is {token_id!r}, but {piece} is token {vocab[piece]}; "
+                "convert the file anew"
+            )
+
+
+def _contents(reader: MetadataReader, name: str) -> object:
+    """The value of a metadata entry, or None where it is missing."""
+    field = reader.get_field(_PREFIX + name)
+    if field is None:
+        return None
+    try:
+        value: object = field.contents()
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"{_PREFIX}{name} is not UTF-8 ({error}); convert the file anew"
+        ) from error
+    return value
+
+
+def _read_array(reader: MetadataReader, name: str, kind: type[_T]) -> list[_T]:
+    values = _contents(reader, name)
+    if values is None:
+        raise InputError(
+            f"the GGUF has no {_PREFIX}{name}; give a tokenizer.json beside it, or convert it anew"
+        )
+    if not isinstance(values, list) or any(type(value) is not kind for value in values):
+        raise InputError(
+            f"{_PREFIX}{name} is not an array of {kind.__name__}; convert the file anew"
+        )
+    if not 0 < len(values) <= MAX_TOKENS:
+        raise InputError(
+            f"{_PREFIX}{name} has {len(values)} entries; between 1 and {MAX_TOKENS} are expected"
+        )
+    return values
+
+
+def _read_pieces(reader: MetadataReader) -> list[str]:
+    pieces = _read_array(reader, "tokens", str)
+    for index, piece in enumerate(pieces):
+        if not 0 < len(piece) <= MAX_PIECE_CHARACTERS:
+            raise InputError(
+                f"{_PREFIX}tokens: entry {index} has {len(piece)} characters; between 1 and "
+                f"{MAX_PIECE_CHARACTERS} are expected"
+            )
+    return pieces
+
+
+def _read_numbers(reader: MetadataReader, name: str, count: int, kind: type[_N]) -> list[_N]:
+    values = _read_array(reader, name, kind)
+    if len(values) != count:
+        raise InputError(
+            f"{_PREFIX}{name} has {len(values)} entries for {count} tokens; convert the file anew"
+        )
+    return values

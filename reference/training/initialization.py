@@ -1,0 +1,116 @@
+"""What a run begins with: a config that fits the data, and weights drawn or taken over."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from gemma3_export.config.gemma3_config import Gemma3Config, default_layer_types
+from gemma3_export.config.hugging_face import load_config
+from gemma3_export.config.presets import SIZES, preset
+from gemma3_export.errors import InputError
+from gemma3_export.reference.loading import load_reference
+from gemma3_export.reference.model import Gemma3
+from gemma3_export.reference.training.token_data import TokenData, tokenizer_fingerprint
+from gemma3_export.reference.weights import WeightSource
+from gemma3_export.tokenizer.tokenizer import load_tokenizer
+
+__all__ = ["DEMO", "DEMO_CONFIG", "fresh_config", "fresh_model", "model_from_weights"]
+
+DEMO = "demo"
+# What a sublayer passes through on its way into the residual stream.
+SUBLAYER_NORMS = ("post_attention_layernorm.weight", "post_feedforward_layernorm.weight")
+DEMO_CONFIG = Gemma3Config(
+    vocab_size=2048,
+    hidden_size=128,
+    intermediate_size=384,
+    num_hidden_layers=6,
+    num_attention_heads=4,
+    num_key_value_heads=1,
+    head_dim=32,
+    max_position_embeddings=1024,
+    sliding_window=64,
+    query_pre_attn_scalar=32,
+    layer_types=default_layer_types(6, pattern=3),
+)
+
+
+def fresh_config(data: TokenData, size: str | None, config_path: Path | None) -> Gemma3Config:
+    """The shapes of a size or a file, with the vocabulary and special ids of the data.
+
+    Args:
+        data: decides over ids.
+        size: ``demo``, about 1.4M parameters, or a published size.
+        config_path: a ``config.json`` instead.
+
+    Raises:
+        InputError: both or none are given, or the config's vocabulary is too small.
+    """
+    if (size is None) == (config_path is None):
+        raise InputError(f"give one of --size ({DEMO}, {', '.join(SIZES)}) and --config")
+    if config_path is not None:
+        config = load_config(config_path)
+        if config.vocab_size < data.meta.vocab_size:
+            raise InputError(
+                f"{config_path} has a vocabulary of {config.vocab_size}, the data needs "
+                f"{data.meta.vocab_size}; raise vocab_size or prepare the data anew"
+            )
+        return _with_ids_of(config, data)
+    config = DEMO_CONFIG if size == DEMO else preset(str(size)).config
+    return replace(_with_ids_of(config, data), vocab_size=data.meta.vocab_size)
+
+
+def fresh_model(config: Gemma3Config, seed: int) -> Gemma3:
+    """Float32 weights drawn from ``seed``; sublayers begin quietly.
+
+    Each sublayer ends in a norm, so with a gain of one it adds unit variance from the first step,
+    whatever its weights are: noise that drowns embeddings of ``initializer_range``. The gains begin
+    where all sublayers together add as much variance as the embeddings have.
+    """
+    model = Gemma3(config)
+    model.initialize(torch.Generator().manual_seed(seed))
+    embedding_rms = config.initializer_range * config.hidden_size**0.5
+    gain = min(1.0, embedding_rms / (2 * config.num_hidden_layers) ** 0.5)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if name.endswith(SUBLAYER_NORMS):
+                weight.fill_(gain - 1.0)  # the model adds one
+    return model
+
+
+def model_from_weights(source: WeightSource, data: TokenData) -> Gemma3:
+    """The model of any source of weights, to be trained on; float32 whatever they were.
+
+    Raises:
+        InputError: the data was made with another tokenizer than the weights'.
+    """
+    file = source.tokenizer_file()
+    if file is not None:
+        if tokenizer_fingerprint(load_tokenizer(file)) != data.meta.tokenizer_fingerprint:
+            raise InputError(
+                f"{data.path} was made with another tokenizer than that of {source.origin}; "
+                f"prepare the data with: gemma3-export data ... --tokenizer {file}"
+            )
+    elif source.config.vocab_size < data.meta.vocab_size:
+        raise InputError(
+            f"{data.path} has a vocabulary of {data.meta.vocab_size}, {source.origin} only "
+            f"{source.config.vocab_size}; prepare the data with the weights' tokenizer"
+        )
+    return load_reference(source, torch.float32).train().requires_grad_(True)
+
+
+def _with_ids_of(config: Gemma3Config, data: TokenData) -> Gemma3Config:
+    meta = data.meta
+    bos = meta.eos_token_id if meta.bos_token_id is None else meta.bos_token_id
+    tokenizer = data.tokenizer()
+    pad = None if tokenizer is None else tokenizer.pad_token_id
+    vocab_size = max(config.vocab_size, meta.vocab_size)
+    return replace(
+        config,
+        vocab_size=vocab_size,
+        bos_token_id=bos,
+        eos_token_id=(meta.eos_token_id,),
+        pad_token_id=meta.eos_token_id if pad is None else pad,
+    )

@@ -1,0 +1,148 @@
+"""Quantised matrices in memory: codes and scales, to and from float32.
+
+Shapes: N rows (outputs), K columns (inputs), G blocks of a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gemma3_export.bundle.block_format import BlockFormat
+
+__all__ = ["SCALE_TYPES", "BlockMatrix", "block_scales", "pack_codes", "quantize", "unpack_codes"]
+
+SCALE_TYPES = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+}
+SHRINKS = 1.0 - 0.0125 * torch.arange(24)  # candidate scales, relative to the one without clipping
+
+
+@dataclass(frozen=True, slots=True)
+class BlockMatrix:
+    """Rows of a matrix in one :class:`gemma3_export.bundle.block_format.BlockFormat`."""
+
+    format: BlockFormat
+    codes: Tensor  # [N, K] uint8, one code each, whatever the bits
+    scales: Tensor  # [N, G] float32, whatever they are stored in
+    minimums: Tensor | None = None  # [N, G] float32
+
+    def dequantize(self) -> Tensor:
+        """[N, K] float32: what the kernels multiply with."""
+        blocks = in_blocks(self.codes, self.format)
+        weights = self.scales[..., None] * (blocks.to(torch.float32) - self.format.zero_point)
+        if self.minimums is not None:
+            weights -= self.minimums[..., None]
+        return weights.flatten(1)
+
+    def convert(self, wanted: BlockFormat) -> BlockMatrix:
+        """The same weights in a format at least as wide (see ``common_format``)."""
+        if wanted == self.format:
+            return self
+        repeats = self.format.block_size // wanted.block_size
+        minimums = self.minimums
+        if wanted.has_minimum and minimums is None:
+            minimums = torch.zeros_like(self.scales)
+        shift = wanted.zero_point - self.format.zero_point
+        return BlockMatrix(
+            wanted,
+            (self.codes.to(torch.int16) + shift).to(torch.uint8),
+            stored_scales(self.scales.repeat_interleave(repeats, 1), wanted),
+            None if minimums is None else minimums.repeat_interleave(repeats, 1),
+        )
+
+    @classmethod
+    def stack(cls, parts: Sequence[BlockMatrix]) -> BlockMatrix:
+        """Rows of several matrices of one format below each other."""
+        first = parts[0]
+        minimums = [part.minimums for part in parts if part.minimums is not None]
+        return cls(
+            first.format,
+            torch.cat([part.codes for part in parts]),
+            torch.cat([part.scales for part in parts]),
+            torch.cat(minimums) if minimums else None,
+        )
+
+
+def in_blocks(matrix: Tensor, block_format: BlockFormat) -> Tensor:
+    """[N, K] as [N, G, block]."""
+    return matrix.view(matrix.shape[0], -1, block_format.block_size)
+
+
+def quantize(
+    weights: Tensor, block_format: BlockFormat, importance: Tensor | None = None
+) -> BlockMatrix:
+    """Round ``weights`` to the nearest codes.
+
+    8-bit blocks are scaled so that nothing is clipped. For 4-bit blocks the scale is searched that
+    has the least squared error, weighted by ``importance``; the largest weight takes the one code
+    more that the negative side has (both as llama.cpp's ``Q4_0`` quantiser does).
+
+    Args:
+        weights: [N, K] finite numbers.
+        block_format: without minimum.
+        importance: [K] how much an error in that input matters; None means all alike.
+    """
+    scales = block_scales(weights, block_format, importance)
+    blocks = in_blocks(weights.float(), block_format)
+    return BlockMatrix(block_format, codes_of(blocks, scales, block_format).flatten(1), scales)
+
+
+def block_scales(
+    weights: Tensor, block_format: BlockFormat, importance: Tensor | None = None
+) -> Tensor:
+    """[N, G] the scales of ``weights``; see :func:`quantize`."""
+    blocks = in_blocks(weights.float(), block_format)
+    if block_format.bits == 8:
+        return stored_scales(blocks.abs().amax(-1) / 127, block_format)
+    return stored_scales(searched_scales(blocks, block_format, importance), block_format)
+
+
+def stored_scales(scales: Tensor, block_format: BlockFormat) -> Tensor:
+    """float32 scales, rounded to the type that they are stored in, so that codes can be made."""
+    return scales.to(SCALE_TYPES[block_format.scale_type]).float()
+
+
+def codes_of(blocks: Tensor, scales: Tensor, block_format: BlockFormat) -> Tensor:
+    """[..., G, block] the nearest code of each weight, uint8."""
+    inverse = torch.where(scales == 0, 0.0, 1.0 / scales)[..., None]
+    codes = torch.round(blocks * inverse) + block_format.zero_point
+    return codes.clamp_(0, 2**block_format.bits - 1).to(torch.uint8)
+
+
+def searched_scales(blocks: Tensor, block_format: BlockFormat, importance: Tensor | None) -> Tensor:
+    """[N, G] the best of :data:`SHRINKS` for each block, in the weighted squared error."""
+    largest = blocks.gather(-1, blocks.abs().argmax(-1, keepdim=True)).squeeze(-1)
+    full = largest / -block_format.zero_point
+    weight = 1.0 if importance is None else importance.view(1, -1, block_format.block_size)
+    best = full.clone()
+    least = torch.full_like(full, torch.inf)
+    for shrink in SHRINKS.tolist():
+        scales = full * shrink
+        codes = codes_of(blocks, scales, block_format)
+        found = scales[..., None] * (codes.to(torch.float32) - block_format.zero_point)
+        error = ((found - blocks).square_() * weight).sum(-1)
+        better = error < least
+        best = torch.where(better, scales, best)
+        least = torch.where(better, error, least)
+    return best
+
+
+def pack_codes(matrix: BlockMatrix) -> Tensor:
+    """[N, G, bytes of a block] uint8; of two 4-bit codes, the first is the low half."""
+    blocks = in_blocks(matrix.codes, matrix.format)
+    if matrix.format.bits == 4:
+        blocks = blocks[..., 0::2] | blocks[..., 1::2] << 4
+    return blocks.contiguous()
+
+
+def unpack_codes(packed: Tensor, block_format: BlockFormat) -> Tensor:
+    """[N, K] uint8 from [N, G, bytes of a block]."""
+    if block_format.bits == 4:
+        packed = torch.stack((packed & 15, packed >> 4), dim=-1).flatten(-2)
+    return packed.flatten(1)

@@ -1,0 +1,1 @@
+"""The generation loop: requests, sampling, candidates, speculation, prefix cache."""

@@ -1,0 +1,255 @@
+"""The one generation loop: prefill in chunks, decode in a batch, stream, stop, be interrupted.
+
+Shapes: B requests, T new tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from gemma3_export.config.gemma3_config import Gemma3Config
+from gemma3_export.errors import InputError
+from gemma3_export.runtimes.generation.candidates import ChoosesCandidates, candidates_needed
+from gemma3_export.runtimes.generation.decoding import DecodingLoop, Event
+from gemma3_export.runtimes.generation.prefix_cache import PrefixCache
+from gemma3_export.runtimes.generation.request import (
+    Completion,
+    FinishReason,
+    RequestState,
+    StopTexts,
+    StreamingDecoder,
+    TokenEvent,
+)
+from gemma3_export.runtimes.generation.sampling import SamplingParams
+from gemma3_export.runtimes.generation.speculation import (
+    CHOSEN_COSTS,
+    MAX_DRAFT_TOKENS,
+    PLAIN_COSTS,
+    Drafter,
+    Speculation,
+    StepCosts,
+)
+from gemma3_export.runtimes.protocol import CacheForms, IntArray, Runtime
+
+__all__ = [
+    "Cancel",
+    "Completion",
+    "Event",
+    "FinishReason",
+    "Generation",
+    "RequestState",
+    "StopTexts",
+    "StreamingDecoder",
+    "TokenEvent",
+    "generate",
+]
+
+Cancel = threading.Event | Callable[[], bool]
+
+
+class Generation(Iterator[Event]):
+    """A running generation: iterate it for events, or ``collect()`` the results.
+
+    After an interruption, be it ``close()``, Ctrl-C or an error, ``completions`` is what was
+    produced until then.
+    """
+
+    def __init__(
+        self, requests: Sequence[RequestState], events: Generator[Event, None, None]
+    ) -> None:
+        self._requests = requests
+        self._events = events
+
+    def __next__(self) -> Event:
+        return next(self._events)
+
+    def close(self) -> None:
+        """Stop now and let go of the cache."""
+        self._events.close()
+
+    def collect(self) -> list[Completion]:
+        """Run to the end and return one completion a prompt, in the order of the prompts."""
+        for _ in self:
+            pass
+        return self.completions
+
+    @property
+    def completions(self) -> list[Completion]:
+        """The results so far, in the order of the prompts; what has not ended is cancelled."""
+        return [request.completion() for request in self._requests]
+
+
+def generate(
+    runtime: Runtime,
+    prompts: Sequence[Sequence[int] | IntArray],
+    sampling: SamplingParams | Sequence[SamplingParams],
+    *,
+    max_new_tokens: int,
+    stop_token_ids: Sequence[int] | None = None,
+    stop_texts: Sequence[str] = (),
+    detokenize: Callable[[], StreamingDecoder] | None = None,
+    prefill_chunk: int = 512,
+    capacity: int | None = None,
+    cancel: Cancel | None = None,
+    prefill_progress: Callable[[int, int], None] | None = None,
+    drafter: Callable[[], Drafter] | None = None,
+    max_draft_tokens: int = MAX_DRAFT_TOKENS,
+    prefix_cache: PrefixCache | None = None,
+) -> Generation:
+    """Continue every prompt; the inputs are checked at once, the work is done by iterating.
+
+    Each prompt gives its tokens as ``TokenEvent`` and ends with one ``Completion``. A prompt's
+    result does not depend on the other prompts, nor (but for rounding) on ``prefill_chunk``.
+
+    Args:
+        runtime: the backend.
+        prompts: B token sequences, of any lengths.
+        sampling: one for each prompt, or one for all. One for all gives prompt i the
+            ``request_index`` of ``sampling`` plus i, so that equal prompts differ; with one for
+            each, every prompt is sampled as if it were alone.
+        max_new_tokens: the most tokens to generate for a prompt. Generation also ends, with the
+            reason ``length``, where the cache or the model's context is full.
+        stop_token_ids: instead of the config's ``eos_token_id``; empty for none.
+        stop_texts: texts that end a prompt's generation; they need ``detokenize``.
+        detokenize: makes a fresh decoder for each prompt; without it all text is empty.
+        prefill_chunk: tokens of a prompt to process at once.
+        capacity: tokens of prompt and answer that a row of the cache holds; by default what the
+            longest prompt needs, within the model's context.
+        cancel: an event or a function, looked at before every prefill chunk and decoding step.
+        prefill_progress: called with the prompt tokens processed and their total.
+        drafter: makes a fresh drafter for each prompt, such as ``PromptLookup``, for speculative
+            decoding; in float32 it changes the speed and, but for rounding, nothing else.
+            Drafts are verified
+            while one prompt alone is being continued.
+        max_draft_tokens: the most tokens to draft at once; with windowed caches, which could not
+            take back more, less than a window.
+        prefix_cache: prompts begin with what it knows of them, and are added to it once they are
+            prefilled, so that prompts of one call share too. The same ``prefill_chunk`` as before
+            is needed to find them again. It is this runtime's own.
+
+    Raises:
+        InputError: an argument is impossible, or a prompt does not fit.
+    """
+    if prefix_cache is not None:
+        prefix_cache.require_runtime(runtime)
+    for name, value in (
+        ("max_new_tokens", max_new_tokens),
+        ("prefill_chunk", prefill_chunk),
+        ("max_draft_tokens", max_draft_tokens),
+    ):
+        if value < 1:
+            raise InputError(f"{name} is {value}; it must be at least 1")
+    if isinstance(stop_texts, str) or not all(stop_texts):
+        raise InputError(f"stop_texts is {stop_texts!r}; give a list of texts that are not empty")
+    if stop_texts and detokenize is None:
+        raise InputError("stop_texts need a tokenizer to see the text; give detokenize")
+    prompt_ids = _check_prompts(prompts, runtime.config)
+    capacity = _check_capacity(prompt_ids, max_new_tokens, capacity, runtime.config)
+    requests = [
+        RequestState(
+            index,
+            ids,
+            params,
+            max_new_tokens=min(max_new_tokens, capacity - ids.size + 1),  # the last is never fed
+            stop_token_ids=runtime.config.eos_token_id
+            if stop_token_ids is None
+            else stop_token_ids,
+            stop_texts=stop_texts,
+            decoder=detokenize() if detokenize else None,
+        )
+        for index, (ids, params) in enumerate(
+            zip(prompt_ids, _params_per_prompt(sampling, len(prompt_ids)), strict=True)
+        )
+    ]
+    longest_draft = _longest_draft(runtime, max_draft_tokens)
+    loop = DecodingLoop(
+        runtime=runtime,
+        requests=requests,
+        capacity=capacity,
+        prefill_chunk=prefill_chunk,
+        cancel=cancel.is_set if isinstance(cancel, threading.Event) else cancel,
+        prefill_progress=prefill_progress,
+        speculations=[
+            Speculation(request, drafter(), longest_draft, _step_costs(runtime, request.params))
+            if drafter and longest_draft
+            else None
+            for request in requests
+        ],
+        prefix_cache=prefix_cache,
+    )
+    return Generation(requests, loop.run())
+
+
+def _step_costs(runtime: Runtime, params: SamplingParams) -> StepCosts:
+    """What verifying a draft costs where the plain steps of a request fetch candidates, or not."""
+    chooses = isinstance(runtime, ChoosesCandidates) and runtime.chooses_candidates
+    return CHOSEN_COSTS if chooses and candidates_needed(params) is not None else PLAIN_COSTS
+
+
+def _check_prompts(
+    prompts: Sequence[Sequence[int] | IntArray], config: Gemma3Config
+) -> list[IntArray]:
+    """Each prompt as [T] int64."""
+    if not len(prompts):
+        raise InputError("there is no prompt; give at least one")
+    checked = []
+    for number, prompt in enumerate(prompts, 1):  # as people count
+        ids = np.asarray(prompt)
+        if ids.size == 0:
+            raise InputError(f"prompt {number} is empty; give at least one token, such as <bos>")
+        if ids.ndim != 1 or ids.dtype.kind not in "iu":
+            raise InputError(
+                f"prompt {number} has shape {ids.shape} and type {ids.dtype}; "
+                "each prompt must be a sequence of token ids"
+            )
+        bad = ids[(ids < 0) | (ids >= config.vocab_size)]
+        if bad.size:
+            raise InputError(
+                f"prompt {number} holds token id {bad[0]}, outside the model's vocabulary of "
+                f"{config.vocab_size}; was it encoded with another model's tokenizer?"
+            )
+        checked.append(ids.astype(np.int64))
+    return checked
+
+
+def _check_capacity(
+    prompt_ids: Sequence[IntArray], max_new_tokens: int, capacity: int | None, config: Gemma3Config
+) -> int:
+    """The capacity to use, which every prompt fits."""
+    limit = config.max_position_embeddings
+    if capacity is not None and not 1 <= capacity <= limit:
+        raise InputError(f"capacity is {capacity}; it must be from 1 to the model's {limit} tokens")
+    lengths = [ids.size for ids in prompt_ids]
+    longest = max(lengths)
+    if longest > (capacity or limit):
+        what = "the model's context" if capacity is None else "the cache's capacity"
+        raise InputError(
+            f"prompt {lengths.index(longest) + 1} has {longest} tokens, more than {what} of "
+            f"{capacity or limit}; shorten the prompt"
+        )
+    return capacity or min(longest + max_new_tokens, limit)
+
+
+def _longest_draft(runtime: Runtime, max_draft_tokens: int) -> int:
+    """What can be taken back: with the token before it, a draft fits into a window."""
+    if isinstance(runtime, CacheForms) and runtime.is_windowed:
+        return min(max_draft_tokens, runtime.config.sliding_window - 1)
+    return max_draft_tokens
+
+
+def _params_per_prompt(
+    sampling: SamplingParams | Sequence[SamplingParams], count: int
+) -> Sequence[SamplingParams]:
+    if isinstance(sampling, SamplingParams):
+        first = sampling.request_index
+        return [replace(sampling, request_index=first + index) for index in range(count)]
+    if len(sampling) != count:
+        raise InputError(
+            f"there are {len(sampling)} sampling parameters for {count} prompts; give one or "
+            "one for each"
+        )
+    return sampling

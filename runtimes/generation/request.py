@@ -1,0 +1,233 @@
+"""One request of the generation loop: what it has produced so far, and why it ended.
+
+Conventions, which are those of vLLM: a stop token ends a request, is counted and kept among the
+tokens, and adds no text; a stop text is cut from the text together with all after it, while the
+tokens stay all that were generated.
+
+Shapes: V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from gemma3_export.runtimes.generation.candidates import Candidates
+from gemma3_export.runtimes.generation.sampling import SampledToken, Sampler, SamplingParams
+from gemma3_export.runtimes.protocol import IntArray, Logits
+
+__all__ = [
+    "Completion",
+    "FinishReason",
+    "RequestState",
+    "StopTexts",
+    "StreamingDecoder",
+    "TokenEvent",
+]
+
+FinishReason = Literal["stop", "length", "cancelled"]
+
+
+class StreamingDecoder(Protocol):
+    """Turns the tokens of one request into text, piece by piece."""
+
+    def push(self, token_id: int, /) -> str:
+        """The text that is certain now; half a character is kept back."""
+
+    def flush(self) -> str:
+        """The text still kept back; nothing follows."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TokenEvent:
+    """A request has one more token; the ``text`` of all its events is the completion's text."""
+
+    request: int  # index of the prompt
+    token: SampledToken
+    text: str  # what this token released, often empty
+
+    @property
+    def token_id(self) -> int:
+        """The chosen token."""
+        return self.token.token_id
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Completion:
+    """A request has ended, or this is what it has so far."""
+
+    request: int  # index of the prompt
+    prompt_tokens: int
+    tokens: tuple[SampledToken, ...]  # all that were generated, a stop token included
+    text: str  # without the stop text; if cancelled, without characters still kept back
+    finish_reason: FinishReason
+    stop_reason: int | str | None  # the token or text that stopped it
+    seed: int | None  # with the request's index, reproduces the completion; None is greedy
+    time_to_first_token_s: float | None  # from the start of the whole batch
+    prefill_s: float  # in the backend, for this prompt, copies of a reused prefix included
+    decode_s: float  # in backend and sampler, for all tokens but the first
+    drafted_tokens: int = 0  # guesses that were verified (speculative decoding)
+    accepted_tokens: int = 0  # of these, the right ones: each saved a decoding step
+    reused_tokens: int = 0  # first tokens of the prompt that were not computed but known
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        """The generated tokens."""
+        return tuple(token.token_id for token in self.tokens)
+
+    @property
+    def prefill_tokens_per_s(self) -> float | None:
+        """Prompt tokens computed a second; None before the first token."""
+        computed = self.prompt_tokens - self.reused_tokens
+        return computed / self.prefill_s if self.tokens and self.prefill_s else None
+
+    @property
+    def decode_tokens_per_s(self) -> float | None:
+        """Tokens a second after the first; None with fewer than two."""
+        return (len(self.tokens) - 1) / self.decode_s if self.decode_s else None
+
+
+class StopTexts:
+    """Cuts a stream of text at the first stop text, and releases no part of one before.
+
+    The stop text that is complete first wins, so the result does not depend on how the text was
+    divided into tokens. ``matched`` is that stop text, None until then.
+    """
+
+    def __init__(self, stop_texts: Sequence[str]) -> None:
+        self._stop_texts = tuple(stop_texts)
+        self._pending = ""  # the longest end of the text that could begin a stop text
+        self.matched: str | None = None
+
+    def push(self, text: str) -> str:
+        """What may be shown now that ``text`` has been added."""
+        if self.matched is not None:
+            return ""
+        text = self._pending + text
+        ends = [(text.find(stop) + len(stop), stop) for stop in self._stop_texts if stop in text]
+        if ends:
+            end, self.matched = min(ends, key=lambda found: (found[0], -len(found[1])))
+            self._pending = ""
+            return text[: end - len(self.matched)]
+        shown = len(text) - self._prefix_length(text)
+        self._pending = text[shown:]
+        return text[:shown]
+
+    def flush(self) -> str:
+        """What was kept back and, as nothing follows, is not a stop text."""
+        pending, self._pending = self._pending, ""
+        return pending
+
+    def _prefix_length(self, text: str) -> int:
+        """Length of the longest end of ``text`` that begins a stop text."""
+        longest = max((len(stop) - 1 for stop in self._stop_texts), default=0)
+        for length in range(min(longest, len(text)), 0, -1):
+            if any(stop.startswith(text[-length:]) for stop in self._stop_texts):
+                return length
+        return 0
+
+
+class _NoText:
+    """Stands in for a decoder when only tokens are wanted."""
+
+    def push(self, token_id: int, /) -> str:
+        return ""
+
+    def flush(self) -> str:
+        return ""
+
+
+class RequestState:
+    """What one request owns: its sampler, its tokens and text so far, and why it ended.
+
+    A batching server drives it as the loop below does: one ``accept`` for every position whose
+    logits it has computed, until ``finish_reason`` is set.
+    """
+
+    def __init__(
+        self,
+        index: int,
+        prompt_ids: IntArray,
+        params: SamplingParams,
+        *,
+        max_new_tokens: int,
+        stop_token_ids: Iterable[int] = (),
+        stop_texts: Sequence[str] = (),
+        decoder: StreamingDecoder | None = None,
+    ) -> None:
+        self.index = index
+        self.prompt_ids = prompt_ids
+        self.tokens: list[SampledToken] = []
+        self.finish_reason: FinishReason | None = None
+        self.time_to_first_token_s: float | None = None
+        self.prefill_s = self.decode_s = 0.0
+        self.drafted_tokens = self.accepted_tokens = self.reused_tokens = 0
+        self._sampler = Sampler(params, prompt_ids)
+        self._max_new_tokens = max_new_tokens
+        self._stop_token_ids = frozenset(stop_token_ids)
+        self._stop_texts = StopTexts(stop_texts)
+        self._decoder = decoder or _NoText()
+        self._text = ""
+        self._stop_reason: int | str | None = None
+
+    @property
+    def params(self) -> SamplingParams:
+        """How the request picks its tokens."""
+        return self._sampler.params
+
+    @property
+    def fed_tokens(self) -> int:
+        """Tokens that the backend has been given once it has all but the newest one."""
+        return self.prompt_ids.size + len(self.tokens) - 1
+
+    @property
+    def remaining_tokens(self) -> int:
+        """The most tokens that can still follow."""
+        return self._max_new_tokens - len(self.tokens)
+
+    def accept(self, logits: Logits | Candidates) -> TokenEvent:
+        """Choose the next token from its logits [V], and end the request if it was the last."""
+        assert self.finish_reason is None, "the request has ended"
+        if isinstance(logits, Candidates):
+            token = self._sampler.choose(logits.ids, logits.scores)
+        else:
+            token = self._sampler.sample(logits)
+        self.tokens.append(token)
+        text = self._read(token.token_id)
+        self._text += text
+        return TokenEvent(request=self.index, token=token, text=text)
+
+    def completion(self) -> Completion:
+        """The result, or what there is of it: a request that has not ended counts as cancelled."""
+        return Completion(
+            request=self.index,
+            prompt_tokens=self.prompt_ids.size,
+            tokens=tuple(self.tokens),
+            text=self._text,
+            finish_reason=self.finish_reason or "cancelled",
+            stop_reason=self._stop_reason,
+            seed=None if self.params.is_greedy else self._sampler.seed,
+            time_to_first_token_s=self.time_to_first_token_s,
+            prefill_s=self.prefill_s,
+            decode_s=self.decode_s,
+            drafted_tokens=self.drafted_tokens,
+            accepted_tokens=self.accepted_tokens,
+            reused_tokens=self.reused_tokens,
+        )
+
+    def _read(self, token_id: int) -> str:
+        """The text that ``token_id`` releases; sets the finish reason."""
+        if token_id in self._stop_token_ids:
+            self.finish_reason, self._stop_reason = "stop", token_id
+            return self._end_text()
+        text = self._stop_texts.push(self._decoder.push(token_id))
+        if len(self.tokens) >= self._max_new_tokens:
+            self.finish_reason = "length"
+            text += self._end_text()
+        if self._stop_texts.matched is not None:
+            self.finish_reason, self._stop_reason = "stop", self._stop_texts.matched
+        return text
+
+    def _end_text(self) -> str:
+        return self._stop_texts.push(self._decoder.flush()) + self._stop_texts.flush()

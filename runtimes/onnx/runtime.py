@@ -1,0 +1,299 @@
+"""Run a bundle's ONNX graph: preallocated caches, IO binding, no torch.
+
+The same code serves CPU and CUDA; caches stay on the device, and only token ids, masks and the
+logits that were asked for cross to the host.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gemma3_export.bundle.bundle import Bundle
+from gemma3_export.bundle.signature import Signature
+from gemma3_export.config.gemma3_config import Gemma3Config
+from gemma3_export.errors import Gemma3ExportError, InputError
+from gemma3_export.runtimes.generation.candidates import SPARE, Candidates, most_needed
+from gemma3_export.runtimes.generation.sampling import SamplingParams
+from gemma3_export.runtimes.onnx.caches import OnnxCache, SharedCache
+from gemma3_export.runtimes.onnx.decode_steps import GRAPH_ID, DecodeSteps, SideSessions
+from gemma3_export.runtimes.onnx.graph_choice import (
+    chooses_windows,
+    device_for,
+    require_shareable,
+    window_problem,
+)
+from gemma3_export.runtimes.onnx.growing_cache import GrowingCache
+from gemma3_export.runtimes.onnx.interface import check_interface
+from gemma3_export.runtimes.onnx.mapped_weights import drop_mapped_pages
+from gemma3_export.runtimes.onnx.screened_steps import ScreenedSteps, has_known_grid
+from gemma3_export.runtimes.onnx.session import (
+    WEIGHTS_FOLDER,
+    CudaOptions,
+    first_line,
+    import_onnxruntime,
+    open_session,
+)
+from gemma3_export.runtimes.onnx.upcast import (
+    upcast_to_float32,
+    weights_folder,
+    with_float_products,
+)
+from gemma3_export.runtimes.onnx.windowed_cache import WindowedCache
+from gemma3_export.runtimes.protocol import IntArray, KVCache, Logits, check_capacity, check_step
+
+__all__ = ["OnnxRuntime"]
+
+SCREENED_ROWS = 8  # of a batch; more of them share what is read, and the copy saves nothing
+NO_PACKING = "session.disable_prepacking"  # kernels take matrices as they are
+
+
+class OnnxRuntime:
+    """A bundle's ONNX graph behind :class:`gemma3_export.runtimes.protocol.Runtime`.
+
+    Args:
+        bundle: an opened bundle, or its folder.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``; ``auto`` is the CPU for what has no
+            attention on CUDA.
+        threads: threads inside one operator; None lets ONNX Runtime choose.
+        cuda: what the CUDA provider may do; ignored on the CPU.
+        windowed: whether sliding layers' caches let go of old tokens, which saves time and memory
+            in long texts but does not allow to cut a text far back; None is wherever the bundle
+            and ONNX Runtime can, on the CPU.
+        shares_weights: leave float matrices as they lie in the file, so that all processes that
+            run the bundle hold them once and load at once; longer prompts and batches take longer.
+        float_products: multiply quantised matrices in float32, slowly, for the parity check.
+
+    Raises:
+        InputError: the bundle is damaged or has no ONNX graph, or its graph cannot do what
+            ``cuda`` asks, or has no attention for CUDA.
+        UnavailableError: ONNX Runtime or the device is missing.
+    """
+
+    name = "onnx"
+
+    def __init__(
+        self,
+        bundle: Bundle | Path,
+        *,
+        device: str = "auto",
+        threads: int | None = None,
+        cuda: CudaOptions | None = None,
+        windowed: bool | None = None,
+        shares_weights: bool = False,
+        float_products: bool = False,
+    ) -> None:
+        if isinstance(bundle, Path):
+            bundle = Bundle(bundle)
+        self.bundle = bundle
+        graph = bundle.graph("onnx")
+        bundle.check_sizes()
+        self.config: Gemma3Config = bundle.config
+        self.device = device_for(graph, device)
+        self.is_windowed = chooses_windows(bundle, self.device, windowed)
+        self.signature: Signature = bundle.signature(graph, is_windowed=self.is_windowed)
+        self.target = graph.target
+        self.dtype = graph.dtype
+        # In half precision, of a graph whose matrices are quantised; as the cache.
+        has_half_activations = bundle.is_quantized(self.name) and graph.cache_dtype != "float32"
+        self.activations = graph.cache_dtype if has_half_activations else None
+        path = graph.windowed_path if self.is_windowed else graph.path
+        assert path is not None
+        bundle.check_files([path, "config.json"])  # small files; verify hashes them all
+        self.path = bundle.file(path)
+        self.graph: Path | bytes = self.path  # what the session runs
+        self.is_upcast = self.device.kind == "cpu" and graph.cache_dtype == "bfloat16"
+        if self.is_upcast:
+            self.graph = upcast_to_float32(self.path)
+            self.signature = Signature.of(self.config, is_windowed=self.is_windowed)
+        if float_products:
+            self.graph = with_float_products(self.path)
+        self.cuda = (cuda or CudaOptions()) if self.device.kind == "cuda" else None
+        if self.cuda and self.cuda.graph and self.target != "ort":
+            raise InputError(
+                f"target {self.target} has a cache that grows, so no CUDA graph can be captured; "
+                "export without --target"
+            )
+        self.weights_folder = weights_folder(bundle.file(f"{graph.path}_data"))
+        entries = {}
+        if isinstance(self.graph, bytes):
+            entries[WEIGHTS_FOLDER] = str(self.weights_folder)
+        if shares_weights:
+            require_shareable(bundle, self.device)
+            entries[NO_PACKING] = "1"
+        self.shares_weights = shares_weights
+        # Blocks that are not packed are multiplied far more slowly.
+        has_screen = self.signature.num_candidates is not None
+        self.is_screened = has_screen and not shares_weights and has_known_grid()
+        self.session = open_session(
+            self.graph, self.device, threads=threads, entries=entries, cuda=self.cuda
+        )
+        for file in {graph.path, path}:
+            drop_mapped_pages(bundle.file(f"{file}_data"))
+        # Decode steps at fixed addresses pay where the host and the logits are far apart.
+        self.has_fixed_steps = self.cuda is not None and self.target == "ort"
+        self._sides: SideSessions | None = None
+        self._graph_ids = itertools.count(1)  # 0 is ONNX Runtime's default
+        self._counts: dict[int, Any] = {}
+        self.threads = threads
+        check_interface(self.session, self.signature, self.path)
+
+    @property
+    def chooses_candidates(self) -> bool:
+        """See :class:`gemma3_export.runtimes.generation.candidates.ChoosesCandidates`."""
+        return self.has_fixed_steps or self.is_screened
+
+    def describe(self) -> dict[str, object]:
+        """Versions, device and providers really used."""
+        return {
+            "runtime": self.name,
+            "onnxruntime": import_onnxruntime().__version__,
+            "target": self.target,
+            "cache": "windowed" if self.is_windowed else "full",
+            **({"head": "screened"} if self.is_screened else {}),
+            **({"weights": "shared"} if self.shares_weights else {}),
+            "dtype": self.dtype,
+            **({"activations": self.activations} if self.activations else {}),
+            "residual": "float32",
+            "computed_in": "float32, rounded to bfloat16"
+            if self.is_upcast
+            else self.activations or self.dtype,
+            "device": str(self.device),
+            "providers": self.session.get_providers(),
+            **({"cuda": asdict(self.cuda)} if self.cuda else {}),
+            "threads": self.threads,
+        }
+
+    def with_float_products(self) -> OnnxRuntime | None:
+        """See :class:`gemma3_export.runtimes.protocol.FloatProducts`."""
+        is_rounding = self.bundle.is_quantized(self.name) and self.activations is None
+        if self.device.kind != "cpu" or not is_rounding:
+            return None
+        return OnnxRuntime(
+            self.bundle,
+            device="cpu",
+            threads=self.threads,
+            windowed=self.is_windowed,
+            float_products=True,
+        )
+
+    def with_other_caches(self) -> OnnxRuntime | None:
+        """See :class:`gemma3_export.runtimes.protocol.CacheForms`."""
+        if window_problem(self.bundle, self.device):
+            return None
+        return OnnxRuntime(
+            self.bundle, device="cpu", threads=self.threads, windowed=not self.is_windowed
+        )
+
+    def new_cache(self, batch_size: int, capacity: int) -> KVCache:
+        """See :class:`gemma3_export.runtimes.protocol.Runtime`."""
+        kind: type[SharedCache | GrowingCache] = GrowingCache
+        if self.target == "ort":
+            kind = WindowedCache if self.is_windowed else SharedCache
+        return kind(self.config, self.signature, self.device, batch_size, capacity)
+
+    def step(
+        self, input_ids: IntArray, cache: KVCache, *, num_logits: int, row: int | None = None
+    ) -> Logits:
+        """See :class:`gemma3_export.runtimes.protocol.Runtime`."""
+        assert isinstance(cache, SharedCache | GrowingCache)
+        check_step(cache, input_ids, num_logits, row)
+        rows, new = input_ids.shape
+        if self.target == "ort" and row is None and rows > 1 and new > 1:
+            # GroupQueryAttention takes several tokens after a past for one row at a time only.
+            parts = [
+                self.step(input_ids[index : index + 1], cache, num_logits=num_logits, row=index)
+                for index in range(rows)
+            ]
+            return np.concatenate(parts)
+        logits = np.empty((rows, num_logits or new, self.config.vocab_size), np.float32)
+        cache.begin(new, row)
+        binding = self._bind(input_ids, cache, logits, row)
+        with self._explained(new, cache):
+            self.session.run_with_iobinding(binding, self._options())
+        cache.advance(binding, new, row)
+        return logits
+
+    def step_candidates(
+        self, input_ids: IntArray, cache: KVCache, requests: Sequence[SamplingParams]
+    ) -> Sequence[Logits | Candidates] | None:
+        """See :class:`gemma3_export.runtimes.generation.candidates.ChoosesCandidates`."""
+        needed = most_needed(requests, self.config.vocab_size)
+        if needed is None or not isinstance(cache, SharedCache):
+            return None
+        check_capacity(cache, 1)
+        if self.has_fixed_steps:
+            fixed = self.decode_steps(cache)
+            with self._explained(1, cache):
+                fixed.run(input_ids, cache)
+                return fixed.candidates(needed + SPARE, needed)
+        if not self.is_screened or cache.batch_size > SCREENED_ROWS:
+            return None
+        if cache.steps is None:
+            cache.steps = ScreenedSteps(self.session, self.signature, cache)
+        screened: ScreenedSteps = cache.steps
+        if screened.is_paused():
+            return None
+        with self._explained(1, cache):
+            return screened.run(input_ids, cache, needed)
+
+    def decode_steps(self, cache: SharedCache) -> DecodeSteps:
+        """The decode steps of ``cache``, made when they are first asked for."""
+        if cache.steps is None:
+            if self._sides is None:
+                self._sides = SideSessions(self.device)
+            graph_id = next(self._graph_ids) if self.cuda and self.cuda.graph else None
+            cache.steps = DecodeSteps(
+                self.session,
+                self.signature,
+                cache,
+                self.config.vocab_size,
+                self._sides,
+                graph_id,
+            )
+        steps: DecodeSteps = cache.steps
+        return steps
+
+    @contextmanager
+    def _explained(self, new: int, cache: KVCache) -> Iterator[None]:
+        """Say at which step ONNX Runtime failed."""
+        try:
+            yield
+        except Exception as error:  # ONNX Runtime's errors share no base class
+            raise Gemma3ExportError(
+                f"ONNX Runtime failed on a step of {new} tokens after {cache.lengths.tolist()}: "
+                f"{first_line(error)}"
+            ) from error
+
+    def _options(self) -> Any:
+        """How to run a step of any shape, which is not what a CUDA graph has captured."""
+        options = import_onnxruntime().RunOptions()
+        if self.cuda and self.cuda.graph:
+            options.add_run_config_entry(GRAPH_ID, "-1")
+        return options
+
+    def _bind(self, input_ids: IntArray, cache: OnnxCache, logits: Logits, row: int | None) -> Any:
+        signature = self.signature
+        mask = cache.attention_mask(input_ids.shape[1], row)
+        binding = cache.binding(self.session, row)
+        binding.bind_cpu_input(signature.input_ids.name, np.ascontiguousarray(input_ids))
+        binding.bind_cpu_input(signature.attention_mask.name, mask)
+        binding.bind_ortvalue_input(signature.num_logits_to_keep.name, self._count(logits.shape[1]))
+        binding.bind_output(
+            signature.logits.name, "cpu", 0, np.float32, logits.shape, logits.ctypes.data
+        )
+        return binding
+
+    def _count(self, count: int) -> Any:
+        """[1] how many logits to keep; inputs with a default can be bound as OrtValues only."""
+        if count not in self._counts:
+            self._counts[count] = import_onnxruntime().OrtValue.ortvalue_from_numpy(
+                np.array([count], dtype=np.int64)
+            )
+        return self._counts[count]

@@ -1,0 +1,1 @@
+"""Run TorchScript archives and torch.export programs."""

@@ -1,0 +1,198 @@
+"""What the runtimes of torch's archives share: TorchScript's and torch.export's.
+
+An archive holds code, so it is loaded only when its hash is the manifest's, or when the caller says
+that it is trusted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+
+from gemma3_export.bundle.bundle import Bundle
+from gemma3_export.config.gemma3_config import Gemma3Config
+from gemma3_export.device import parse_device
+from gemma3_export.errors import Gemma3ExportError, InputError, UnavailableError
+from gemma3_export.runtimes.generation.candidates import SPARE, Candidates, most_needed
+from gemma3_export.runtimes.generation.sampling import SamplingParams
+from gemma3_export.runtimes.onnx.session import CudaOptions
+from gemma3_export.runtimes.protocol import IntArray, KVCache, Logits, check_capacity, check_step
+from gemma3_export.runtimes.torch.cache import TorchCache, as_numpy, to_device
+from gemma3_export.runtimes.torch.decode_steps import TorchDecodeSteps
+
+__all__ = ["ArchiveRuntime", "last_line", "torch_device"]
+
+
+class ArchiveRuntime:
+    """A bundle's archive behind :class:`gemma3_export.runtimes.protocol.Runtime`.
+
+    Args:
+        bundle: an opened bundle, or its folder.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+        threads: threads inside one operator; None lets torch choose.
+        trust: load the archive although its hash is not the manifest's.
+        cuda: whether decode steps become a CUDA graph; the other options are ONNX Runtime's.
+
+    Raises:
+        InputError: the bundle is damaged, has no archive, or the archive was changed; or its steps
+            cannot become a CUDA graph.
+        UnavailableError: the device, or what the format needs, is missing.
+    """
+
+    name: ClassVar[str]
+    can_capture: ClassVar[bool]  # whether a step can become a CUDA graph
+
+    def __init__(
+        self,
+        bundle: Bundle | Path,
+        *,
+        device: str = "auto",
+        threads: int | None = None,
+        trust: bool = False,
+        cuda: CudaOptions | None = None,
+    ) -> None:
+        if isinstance(bundle, Path):
+            bundle = Bundle(bundle)
+        graph = bundle.graph(self.name)
+        if not trust:
+            require_untouched(bundle, graph.path)
+        self.config: Gemma3Config = bundle.config
+        self.dtype = getattr(torch, graph.cache_dtype)
+        self.target = graph.target
+        self.device = torch_device(device)
+        if threads is not None:
+            torch.set_num_threads(threads)
+        # Steps of equal shapes pay where the host is far away.
+        self.has_fixed_steps = self.device.type == "cuda"
+        self.captures = self.has_fixed_steps and cuda is not None and cuda.graph
+        if self.captures and not self.can_capture:
+            raise InputError(
+                f"steps of the {self.name} runtime ask the host for a size, so they cannot become "
+                "a CUDA graph; take the torchscript or onnx runtime, or no CUDA graph"
+            )
+        self.module = self.load(bundle.file(graph.path))
+
+    def load(self, path: Path) -> Any:
+        """The archive's step, on the runtime's device.
+
+        Raises:
+            InputError: the archive cannot be read.
+        """
+        raise NotImplementedError
+
+    def count(self, num_logits: int) -> torch.Tensor:
+        """[1] how many logits to keep, where the archive wants it: slicing reads it on the host."""
+        return torch.tensor([num_logits])
+
+    def executing(self) -> AbstractContextManager[None]:
+        """What surrounds every step."""
+        return nullcontext()
+
+    def describe(self) -> dict[str, object]:
+        """Versions and device really used."""
+        return {
+            "runtime": self.name,
+            "torch": torch.__version__,
+            "target": self.target,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "device": str(self.device),
+            "threads": torch.get_num_threads(),
+        }
+
+    def new_cache(self, batch_size: int, capacity: int) -> TorchCache:
+        """See :class:`gemma3_export.runtimes.protocol.Runtime`."""
+        return TorchCache(self.config, batch_size, capacity, dtype=self.dtype, device=self.device)
+
+    @torch.inference_mode()
+    def step(
+        self, input_ids: IntArray, cache: KVCache, *, num_logits: int, row: int | None = None
+    ) -> Logits:
+        """See :class:`gemma3_export.runtimes.protocol.Runtime`."""
+        assert isinstance(cache, TorchCache)
+        check_step(cache, input_ids, num_logits, row)
+        new = input_ids.shape[1]
+        mask, past = cache.prepare(new, row)
+        ids = to_device(input_ids, self.device)
+        with self._explained(new, cache):
+            logits, *present = self.module(ids, mask, past, self.count(num_logits))
+        cache.accept(present, new, row)
+        return as_numpy(logits)
+
+    @property
+    def chooses_candidates(self) -> bool:
+        """See :class:`gemma3_export.runtimes.generation.candidates.ChoosesCandidates`."""
+        return self.has_fixed_steps
+
+    @torch.inference_mode()
+    def step_candidates(
+        self, input_ids: IntArray, cache: KVCache, requests: Sequence[SamplingParams]
+    ) -> Sequence[Logits | Candidates] | None:
+        """See :class:`gemma3_export.runtimes.generation.candidates.ChoosesCandidates`."""
+        needed = most_needed(requests, self.config.vocab_size)
+        if needed is None or not self.has_fixed_steps:
+            return None
+        check_capacity(cache, 1)
+        assert isinstance(cache, TorchCache)
+        if cache.steps is None:
+            cache.steps = TorchDecodeSteps(
+                self.module, cache, self.count(1), captures=self.captures
+            )
+        steps: TorchDecodeSteps = cache.steps
+        with self._explained(1, cache):
+            steps.run(input_ids, cache)
+        return steps.candidates(needed + SPARE, needed)
+
+    @contextmanager
+    def _explained(self, new: int, cache: KVCache) -> Iterator[None]:
+        """Run the archive, or say at which step it failed."""
+        with self.executing():
+            try:
+                yield
+            except RuntimeError as error:
+                raise Gemma3ExportError(
+                    f"the {self.name} archive failed on a step of {new} tokens after "
+                    f"{cache.lengths.tolist()}: {last_line(error)}"
+                ) from error
+
+
+def require_untouched(bundle: Bundle, path: str) -> None:
+    """Refuse an archive that is not the one that was exported.
+
+    Raises:
+        InputError: its hash is not the manifest's.
+    """
+    try:
+        bundle.check_files([path, "config.json"])
+    except InputError as error:
+        raise InputError(
+            f"{error}. Archives contain code, so a changed one is not loaded; pass "
+            "--trust if you know where it comes from"
+        ) from error
+
+
+def torch_device(name: str) -> torch.device:
+    """The torch device for ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+
+    Raises:
+        InputError: unknown name.
+        UnavailableError: CUDA was asked for and torch finds no GPU.
+    """
+    wanted = parse_device(name)
+    if wanted is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if wanted.kind == "cuda" and not wanted.index < torch.cuda.device_count():
+        raise UnavailableError(
+            f"{wanted} was asked for, but torch {torch.__version__} finds "
+            f"{torch.cuda.device_count()} GPUs; `gemma3-export doctor --runtime torchscript` shows "
+            "what is missing and the command that gets it, or pass --device cpu"
+        )
+    return torch.device(str(wanted))
+
+
+def last_line(error: Exception) -> str:
+    """TorchScript puts the cause last, after the stack of its own code."""
+    return str(error).strip().rsplit("\n", 1)[-1]

@@ -1,0 +1,289 @@
+"""Benchmarks against engines in other environments, played by one whose numbers are known."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from benchmarks import peers
+from benchmarks.peers import MADE_FROM, PEERS, Peer, environments
+from benchmarks.peers.__main__ import main as peers_command
+from gemma3_export.bench.report import ratios
+from gemma3_export.bench.run import BenchmarkOptions, run_benchmark
+from gemma3_export.bundle.bundle import Bundle
+from gemma3_export.cli import command_line
+from gemma3_export.errors import Gemma3ExportError, InputError, UnavailableError
+from tests.bench.fake_peers.fake_worker import DECODE_S, FIRST_S
+from tests.support.exported_bundles import exported_bundle
+
+SMALL = ["--prompt-tokens", "20", "--new-tokens", "4", "--repeat", "2", "--threads", "1"]
+FAKE = Peer(name="fake", module="fake_worker", formats=("good", "bad"))
+AddFake = Callable[..., Path]
+
+
+def run(*arguments: str) -> Any:
+    return CliRunner().invoke(command_line, ["bench", *arguments])
+
+
+def write_python(path: Path, command: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/bin/sh\n{command}\n")
+    path.chmod(0o755)
+
+
+@pytest.fixture
+def workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The real protocol beside the fake worker, and the fake among the peers."""
+    folder = tmp_path / "workers"
+    shutil.copytree(Path(__file__).parent / "fake_peers", folder)
+    shutil.copy(peers.WORKERS / "serving.py", folder)
+    monkeypatch.setattr(peers, "WORKERS", folder)
+    monkeypatch.setattr(environments, "WORKERS", folder)
+    monkeypatch.setitem(PEERS, "fake", FAKE)
+
+
+@pytest.fixture
+def add_fake(tmp_path: Path, workers: None) -> AddFake:
+    """Puts the fake in place as the set-up would; returns the folder of all peers."""
+
+    def add(bundle: Path, **habits: Any) -> Path:
+        place = tmp_path / "peers"
+        write_python(place / "fake" / "bin" / "python", f'exec "{sys.executable}" "$@"')
+        model = place / "models" / "fake-good"
+        model.mkdir(parents=True)
+        (model / "habits.json").write_text(json.dumps(habits))
+        (model / MADE_FROM).write_text(json.dumps(Bundle(bundle).manifest.source))
+        return place
+
+    return add
+
+
+def test_a_peer_takes_turns_and_its_numbers_are_its_own(
+    add_fake: AddFake, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
+    bundle = exported_bundle("ort")
+    place = add_fake(bundle)
+    done = run(
+        *(str(bundle), *SMALL, "--batch", "2", "--against", "fake", "--against", "reference"),
+        *("--peers", str(place), "--json"),
+    )
+    assert done.exit_code == 0, done.output
+    report = json.loads(done.stdout)
+    assert list(report["candidates"]) == ["onnx", "fake:good", "reference"]
+    describe = report["candidates"]["fake:good"]["describe"]
+    assert describe["dtype"] == "good"
+    assert not describe["saw_pythonpath"], "our packages would mix with the peer's"
+    (case,) = report["cases"]
+    fake, ours = case["candidates"]["fake:good"], case["candidates"]["onnx"]
+    assert fake["time_to_first_token_s"] == {"median": FIRST_S, "min": FIRST_S, "max": FIRST_S}
+    assert fake["prefill_tokens_per_s"]["median"] == 2 * 20 / FIRST_S
+    assert fake["decode_tokens_per_s"]["median"] == 2 * 4 / DECODE_S
+    steps_per_s, bytes_per_s = 4 / DECODE_S, report["machine"]["read_bytes_per_s"]["max"]
+    assert fake["share_of_bandwidth"] == pytest.approx(steps_per_s * 1000 / bytes_per_s)
+    assert case["ratios"].keys() == {"fake:good", "reference"}
+    ratio = case["ratios"]["fake:good"]["decode"]
+    assert ratio["max"] == pytest.approx(ours["decode_tokens_per_s"]["max"] / (8 / DECODE_S))
+    assert case["same_tokens"] == {"fake:good": 0.0, "reference": 1.0}
+
+
+def test_cases_are_every_prompt_with_every_batch_the_smallest_first() -> None:
+    options = BenchmarkOptions(prompt_tokens=(16, 4), batch=(1, 3, 8))
+    assert options.cases() == [(4, 1), (4, 3), (16, 1), (4, 8), (16, 3), (16, 8)]
+
+
+def test_ratios_are_taken_round_by_round() -> None:
+    def one(prefill: float, decode: float, memory: int) -> dict[str, float]:
+        return {
+            "prefill_tokens_per_s": prefill,
+            "decode_tokens_per_s": decode,
+            "peak_memory_bytes": memory,
+        }
+
+    rounds = [
+        (one(30, 8, 5), one(10, 4, 6)),
+        (one(10, 4, 4), one(10, 1, 8)),
+        (one(40, 9, 3), one(20, 3, 7)),
+    ]
+    found = ratios(rounds)
+    assert found["prefill"] == {"median": 2, "min": 1, "max": 3}
+    assert found["decode"] == {"median": 3, "min": 2, "max": 4}
+    assert found["memory"] == 8 / 5
+
+
+def test_the_table_has_a_row_and_a_ratio_for_each_peer(add_fake: AddFake) -> None:
+    bundle = exported_bundle("ort")
+    place = add_fake(bundle)
+    done = run(str(bundle), *SMALL, "--against", "fake:good", "--peers", str(place))
+    assert done.exit_code == 0, done.output
+    lines = [line.strip() for line in done.stdout.splitlines()]
+    assert "prompt 20, batch 1, 4 new tokens" in lines
+    assert sum(line.startswith("fake:good  ") for line in lines) == 2, "loading, and speeds"
+    assert sum("0.500 (0.500 to 0.500)" in line for line in lines) == 1
+    assert sum(line.startswith("onnx against fake:good: prefill") for line in lines) == 1
+    assert any("GB/s" in line for line in lines)
+
+
+def test_quality_is_measured_against_full_precision(
+    portable_bundle: Path, tiny_folder: Path, add_fake: AddFake, tmp_path: Path
+) -> None:
+    flat = tmp_path / "flat.npy"
+    np.save(flat, np.zeros((192, 400), np.float32))
+    options = BenchmarkOptions(
+        prompt_tokens=(5,),
+        new_tokens=2,
+        repeat=1,
+        threads=1,
+        against=("fake",),
+        peers=add_fake(portable_bundle, logits=str(flat)),
+        weights=str(tiny_folder),
+    )
+    quality = run_benchmark(portable_bundle, options)["quality"]
+    assert quality["onnx"]["mean_kld"] < 1e-8
+    assert quality["onnx"]["top1_agreement"] == 1
+    assert quality["onnx"]["perplexity_ratio"] == pytest.approx(1, abs=1e-4)
+    assert quality["onnx"]["positions"] > 500
+    # All tokens alike: the divergence is what the truth's entropy lacks of the whole.
+    assert 1e-4 < quality["fake:good"]["mean_kld"] < np.log(400)
+    assert quality["fake:good"]["top1_agreement"] < 0.1
+
+
+def test_a_plot_and_a_report_are_written(add_fake: AddFake, tmp_path: Path) -> None:
+    bundle = exported_bundle("ort")
+    plot, saved = tmp_path / "new" / "speeds.svg", tmp_path / "report.json"
+    done = run(
+        *(str(bundle), *SMALL, "--against", "fake", "--peers", str(add_fake(bundle))),
+        *("--plot", str(plot), "--report", str(saved)),
+    )
+    assert done.exit_code == 0, done.output
+    texts = [element.text for element in ElementTree.parse(plot).getroot().iter()]
+    decode = json.loads(saved.read_text())["cases"][0]["candidates"]["fake:good"]
+    assert f"{decode['decode_tokens_per_s']['median']:.1f}" == "16.0"
+    assert {"onnx", "fake:good", "16.0", "prompt 20, batch 1"} <= set(texts)
+
+
+def test_a_peer_that_is_not_set_up_is_reported_with_the_command(tmp_path: Path) -> None:
+    done = run(
+        str(exported_bundle("ort")), *SMALL, "--against", "llama.cpp:Q4_0", "--peers", str(tmp_path)
+    )
+    assert done.exit_code == UnavailableError.exit_code
+    command = "python -m benchmarks.peers llama.cpp:Q4_0 --weights WEIGHTS --peers"
+    assert f"{command} {tmp_path}" in done.stderr
+
+
+@pytest.mark.parametrize("spec", ["llama.cpp:Q9", "onnx", "fake2"])
+def test_unknown_peers_and_formats_are_refused(spec: str) -> None:
+    done = run(str(exported_bundle("ort")), *SMALL, "--against", spec)
+    assert done.exit_code == InputError.exit_code
+    assert spec.rpartition(":")[2] in done.stderr
+
+
+def test_a_peer_with_other_weights_is_refused(add_fake: AddFake) -> None:
+    bundle = exported_bundle("ort")
+    place = add_fake(bundle)
+    made_from = place / "models" / "fake-good" / MADE_FROM
+    made_from.write_text(json.dumps({"files": {"a": "1234"}, "location": "another.gguf"}))
+    done = run(str(bundle), *SMALL, "--against", "fake", "--peers", str(place))
+    assert done.exit_code == InputError.exit_code
+    assert "made from another.gguf" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("habits", "message"),
+    [
+        ({"in measurement": "raise"}, "fake:good failed: RuntimeError: the moon is full"),
+        ({"in measurement": "die"}, r"fake:good process ended \(exit code 7\)"),
+        ({"threads": 5}, "5 threads instead of 1"),
+    ],
+)
+def test_a_peer_that_misbehaves_is_reported(
+    habits: dict[str, Any], message: str, add_fake: AddFake
+) -> None:
+    bundle = exported_bundle("ort")
+    options = BenchmarkOptions(
+        prompt_tokens=(5,), threads=1, against=("fake",), peers=add_fake(bundle, **habits)
+    )
+    with pytest.raises(Gemma3ExportError, match=message):
+        run_benchmark(bundle, options)
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("echo Illegal instruction", "answered 'Illegal instruction"),
+        ("echo '[1, 2]'", "is no answer"),
+        ("""echo '{"load_s": 1}'""", "answered without import_s"),
+        ("exit 9", r"ended \(exit code 9\)"),
+    ],
+)
+def test_garbage_instead_of_answers_is_reported(
+    command: str, message: str, add_fake: AddFake
+) -> None:
+    bundle = exported_bundle("ort")
+    place = add_fake(bundle)
+    write_python(place / "fake" / "bin" / "python", command)
+    options = BenchmarkOptions(prompt_tokens=(5,), threads=1, against=("fake",), peers=place)
+    with pytest.raises(Gemma3ExportError, match=message):
+        run_benchmark(bundle, options)
+
+
+def setting_up(place: Path, *arguments: str) -> Any:
+    return CliRunner().invoke(peers_command, [*arguments, "--peers", str(place)])
+
+
+def test_the_set_up_converts_float32_weights_and_says_from_what(
+    tiny_folder: Path, portable_bundle: Path, workers: None, tmp_path: Path
+) -> None:
+    place = tmp_path / "peers"
+    write_python(place / "fake" / "bin" / "python", f'exec "{sys.executable}" "$@"')
+    done = setting_up(place, "fake", "--weights", str(tiny_folder))
+    assert done.exit_code == 0, done.output
+    model = place / "models" / "fake-good"
+    assert json.loads((model / "habits.json").read_text())["tensors"] > 10
+    found = peers.find_peer("fake:good", place)
+    found.check_weights(Bundle(portable_bundle).manifest.source)
+    assert sorted(path.name for path in place.iterdir()) == ["fake", "models"]
+
+
+def test_a_conversion_that_fails_leaves_nothing(
+    tiny_folder: Path, workers: None, tmp_path: Path
+) -> None:
+    place = tmp_path / "peers"
+    write_python(place / "fake" / "bin" / "python", f'exec "{sys.executable}" "$@"')
+    done = setting_up(place, "fake:bad", "--weights", str(tiny_folder))
+    assert done.exit_code == UnavailableError.exit_code
+    assert "converting to fake:bad failed with exit code 1" in done.output
+    assert list((place / "models").iterdir()) == []
+
+
+def test_an_installation_that_fails_leaves_no_environment(
+    tiny_folder: Path, workers: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(command: Any, what: str, variables: Any = None) -> None:
+        (tmp_path / "peers" / "fake" / "bin").mkdir(parents=True, exist_ok=True)
+        if "pip" in command:
+            raise UnavailableError(f"{what} failed")
+
+    monkeypatch.setattr(environments, "run", fail)
+    done = setting_up(tmp_path / "peers", "fake", "--weights", str(tiny_folder))
+    assert done.exit_code == UnavailableError.exit_code
+    assert "installing fake.txt failed" in done.output
+    assert not (tmp_path / "peers" / "fake").exists()
+
+
+@pytest.mark.parametrize("name", sorted(PEERS))
+def test_every_peer_has_its_worker_and_exact_versions(name: str) -> None:
+    peer = PEERS[name]
+    assert (peers.WORKERS / f"{peer.module}.py").exists()
+    lines = peer.requirements.read_text(encoding="utf-8").splitlines()
+    assert lines
+    assert all("==" in line and "+" not in line for line in lines)

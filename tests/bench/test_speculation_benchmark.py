@@ -1,0 +1,157 @@
+"""The measurement of drafts: its prompts, its turns, and what it holds to the goals."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import runpy
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from gemma3_export.api.exporting import export_onnx, open_weights
+from tests.support.fake_runtime import ScriptedRuntime
+from tests.support.tiny_models import tiny_config, write_hf_folder
+from tests.support.tiny_tokenizers import tiny_gemma_tokenizer
+
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "speculation.py"
+VOCAB_SIZE = 400
+
+
+@pytest.fixture(scope="module")
+def script() -> dict[str, Any]:
+    return runpy.run_path(str(SCRIPT))
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of a context that the prompts fit, which a small vocabulary makes long."""
+    parent = tmp_path_factory.mktemp("long context")
+    config = tiny_config(vocab_size=VOCAB_SIZE, max_position_embeddings=2048)
+    write_hf_folder(parent / "weights", config)
+    tiny_gemma_tokenizer(VOCAB_SIZE).save(parent / "weights")
+    with open_weights(str(parent / "weights")) as source:
+        return export_onnx(source, parent / "bundle", verify=False).path
+
+
+def rounds_of(script: dict[str, Any], *ratios: float) -> list[Any]:
+    """What a case's rounds gave, all of equally many tokens."""
+    return [
+        script["Turns"](
+            tokens=10,
+            plain_s=ratio,
+            drafting_s=1.0,
+            drafted_tokens=0,
+            accepted_tokens=0,
+            texts=1,
+            equal_texts=1,
+        )
+        for ratio in ratios
+    ]
+
+
+def test_all_groups_are_measured_and_all_texts_compared(
+    script: dict[str, Any], bundle: Path, tmp_path: Path
+) -> None:
+    report = tmp_path / "new" / "report.json"
+    options = ["--threads", "1", "--rounds", "2", "--new-tokens", "24", "--report", str(report)]
+    result = CliRunner().invoke(script["main"], [str(bundle), *options])
+    assert result.exit_code == 0, result.output
+    found = json.loads(report.read_text(encoding="utf-8"))
+    assert [group["group"] for group in found["groups"]] == list(script["GOALS"])
+    cases = {
+        (group["group"], case["name"]): case["rounds"]
+        for group in found["groups"]
+        for case in group["cases"]
+    }
+    assert len(cases) == len(script["all_cases"]()) == 16
+    for group, name in cases:
+        assert group in result.output
+        assert name in result.output
+    rounds = [one for both in cases.values() for one in both]
+    assert len(rounds) == 32
+    assert all(one["tokens"] == 23 and one["equal_texts"] == one["texts"] == 1 for one in rounds)
+    assert all(one["plain_s"] > 0 and one["drafting_s"] > 0 for one in rounds)
+    assert sum(one["accepted_tokens"] for one in rounds) > 0, "nothing was drafted"
+    assert result.output.count("8 of 8 texts the same with drafts") == 2
+    assert "16 of 16 texts the same with drafts" in result.output
+
+
+def test_without_drafts_is_without_drafts(script: dict[str, Any], monkeypatch: Any) -> None:
+    """In turns, and only the second one drafts."""
+    drafts: list[int] = []
+    complete = script["take_turns"].__globals__["complete"]
+
+    def watched(*arguments: Any) -> Any:
+        done = complete(*arguments)
+        drafts.append(done.drafted_tokens)
+        return done
+
+    monkeypatch.setitem(script["take_turns"].__globals__, "complete", watched)
+    runtime = ScriptedRuntime({2: b"abcabcabcabcabcabcabcabcabcabc"})
+    turns = script["take_turns"](runtime, [2], script["GREEDY"], 24, 16)
+    assert drafts[0] == 0 < drafts[1] == turns.drafted_tokens
+    assert turns.accepted_tokens > 5
+    assert turns.equal_texts == 1
+
+
+def test_another_text_is_noticed(script: dict[str, Any], monkeypatch: Any) -> None:
+    answers = iter([b"abcabcabcabcabc", b"abcabcabcabXabc"])
+    complete = script["take_turns"].__globals__["complete"]
+
+    def unlike(_: Any, *arguments: Any) -> Any:
+        return complete(ScriptedRuntime({2: next(answers)}), *arguments)
+
+    monkeypatch.setitem(script["take_turns"].__globals__, "complete", unlike)
+    assert script["take_turns"](None, [2], script["GREEDY"], 14, 16).equal_texts == 0
+
+
+def test_copies_are_in_their_prompts(script: dict[str, Any]) -> None:
+    """What a faithful model writes stands there, but for the names that change."""
+    for module, name, new_name, asked, old, new in script["EDITS"]:
+        source = script["function_source"](module, name)
+        prompt = script["edit_prompt"](module, name, new_name, asked, old, new)
+        assert source.startswith(f"def {name}(")
+        assert prompt.startswith(source)
+        assert f"`{new}`" in asked
+        assert f"`{old}`" in asked
+        begun = prompt[len(source) :].partition(f"def {new_name}(")[2]
+        assert new in begun
+        assert begun.count("\n") == script["BEGUN_LINES"]
+    for topic in script["TOPICS"]:
+        passage, begun = script["quote_prompt"](topic).rsplit('\n\n"', 1)
+        assert passage.startswith(begun)
+        assert len(passage) > 300
+
+
+def test_free_text_has_nothing_to_copy(script: dict[str, Any]) -> None:
+    free = [case for case in script["all_cases"]() if case.group == "free text"]
+    assert {case.sampling for case in free} == {script["GREEDY"], script["DRAWN"]}
+    for case in free:
+        words = case.prompt.split()
+        pairs = list(itertools.pairwise(words))
+        assert len(set(pairs)) == len(pairs)
+
+
+@pytest.mark.parametrize(
+    ("group", "cases", "ratio", "is_met"),
+    [
+        ("quotes", [(1.0, 1.0, 1.0), (3.0, 3.0, 3.0)], 2.0, True),  # as a whole
+        ("code edits", [(1.0, 1.0, 9.0), (2.5, 2.5, 9.0)], 1.75, False),  # by the median
+        ("free text", [(2.0, 2.0, 2.0), (0.9, 0.9, 1.0)], 0.9, False),  # each by itself
+        ("free text", [(2.0, 2.0, 2.0), (0.8, 0.95, 1.0)], 0.95, True),
+    ],
+)
+def test_goals_are_held(
+    script: dict[str, Any],
+    group: str,
+    cases: list[tuple[float, ...]],
+    ratio: float,
+    is_met: bool,
+) -> None:
+    verdict = script["judge"](group, [rounds_of(script, *ratios) for ratios in cases])
+    assert verdict["ratio"] == pytest.approx(ratio)
+    assert verdict["is_met"] is is_met
+    assert verdict["goal"] == (0.95 if group == "free text" else 1.8)

@@ -1,0 +1,333 @@
+"""Quantised ONNX exports: what is stored, what is kept, and what the parity check sees."""
+
+from __future__ import annotations
+
+import functools
+import tempfile
+from pathlib import Path
+
+import gguf
+import numpy as np
+import onnx
+import pytest
+import torch
+
+from gemma3_export.api.opening import open_runtime
+from gemma3_export.api.verification import ParityCheck
+from gemma3_export.bundle.block_format import BlockFormat, common_format
+from gemma3_export.bundle.bundle import Bundle
+from gemma3_export.errors import InputError, ParityError
+from gemma3_export.exporters.bundle_writer import export_bundle
+from gemma3_export.exporters.onnx.writer import OnnxWriter
+from gemma3_export.parity import ParityReport, VerifyOptions, verify
+from gemma3_export.reference.weights import open_weights
+from gemma3_export.reference.weights.block_matrix import (
+    BlockMatrix,
+    pack_codes,
+    quantize,
+    unpack_codes,
+)
+from gemma3_export.reference.weights.bundle_weights import open_bundle_weights
+from gemma3_export.reference.weights.random_source import RandomSource
+from tests.support.tiny_models import tiny_config, tiny_weights, write_gguf
+
+CONFIG = tiny_config(num_hidden_layers=2, layer_types=("sliding_attention", "full_attention"))
+# Random weights leave hardly a margin between the best two tokens.
+OPTIONS = VerifyOptions(decode_steps=8, greedy_steps=4, min_top1=0.85)
+
+
+@functools.cache
+def scratch() -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory(prefix="gemma3-export-tests-")
+
+
+@functools.cache
+def int8_bundle(tied: bool) -> Bundle:
+    config = (
+        CONFIG
+        if tied
+        else tiny_config(
+            tie_word_embeddings=False, num_hidden_layers=1, layer_types=("full_attention",)
+        )
+    )
+    path = Path(scratch().name) / f"int8 {tied}"
+    export_bundle(RandomSource(config, 5), path, OnnxWriter(dtype="int8", block_size=16))
+    return Bundle(path)
+
+
+def check(bundle: Bundle, full: RandomSource | None = None) -> ParityReport:
+    return verify(
+        open_runtime(bundle, "onnx"),
+        open_bundle_weights(bundle, "onnx"),
+        options=OPTIONS,
+        full_source=full,
+    )
+
+
+def operators(bundle: Bundle) -> list[str]:
+    path = bundle.file(bundle.graph("onnx").path)
+    return [node.op_type for node in onnx.load(path, load_external_data=False).graph.node]
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_int8_exports_compute_what_the_reference_computes_with_rounded_weights(tied: bool) -> None:
+    bundle = int8_bundle(tied)
+    report = check(bundle, RandomSource(bundle.config, 5))
+    assert report.passed
+    kld = report.gates[1].metrics[0].value
+    assert 0 < kld < 0.01  # gate B compares with the weights before rounding
+
+
+def test_no_matrix_is_left_in_float32_and_the_tied_embedding_stands_once() -> None:
+    bundle = int8_bundle(True)
+    found = operators(bundle)
+    assert "MatMul" not in found
+    assert "Gemm" not in found
+    assert "Gather" not in found
+    assert found.count("MatMulNBits") == 4 * 2 + 1
+    assert found.count("GatherBlockQuantized") == 1
+
+
+def test_the_file_is_no_larger_than_its_tensors_and_their_alignment() -> None:
+    bundle = int8_bundle(True)
+    wanted, tensors = 0, 0
+    shapes = dict(bundle.config.weight_shapes())
+    for recipe in bundle.graph("onnx").weights.values():
+        rows = sum(shapes[name][0] for name in recipe.names)
+        columns = shapes[recipe.names[0]][1] if recipe.blocks else 1
+        wanted += recipe.blocks.size_bytes(rows, columns) if recipe.blocks else rows * 4
+        tensors += 2 if recipe.blocks else 1
+    size = bundle.file("onnx/model.onnx_data").stat().st_size
+    assert wanted <= size <= wanted + 4096 * tensors
+
+
+@pytest.mark.parametrize("change", ["scale", "code", "norm"])
+def test_a_changed_weight_in_the_file_is_found(change: str, tmp_path: Path) -> None:
+    source = RandomSource(CONFIG, 5)
+    path = tmp_path / "bundle"
+    export_bundle(source, path, OnnxWriter(dtype="int8", block_size=16))
+    right = open_bundle_weights(Bundle(path), "onnx")
+    names = {
+        "scale": "model.layers.1.mlp.down_proj.weight.scales",
+        "code": "model.layers.0.self_attn.qkv.weight.codes",
+        "norm": "model.layers.1.pre_feedforward_layernorm.weight",
+    }
+    read = {name: right.read(name).clone() for name in dict(CONFIG.weight_shapes())}
+    graph = onnx.load(path / "onnx" / "model.onnx", load_external_data=False).graph
+    (tensor,) = [item for item in graph.initializer if item.name == names[change]]
+    place = {entry.key: entry.value for entry in tensor.external_data}
+    size = int(place["length"])
+    data = np.memmap(path / "onnx" / "model.onnx_data", mode="r+")
+    part = data[int(place["offset"]) : int(place["offset"]) + size]
+    if change == "code":
+        part[: size // 8] ^= 16
+    else:
+        part.view(np.float32)[: size // 4] += 0.3 * np.abs(part.view(np.float32)).mean()
+    data.flush()
+
+    class Unchanged(RandomSource):
+        activation_blocks = right.activation_blocks
+
+        def read(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
+            return read[name][start:stop]
+
+    report = verify(open_runtime(Bundle(path), "onnx"), Unchanged(CONFIG, 5), options=OPTIONS)
+    assert not report.passed
+
+
+@pytest.mark.parametrize("constant", ["rope_local_base_freq", "query_pre_attn_scalar", "window"])
+def test_int8_does_not_hide_a_wrong_constant(constant: str) -> None:
+    bundle = int8_bundle(True)
+    changes = {
+        "rope_local_base_freq": {"rope_local_base_freq": 30_000.0},
+        "query_pre_attn_scalar": {"query_pre_attn_scalar": 16},
+        "window": {"sliding_window": CONFIG.sliding_window + 1},
+    }
+    source = open_bundle_weights(bundle, "onnx")
+    source.config = tiny_config(
+        num_hidden_layers=2, layer_types=CONFIG.layer_types, **changes[constant]
+    )
+    assert not verify(open_runtime(bundle, "onnx"), source, options=OPTIONS).passed
+
+
+def test_what_int8_activations_drown_is_found_with_float_products() -> None:
+    bundle = int8_bundle(True)
+    source = open_bundle_weights(bundle, "onnx")
+    source.config = tiny_config(
+        num_hidden_layers=2, layer_types=CONFIG.layer_types, rope_local_base_freq=20_050.0
+    )
+    report = verify(open_runtime(bundle, "onnx"), source, options=OPTIONS)
+    failed = [case.name for case in report.cases if not case.passed]
+    assert failed
+    assert all(name.startswith("float-") for name in failed)
+    assert not report.passed
+
+
+def test_an_export_over_its_budget_fails_with_the_number_and_leaves_nothing(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "bundle"
+    writer = OnnxWriter(dtype="int8", block_size=16, max_kld=1e-9)
+    message = r"^the weights lie too far.* mean_kld is .* --max-kld, 1e-09 here: give a larger one"
+    with pytest.raises(ParityError, match=message):
+        export_bundle(
+            RandomSource(CONFIG, 5), path, writer, verification=ParityCheck(runtime="onnx")
+        )
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("writer", "message"),
+    [
+        (OnnxWriter(dtype="int8", block_size=32), "48 columns, which blocks of 32"),
+        (OnnxWriter(dtype="keep"), "no quantised matrix"),
+    ],
+)
+def test_what_cannot_be_quantised_is_refused(
+    writer: OnnxWriter, message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match=message):
+        export_bundle(RandomSource(CONFIG, 5), tmp_path / "bundle", writer)
+    assert not (tmp_path / "bundle").exists()
+
+
+@pytest.mark.parametrize("size", [0, 8, 48, 512])
+def test_block_sizes_that_no_kernel_has_are_refused(size: int) -> None:
+    with pytest.raises(InputError, match=f"block size is {size}"):
+        BlockFormat(bits=8, block_size=size)
+
+
+# Quantised GGUF
+
+
+GGUF_CONFIG = tiny_config(
+    hidden_size=256,
+    intermediate_size=512,
+    head_dim=64,
+    num_attention_heads=4,
+    num_hidden_layers=1,
+    layer_types=("sliding_attention",),
+)
+KEPT = ("Q4_0", "Q5_0", "Q8_0", "Q4_K", "Q5_K", "Q6_K")
+HALVES = {"Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)}  # where a block's half floats stand
+
+
+def random_blocks(rows: int, columns: int, kind: str, seed: int) -> np.ndarray:
+    """Any bytes are a K block, but for its half floats, which must be finite."""
+    quantization = gguf.GGMLQuantizationType[kind]
+    block, size = gguf.GGML_QUANT_SIZES[quantization]
+    generator = np.random.default_rng(seed)
+    data = generator.integers(0, 256, (rows, columns // block, size), dtype=np.uint8)
+    for offset in HALVES[kind]:
+        scales = generator.uniform(1e-5, 3e-5, (rows, columns // block, 1)).astype(np.float16)
+        data[..., offset : offset + 2] = scales.view(np.uint8)
+    return data.reshape(rows, -1)
+
+
+@pytest.fixture
+def random_k_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The package gguf cannot quantise to K types, so their blocks are drawn."""
+    quantize_with_gguf = gguf.quants.quantize
+
+    def quantize(values: np.ndarray, kind: gguf.GGMLQuantizationType) -> np.ndarray:
+        if kind.name in HALVES:
+            return random_blocks(*values.shape, kind.name, seed=values.size)
+        return quantize_with_gguf(values, kind)
+
+    monkeypatch.setattr("gguf.quants.quantize", quantize)
+
+
+@pytest.mark.usefixtures("random_k_blocks")
+@pytest.mark.parametrize("kind", KEPT)
+def test_every_weight_of_a_kept_gguf_is_bit_equal(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    write_gguf(path, GGUF_CONFIG, tiny_weights(GGUF_CONFIG), kind)
+    with open_weights(str(path)) as source:
+        export_bundle(source, tmp_path / "bundle", OnnxWriter(dtype="keep"))
+        bundle = Bundle(tmp_path / "bundle")
+        kept = open_bundle_weights(bundle, "onnx")
+        for name, _ in GGUF_CONFIG.weight_shapes():
+            assert torch.equal(
+                kept.read(name).view(torch.int32), source.read(name).float().view(torch.int32)
+            ), name
+    assert "MatMul" not in operators(bundle)
+    assert check(bundle).passed
+
+
+@pytest.mark.usefixtures("random_k_blocks")
+def test_a_kept_block_whose_minimum_is_not_finite_is_refused(tmp_path: Path) -> None:
+    name = "model.layers.0.mlp.down_proj.weight"
+    path = tmp_path / "model.gguf"
+    write_gguf(path, GGUF_CONFIG, tiny_weights(GGUF_CONFIG), "Q4_K")
+    with open_weights(str(path)) as source:
+        tensor = source.gguf_tensor(name)
+        assert tensor is not None
+        offset = tensor.data_offset + HALVES["Q4_K"][1]
+    with path.open("r+b") as file:
+        file.seek(offset)
+        file.write(np.float16(np.nan).tobytes())
+    with (
+        open_weights(str(path)) as source,
+        pytest.raises(InputError, match=rf"{name} has 8 values that are NaN"),
+    ):
+        export_bundle(source, tmp_path / "bundle", OnnxWriter(dtype="keep"))
+    assert not (tmp_path / "bundle").exists()
+
+
+def test_matrices_of_different_types_share_the_format_that_holds_them_all() -> None:
+    four = BlockFormat(bits=4, block_size=32, has_minimum=True)
+    eight = BlockFormat(bits=8, block_size=16)
+    both = common_format([four, eight])
+    assert both == BlockFormat(bits=8, block_size=16, has_minimum=True)
+    generator = torch.Generator().manual_seed(0)
+    for block_format in (four, eight):
+        blocks = 64 // block_format.block_size
+        matrix = BlockMatrix(
+            block_format,
+            torch.randint(0, 2**block_format.bits, (3, 64), generator=generator).to(torch.uint8),
+            torch.rand(3, blocks, generator=generator),
+            torch.rand(3, blocks, generator=generator) if block_format.has_minimum else None,
+        )
+        assert torch.equal(matrix.convert(both).dequantize(), matrix.dequantize())
+
+
+def test_a_quantisation_without_an_equivalent_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    write_gguf(path, GGUF_CONFIG, tiny_weights(GGUF_CONFIG), "Q4_1")
+    with (
+        open_weights(str(path)) as source,
+        pytest.raises(InputError, match=r"token_embd\.weight has quantisation Q4_1"),
+    ):
+        export_bundle(source, tmp_path / "bundle", OnnxWriter(dtype="keep"))
+
+
+# Blocks in memory
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_codes_survive_packing(bits: int) -> None:
+    block_format = BlockFormat(bits=bits, block_size=16)
+    matrix = quantize(torch.randn(5, 48, generator=torch.Generator().manual_seed(1)), block_format)
+    assert torch.equal(unpack_codes(pack_codes(matrix), block_format), matrix.codes)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_rounding_errs_by_half_a_step_where_nothing_is_clipped(bits: int) -> None:
+    weights = torch.randn(64, 64, generator=torch.Generator().manual_seed(2))
+    weights[3, 16:32] = 0
+    matrix = quantize(weights, BlockFormat(bits=bits, block_size=16))
+    error = (matrix.dequantize() - weights).abs().view(64, 4, 16)
+    inside = (matrix.codes > 0) & (matrix.codes < 2**bits - 1)
+    steps = matrix.scales.abs()[..., None].expand(64, 4, 16)
+    assert (error <= steps * 0.5001)[inside.view(64, 4, 16)].all()
+    assert (matrix.dequantize()[3, 16:32] == 0).all()
+
+
+def test_searched_scales_of_four_bits_err_less_than_unclipped_ones() -> None:
+    weights = torch.randn(64, 64, generator=torch.Generator().manual_seed(3))
+    block_format = BlockFormat(bits=4, block_size=32)
+    found = quantize(weights, block_format).dequantize()
+    blocks = weights.view(64, 2, 32)
+    scale = blocks.abs().amax(-1, keepdim=True) / 7
+    plain = ((blocks / scale).round().clamp(-8, 7) * scale).view(64, 64)
+    assert (found - weights).square().sum() < 0.95 * (plain - weights).square().sum()

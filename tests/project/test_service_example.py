@@ -1,0 +1,135 @@
+"""The example of a service: it answers, refuses what it should, and is closed by default."""
+
+from __future__ import annotations
+
+import json
+import runpy
+import subprocess
+import sys
+import threading
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gemma3_export.api.opening import open_runtime
+from gemma3_export.errors import InputError
+from gemma3_export.tokenizer.tokenizer import Tokenizer
+
+SCRIPT = Path(__file__).parents[2] / "examples" / "service" / "serve.py"
+KEY = "a key"
+JSON = {"Content-Type": "application/json", "Authorization": f"Bearer {KEY}"}
+
+
+@pytest.fixture(scope="module")
+def example() -> dict[str, Any]:
+    return runpy.run_path(str(SCRIPT))
+
+
+@pytest.fixture
+def server(example: dict[str, Any], ort_bundle: Path) -> Iterator[Any]:
+    runtime = open_runtime(ort_bundle, device="cpu", threads=1)
+    engine = example["Engine"](runtime, Tokenizer.from_folder(ort_bundle))
+    server = example["Server"](("127.0.0.1", 0), engine, KEY)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield server
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def ask(
+    server: Any, path: str, data: bytes | None = None, **headers: str
+) -> tuple[int, dict[str, Any]]:
+    request = urllib.request.Request(
+        f"http://127.0.0.1:{server.server_port}{path}", data, JSON | headers
+    )
+    try:
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            return answer.status, json.loads(answer.read())
+    except urllib.error.HTTPError as error:
+        return error.code, json.loads(error.read())
+
+
+def test_it_continues_a_prompt(server: Any) -> None:
+    asked = {"prompt": "hello", "max_new_tokens": 5, "temperature": 0.8, "seed": 3}
+    status, found = ask(server, "/generate", json.dumps(asked).encode())
+    assert status == 200, found
+    assert 1 <= found["new_tokens"] <= 5
+    assert found["finish_reason"] in ("length", "stop")
+    assert ask(server, "/generate", json.dumps(asked).encode()) == (200, found)
+    status, health = ask(server, "/health")
+    assert (status, health["status"], health["device"]) == (200, "ok", "cpu")
+
+
+@pytest.mark.parametrize(
+    ("body", "headers", "status", "says"),
+    [
+        (b"{}", {}, 400, "prompt must be a text"),
+        (b'{"prompt": 3}', {}, 400, "prompt must be a text"),
+        (b'{"prompt": "a", "max_new_tokens": 100000}', {}, 400, "max_new_tokens"),
+        (b'{"prompt": "a", "max_new_tokens": true}', {}, 400, "max_new_tokens"),
+        (b'{"prompt": "a", "temperature": "hot"}', {}, 400, "temperature"),
+        (b'{"prompt": "a", "temperature": NaN}', {}, 400, "temperature"),
+        (b'{"prompt": "a", "logprobs": 3}', {}, 400, "logprobs is unknown"),
+        (b'{"prompt": "a", "max_tokens": 3}', {}, 400, "choose among prompt, max_new_tokens"),
+        (b'{"prompt": "\\ud800"}', {}, 400, ""),
+        (b"[1]", {}, 400, "must be an object"),
+        (b"{", {}, 400, "no JSON"),
+        (b"\xff", {}, 400, "no JSON"),
+        (b"[" * 100_000, {}, 400, "no JSON"),
+        (b'{"prompt": "a"}', {"Content-Type": "text/plain"}, 415, "application/json"),
+        (b'{"prompt": "a"}', {"Authorization": "Bearer another"}, 401, "key"),
+        (b'{"prompt": "a"}', {"Authorization": "Bearer \xe9"}, 401, "key"),
+        (b'{"prompt": "a"}', {"Content-Length": "2000000"}, 413, "at most 1,000,000"),
+        (b'{"prompt": "a"}', {"Content-Length": "-1"}, 411, "Content-Length"),
+    ],
+)
+def test_bad_requests_are_refused(
+    server: Any, body: bytes, headers: dict[str, str], status: int, says: str
+) -> None:
+    found_status, found = ask(server, "/generate", body, **headers)
+    assert found_status == status
+    assert says in found["error"]
+
+
+def test_other_paths_are_not_there(server: Any) -> None:
+    assert ask(server, "/")[0] == 404
+    assert ask(server, "/other", b"{}")[0] == 404
+
+
+def test_too_many_are_told_to_come_back(server: Any) -> None:
+    while server.engine.places.acquire(blocking=False):
+        pass
+    body = json.dumps({"prompt": "a", "max_new_tokens": 1}).encode()
+    assert ask(server, "/generate", body)[0] == 429
+    server.engine.places.release()
+    assert ask(server, "/generate", body)[0] == 200
+    assert ask(server, "/generate", b"{")[0] == 400
+    assert ask(server, "/generate", body)[0] == 200, "a place was not given back"
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.0.7", "example.org", ""])
+def test_other_addresses_need_a_key(example: dict[str, Any], host: str) -> None:
+    with pytest.raises(InputError, match="GEMMA3_API_KEY"):
+        example["require_key"](host, None)
+    with pytest.raises(InputError, match="GEMMA3_API_KEY"):
+        example["require_key"](host, "")
+    example["require_key"](host, KEY)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1", "localhost", "127.8.8.8"])
+def test_this_machine_needs_none(example: dict[str, Any], host: str) -> None:
+    example["require_key"](host, None)
+
+
+def test_the_program_says_what_is_wrong(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), str(tmp_path)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")

@@ -1,0 +1,228 @@
+"""Downloads from a local server that speaks the Hub's protocol."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from gemma3_export.errors import InputError, UnavailableError
+from gemma3_export.reference.weights import open_weights
+from tests.support.tiny_models import tiny_config, write_hf_folder
+
+constants = pytest.importorskip("huggingface_hub.constants")
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+TOKEN = "hf_" + "x" * 34
+
+
+class Hub(ThreadingHTTPServer):
+    """One repository, ``org/tiny``; ``gated`` and ``fails`` change how it answers."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.files: dict[str, bytes] = {}
+        self.revisions = {"main", "v2", COMMIT}
+        self.gated = False  # without TOKEN
+        self.status = 200
+        self.truncated = False
+        self.requests: list[tuple[str, str, str | None]] = []
+
+    @property
+    def endpoint(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}"
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Hub
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *args: Any) -> None:
+        return
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def do_GET(self) -> None:
+        path = unquote(urlsplit(self.path).path)
+        token = self.headers.get("Authorization")
+        self.server.requests.append((self.command, path, token))
+        if self.server.status != 200:
+            return self.answer(self.server.status, b"{}")
+        if "org/tiny" not in path:
+            return self.answer(401, b"{}", {"X-Error-Code": "RepoNotFound"})
+        if self.server.gated and token != f"Bearer {TOKEN}" and "/resolve/" in path:
+            return self.answer(401, b"{}", {"X-Error-Code": "GatedRepo"})
+        if path.startswith("/api/models/org/tiny"):
+            return self.describe(path.removeprefix("/api/models/org/tiny").strip("/"))
+        revision, name = path.removeprefix("/org/tiny/resolve/").split("/", 1)
+        if revision not in self.server.revisions or name not in self.server.files:
+            return self.answer(404, b"{}", {"X-Error-Code": "EntryNotFound"})
+        data = self.server.files[name]
+        headers = {"X-Repo-Commit": COMMIT, "ETag": f'"{hashlib.sha1(data).hexdigest()}"'}
+        short = self.server.truncated and name.endswith("safetensors") and self.command == "GET"
+        return self.answer(200, data[: len(data) // 2] if short else data, headers, len(data))
+
+    def describe(self, path: str) -> None:
+        parts = path.split("/") if path else ["revision", "main"]
+        if parts[1] not in self.server.revisions:
+            return self.answer(404, b"{}", {"X-Error-Code": "RevisionNotFound"})
+        files = self.server.files
+        if parts[0] == "tree":
+            found: Any = [
+                {"type": "file", "path": n, "size": len(d), "oid": hashlib.sha1(d).hexdigest()}
+                for n, d in files.items()
+            ]
+        else:
+            siblings = [{"rfilename": name} for name in files]
+            found = {"id": "org/tiny", "sha": COMMIT, "siblings": siblings, "private": False}
+        headers = {"Content-Type": "application/json", "X-Repo-Commit": COMMIT}
+        return self.answer(200, json.dumps(found).encode(), headers)
+
+    def answer(
+        self,
+        status: int,
+        body: bytes,
+        headers: dict[str, str] | None = None,
+        length: int | None = None,
+    ) -> None:
+        self.send_response(status)
+        for key, value in (headers or {}).items():
+            self.send_header(key, value)
+        self.send_header("Content-Length", str(len(body) if length is None else length))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+            if length is not None and length != len(body):
+                self.close_connection = True
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
+    server = Hub()
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    template = server.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "ENDPOINT", server.endpoint)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.setattr("time.sleep", lambda seconds: None)  # between the client's retries
+    yield server
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+@pytest.fixture
+def weights(hub: Hub, tmp_path: Path) -> dict[str, torch.Tensor]:
+    stored = write_hf_folder(tmp_path / "model", tiny_config())
+    (tmp_path / "model" / "tokenizer.json").write_text("{}")
+    (tmp_path / "model" / "README.md").write_text("not needed")
+    hub.files = {p.name: p.read_bytes() for p in (tmp_path / "model").iterdir()}
+    hub.files["onnx/model.safetensors"] = b"another format"
+    return stored
+
+
+@pytest.mark.parametrize("revision", [None, "v2", COMMIT])
+def test_single_file(hub: Hub, weights: dict[str, torch.Tensor], revision: str | None) -> None:
+    with open_weights("org/tiny", revision=revision) as source:
+        assert all(torch.equal(source.read(name), tensor) for name, tensor in weights.items())
+        assert source.config == tiny_config()
+        assert source.fingerprint()["location"] == f"org/tiny@{COMMIT}"
+        tokenizer = source.tokenizer_file()
+    assert tokenizer is not None
+    assert tokenizer.name == "tokenizer.json"
+    asked = {path for _, path, _ in hub.requests}
+    assert not any("README" in path or "onnx" in path for path in asked)
+    if revision == "v2":
+        assert "/api/models/org/tiny/revision/v2" in asked
+    hub.requests.clear()
+    open_weights("org/tiny", revision=revision)
+    assert not any("/resolve/" in path for _, path, _ in hub.requests), "it was cached"
+
+
+def test_shards(hub: Hub, weights: dict[str, torch.Tensor], tmp_path: Path) -> None:
+    names = list(weights)
+    shards = {"model-1-of-2.safetensors": names[:20], "model-2-of-2.safetensors": names[20:]}
+    for shard, members in shards.items():
+        save_file({name: weights[name] for name in members}, tmp_path / shard)
+        hub.files[shard] = (tmp_path / shard).read_bytes()
+    weight_map = {name: shard for shard, members in shards.items() for name in members}
+    hub.files["model.safetensors.index.json"] = json.dumps({"weight_map": weight_map}).encode()
+    del hub.files["model.safetensors"]
+    with open_weights("org/tiny") as source:
+        assert all(torch.equal(source.read(name), tensor) for name, tensor in weights.items())
+        assert sorted(source.fingerprint()["files"]) == sorted(shards)
+
+
+def test_gated_needs_a_token(hub: Hub, weights: dict[str, torch.Tensor]) -> None:
+    hub.gated = True
+    with pytest.raises(InputError, match=r"gated.*HF_TOKEN.*hf auth login.*--random-weights"):
+        open_weights("org/tiny")
+    with open_weights("org/tiny", token=TOKEN) as source:
+        assert torch.equal(source.read("model.norm.weight"), weights["model.norm.weight"])
+    assert hub.requests[-1][2] == f"Bearer {TOKEN}"
+
+
+def test_size_alone_means_the_official_repository(hub: Hub) -> None:
+    with pytest.raises(InputError, match=r"google/gemma-3-4b-it was not found.*--weights"):
+        open_weights(size="4b-it")
+    assert any("google/gemma-3-4b-it" in path for _, path, _ in hub.requests)
+
+
+def test_absent_repository_and_revision(hub: Hub, weights: dict[str, torch.Tensor]) -> None:
+    with pytest.raises(InputError, match=r"org/none was not found.*private"):
+        open_weights("org/none")
+    with pytest.raises(InputError, match="org/tiny has no revision 'v9'"):
+        open_weights("org/tiny", revision="v9")
+
+
+def test_repository_without_weights(hub: Hub, weights: dict[str, torch.Tensor]) -> None:
+    del hub.files["model.safetensors"]
+    with pytest.raises(InputError, match=r"has no model\.safetensors"):
+        open_weights("org/tiny")
+
+
+def test_truncated_download_is_not_taken_for_weights(
+    hub: Hub, weights: dict[str, torch.Tensor]
+) -> None:
+    hub.truncated = True
+    with pytest.raises(UnavailableError, match=r"download of org/tiny failed.*run it again"):
+        open_weights("org/tiny")
+    hub.truncated = False
+    with open_weights("org/tiny") as source:
+        assert torch.equal(source.read("model.norm.weight"), weights["model.norm.weight"])
+
+
+@pytest.mark.parametrize(("status", "error"), [(403, InputError), (500, UnavailableError)])
+def test_hub_that_fails(hub: Hub, status: int, error: type[Exception]) -> None:
+    hub.status = status
+    with pytest.raises(error, match="org/tiny"):
+        open_weights("org/tiny")
+
+
+def test_no_network(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(UnavailableError, match=r"cannot be reached.*--weights") as caught:
+        open_weights("org/tiny")
+    assert caught.value.exit_code == 3
+
+
+def test_offline_mode(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(UnavailableError, match="HF_HUB_OFFLINE"):
+        open_weights("org/tiny")

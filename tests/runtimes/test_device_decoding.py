@@ -1,0 +1,250 @@
+"""Decode steps at fixed addresses: the same text as from all logits, and little that moves.
+
+On the CPU the steps compute real numbers; over the CUDA stub the numbers are meaningless and what
+crosses the bus is counted.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from gemma3_export.cuda.stub import cuda_environment
+from gemma3_export.errors import InputError
+from gemma3_export.runtimes.generation.candidates import (
+    SPARE,
+    Candidates,
+    candidates_needed,
+    from_largest,
+    most_needed,
+)
+from gemma3_export.runtimes.generation.loop import generate
+from gemma3_export.runtimes.generation.sampling import Sampler, SamplingParams
+from gemma3_export.runtimes.onnx.graphs import (
+    COPY_GRAPH,
+    PREPARATION_GRAPH,
+    PRODUCT_GRAPH,
+    SELECTION_GRAPH,
+)
+from gemma3_export.runtimes.onnx.runtime import OnnxRuntime
+from gemma3_export.runtimes.onnx.session import CudaOptions
+from tests.exporters.test_half_precision import exported as half_bundle
+from tests.support.cuda_formats import ONNX_FORMATS, CudaFormat
+from tests.support.cuda_python import REPOSITORY, cuda_python
+from tests.support.exported_bundles import exported_bundle
+from tests.support.tiny_models import TINY
+
+WORKER = REPOSITORY / "gemma3_export" / "placement" / "decode_worker.py"
+GREEDY = SamplingParams()
+FILTERED = [
+    GREEDY,
+    SamplingParams(top_k=5, seed=3),
+    SamplingParams(top_k=9, top_p=0.7, seed=3, temperature=2.0),
+    SamplingParams(top_k=20, min_p=0.1, seed=9, temperature=1.5),
+]
+SYNCHRONIZATIONS = 8  # a step, as measured with onnxruntime 1.31.1; 7 with a CUDA graph
+PROMPTS = [[2, 5, 9, 3], [2, 7, 8, 9, 10, 11, 4]]
+
+
+@functools.cache
+def runtime(dtype: str = "fp32") -> OnnxRuntime:
+    bundle = exported_bundle("ort") if dtype == "fp32" else half_bundle(dtype)
+    return OnnxRuntime(bundle, device="cpu", threads=1)
+
+
+def completed(dtype: str, params: SamplingParams) -> list[tuple[int, ...]]:
+    done = generate(runtime(dtype), PROMPTS, params, max_new_tokens=24, stop_token_ids=[]).collect()
+    return [completion.token_ids for completion in done]
+
+
+@pytest.mark.parametrize("params", FILTERED)
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_candidates_give_the_text_that_all_logits_give(
+    dtype: str, params: SamplingParams, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = completed(dtype, params)
+    monkeypatch.setattr(runtime(dtype), "has_fixed_steps", True)
+    fetched = []
+    original = OnnxRuntime.step_candidates
+
+    def observed(self: OnnxRuntime, *arguments: Any) -> Any:
+        fetched.append(original(self, *arguments))
+        return fetched[-1]
+
+    monkeypatch.setattr(OnnxRuntime, "step_candidates", observed)
+    assert completed(dtype, params) == expected
+    assert all(isinstance(row, Candidates) for rows in fetched for row in rows)
+
+
+@pytest.mark.parametrize("params", FILTERED)
+@pytest.mark.parametrize("levels", [7, 10_000], ids=["many equals", "few equals"])
+def test_a_sampler_chooses_the_same_from_candidates(params: SamplingParams, levels: int) -> None:
+    size = 2000
+    generator = np.random.default_rng(5)
+    all_logits, candidates = Sampler(params), Sampler(params)
+    needed = candidates_needed(params)
+    assert needed is not None
+    decided = 0
+    for _ in range(40):
+        logits = generator.integers(0, levels, size).astype(np.float32) / 100
+        order = np.argsort(-logits, kind="stable")[: needed + SPARE]
+        found = from_largest(logits[order], order, float(logits.sum()), needed)
+        expected = all_logits.sample(logits).token_id
+        if found is None:
+            candidates.position += 1
+            continue
+        decided += 1
+        assert candidates.choose(found.ids, found.scores).token_id == expected
+    assert decided == (0 if levels == 7 else 40)
+
+
+@pytest.mark.parametrize("total", [np.nan, np.inf, -np.inf])
+def test_logits_that_are_not_finite_are_left_to_the_sampler(total: float) -> None:
+    values = np.array([3, 2, 1], np.float32)
+    assert from_largest(values, np.arange(3), 6.0, 1) is not None
+    assert from_largest(values, np.arange(3), total, 1) is None
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        SamplingParams(logprobs=2),
+        SamplingParams(repetition_penalty=1.2),
+        SamplingParams(temperature=1.0),
+        SamplingParams(top_p=0.9),
+        SamplingParams(top_k=5000),
+    ],
+)
+def test_what_needs_all_logits_gets_them(params: SamplingParams) -> None:
+    assert candidates_needed(params) is None
+    assert most_needed([GREEDY, params], 10_000) is None
+
+
+def test_a_batch_fetches_what_its_neediest_request_needs() -> None:
+    assert most_needed([GREEDY, SamplingParams(top_k=40)], 10_000) == 40
+    assert most_needed([GREEDY], 1 + SPARE) is None, "as many as there are"
+
+
+def test_the_side_graphs_are_what_their_program_writes() -> None:
+    from gemma3_export.runtimes.onnx.graphs.__main__ import GRAPHS, written
+
+    assert set(GRAPHS) == {
+        COPY_GRAPH,
+        PREPARATION_GRAPH,
+        PRODUCT_GRAPH,
+        SELECTION_GRAPH,
+    }
+    for path, text in GRAPHS.items():
+        assert path.read_bytes() == written(text), (
+            "run python -m gemma3_export.runtimes.onnx.graphs"
+        )
+
+
+def test_cuda_options_are_checked() -> None:
+    assert CudaOptions().provider_options(2)["device_id"] == "2"
+    assert CudaOptions().provider_options(0)["use_tf32"] == "0", "parity needs whole float32"
+    with pytest.raises(InputError, match="at least 1 byte"):
+        CudaOptions(memory_limit_bytes=0)
+
+
+# --- over the CUDA stub -----------------------------------------------------------------------
+
+
+def counted(bundle: Path, **changes: Any) -> dict[str, Any]:
+    plan = {
+        "rows": 1,
+        "capacity": 40,
+        "steps": 6,
+        "prompt_tokens": 7,
+        "graph": False,
+        "device": "cuda:1",
+        "top_k": 8,
+    }
+    python = cuda_python()
+    with cuda_environment(python) as environment:
+        done = subprocess.run(
+            [str(python), "-P", str(WORKER), str(bundle), json.dumps(plan | changes)],
+            env=environment | {"PYTHONPATH": str(REPOSITORY)},
+            capture_output=True,
+            text=True,
+            timeout=200,
+            check=False,
+        )
+    assert done.returncode == 0, done.stderr
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+def assert_stays_on_the_device(
+    found: dict[str, Any], *, rows: int, graph: bool, top_k: int | None
+) -> None:
+    """A step takes the tokens to the device, and what decides of the next ones back."""
+    fetched = (top_k or 1) + SPARE
+    for step in found["steps"][2:]:  # two steps warm up: arena, shapes, capture
+        assert step["device_allocations"] == step["pinned_allocations"] == 0
+        assert step["host_to_device_copies"] == step["device_to_host_copies"] == 1
+        assert step["host_to_device_bytes"] == 16 * rows
+        assert step["device_to_host_bytes"] == 4 * (2 * fetched + 1) * rows
+        assert step["synchronizations"] <= SYNCHRONIZATIONS
+        assert step["capture_violations"] == 0
+        if graph:
+            assert step["graph_launches"] == 1
+            assert step["launches"] + step["library_calls"] < 10, "the two tiny graphs"
+        else:
+            assert step["launches"] > 20 * TINY.num_hidden_layers
+    captures = sum(step["graph_captures"] for step in found["steps"])
+    assert captures == int(graph)
+
+
+@pytest.mark.placement
+@pytest.mark.parametrize("top_k", [None, 8], ids=["greedy", "top-k"])
+@pytest.mark.parametrize("rows", [1, 4])
+@pytest.mark.parametrize("graph", [False, True], ids=["launches", "CUDA graph"])
+def test_generating_a_token_moves_a_few_hundred_bytes_and_allocates_nothing(
+    graph: bool, rows: int, top_k: int | None
+) -> None:
+    found = counted(half_bundle("bf16"), graph=graph, rows=rows, top_k=top_k)
+    assert found["described"]["device"] == "cuda:1"
+    assert found["completions"] == [7] * rows
+    assert_stays_on_the_device(found, rows=rows, graph=graph, top_k=top_k)
+
+
+@pytest.mark.placement
+@pytest.mark.parametrize(
+    "form", [form for form in ONNX_FORMATS if form.is_fused], ids=lambda form: form.name
+)
+def test_every_fused_format_decodes_on_the_device(form: CudaFormat) -> None:
+    found = counted(form.bundle(), graph=True, rows=2, top_k=None)
+    assert_stays_on_the_device(found, rows=2, graph=True, top_k=None)
+
+
+@pytest.mark.placement
+@pytest.mark.parametrize("rows", [1, 4])
+def test_a_graph_that_falls_back_does_not_stay_on_the_device(rows: int) -> None:
+    """GroupQueryAttention has no float32 kernel on CUDA, so its inputs cross the bus and wait."""
+    found = counted(exported_bundle("ort"), rows=rows)
+    last = found["steps"][-1]
+    assert last["host_to_device_copies"] > 2 * TINY.num_hidden_layers
+    assert last["synchronizations"] > 4 * SYNCHRONIZATIONS
+    with pytest.raises(AssertionError):
+        assert_stays_on_the_device(found, rows=rows, graph=False, top_k=8)
+
+
+@pytest.mark.placement
+def test_without_candidates_all_logits_move() -> None:
+    """So that the bytes above are the doing of the selection."""
+    found = counted(half_bundle("bf16"), top_k=TINY.vocab_size)
+    assert found["steps"][-1]["device_to_host_bytes"] >= 4 * TINY.vocab_size
+    assert found["steps"][-1]["graph_launches"] == 0
+
+
+@pytest.mark.placement
+def test_a_cache_that_grows_refuses_a_cuda_graph() -> None:
+    with pytest.raises(AssertionError, match="no CUDA graph can be captured"):
+        counted(exported_bundle("portable"), graph=True)

@@ -1,0 +1,85 @@
+"""What CUDA runs, each as a tiny bundle: the list that tests on a GPU and over its stub share."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from gemma3_export.exporters.bundle_writer import GraphWriter, export_bundle
+from gemma3_export.exporters.onnx.writer import OnnxWriter
+from gemma3_export.exporters.torch.pt2 import Pt2Writer
+from gemma3_export.exporters.torch.torchscript import TorchScriptWriter
+from tests.exporters.test_half_precision import exported as half_bundle
+from tests.support.exported_bundles import exported_bundle, scratch, source_of
+
+__all__ = ["FORMATS", "ONNX_FORMATS", "CudaFormat"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CudaFormat:
+    """One way to export that CUDA supports."""
+
+    name: str
+    runtime: str
+    floor: str  # the dtype whose rounding is the parity check's floor
+    bundle: Callable[[], Path]  # exported once in a test run; do not change what is in it
+    is_fused: bool = False  # attends by GroupQueryAttention, in a cache that does not move
+
+    @property
+    def can_capture(self) -> bool:
+        """Whether its decode steps can become a CUDA graph."""
+        return self.is_fused or self.runtime == "torchscript"
+
+
+@functools.cache
+def archive(writer: GraphWriter) -> Path:
+    """A bundle of torch's own formats."""
+    name = f"cuda {writer.runtime} {writer.dtype}"
+    return export_bundle(source_of(), Path(scratch().name) / name, writer).path
+
+
+def fused(name: str, floor: str, bundle: Callable[[], Path]) -> CudaFormat:
+    """A graph of the target ``ort``."""
+    return CudaFormat(name=name, runtime="onnx", floor=floor, bundle=bundle, is_fused=True)
+
+
+def torch_format(writer: GraphWriter, floor: str) -> CudaFormat:
+    """An archive of torch."""
+    return CudaFormat(
+        name=f"{writer.runtime} {writer.dtype}",
+        runtime=writer.runtime,
+        floor=floor,
+        bundle=functools.partial(archive, writer),
+    )
+
+
+@functools.cache
+def quantized(activations: str) -> Path:
+    """8-bit matrices around half-precision activations."""
+    writer = OnnxWriter(dtype="int8", activations=activations, block_size=16)
+    path = Path(scratch().name) / f"cuda int8 {activations}"
+    return export_bundle(source_of(), path, writer).path
+
+
+ONNX_FORMATS = (
+    fused("bf16", "bfloat16", functools.partial(half_bundle, "bf16")),
+    fused("fp16", "float16", functools.partial(half_bundle, "fp16")),
+    fused("int8, bf16", "bfloat16", functools.partial(quantized, "bf16")),
+    fused("int8, fp16", "float16", functools.partial(quantized, "fp16")),
+    CudaFormat(
+        name="portable fp32",
+        runtime="onnx",
+        floor="float32",
+        bundle=functools.partial(exported_bundle, "portable"),
+    ),
+)
+FORMATS = (
+    *ONNX_FORMATS,
+    torch_format(TorchScriptWriter(dtype="fp32"), "float32"),
+    torch_format(TorchScriptWriter(dtype="bf16"), "bfloat16"),
+    torch_format(TorchScriptWriter(dtype="fp16"), "float16"),
+    torch_format(Pt2Writer(dtype="fp32"), "float32"),
+    torch_format(Pt2Writer(dtype="bf16"), "bfloat16"),
+)

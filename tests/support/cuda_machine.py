@@ -1,0 +1,47 @@
+"""Whether this machine can run the tests marked ``cuda``, and the benchmark on a GPU.
+
+    python -m tests.support.cuda_machine
+
+prints why not, and exits with 3.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from gemma3_export.errors import UnavailableError
+from gemma3_export.runtimes.onnx.session import choose_device, gpu_count
+
+__all__ = ["COULD_NOT_RUN", "problem", "without_gpu"]
+
+COULD_NOT_RUN = UnavailableError.exit_code
+
+
+def without_gpu() -> str | None:
+    """What is missing before anything is installed: a GPU with its driver."""
+    if gpu_count():
+        return None
+    return (
+        "the NVIDIA driver (libcuda.so.1) is missing or sees no GPU; install an NVIDIA driver "
+        "(nvidia-smi shows it)"
+    )
+
+
+def problem() -> str | None:
+    """What this Python environment lacks; None when the tests can run."""
+    from gemma3_export.runtimes.torch.torchscript_runtime import torch_device
+
+    if reason := without_gpu():
+        return reason
+    try:
+        choose_device("cuda")
+        torch_device("cuda")
+    except UnavailableError as error:
+        return str(error)
+    return None
+
+
+if __name__ == "__main__":
+    if reason := without_gpu():
+        print(f"could not run: {reason}", file=sys.stderr)
+        sys.exit(COULD_NOT_RUN)

@@ -1,0 +1,96 @@
+"""Folders of token ids and tiny models to train on them, without any text."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gemma3_export.config.gemma3_config import Gemma3Config
+from gemma3_export.config.hugging_face import config_to_json
+from gemma3_export.reference.training.options import TrainOptions
+from gemma3_export.reference.training.token_data import META, TokenMeta, token_dtype
+from tests.support.tiny_models import tiny_config
+
+VOCAB_SIZE = 20
+
+
+def write_tokens(
+    folder: Path,
+    train: NDArray[np.int64],
+    validation: NDArray[np.int64] | None = None,
+    vocab_size: int = VOCAB_SIZE,
+    fingerprint: str = "none",
+) -> Path:
+    """A folder as ``gemma3-export data`` makes it, but for the tokenizer."""
+    folder.mkdir(parents=True, exist_ok=True)
+    splits = {
+        "train": train,
+        "validation": np.zeros(0, np.int64) if validation is None else validation,
+    }
+    for name, ids in splits.items():
+        (folder / f"{name}.bin").write_bytes(ids.astype(token_dtype(vocab_size)).tobytes())
+    counts = {name: int(ids.size) for name, ids in splits.items()}
+    meta = TokenMeta(
+        format_version=1,
+        vocab_size=vocab_size,
+        dtype=token_dtype(vocab_size).name,
+        tokenizer_fingerprint=fingerprint,
+        bos_token_id=2,
+        eos_token_id=1,
+        tokens=counts,
+        documents=counts,
+        characters=counts,
+        source={"kind": "test"},
+    )
+    (folder / META).write_text(json.dumps(meta.to_json()))
+    return folder
+
+
+def random_tokens(count: int, seed: int = 0) -> NDArray[np.int64]:
+    return np.random.default_rng(seed).integers(4, VOCAB_SIZE, count)
+
+
+def small_config(**overrides: Any) -> Gemma3Config:
+    """Two layers, one of each kind, with a window shorter than the text."""
+    shapes: Mapping[str, Any] = {
+        "vocab_size": VOCAB_SIZE,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 16,
+        "query_pre_attn_scalar": 16,
+        "sliding_window": 6,
+        "layer_types": ("sliding_attention", "full_attention"),
+        "initializer_range": 0.02,
+        "rope_scaling_factor": 1.0,
+        "eos_token_id": (1,),
+    }
+    return tiny_config(**{**shapes, **overrides})
+
+
+def write_config(path: Path, config: Gemma3Config | None = None) -> Path:
+    path.write_text(json.dumps(config_to_json(config or small_config())))
+    return path
+
+
+def quick_options(**overrides: Any) -> TrainOptions:
+    base: dict[str, Any] = {
+        "steps": 8,
+        "batch_size": 4,
+        "context_length": 16,
+        "learning_rate": 3e-3,
+        "warmup_steps": 2,
+        "eval_interval": 4,
+        "eval_batches": 2,
+        "checkpoint_interval": 2,
+        "log_interval": 1,
+        "device": "cpu",
+    }
+    return TrainOptions(**{**base, **overrides})
