@@ -35,9 +35,8 @@ from gemma3_export.api.verification import bundle_tokenizer
 from gemma3_export.bench.machine import describe_machine
 from gemma3_export.bundle.bundle import Bundle
 from gemma3_export.runtimes.generation.loop import Completion, generate
-from gemma3_export.runtimes.generation.prompt_lookup import PromptLookup
 from gemma3_export.runtimes.generation.sampling import SamplingParams
-from gemma3_export.runtimes.generation.speculation import MAX_DRAFT_TOKENS
+from gemma3_export.runtimes.generation.speculation import MAX_DRAFT_TOKENS, PromptLookup
 from gemma3_export.runtimes.protocol import Runtime
 
 GREEDY = SamplingParams()

@@ -26,9 +26,8 @@ from gemma3_export.reference.training.initialization import DEMO
 from gemma3_export.reference.training.metrics_log import LOG
 from gemma3_export.reference.training.model_folder import export_hf_folder
 from gemma3_export.reference.training.options import TrainOptions
-from gemma3_export.reference.training.preparation import prepare_tokens
+from gemma3_export.reference.training.preparation import prepare_tokens, train_bpe
 from gemma3_export.reference.training.runs import RECORD, resume_training, train
-from gemma3_export.reference.training.small_bpe import train_bpe
 from gemma3_export.reference.weights import open_weights
 from gemma3_export.reference.weights.opening import DEMO_FOLDER
 

@@ -15,7 +15,7 @@ import torch
 
 from gemma3_export.config.presets import preset
 from gemma3_export.reference.training.initialization import fresh_model
-from gemma3_export.reference.training.loss_module import LossModule
+from gemma3_export.reference.training.loss import LossModule
 from gemma3_export.reference.training.optimizer import make_optimizer
 from gemma3_export.reference.training.options import TrainOptions
 

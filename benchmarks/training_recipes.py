@@ -28,12 +28,16 @@ from torch import nn
 from gemma3_export.config.gemma3_config import Gemma3Config
 from gemma3_export.reference.model import Gemma3
 from gemma3_export.reference.training.initialization import DEMO_CONFIG, fresh_model
-from gemma3_export.reference.training.loss import IGNORED_LABEL
-from gemma3_export.reference.training.loss_module import LossModule
+from gemma3_export.reference.training.loss import IGNORED_LABEL, LossModule
 from gemma3_export.reference.training.optimizer import learning_rate, make_optimizer
 from gemma3_export.reference.training.options import TrainOptions
-from gemma3_export.reference.training.token_data import TokenData, open_token_data
-from gemma3_export.reference.training.windows import TRAIN_STREAM, VALIDATION_STREAM, Windows
+from gemma3_export.reference.training.token_data import (
+    TRAIN_STREAM,
+    VALIDATION_STREAM,
+    TokenData,
+    Windows,
+    open_token_data,
+)
 
 # Of the ancestor: the shares of its 150,000 micro-batches, and what each update accumulates.
 WARMUP_SHARE, ANCESTOR_ACCUMULATION = 1000 / 150_000, 32

@@ -23,7 +23,7 @@ from gemma3_export.config.gemma3_config import Gemma3Config
 from gemma3_export.config.hugging_face import config_to_json
 from gemma3_export.config.presets import preset
 from gemma3_export.reference.training.initialization import DEMO_CONFIG, fresh_model
-from gemma3_export.reference.training.loss_module import LossModule
+from gemma3_export.reference.training.loss import LossModule
 from gemma3_export.reference.training.optimizer import make_optimizer
 from gemma3_export.reference.training.options import TrainOptions
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zipfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -26,14 +27,18 @@ from gemma3_export.exporters.packing import weight_recipes
 from gemma3_export.exporters.quantize.quantizers import Quantizer, RoundToNearest, matrix_names
 from gemma3_export.exporters.step import DecoderStep, example_inputs
 from gemma3_export.exporters.torch.modules import TorchScriptGemma3, install_matrices
-from gemma3_export.exporters.torch.torchscript_debug import drop_source_paths
 from gemma3_export.parity.options import HalfPrecision
 from gemma3_export.reference.weights import WeightSource, check_finite
 from gemma3_export.reference.weights.block_matrix import BlockMatrix
-from gemma3_export.runtimes.torch.torchscript_support import torchscript
+from gemma3_export.runtimes.torch.runtime import torchscript
 from gemma3_export.staging import require_room
 
-__all__ = ["DTYPES", "QUANTIZED", "TorchScriptWriter"]
+__all__ = [
+    "DTYPES",
+    "QUANTIZED",
+    "TorchScriptWriter",
+    "drop_source_paths",
+]
 
 # --dtype: weights, and the cache's element type
 DTYPES: dict[str, tuple[torch.dtype, DType]] = {
@@ -183,3 +188,38 @@ def load_packed(
         done += parameters[name].nbytes
         progress("reading weights", done, total)
     return model, recipes, blocks
+
+
+# Take the exporting machine's source paths out of a TorchScript archive.
+#
+# torch stores the file and line of every traced operation beside the code (``*.debug_pkl``),
+# and has
+# no option not to. They name folders of the machine that exported, and nothing reads them to run.
+
+DEBUG_SUFFIX = ".debug_pkl"
+
+
+def drop_source_paths(path: Path) -> None:
+    """Remove the debug records of the archive at ``path``, in place.
+
+    An archive is a zip file whose weights stand before its code, so that only what follows the
+    first debug record is written again.
+    """
+    with zipfile.ZipFile(path, "a") as archive:
+        entries = archive.infolist()
+        debug = [entry for entry in entries if entry.filename.endswith(DEBUG_SUFFIX)]
+        if not debug:
+            return
+        first = entries.index(debug[0])
+        rest = [entry for entry in entries[first:] if entry not in debug]
+        assert not any("/data/" in entry.filename for entry in rest), "weights come before code"
+        kept = [(entry, archive.read(entry)) for entry in rest]
+        for entry in entries[first:]:
+            archive.filelist.remove(entry)
+            del archive.NameToInfo[entry.filename]
+        assert archive.fp is not None
+        archive.start_dir = debug[0].header_offset  # where it appends
+        archive.fp.seek(debug[0].header_offset)
+        archive.fp.truncate()
+        for entry, content in kept:
+            archive.writestr(entry.filename, content, compress_type=entry.compress_type)

@@ -237,7 +237,7 @@ def _export(
     progress: Progress | None,
 ) -> ExportResult:
     from gemma3_export.exporters.bundle_writer import export_bundle
-    from gemma3_export.parity.threads import threads_for, torch_threads
+    from gemma3_export.parity.options import threads_for, torch_threads
 
     check = ParityCheck(runtime=writer.runtime, progress=progress, threads=threads)
     with torch_threads(threads_for(source.config, threads)):

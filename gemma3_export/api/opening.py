@@ -63,12 +63,12 @@ def open_runtime(
         raise InputError(f"weights are shared by the onnx runtime, not by {runtime}")
     if runtime == "torchscript":
         require_torch("torchscript")
-        from gemma3_export.runtimes.torch.torchscript_runtime import TorchScriptRuntime
+        from gemma3_export.runtimes.torch.runtime import TorchScriptRuntime
 
         return TorchScriptRuntime(bundle, device=device, threads=threads, trust=trust, cuda=cuda)
     if runtime == "pt2":
         require_torch("pt2")
-        from gemma3_export.runtimes.torch.pt2_runtime import Pt2Runtime
+        from gemma3_export.runtimes.torch.runtime import Pt2Runtime
 
         return Pt2Runtime(bundle, device=device, threads=threads, trust=trust, cuda=cuda)
     if runtime == "reference":
@@ -83,7 +83,7 @@ def _open_reference(bundle: Bundle, device: str, threads: int | None) -> Runtime
     from gemma3_export.reference.loading import load_reference
     from gemma3_export.reference.runtime import ReferenceRuntime
     from gemma3_export.reference.weights.bundle_weights import open_bundle_weights
-    from gemma3_export.runtimes.torch.torchscript_runtime import torch_device
+    from gemma3_export.runtimes.torch.runtime import torch_device
 
     place = torch_device(device)
     if threads is not None:

@@ -74,7 +74,7 @@ def verify_bundle(
     """
     require_packages()
     from gemma3_export.parity import VerifyOptions
-    from gemma3_export.parity.threads import threads_for, torch_threads
+    from gemma3_export.parity.options import threads_for, torch_threads
 
     if not isinstance(bundle, Bundle):
         bundle = Bundle(Path(bundle))
@@ -165,7 +165,7 @@ class ParityCheck:
             ParityError: naming the first case and the layer that differ.
         """
         from gemma3_export.parity import VerifyOptions, verify
-        from gemma3_export.parity.threads import threads_for, torch_threads
+        from gemma3_export.parity.options import threads_for, torch_threads
         from gemma3_export.reference.weights.bundle_weights import open_bundle_weights
 
         bundle = Bundle(folder)

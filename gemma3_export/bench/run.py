@@ -19,8 +19,12 @@ from typing import Any
 import numpy as np
 
 from benchmarks.peers import DEFAULT_PLACE, PEERS, find_peer, parse
-from gemma3_export.bench.device import device_bandwidths
-from gemma3_export.bench.machine import available_processors, describe_machine, read_bandwidths
+from gemma3_export.bench.machine import (
+    available_processors,
+    describe_machine,
+    device_bandwidths,
+    read_bandwidths,
+)
 from gemma3_export.bench.process import Worker, own_worker, peer_worker
 from gemma3_export.bench.report import describe_case, spread
 from gemma3_export.bundle.bundle import RUNTIMES, Bundle

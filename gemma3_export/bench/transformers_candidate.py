@@ -6,6 +6,7 @@ Legend: B batch, T tokens, V vocabulary.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,13 +14,19 @@ import transformers
 from torch import Tensor
 
 from gemma3_export.bench.serving import Candidate
-from gemma3_export.bench.transformers_model import build_transformers_model
 from gemma3_export.bundle.bundle import Bundle
+from gemma3_export.config.gemma3_config import EMBEDDING, HEAD, Gemma3Config
+from gemma3_export.config.hugging_face import config_to_json
 from gemma3_export.reference.weights.bundle_weights import open_bundle_weights
 from gemma3_export.runtimes.protocol import IntArray, Logits
-from gemma3_export.runtimes.torch.torchscript_runtime import torch_device
+from gemma3_export.runtimes.torch.runtime import torch_device
 
-__all__ = ["StaticCandidate", "TransformersCandidate", "open_transformers"]
+__all__ = [
+    "StaticCandidate",
+    "TransformersCandidate",
+    "build_transformers_model",
+    "open_transformers",
+]
 
 CAPACITY_STEP = 64  # a static cache's size is a multiple of it
 WARM_UPS = 2  # the second finds a cache that has been filled before, for which torch compiles anew
@@ -146,3 +153,40 @@ def open_transformers(bundle: Bundle, device: str, threads: int, *, is_static: b
     """
     kind = StaticCandidate if is_static else TransformersCandidate
     return kind(bundle, device, threads)
+
+
+# Hugging Face's Gemma 3 with any weights: the peer of benchmarks and comparisons.
+#
+# It needs torch and transformers, which nothing else in this package imports.
+
+
+def build_transformers_model(
+    config: Gemma3Config,
+    read: Callable[[str], torch.Tensor],
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+) -> Any:
+    """``Gemma3ForCausalLM`` from the config.json that we write, in evaluation mode.
+
+    Args:
+        config: the model.
+        read: a canonical weight by its name.
+        dtype: of weights and computation.
+        device: as torch names it.
+    """
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+
+    hf_config = Gemma3TextConfig(**config_to_json(config))
+    with torch.device("meta"):
+        model = Gemma3ForCausalLM(hf_config)
+    weights = {name: read(name).to(dtype) for name, _ in config.weight_shapes()}
+    if config.tie_word_embeddings:
+        weights[HEAD] = weights[EMBEDDING]
+    model.load_state_dict(weights, strict=True, assign=True)
+    model.tie_weights()
+    # RoPE tables and the embedding's scale are no weights; the meta device left them empty.
+    model.model.rotary_emb = type(model.model.rotary_emb)(hf_config)
+    embedding = model.model.embed_tokens
+    embedding.embed_scale = torch.tensor(embedding.scalar_embed_scale)
+    return model.to(device).eval().requires_grad_(False)

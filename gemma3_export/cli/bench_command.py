@@ -10,7 +10,7 @@ import click
 
 from benchmarks.peers import DEFAULT_PLACE
 from gemma3_export.bundle.bundle import RUNTIMES
-from gemma3_export.cli.cuda_options import CudaRequest, cuda_options
+from gemma3_export.cli.options import CudaRequest, cuda_options
 
 __all__ = ["bench"]
 
@@ -108,8 +108,8 @@ def bench(
     printed: above 1 the bundle is better. "of limit" is the share of the memory's reading speed,
     measured in the same run, that decoding one token's weights uses.
     """
+    from gemma3_export.bench.report import table_lines
     from gemma3_export.bench.run import BenchmarkOptions, run_benchmark
-    from gemma3_export.bench.table import table_lines
     from gemma3_export.staging import write_text_atomically
 
     options["device"], options["cuda"] = cuda.settle(options["device"], options["runtime"])
@@ -118,7 +118,7 @@ def bench(
     if report is not None:
         write_text_atomically(report, text + "\n")
     if plot is not None:
-        from gemma3_export.bench.plot import speed_plot
+        from gemma3_export.bench.report import speed_plot
 
         write_text_atomically(plot, speed_plot(found))
     click.echo(text if as_json else "\n".join(table_lines(found)))

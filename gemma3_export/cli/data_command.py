@@ -118,7 +118,7 @@ def _open_source(
 
 def _open_tokenizer(source: DocumentSource, path: str | None, vocab_size: int) -> Tokenizer:
     if path is None:
-        from gemma3_export.reference.training.small_bpe import train_bpe
+        from gemma3_export.reference.training.preparation import train_bpe
 
         click.echo(f"learning a vocabulary of {vocab_size:,} tokens from the text", err=True)
         return train_bpe(source, vocab_size)

@@ -20,7 +20,7 @@ __all__ = ["default_draft_tokens", "draft_model", "prompt_lookup"]
 
 def prompt_lookup(max_draft_tokens: int) -> Callable[[], Drafter] | None:
     """Drafts from the text so far, if any are wanted."""
-    from gemma3_export.runtimes.generation.prompt_lookup import PromptLookup
+    from gemma3_export.runtimes.generation.speculation import PromptLookup
 
     return PromptLookup if max_draft_tokens else None
 
@@ -59,7 +59,7 @@ def draft_model(
     from gemma3_export.api.opening import open_runtime
     from gemma3_export.api.verification import bundle_tokenizer
     from gemma3_export.bundle.bundle import Bundle
-    from gemma3_export.runtimes.generation.draft_model import DraftModel, relative_cost
+    from gemma3_export.runtimes.generation.speculation import DraftModel, relative_cost
 
     bundle = Bundle(path)
     own = bundle_tokenizer(bundle)

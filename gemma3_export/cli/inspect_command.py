@@ -11,8 +11,12 @@ import click
 
 if TYPE_CHECKING:
     from gemma3_export.bundle.bundle import Bundle
+    from gemma3_export.cuda.placement import PlacementReport
 
-__all__ = ["inspect"]
+__all__ = [
+    "inspect",
+    "placement_lines",
+]
 
 EPILOG = """\b
 Examples:
@@ -70,7 +74,7 @@ def inspect(
 
 def show_placement(bundle: Bundle, python: Path | None, as_json: bool) -> None:
     """Print the placement of the bundle's ONNX graph; a bad one ends with exit code 1."""
-    from gemma3_export.cli.placement_lines import placement_lines
+    from gemma3_export.cli.inspect_command import placement_lines
     from gemma3_export.cuda.placement import check_placement
 
     report = check_placement(bundle, python)
@@ -180,3 +184,19 @@ def _file_lines(facts: Mapping[str, Any]) -> Iterator[str]:
     yield f"files: {facts['size_bytes']:,} bytes in all, {checked}"
     for name, record in facts["files"].items():
         yield f"  {record['size_bytes']:>15,}  {record['sha256'][:16]}...  {name}"
+
+
+# A placement report as lines for people.
+
+
+def placement_lines(report: PlacementReport) -> Iterator[str]:
+    """What is where, what is copied, and the verdict."""
+    yield f"{report.graph}: onnxruntime-gpu {report.onnxruntime} over a stub of CUDA (an H100)"
+    for provider, counts in report.operators.items():
+        listed = ", ".join(f"{operator} {count}" for operator, count in counts.items())
+        yield f"  {provider}: {sum(counts.values())} nodes: {listed}"
+    yield f"  copies between CPU and GPU in every step: {len(report.memory_copies)}"
+    yield f"  CUDA graph: {'can be captured' if report.is_capturable else 'cannot be captured'}"
+    for problem in report.problems:
+        yield f"  problem: {problem}"
+    yield f"placement: {'passed' if report.passed else 'FAILED'}"

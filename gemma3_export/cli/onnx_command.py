@@ -7,8 +7,7 @@ from pathlib import Path
 
 import click
 
-from gemma3_export.cli.export_options import ExportOptions, export_options, run_export
-from gemma3_export.cli.given_options import refuse_if_given
+from gemma3_export.cli.options import ExportOptions, export_options, refuse_if_given, run_export
 
 __all__ = ["DTYPES", "TARGETS", "onnx"]
 

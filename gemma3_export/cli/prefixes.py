@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
-from gemma3_export.cli.cuda_options import memory_size
+from gemma3_export.cli.options import memory_size
 
 if TYPE_CHECKING:
     from gemma3_export.bundle.bundle import Bundle

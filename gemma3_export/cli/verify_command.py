@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from gemma3_export.bundle.bundle import RUNTIMES
-from gemma3_export.cli.cuda_options import CudaRequest, cuda_options
-from gemma3_export.cli.export_options import threads_option
+from gemma3_export.cli.options import CudaRequest, cuda_options, threads_option
 from gemma3_export.progress import ProgressBars
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import onnxruntime
 
-from gemma3_export.cuda.stub import COUNTERS
+from gemma3_export.cuda.placement import COUNTERS
 from gemma3_export.runtimes.generation import candidates
 from gemma3_export.runtimes.generation.loop import TokenEvent, generate
 from gemma3_export.runtimes.generation.sampling import SamplingParams

@@ -11,10 +11,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from gemma3_export.cuda.facts import Driver, Facts, Gpu, Library, Packages, Trial
-from gemma3_export.cuda.libraries import wanted_libraries
-from gemma3_export.cuda.machine import read_machine
-from gemma3_export.cuda.packages import read_packages
+from gemma3_export.cuda.driver import wanted_libraries
+from gemma3_export.cuda.facts import (
+    Driver,
+    Facts,
+    Gpu,
+    Library,
+    Packages,
+    Trial,
+    read_machine,
+    read_packages,
+)
 from gemma3_export.cuda.problems import Problem, problems_of
 from gemma3_export.device import parse_device
 from gemma3_export.errors import InputError

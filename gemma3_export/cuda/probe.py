@@ -15,9 +15,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from gemma3_export.cuda.driver import read_driver
+from gemma3_export.cuda.driver import load_libraries, read_driver
 from gemma3_export.cuda.facts import Driver, Library, Trial
-from gemma3_export.cuda.libraries import load_libraries
 from gemma3_export.errors import Gemma3ExportError
 
 __all__: list[str] = []

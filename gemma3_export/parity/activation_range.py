@@ -25,9 +25,9 @@ from torch import Tensor, nn
 
 from gemma3_export.config.gemma3_config import EMBEDDING, Gemma3Config
 from gemma3_export.errors import ParityError
-from gemma3_export.parity.held_out import held_out_sequences
 from gemma3_export.parity.intermediates import ATTEND, ROTARY_KEY
 from gemma3_export.parity.options import HalfPrecision, Progress, VerifyOptions
+from gemma3_export.parity.quality import held_out_sequences
 from gemma3_export.parity.report.model import (
     GateResult,
     HalfRanges,

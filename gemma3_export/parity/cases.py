@@ -1,6 +1,6 @@
 """The cases: ways of feeding the same tokens that must all give the same numbers.
 
-Every case yields what it saw (:mod:`gemma3_export.parity.observations`); judging is done elsewhere.
+Every case yields what it saw (:mod:`gemma3_export.parity.sequences`); judging is done elsewhere.
 """
 
 from __future__ import annotations
@@ -8,15 +8,35 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
 
 from gemma3_export.config.gemma3_config import Gemma3Config
-from gemma3_export.parity.observations import Seen, TeacherForcing
 from gemma3_export.parity.options import VerifyOptions
-from gemma3_export.parity.padding import accepts_padding, padded_batch
-from gemma3_export.parity.sequences import TokenSequence, decode_start
-from gemma3_export.runtimes.protocol import Runtime
+from gemma3_export.parity.sequences import (
+    CacheRead,
+    Observation,
+    Seen,
+    TeacherForcing,
+    TokenSequence,
+    decode_start,
+    least_tokens,
+)
+from gemma3_export.runtimes.onnx.session import as_float32, run_graph, zeros
+from gemma3_export.runtimes.protocol import IntArray, KVCache, LayerKV, Logits, Runtime
+from gemma3_export.runtimes.torch.cache import as_numpy
 
-__all__ = ["Case", "cases_for", "chunk_size"]
+__all__ = [
+    "Case",
+    "PlanningRuntime",
+    "accepts_padding",
+    "cases_for",
+    "chunk_size",
+    "needed_positions",
+    "padded_batch",
+]
 
 LONG = 0  # index of the long random sequence
 SHORT = (1, 2)
@@ -184,3 +204,144 @@ def text(runtime: Runtime, *, sequences: Sequences, index: int) -> Iterator[Seen
     walk = TeacherForcing(runtime, sequences, [index])
     yield from walk.step(len(sequences[index].ids))
     yield from walk.read()
+
+
+# Padded batches, fed to a backend below the protocol (which never pads).
+#
+# Consumers other than our own runtime pad: on the left where positions come from the mask, on the
+# right where GroupQueryAttention takes lengths from the mask's sums.
+#
+# Shapes: B rows, T padded length, V vocabulary, K key-value heads, H head size.
+
+FloatArray = np.ndarray[Any, np.dtype[np.floating[Any]]]
+
+
+def accepts_padding(runtime: Runtime) -> bool:
+    """Whether this module knows how to feed padding to ``runtime``.
+
+    A windowed ONNX graph takes no empty past; its sibling, which others consume, does.
+    """
+    is_windowed = getattr(runtime, "is_windowed", False)
+    return runtime.name in ("onnx", "torchscript", "reference") and not is_windowed
+
+
+def padded_batch(
+    runtime: Runtime, sequences: Sequence[TokenSequence], rows: Sequence[int]
+) -> list[Seen]:
+    """Prefill whole sequences of different length in one padded batch with an empty past."""
+    pads_right = getattr(runtime, "target", None) == "ort"
+    ids, mask = pad([sequences[row].ids for row in rows], runtime.config.pad_token_id, pads_right)
+    logits, present = _forward(runtime, ids, mask)
+    seen: list[Seen] = []
+    for index, row in enumerate(rows):
+        keep = np.flatnonzero(mask[index])
+        layers = [
+            (key[index][:, keep], value[index][:, keep])
+            for key, value in zip(present[::2], present[1::2], strict=True)
+        ]
+        positions = np.arange(len(keep))
+        seen.append(Observation(row, positions, logits[index][keep], step=0, first_new=0))
+        least = least_tokens(runtime.config, len(keep))
+        seen.append(CacheRead(row, len(keep), layers, least))
+    return seen
+
+
+def pad(rows: Sequence[IntArray], token_id: int, pads_right: bool) -> tuple[IntArray, IntArray]:
+    """Ids and mask [B, T]."""
+    longest = max(len(row) for row in rows)
+    ids = np.full((len(rows), longest), token_id, np.int64)
+    mask = np.zeros_like(ids)
+    for index, row in enumerate(rows):
+        part = slice(0, len(row)) if pads_right else slice(longest - len(row), longest)
+        ids[index, part], mask[index, part] = row, 1
+    return ids, mask
+
+
+def _forward(runtime: Any, ids: IntArray, mask: IntArray) -> tuple[FloatArray, list[FloatArray]]:
+    """Logits [B, T, V], and keys and values [B, K, T, H] in turn."""
+    if runtime.name == "onnx":
+        signature = runtime.signature
+        empty = (ids.shape[0], runtime.config.num_key_value_heads, 0, runtime.config.head_dim)
+        feeds: dict[str, Any] = {
+            signature.input_ids.name: ids,
+            signature.attention_mask.name: mask,
+        }
+        for spec in signature.past:
+            feeds[spec.name] = zeros(empty, spec.dtype)
+        names = [spec.name for spec in signature.outputs]
+        logits, *present = map(as_float32, run_graph(runtime.session, names, feeds))
+        return logits, present
+    tokens, ones = (torch.from_numpy(array).to(runtime.device) for array in (ids, mask))
+    with torch.inference_mode():
+        if runtime.name == "torchscript":
+            shape = (ids.shape[0], runtime.config.num_key_value_heads, 0, runtime.config.head_dim)
+            past = [
+                torch.zeros(shape, dtype=runtime.dtype, device=runtime.device)
+                for _ in range(2 * runtime.config.num_hidden_layers)
+            ]
+            logits, *tensors = runtime.module(tokens, ones, past, torch.tensor([0]))
+        else:
+            output = runtime.model(tokens, ones)
+            logits, tensors = output.logits, [t for pair in output.past_key_values for t in pair]
+    return as_numpy(logits), [as_numpy(tensor) for tensor in tensors]
+
+
+# A dry run of the cases: which logits they will look at, and how many steps they take.
+
+
+class PlanningCache:
+    """Counts tokens and holds none."""
+
+    def __init__(self, batch_size: int, capacity: int) -> None:
+        self.batch_size, self.capacity = batch_size, capacity
+        self.lengths: IntArray = np.zeros(batch_size, np.int64)
+
+    def read(self, row: int) -> list[LayerKV]:
+        """Nothing."""
+        del row
+        return []
+
+    def truncate(self, row: int, length: int) -> None:
+        """Nothing."""
+        del row, length
+
+
+class PlanningRuntime:
+    """A :class:`gemma3_export.runtimes.protocol.Runtime` that computes nothing."""
+
+    name = "planning"
+
+    def __init__(self, config: Gemma3Config) -> None:
+        self.config = config
+
+    def describe(self) -> dict[str, object]:
+        """Its name."""
+        return {"runtime": self.name}
+
+    def new_cache(self, batch_size: int, capacity: int) -> KVCache:
+        """A cache that holds nothing."""
+        return PlanningCache(batch_size, capacity)
+
+    def step(
+        self, input_ids: IntArray, cache: KVCache, *, num_logits: int, row: int | None = None
+    ) -> Logits:
+        """Logits of an empty vocabulary."""
+        del cache, row
+        rows, new = input_ids.shape
+        return np.zeros((rows, num_logits or new, 0), np.float32)
+
+
+def needed_positions(
+    config: Gemma3Config, cases: Sequence[Case], sequences: Sequence[TokenSequence]
+) -> dict[int, set[int]]:
+    """The positions of each sequence whose logits some case compares."""
+    runtime = PlanningRuntime(config)
+    needed: dict[int, set[int]] = {}
+    for case in cases:
+        if case.name == "padded":  # goes below the protocol, and compares all of two sequences
+            needed |= {index: set(range(len(sequences[index].ids))) for index in SHORT}
+            continue
+        for seen in case.run(runtime):
+            if isinstance(seen, Observation):
+                needed.setdefault(seen.sequence, set()).update(seen.positions.tolist())
+    return needed

@@ -18,7 +18,7 @@ from gemma3_export.parity.activation_range import (
     measure_ranges,
     range_gate,
 )
-from gemma3_export.parity.cases import Case, cases_for
+from gemma3_export.parity.cases import Case, cases_for, needed_positions
 from gemma3_export.parity.differences import LogitDifference
 from gemma3_export.parity.expected import ReferenceTruth, RuntimeTruth, Truth
 from gemma3_export.parity.graph_variants import (
@@ -27,13 +27,16 @@ from gemma3_export.parity.graph_variants import (
     run_float_cases,
     run_sibling_cases,
 )
-from gemma3_export.parity.held_out import held_out_sequences, measure_quality
 from gemma3_export.parity.judge import Limits, SeenLogits, judge_case
 from gemma3_export.parity.locate import locate
 from gemma3_export.parity.noise_floor import Yardstick
 from gemma3_export.parity.options import HalfPrecision, Progress, VerifyOptions, compute_dtype
-from gemma3_export.parity.planning import needed_positions
-from gemma3_export.parity.quality import judge_quality, requality
+from gemma3_export.parity.quality import (
+    held_out_sequences,
+    judge_quality,
+    measure_quality,
+    requality,
+)
 from gemma3_export.parity.report.model import (
     CaseResult,
     Divergence,

@@ -18,9 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gemma3_export.parity.observations import Observation, TeacherForcing
 from gemma3_export.parity.rounding import ActivationRounding
-from gemma3_export.parity.sequences import TokenSequence
+from gemma3_export.parity.sequences import Observation, TeacherForcing, TokenSequence
 from gemma3_export.reference.model import Gemma3, KeyValue
 from gemma3_export.runtimes.protocol import IntArray, Runtime
 

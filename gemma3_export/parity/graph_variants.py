@@ -13,12 +13,11 @@ import numpy as np
 
 from gemma3_export.config.gemma3_config import Gemma3Config
 from gemma3_export.parity.candidate_check import chosen_logits
-from gemma3_export.parity.cases import Case, cases_for
+from gemma3_export.parity.cases import Case, cases_for, needed_positions
 from gemma3_export.parity.expected import Truth
 from gemma3_export.parity.judge import Limits, judge_case
 from gemma3_export.parity.noise_floor import NoiseFloor, Yardstick
 from gemma3_export.parity.options import Progress
-from gemma3_export.parity.planning import needed_positions
 from gemma3_export.parity.report.model import CaseResult
 from gemma3_export.runtimes.protocol import CacheForms, FloatProducts, Runtime
 

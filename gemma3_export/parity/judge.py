@@ -29,8 +29,8 @@ from gemma3_export.parity.differences import (
 )
 from gemma3_export.parity.expected import Truth
 from gemma3_export.parity.noise_floor import NoiseFloor, next_ids
-from gemma3_export.parity.observations import CacheRead, Observation, Seen
 from gemma3_export.parity.report.model import CaseResult, LayerResult, MetricResult, PointResult
+from gemma3_export.parity.sequences import CacheRead, Observation, Seen
 
 __all__ = ["Limits", "SeenLogits", "judge_case"]
 

@@ -24,9 +24,8 @@ from gemma3_export.parity.differences import (
 )
 from gemma3_export.parity.expected import ReferenceTruth, Truth, with_greedy_tokens
 from gemma3_export.parity.options import VerifyOptions
-from gemma3_export.parity.rounding import FLIP_SHARE, ActivationRounding
+from gemma3_export.parity.rounding import FLIP_SHARE, ActivationRounding, widen_residual
 from gemma3_export.parity.sequences import TokenSequence, decode_start, sequences_for
-from gemma3_export.parity.wide_residual import widen_residual
 from gemma3_export.reference.loading import load_reference
 from gemma3_export.reference.model import Gemma3, KeyValue
 from gemma3_export.reference.weights import WeightSource

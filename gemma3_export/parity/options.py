@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 
 from gemma3_export.bundle.bundle import require_max_kld
+from gemma3_export.config.gemma3_config import Gemma3Config
 from gemma3_export.errors import InputError
 
-__all__ = ["HalfPrecision", "Progress", "VerifyOptions", "compute_dtype", "floor_dtype"]
+__all__ = [
+    "SMALL_PARAMETERS",
+    "HalfPrecision",
+    "Progress",
+    "VerifyOptions",
+    "compute_dtype",
+    "floor_dtype",
+    "threads_for",
+    "torch_threads",
+]
 
 Progress = Callable[[str, int, int], None]  # stage, done, total
 
@@ -117,3 +128,37 @@ def floor_dtype(declared: object) -> torch.dtype:
         if str(declared).startswith(("int", "keep", "mixed")):
             return torch.float32
         raise InputError(f"a runtime declares the unknown element type {declared!r}") from None
+
+
+# How many threads an export and its parity check use, in torch and in ONNX Runtime.
+#
+# Both keep their threads spinning between operators. Where operators are tiny and other
+# programs want
+# the processors too, handing work over takes minutes instead of a second.
+
+SMALL_PARAMETERS = 20_000_000  # fewer than these gain nothing from a second thread
+
+
+def threads_for(config: Gemma3Config, threads: int | None) -> int | None:
+    """``threads``; if None, one for a small model, and None (all processors) for others.
+
+    Raises:
+        InputError: less than one.
+    """
+    if threads is not None and threads < 1:
+        raise InputError(f"threads is {threads}; give at least 1")
+    if threads is None and config.num_parameters < SMALL_PARAMETERS:
+        return 1
+    return threads
+
+
+@contextmanager
+def torch_threads(threads: int | None) -> Iterator[None]:
+    """Let torch's operators use ``threads`` inside, and what they used before afterwards."""
+    before = torch.get_num_threads()
+    if threads is not None:
+        torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -16,8 +16,7 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 
 from gemma3_export.errors import InputError
 from gemma3_export.tokenizer.chat import CONTROL_TOKENS
-from gemma3_export.tokenizer.tokenizer import Tokenizer
-from gemma3_export.tokenizer.tokenizer_json import IMAGE_PLACEHOLDER
+from gemma3_export.tokenizer.tokenizer import IMAGE_PLACEHOLDER, Tokenizer
 
 __all__ = ["MetadataReader", "merges_from_scores", "tokenizer_from_gguf"]
 

@@ -16,8 +16,7 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
 from gemma3_export.errors import InputError, UnavailableError
-from gemma3_export.tokenizer.token_bytes import character_of_byte
-from gemma3_export.tokenizer.tokenizer import Tokenizer
+from gemma3_export.tokenizer.tokenizer import Tokenizer, character_of_byte
 
 if TYPE_CHECKING:
     import tiktoken

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import codecs
 import json
+import re
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -26,10 +27,18 @@ from gemma3_export.tokenizer.chat import (
     ChatMessage,
     chat_turns,
 )
-from gemma3_export.tokenizer.token_bytes import has_byte_level_decoder, piece_bytes
-from gemma3_export.tokenizer.tokenizer_json import IMAGE_PLACEHOLDER, read_tokenizer_json
 
-__all__ = ["StreamingDecoder", "Tokenizer", "load_tokenizer"]
+__all__ = [
+    "IMAGE_PLACEHOLDER",
+    "StreamingDecoder",
+    "Tokenizer",
+    "character_of_byte",
+    "has_byte_level_decoder",
+    "load_tokenizer",
+    "parse_tokenizer_json",
+    "piece_bytes",
+    "read_tokenizer_json",
+]
 
 MAX_PADDING_ROWS = 128
 
@@ -323,3 +332,109 @@ def _encode(backend: tokenizers.Tokenizer, text: str) -> list[int]:
             f"the text {text!r:.60} cannot be encoded; it must be a string of Unicode characters "
             "(half a surrogate pair is none)"
         ) from error
+
+
+# Reading ``tokenizer.json`` into the ``tokenizers`` library, for text models.
+
+# Its id lies outside the text models' vocabulary; only the multimodal processor may use it.
+IMAGE_PLACEHOLDER = "<image_soft_token>"
+
+
+def read_tokenizer_json(path: Path) -> tokenizers.Tokenizer:
+    """Read the file at ``path``, leaving out the image placeholder.
+
+    Raises:
+        InputError: the file is missing, truncated or no tokenizer.
+    """
+    try:
+        return parse_tokenizer_json(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read the tokenizer {path}: {error}") from error
+    except InputError as error:
+        raise InputError(f"{path} {error}") from error
+
+
+def parse_tokenizer_json(text: str) -> tokenizers.Tokenizer:
+    """Read the contents of a ``tokenizer.json``, leaving out the image placeholder.
+
+    Raises:
+        InputError: ``text`` is no tokenizer.
+    """
+    try:
+        if IMAGE_PLACEHOLDER in text:
+            text = _without_image_placeholder(text)
+        return tokenizers.Tokenizer.from_str(text)
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    # The library reports broken files with bare Exception, and odd ones with a Rust panic, which
+    # is not even an Exception.
+    except BaseException as error:
+        raise InputError(f"is not a readable tokenizer.json ({error}); fetch it again") from error
+
+
+def _without_image_placeholder(text: str) -> str:
+    """``text`` without the added token that text models have no embedding for."""
+    # Only the list is parsed, which comes early: all of Gemma's 33 MB would take a second more.
+    _, found, rest = text.partition('"added_tokens"')
+    if found and (tail := rest.lstrip()).startswith(":"):
+        start = len(text) - len(tail[1:].lstrip())
+        added, end = json.JSONDecoder().raw_decode(text, start)
+        if isinstance(added, list):
+            return f"{text[:start]}{json.dumps(_without_placeholder(added))}{text[end:]}"
+    whole = json.loads(text)
+    whole["added_tokens"] = _without_placeholder(whole.get("added_tokens") or [])
+    return json.dumps(whole)
+
+
+def _without_placeholder(added: list[dict[str, object]]) -> list[dict[str, object]]:
+    return [token for token in added if token["content"] != IMAGE_PLACEHOLDER]
+
+
+# The bytes that a vocabulary entry stands for, in the two kinds of tokenizer that occur.
+
+_BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
+_GEMMA_DECODERS = [
+    {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
+    {"type": "ByteFallback"},
+    {"type": "Fuse"},
+]
+
+
+def has_byte_level_decoder(backend: tokenizers.Tokenizer) -> bool:
+    """Whether ``backend`` writes bytes as GPT-2 does (True) or as Gemma does (False).
+
+    Raises:
+        InputError: it does neither.
+    """
+    state = json.loads(backend.decoder.__getstate__()) if backend.decoder else {}
+    if state.get("type") == "ByteLevel":
+        return True
+    if state.get("type") == "Sequence" and state.get("decoders") == _GEMMA_DECODERS:
+        return False
+    raise InputError(
+        f"the tokenizer's decoder is {json.dumps(state):.200}; only Gemma's (Replace, "
+        "ByteFallback, Fuse) and GPT-2's (ByteLevel) are supported"
+    )
+
+
+def piece_bytes(piece: str, *, is_byte_level: bool) -> bytes:
+    """The bytes of the vocabulary entry ``piece``."""
+    if is_byte_level:
+        try:
+            return bytes([_BYTE_OF_CHARACTER[character] for character in piece])
+        except KeyError:  # an added token, which is kept as it is written
+            return piece.encode()
+    if match := _BYTE_PIECE.fullmatch(piece):
+        return bytes([int(match[1], 16)])
+    return piece.replace("▁", " ").encode()
+
+
+def character_of_byte() -> dict[int, str]:
+    """GPT-2's way to write bytes: printable ones as themselves, the rest from U+0100 on."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    rest = [byte for byte in range(256) if byte not in printable]
+    table = {byte: chr(byte) for byte in printable}
+    return table | {byte: chr(0x100 + offset) for offset, byte in enumerate(rest)}
+
+
+_BYTE_OF_CHARACTER = {character: byte for byte, character in character_of_byte().items()}

@@ -12,22 +12,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 
-from gemma3_export.errors import Gemma3ExportError
+from gemma3_export.errors import Gemma3ExportError, UnavailableError
 from gemma3_export.reference.model import Gemma3
+from gemma3_export.reference.runtime import ReferenceRuntime
 from gemma3_export.reference.training.checkpoints import save_checkpoint
-from gemma3_export.reference.training.compiling import compile_in_place
-from gemma3_export.reference.training.distributed import Ranks
-from gemma3_export.reference.training.loss_module import LossModule, compute_dtype_of
-from gemma3_export.reference.training.metrics_log import Logbook, LogRow
-from gemma3_export.reference.training.model_folder import write_weights
-from gemma3_export.reference.training.optimizer import (
-    learning_rate,
-    make_optimizer,
-    set_learning_rate,
-)
-from gemma3_export.reference.training.options import TrainOptions
-from gemma3_export.reference.training.parallel import (
+from gemma3_export.reference.training.distributed import (
+    Ranks,
     clip_gradients,
     distribute,
     load_state,
@@ -35,13 +27,37 @@ from gemma3_export.reference.training.parallel import (
     whole_model,
     whole_optimizer,
 )
-from gemma3_export.reference.training.samples import sample_text
-from gemma3_export.reference.training.stopping import StopSignals
-from gemma3_export.reference.training.throughput import flops_per_token, measure_peak_flops
-from gemma3_export.reference.training.token_data import TokenData
-from gemma3_export.reference.training.windows import TRAIN_STREAM, VALIDATION_STREAM, Windows
+from gemma3_export.reference.training.loss import LossModule, compute_dtype_of
+from gemma3_export.reference.training.metrics_log import (
+    Logbook,
+    LogRow,
+    flops_per_token,
+    measure_peak_flops,
+)
+from gemma3_export.reference.training.model_folder import write_weights
+from gemma3_export.reference.training.optimizer import (
+    learning_rate,
+    make_optimizer,
+    set_learning_rate,
+)
+from gemma3_export.reference.training.options import TrainOptions
+from gemma3_export.reference.training.token_data import (
+    TRAIN_STREAM,
+    VALIDATION_STREAM,
+    TokenData,
+    Windows,
+)
+from gemma3_export.runtimes.generation.loop import generate
+from gemma3_export.runtimes.generation.sampling import SamplingParams
+from gemma3_export.signals import StopSignals
+from gemma3_export.tokenizer.tokenizer import StreamingDecoder, Tokenizer
 
-__all__ = ["Progress", "Trainer"]
+__all__ = [
+    "Progress",
+    "Trainer",
+    "compile_in_place",
+    "sample_text",
+]
 
 
 @dataclass(kw_only=True, slots=True)
@@ -293,3 +309,55 @@ def set_random_states(states: dict[str, Any], device: torch.device) -> None:
     np.random.set_state((name, numbers.numpy().astype(np.uint32), *rest))
     if device.type == "cuda" and "cuda" in states:
         torch.cuda.set_rng_state(states["cuda"], device)
+
+
+# Text from a model in training, by the same loop that serves the exported one.
+
+TEMPERATURE, TOP_K = 0.8, 64
+
+
+def sample_text(
+    model: Gemma3, tokenizer: Tokenizer, prompt: str, max_new_tokens: int, seed: int
+) -> str:
+    """Continue ``prompt``, which may be empty; the sampler's draws touch no global state."""
+    ids = tokenizer.encode(prompt)
+    if not ids:  # a tokenizer without <bos>: a document also begins after the end of another
+        assert tokenizer.eos_token_id is not None
+        ids = [tokenizer.eos_token_id]
+    was_training = model.training
+    generation = generate(
+        ReferenceRuntime(model),
+        [ids],
+        SamplingParams(temperature=TEMPERATURE, top_k=TOP_K, seed=seed),
+        max_new_tokens=max_new_tokens,
+        detokenize=lambda: StreamingDecoder(tokenizer),
+    )
+    text = generation.collect()[0].text
+    model.train(was_training)
+    return prompt + text
+
+
+# torch.compile, refused before a run begins where it cannot work.
+
+
+def compile_in_place(module: nn.Module, device: torch.device) -> None:
+    """Have ``module`` compiled on its first calls.
+
+    Raises:
+        UnavailableError: a trivial function cannot be compiled, for want of a C++ compiler or of
+            Triton, say.
+    """
+    try:
+        torch.compile(_probe)(torch.ones(8, device=device))
+    # Inductor, Triton and the compilers that they start fail in many ways.
+    except Exception as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise UnavailableError(
+            f"--compile does not work here ({reason[0]:.200}); on a CPU it needs a C++ compiler "
+            "such as g++, on CUDA Triton as well: install them, or leave --compile away"
+        ) from error
+    module.compile()
+
+
+def _probe(x: Tensor) -> Tensor:
+    return x * 2 + 1

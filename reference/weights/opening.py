@@ -22,11 +22,14 @@ from gemma3_export.config.presets import SIZES, TEXT_VOCAB_SIZE, preset
 from gemma3_export.errors import InputError
 from gemma3_export.reference.weights.checkpoint import CheckpointSource
 from gemma3_export.reference.weights.hub import download
-from gemma3_export.reference.weights.random_source import RandomSource
-from gemma3_export.reference.weights.safetensors_store import SafetensorsStore, read_shard_index
-from gemma3_export.reference.weights.source import WeightSource
-from gemma3_export.reference.weights.stores import GgufStore, TensorStore
-from gemma3_export.reference.weights.torch_store import TorchStore
+from gemma3_export.reference.weights.source import RandomSource, WeightSource
+from gemma3_export.reference.weights.stores import (
+    GgufStore,
+    SafetensorsStore,
+    TensorStore,
+    TorchStore,
+    read_shard_index,
+)
 
 __all__ = ["DEMO", "DEMO_FOLDER", "open_weights"]
 

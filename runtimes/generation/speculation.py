@@ -18,18 +18,23 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
+
 from gemma3_export.errors import InputError
 from gemma3_export.runtimes.generation.request import RequestState
-from gemma3_export.runtimes.protocol import Logits
+from gemma3_export.runtimes.protocol import KVCache, Logits, Runtime
 
 __all__ = [
     "CHOSEN_COSTS",
     "MAX_DRAFT_TOKENS",
     "PLAIN_COSTS",
     "DraftBudget",
+    "DraftModel",
     "Drafter",
+    "PromptLookup",
     "Speculation",
     "StepCosts",
+    "relative_cost",
 ]
 
 MAX_DRAFT_TOKENS = 16
@@ -166,3 +171,134 @@ class Speculation:
         self._request.drafted_tokens += len(draft)
         self._drafted = len(draft)
         self._verified.extend(zip(draft, logits, strict=True))
+
+
+# Drafts from the text so far: what followed the last few tokens where they stood before.
+#
+# Summaries, code edits and answers that quote copy long passages, and there these drafts are right.
+
+
+class PromptLookup:
+    """A drafter that looks up the last tokens of one request in its own prompt and answer.
+
+    Longer matches go first, and of equally long ones the latest. A token costs a few dictionary
+    entries, whatever the length of the text.
+
+    Args:
+        max_ngram: most tokens that must have stood there before.
+        min_ngram: fewest tokens.
+
+    Raises:
+        InputError: the sizes are impossible.
+    """
+
+    token_cost = 0.0
+
+    def __init__(self, *, max_ngram: int = 8, min_ngram: int = 3) -> None:
+        if not 1 <= min_ngram <= max_ngram:
+            raise InputError(
+                f"min_ngram is {min_ngram} and max_ngram {max_ngram}; they must be at least 1, "
+                "and the first no more than the second"
+            )
+        self._sizes = range(max_ngram, min_ngram - 1, -1)
+        self._ends: dict[tuple[int, ...], int] = {}  # n-gram to where it last ended
+        self._indexed = 0  # n-grams that end here or before are in there
+
+    def draft(self, tokens: Sequence[int], max_tokens: int) -> list[int]:
+        """See :class:`gemma3_export.runtimes.generation.speculation.Drafter`."""
+        self._index(tokens)
+        for size in self._sizes:
+            if len(tokens) <= size:
+                continue
+            end = self._ends.get(tuple(tokens[-size:]))
+            if end is not None:
+                return _continued(tokens, end, max_tokens)
+        return []
+
+    def _index(self, tokens: Sequence[int]) -> None:
+        """Remember all n-grams but those at the very end, which must not find themselves."""
+        for end in range(self._indexed + 1, len(tokens)):
+            for size in self._sizes:
+                if size <= end:
+                    self._ends[tuple(tokens[end - size : end])] = end
+        self._indexed = max(self._indexed, len(tokens) - 1)
+
+
+def _continued(tokens: Sequence[int], start: int, count: int) -> list[int]:
+    """``count`` tokens from ``start`` on; past the end, what has been read so repeats."""
+    found = list(tokens[start : start + count])
+    period = len(tokens) - start
+    while len(found) < count:
+        found.append(found[len(found) - period])
+    return found
+
+
+# Drafts from a smaller model: a 270M guesses how a larger Gemma goes on.
+#
+# Shapes: V vocabulary.
+
+PREFILL_CHUNK = 512
+
+
+class DraftModel:
+    """A drafter that continues one request's text greedily with another runtime.
+
+    Its cache is kept between drafts; tokens that turned out wrong are cut off.
+
+    Args:
+        runtime: the smaller model; its tokens must mean what they mean to the larger one.
+        capacity: tokens of prompt and answer; once they are exceeded, nothing is drafted.
+        token_cost: time of one of its steps, in steps of the model that verifies.
+    """
+
+    def __init__(self, runtime: Runtime, *, capacity: int, token_cost: float) -> None:
+        self.token_cost = token_cost
+        self._runtime = runtime
+        self._capacity = min(capacity, runtime.config.max_position_embeddings)
+        self._cache: KVCache | None = None
+        self._fed: list[int] = []
+        self._seen = 0  # of the tokens fed, those that were the request's own and so cannot change
+
+    def draft(self, tokens: Sequence[int], max_tokens: int) -> list[int]:
+        """See :class:`gemma3_export.runtimes.generation.speculation.Drafter`."""
+        count = min(max_tokens, self._capacity - len(tokens) + 1)  # the last is never fed
+        if count < 1:
+            return []
+        found = [self._next_token(tokens)]
+        while len(found) < count:
+            found.append(self._feed(found[-1:]))
+        return found
+
+    def _next_token(self, tokens: Sequence[int]) -> int:
+        """What follows ``tokens``, of which only those that are new or changed are computed."""
+        if self._cache is None:
+            self._cache = self._runtime.new_cache(1, self._capacity)
+        same, end = self._seen, min(len(self._fed), len(tokens) - 1)
+        while same < end and self._fed[same] == tokens[same]:
+            same += 1
+        self._cache.truncate(0, same)
+        del self._fed[same:]
+        self._seen = len(tokens)
+        for start in range(same, len(tokens), PREFILL_CHUNK):
+            following = self._feed(tokens[start : start + PREFILL_CHUNK])
+        return following
+
+    def _feed(self, tokens: Sequence[int]) -> int:
+        assert self._cache is not None
+        logits = self._runtime.step(np.array([tokens], np.int64), self._cache, num_logits=1)
+        self._fed.extend(tokens)
+        return int(logits[0, -1].argmax())
+
+
+def relative_cost(draft: Runtime, model: Runtime) -> float:
+    """Time of a step of ``draft`` in steps of ``model``: as their weights, which a step reads.
+
+    Raises:
+        InputError: the vocabularies differ in size.
+    """
+    if draft.config.vocab_size != model.config.vocab_size:
+        raise InputError(
+            f"the draft model has a vocabulary of {draft.config.vocab_size} tokens and the model "
+            f"one of {model.config.vocab_size}; both must have the same tokenizer"
+        )
+    return draft.config.num_parameters / model.config.num_parameters

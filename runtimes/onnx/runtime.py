@@ -15,27 +15,27 @@ from typing import Any
 
 import numpy as np
 
-from gemma3_export.bundle.bundle import Bundle
-from gemma3_export.bundle.signature import Signature
+from gemma3_export.bundle.bundle import Bundle, Graph
+from gemma3_export.bundle.signature import WINDOW_MARGIN, Signature
 from gemma3_export.config.gemma3_config import Gemma3Config
+from gemma3_export.device import Device
 from gemma3_export.errors import Gemma3ExportError, InputError
 from gemma3_export.runtimes.generation.candidates import SPARE, Candidates, most_needed
 from gemma3_export.runtimes.generation.sampling import SamplingParams
-from gemma3_export.runtimes.onnx.caches import OnnxCache, SharedCache
-from gemma3_export.runtimes.onnx.decode_steps import GRAPH_ID, DecodeSteps, SideSessions
-from gemma3_export.runtimes.onnx.graph_choice import (
-    chooses_windows,
-    device_for,
-    require_shareable,
-    window_problem,
+from gemma3_export.runtimes.onnx.caches import GrowingCache, OnnxCache, SharedCache, WindowedCache
+from gemma3_export.runtimes.onnx.decode_steps import (
+    GRAPH_ID,
+    DecodeSteps,
+    ScreenedSteps,
+    SideSessions,
+    has_known_grid,
 )
-from gemma3_export.runtimes.onnx.growing_cache import GrowingCache
-from gemma3_export.runtimes.onnx.interface import check_interface
-from gemma3_export.runtimes.onnx.mapped_weights import drop_mapped_pages
-from gemma3_export.runtimes.onnx.screened_steps import ScreenedSteps, has_known_grid
 from gemma3_export.runtimes.onnx.session import (
     WEIGHTS_FOLDER,
     CudaOptions,
+    check_interface,
+    choose_device,
+    drop_mapped_pages,
     first_line,
     import_onnxruntime,
     open_session,
@@ -45,10 +45,15 @@ from gemma3_export.runtimes.onnx.upcast import (
     weights_folder,
     with_float_products,
 )
-from gemma3_export.runtimes.onnx.windowed_cache import WindowedCache
 from gemma3_export.runtimes.protocol import IntArray, KVCache, Logits, check_capacity, check_step
 
-__all__ = ["OnnxRuntime"]
+__all__ = [
+    "OnnxRuntime",
+    "chooses_windows",
+    "device_for",
+    "require_shareable",
+    "window_problem",
+]
 
 SCREENED_ROWS = 8  # of a batch; more of them share what is read, and the copy saves nothing
 NO_PACKING = "session.disable_prepacking"  # kernels take matrices as they are
@@ -297,3 +302,87 @@ class OnnxRuntime:
                 np.array([count], dtype=np.int64)
             )
         return self._counts[count]
+
+
+# Which of a bundle's ONNX graphs to run, and on which device.
+
+WINDOWS_SINCE = (1, 31)  # ONNX Runtime's sliding_window_cache on the CPU
+
+
+def device_for(graph: Graph, name: str) -> Device:
+    """Where to run ``graph``; see :func:`gemma3_export.runtimes.onnx.session.choose_device`.
+
+    ``GroupQueryAttention`` has no float32 kernel on CUDA (`make placement` tells when it gets one):
+    attention would run on the CPU, and every key and value cross the bus in every step.
+
+    Raises:
+        InputError: CUDA was asked for, and the graph's attention cannot run there.
+        UnavailableError: ONNX Runtime or the device is missing.
+    """
+    device = choose_device(name)
+    if device.kind != "cuda" or graph.target != "ort" or graph.cache_dtype != "float32":
+        return device
+    if name == "auto":
+        return choose_device("cpu")
+    remedy = (
+        "--dtype bf16, or with --dtype fp32 --target portable"
+        if all(recipe.blocks is None for recipe in graph.weights.values())
+        else f"--dtype {graph.dtype} --activations bf16"
+    )
+    raise InputError(
+        f"this graph ({graph.dtype}, target ort) computes attention in float32, for which ONNX "
+        f"Runtime has no kernel on CUDA; export with {remedy}, or pass --device cpu"
+    )
+
+
+def chooses_windows(bundle: Bundle, device: Device, wanted: bool | None) -> bool:
+    """Whether to run the graph whose sliding layers keep their window only.
+
+    Raises:
+        InputError: it is wanted and not to be had.
+    """
+    problem = window_problem(bundle, device)
+    if wanted and problem:
+        raise InputError(f"windowed caches were asked for, but {problem}")
+    if wanted is None:  # windows shorter than their margin save nothing
+        return problem is None and bundle.config.sliding_window > WINDOW_MARGIN
+    return wanted
+
+
+def window_problem(bundle: Bundle, device: Device) -> str | None:
+    """Why the graph with windowed caches cannot run; None if it can.
+
+    On CUDA its caches must have exactly the window's size, which nobody here has seen run.
+    """
+    config = bundle.config
+    if config.sliding_window >= config.max_position_embeddings:
+        return (
+            f"the window of {config.sliding_window} tokens is as long as the context of "
+            f"{config.max_position_embeddings}, so there is nothing to let go of"
+        )
+    if bundle.graph("onnx").windowed_path is None:
+        return "the bundle has no such graph; export it anew, for the target ort"
+    if device.kind != "cpu":
+        return "they are for the CPU; pass --device cpu"
+    version = import_onnxruntime().__version__
+    if tuple(int(part) for part in version.split(".")[:2]) < WINDOWS_SINCE:
+        needed = ".".join(map(str, WINDOWS_SINCE))
+        return f"they need onnxruntime {needed} and this is {version}; upgrade it"
+    return None
+
+
+def require_shareable(bundle: Bundle, device: Device) -> None:
+    """Refuse to run matrices as they lie in the file where that is no use.
+
+    Raises:
+        InputError: on a GPU, or with kernels that are far slower that way.
+    """
+    graph = bundle.graph("onnx")
+    if device.kind == "cpu" and graph.dtype == "fp32":
+        return
+    reason = (
+        f"bundles in {graph.dtype} have kernels that need their own layout of the weights"
+        if device.kind == "cpu"
+        else f"{device} has memory of its own"
+    )
+    raise InputError(f"weights can be shared between processes in fp32 on the CPU only: {reason}")

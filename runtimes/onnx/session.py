@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from numpy.typing import NDArray
+
+from gemma3_export.bundle.bundle import MANIFEST
+from gemma3_export.bundle.signature import Axis, DType, Signature
 from gemma3_export.cuda.driver import gpu_count
-from gemma3_export.cuda.packages import (
+from gemma3_export.cuda.facts import (
     BOTH_INSTALLED,
     CPU_PACKAGE,
     CUDA_EXTRA,
@@ -23,7 +30,19 @@ from gemma3_export.errors import InputError, UnavailableError
 if TYPE_CHECKING:
     import onnxruntime
 
-__all__ = ["DOCTOR", "CudaOptions", "choose_device", "open_session"]
+__all__ = [
+    "DOCTOR",
+    "ONNX_BFLOAT16",
+    "CudaOptions",
+    "as_float32",
+    "check_interface",
+    "choose_device",
+    "drop_mapped_pages",
+    "open_session",
+    "run_graph",
+    "widened",
+    "zeros",
+]
 
 CUDA_PROVIDER = "CUDAExecutionProvider"
 CPU_PROVIDER = "CPUExecutionProvider"
@@ -187,3 +206,161 @@ def require_cuda(ort: Any) -> None:
 def first_line(error: Exception) -> str:
     """An error's text without the stack of file names that may follow it."""
     return str(error).strip().split("\n", 1)[0]
+
+
+# Whether a loaded ONNX graph has the inputs and outputs that its bundle declares.
+
+ELEMENT_TYPES: dict[DType, str] = {
+    "float32": "tensor(float)",
+    "float16": "tensor(float16)",
+    "bfloat16": "tensor(bfloat16)",
+    "int64": "tensor(int64)",
+}
+SHOWN = 2
+
+
+def check_interface(session: Any, signature: Signature, graph: Path) -> None:
+    """Refuse a graph that was swapped, or whose config was edited, before its first step.
+
+    What does not show in a shape (the window's size, a rotation's base) is parity's business.
+
+    Args:
+        session: of the graph.
+        signature: what config and manifest say about it.
+        graph: its file, for the message.
+
+    Raises:
+        InputError: names, element types or extents differ.
+    """
+    problems = list(_problems(session, signature))
+    if problems:
+        more = f" and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
+        raise InputError(
+            f"{graph} does not have the inputs and outputs that its config.json and {MANIFEST} "
+            f"declare: {'; '.join(problems[:SHOWN])}{more}; restore the files or export it anew"
+        )
+
+
+def _problems(session: Any, signature: Signature) -> Iterator[str]:
+    found = {
+        value.name: value
+        for value in (
+            *session.get_inputs(),
+            *session.get_overridable_initializers(),
+            *session.get_outputs(),
+        )
+    }
+    declared = {spec.name: spec for spec in (*signature.inputs, *signature.outputs)}
+    for name, spec in declared.items():
+        value = found.get(name)
+        if value is None:
+            yield f"{name} is missing"
+        elif value.type != ELEMENT_TYPES[spec.dtype]:
+            yield f"{name} is {value.type}, declared as {ELEMENT_TYPES[spec.dtype]}"
+        elif not _agree(spec.axes, value.shape):
+            yield f"{name} is {_text(value.shape)}, declared as {_text(spec.axes)}"
+    yield from (f"{name} is not declared" for name in found if name not in declared)
+
+
+def _agree(declared: tuple[Axis, ...], found: list[Any]) -> bool:
+    """Whether all axes are the same, as far as both say an extent, or both a name."""
+    return len(declared) == len(found) and all(
+        wanted == axis or not isinstance(axis, type(wanted))
+        for wanted, axis in zip(declared, found, strict=True)
+    )
+
+
+def _text(axes: Any) -> str:
+    return f"[{', '.join(map(str, axes))}]"
+
+
+# ONNX Runtime's tensors in numpy's terms, bfloat16 included, which numpy does not have.
+
+ONNX_BFLOAT16 = 16  # onnx.TensorProto.BFLOAT16
+
+
+def zeros(shape: Sequence[int], dtype: str) -> Any:
+    """An OrtValue on the CPU."""
+    ort = import_onnxruntime()
+    if dtype == "bfloat16":
+        bits = np.zeros(shape, np.uint16)
+        return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(bits, ONNX_BFLOAT16)
+    return ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, dtype))
+
+
+def run_graph(session: Any, outputs: Sequence[str], feeds: Mapping[str, Any]) -> list[Any]:
+    """What ``session.run`` does, for values of every type: OrtValues on the CPU.
+
+    Args:
+        session: of any graph.
+        outputs: names.
+        feeds: arrays or OrtValues by the inputs' names.
+    """
+    ort = import_onnxruntime()
+    values = {
+        name: ort.OrtValue.ortvalue_from_numpy(value) if isinstance(value, np.ndarray) else value
+        for name, value in feeds.items()
+    }
+    found: list[Any] = session.run_with_ort_values(list(outputs), values)
+    return found
+
+
+def as_float32(value: Any) -> NDArray[np.float32]:
+    """A copy of an OrtValue on the CPU."""
+    if value.element_type() != ONNX_BFLOAT16:
+        array: NDArray[np.float32] = value.numpy().astype(np.float32)
+        return array
+    count = int(np.prod(value.shape()))
+    if not count:  # nothing lies at its address
+        return np.zeros(value.shape(), np.float32)
+    bits = (ctypes.c_uint16 * count).from_address(value.data_ptr())
+    return widened(np.ctypeslib.as_array(bits).reshape(value.shape()))
+
+
+def widened(bits: NDArray[np.uint16]) -> NDArray[np.float32]:
+    """Numbers in bfloat16, which is the upper half of a float32."""
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+# Give back the memory of weights that ONNX Runtime has laid out anew.
+#
+# It maps the file of weights, packs most matrices into copies for its kernels, and keeps the
+# mapping,
+# whose pages then count as the process's memory although hardly any is read again: of an embedding,
+# the rows of the tokens that come up. The system may drop such pages at any time; here they are
+# dropped at once, and what is needed comes back from the file.
+
+MAPS = Path("/proc/self/smaps")  # Linux has it
+HEADER = re.compile(r"^([0-9a-f]+)-([0-9a-f]+) \S+ \S+ \S+ \S+ +(.*)$")
+CHANGED = re.compile(r"^Anonymous: +(\d+) kB$")
+
+
+def drop_mapped_pages(file: Path) -> int:
+    """Let go of the pages of ``file`` that this process has mapped and not changed.
+
+    Returns:
+        Bytes of these mappings; 0 where the system does not tell them.
+    """
+    if not MAPS.exists():
+        return 0
+    library, dropped = ctypes.CDLL(None, use_errno=True), 0
+    for start, end in unchanged_mappings(MAPS.read_text(errors="surrogateescape"), file.resolve()):
+        address, size = ctypes.c_void_p(start), ctypes.c_size_t(end - start)
+        if library.madvise(address, size, mmap.MADV_DONTNEED) == 0:
+            dropped += end - start
+    return dropped
+
+
+def unchanged_mappings(smaps: str, file: Path) -> Iterator[tuple[int, int]]:
+    """First and last address of each mapping of ``file`` that equals the file.
+
+    Pages that were written to have no copy in the file; a mapping with one of them stays.
+    """
+    place: tuple[int, int] | None = None
+    for line in smaps.splitlines():
+        if header := HEADER.match(line):
+            place = (int(header[1], 16), int(header[2], 16)) if header[3] == str(file) else None
+        elif place and (changed := CHANGED.match(line)):
+            if changed[1] == "0":
+                yield place
+            place = None

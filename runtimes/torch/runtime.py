@@ -6,12 +6,15 @@ that it is trusted.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+from torch.export.passes import move_to_device_pass
 
 from gemma3_export.bundle.bundle import Bundle
 from gemma3_export.config.gemma3_config import Gemma3Config
@@ -24,7 +27,18 @@ from gemma3_export.runtimes.protocol import IntArray, KVCache, Logits, check_cap
 from gemma3_export.runtimes.torch.cache import TorchCache, as_numpy, to_device
 from gemma3_export.runtimes.torch.decode_steps import TorchDecodeSteps
 
-__all__ = ["ArchiveRuntime", "last_line", "torch_device"]
+if TYPE_CHECKING:
+    import torch
+
+__all__ = [
+    "ArchiveRuntime",
+    "Pt2Runtime",
+    "TorchScriptRuntime",
+    "executor_for",
+    "last_line",
+    "torch_device",
+    "torchscript",
+]
 
 
 class ArchiveRuntime:
@@ -196,3 +210,112 @@ def torch_device(name: str) -> torch.device:
 def last_line(error: Exception) -> str:
     """TorchScript puts the cause last, after the stack of its own code."""
     return str(error).strip().rsplit("\n", 1)[-1]
+
+
+# The one place that deals with TorchScript's deprecation.
+#
+# PyTorch deprecated TorchScript in 2.9 in favour of torch.export: it gets no new features,
+# warns when
+# it is used, and is not supported on Python 3.14. Archives still load in current PyTorch and
+# libtorch; docs/torchscript.md says what that means and what comes next.
+
+FIRST_UNSUPPORTED_PYTHON = (3, 14)
+
+
+@contextmanager
+def torchscript() -> Iterator[None]:
+    """Run a block that uses ``torch.jit``, without the deprecation's warnings.
+
+    Raises:
+        UnavailableError: this Python has no TorchScript, or torch is not installed.
+    """
+    if sys.version_info >= FIRST_UNSUPPORTED_PYTHON:
+        raise UnavailableError(
+            "TorchScript does not support Python 3.14 and newer; use Python 3.11 to 3.13, or the "
+            "ONNX runtime"
+        )
+    try:
+        import torch
+    except ImportError as error:
+        raise UnavailableError(
+            'TorchScript needs torch; run: pip install "gemma3-export[export]"'
+        ) from error
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=r".*torch\.jit.*", category=DeprecationWarning)
+        warnings.filterwarnings("ignore", message=r".*torch\.jit.*", category=FutureWarning)
+        warnings.filterwarnings("ignore", category=torch.jit.TracerWarning)  # type: ignore[attr-defined]
+        yield
+
+
+def executor_for(device: torch.device) -> AbstractContextManager[None]:
+    """The graph executor as it suits ``device``, for the steps that run inside the context.
+
+    On a CPU its specialisation makes the first steps several times as slow and no later step
+    faster: nearly all time is spent inside a few large operators. On a GPU it fuses small kernels,
+    so there it stays as torch sets it.
+    """
+    import torch
+
+    if device.type != "cpu":
+        return nullcontext()
+    optimized_execution: Callable[[bool], AbstractContextManager[None]]
+    optimized_execution = torch.jit.optimized_execution  # type: ignore[attr-defined]
+    return optimized_execution(False)
+
+
+# Run a bundle's TorchScript archive with torch alone: nothing of the reference is imported.
+
+
+class TorchScriptRuntime(ArchiveRuntime):
+    """A bundle's TorchScript archive; see :class:`ArchiveRuntime`."""
+
+    name = "torchscript"
+    can_capture = True
+
+    def load(self, path: Path) -> Any:
+        """See :class:`ArchiveRuntime`."""
+        with torchscript():
+            try:
+                load: Any = torch.jit.load  # untyped
+                module: Any = load(str(path), map_location=self.device)
+            except RuntimeError as error:
+                raise InputError(
+                    f"torch {torch.__version__} cannot load {path}: {last_line(error)}; "
+                    "export the bundle anew (with --no-prepack for torch builds without oneDNN)"
+                ) from error
+        return module.eval()
+
+    def executing(self) -> AbstractContextManager[None]:
+        """See :class:`ArchiveRuntime`."""
+        return executor_for(self.device)
+
+
+# Run a bundle's ``torch.export`` program with torch alone; no model definition is imported.
+
+
+class Pt2Runtime(ArchiveRuntime):
+    """A bundle's exported program; see :class:`ArchiveRuntime`."""
+
+    name = "pt2"
+    can_capture = False  # the chosen tokens' number is read from a mask
+
+    def count(self, num_logits: int) -> torch.Tensor:
+        """See :class:`ArchiveRuntime`; the program compares it with places on its device."""
+        return torch.tensor([num_logits], device=self.device)
+
+    def load(self, path: Path) -> Any:
+        """See :class:`ArchiveRuntime`; devices in the program become the runtime's."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # torch's own calls among themselves
+            try:
+                program = torch.export.load(path)
+            except Exception as error:  # the reader raises what its parts raise
+                raise InputError(
+                    f"torch {torch.__version__} cannot load {path}: {last_line(error)}; "
+                    "export the bundle anew"
+                ) from error
+            if self.device.type != "cpu":  # where it was traced
+                program = move_to_device_pass(program, str(self.device))
+            # The guards repeat what the example inputs happened to be (a past that is not empty);
+            # the graph itself computes every shape, which the tests prove.
+            return program.module(check_guards=False)

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from gemma3_export.bench import device as benchmark_device
-from gemma3_export.bench.device import device_bandwidths, read_device
+from gemma3_export.bench import machine as benchmark_device
+from gemma3_export.bench.machine import device_bandwidths, read_device
 from gemma3_export.bench.run import bandwidths_of, same_device
 from gemma3_export.bench.transformers_candidate import StaticCandidate, TransformersCandidate
 from gemma3_export.bundle.bundle import Bundle

@@ -12,7 +12,7 @@ import pytest
 from gemma3_export.bundle.bundle import Bundle
 from gemma3_export.errors import InputError
 from gemma3_export.exporters.bundle_writer import link_files
-from gemma3_export.parity.onnx_taps import OnnxTaps
+from gemma3_export.parity.intermediates import OnnxTaps
 from gemma3_export.reference.weights.bundle_weights import open_bundle_weights
 from gemma3_export.runtimes.onnx.runtime import OnnxRuntime
 from tests.cli.test_cli_errors import edit_json, error_line, run

@@ -9,9 +9,15 @@ from typing import Any
 
 import pytest
 
-from gemma3_export.config.config_keys import BENIGN_KEYS, TEXT_KEYS, WRAPPER_KEYS
 from gemma3_export.config.gemma3_config import Gemma3Config, default_layer_types
-from gemma3_export.config.hugging_face import config_from_json, config_to_json, load_config
+from gemma3_export.config.hugging_face import (
+    BENIGN_KEYS,
+    TEXT_KEYS,
+    WRAPPER_KEYS,
+    config_from_json,
+    config_to_json,
+    load_config,
+)
 from gemma3_export.config.presets import SIZES, preset
 from gemma3_export.errors import InputError
 from tests.support.tiny_models import tiny_config

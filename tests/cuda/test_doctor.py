@@ -15,10 +15,10 @@ from click.testing import CliRunner, Result
 from gemma3_export.cli import command_line
 from gemma3_export.cuda import doctor as report
 from gemma3_export.cuda.doctor import examine
+from gemma3_export.cuda.driver import needed_libraries
 from gemma3_export.cuda.facts import Driver, Facts, Gpu, Library, Machine, Packages, Trial
-from gemma3_export.cuda.libraries import needed_libraries
+from gemma3_export.cuda.placement import cuda_environment
 from gemma3_export.cuda.problems import problems_of
-from gemma3_export.cuda.stub import cuda_environment
 from tests.support.cuda_python import REPOSITORY, cuda_python
 from tests.support.fake_cuda import FakeCuda, compile_library
 

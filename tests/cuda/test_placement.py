@@ -12,8 +12,7 @@ from click.testing import CliRunner
 
 from gemma3_export.bundle.bundle import Bundle
 from gemma3_export.cli.command_line import command_line
-from gemma3_export.cuda.placement import check_placement, judge
-from gemma3_export.cuda.stub import compile_stub, find_provider
+from gemma3_export.cuda.placement import check_placement, compile_stub, find_provider, judge
 from gemma3_export.errors import UnavailableError
 from tests.support.cuda_formats import ONNX_FORMATS, CudaFormat
 from tests.support.cuda_python import cuda_python
@@ -83,7 +82,7 @@ def test_a_missing_wheel_or_compiler_is_named_with_its_fix(
 def test_inspect_says_how_to_get_what_it_needs(
     ort_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gemma3_export.cuda.stub.PROVIDER", "not there")
+    monkeypatch.setattr("gemma3_export.cuda.placement.PROVIDER", "not there")
     result = CliRunner().invoke(command_line, ["inspect", str(ort_bundle), "--cuda-placement"])
     assert result.exit_code == 3
     assert f"{sys.executable} has no onnxruntime-gpu" in result.stderr

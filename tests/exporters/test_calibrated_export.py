@@ -24,14 +24,14 @@ from gemma3_export.exporters.quantize.calibration import (
     calibration_from_file,
 )
 from gemma3_export.exporters.quantize.gptq import GptqRounding, Hessian
+from gemma3_export.exporters.quantize.mixed_precision import DivergenceMeter, Option, choose_options
 from gemma3_export.exporters.quantize.quantizers import matrix_names
-from gemma3_export.exporters.quantize.sensitivity import DivergenceMeter, Option, choose_options
 from gemma3_export.exporters.torch.torchscript import TorchScriptWriter
 from gemma3_export.parity import VerifyOptions, verify
 from gemma3_export.reference.loading import load_reference
 from gemma3_export.reference.weights.block_matrix import quantize
 from gemma3_export.reference.weights.bundle_weights import open_bundle_weights
-from gemma3_export.reference.weights.random_source import RandomSource
+from gemma3_export.reference.weights.source import RandomSource
 from tests.support.tiny_models import tiny_config
 from tests.support.tiny_tokenizers import tiny_gemma_tokenizer
 

@@ -27,7 +27,7 @@ from gemma3_export.parity import ParityReport, render_terminal, verify
 from gemma3_export.reference.weights import open_weights
 from gemma3_export.reference.weights.block_matrix import quantize
 from gemma3_export.reference.weights.bundle_weights import open_bundle_weights
-from gemma3_export.reference.weights.random_source import RandomSource
+from gemma3_export.reference.weights.source import RandomSource
 from gemma3_export.runtimes.onnx.runtime import OnnxRuntime, device_for
 from tests.exporters.test_quantized_export import (
     GGUF_CONFIG,
@@ -202,14 +202,14 @@ class FakeGpu:
 def test_attention_in_float32_is_not_run_on_the_cpu_in_silence(
     make: Callable[[], Bundle], remedy: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gemma3_export.runtimes.onnx.graph_choice.choose_device", FakeGpu())
+    monkeypatch.setattr("gemma3_export.runtimes.onnx.runtime.choose_device", FakeGpu())
     with pytest.raises(InputError, match=f"no kernel on CUDA; export with {remedy}"):
         OnnxRuntime(make(), device="cuda")
     assert OnnxRuntime(make(), device="auto", threads=1).device == Device("cpu")
 
 
 def test_what_has_attention_on_cuda_goes_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gemma3_export.runtimes.onnx.graph_choice.choose_device", FakeGpu())
+    monkeypatch.setattr("gemma3_export.runtimes.onnx.runtime.choose_device", FakeGpu())
     for bundle in (bundle_of("bf16"), Bundle(exported_bundle("portable"))):
         for name in ("auto", "cuda"):
             assert device_for(bundle.graph("onnx"), name) == Device("cuda")

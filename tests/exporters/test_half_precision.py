@@ -16,7 +16,7 @@ from gemma3_export.errors import InputError, UnavailableError
 from gemma3_export.exporters.bundle_writer import export_bundle
 from gemma3_export.exporters.onnx.writer import OnnxWriter
 from gemma3_export.parity import VerifyOptions, verify
-from gemma3_export.reference.weights.onnx_weights import BundleWeights
+from gemma3_export.reference.weights.bundle_weights import BundleWeights
 from gemma3_export.runtimes.onnx.runtime import OnnxRuntime
 from gemma3_export.runtimes.protocol import Logits
 from tests.support.exported_bundles import scratch, source_of

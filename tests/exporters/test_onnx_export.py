@@ -19,7 +19,7 @@ from gemma3_export.errors import InputError
 from gemma3_export.exporters.bundle_writer import export_bundle
 from gemma3_export.exporters.onnx.writer import OnnxWriter
 from gemma3_export.reference.weights import WeightSource
-from gemma3_export.reference.weights.onnx_weights import BundleWeights
+from gemma3_export.reference.weights.bundle_weights import BundleWeights
 from tests.support.exported_bundles import (
     TARGETS,
     VARIANTS,

@@ -18,7 +18,7 @@ from gemma3_export.exporters.torch.pt2 import Pt2Writer
 from gemma3_export.exporters.torch.torchscript import DTYPES
 from gemma3_export.runtimes.onnx.session import CudaOptions
 from gemma3_export.runtimes.torch import runtime as archive_runtime
-from gemma3_export.runtimes.torch.pt2_runtime import Pt2Runtime
+from gemma3_export.runtimes.torch.runtime import Pt2Runtime
 from tests.support.observed_runs import VARIANTS, observe, reference, source_of
 
 pytestmark = pytest.mark.slow  # torch takes seconds to trace, and as long to load
@@ -27,7 +27,7 @@ THIN = """
 import sys
 from pathlib import Path
 import numpy as np
-from gemma3_export.runtimes.torch.pt2_runtime import Pt2Runtime
+from gemma3_export.runtimes.torch.runtime import Pt2Runtime
 runtime = Pt2Runtime(Path(sys.argv[1]))
 runtime.step(np.array([[2, 3, 4]]), runtime.new_cache(1, 8), num_logits=1)
 unwanted = ("gemma3_export.reference", "gemma3_export.exporters", "transformers", "onnx")

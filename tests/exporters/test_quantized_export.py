@@ -28,7 +28,7 @@ from gemma3_export.reference.weights.block_matrix import (
     unpack_codes,
 )
 from gemma3_export.reference.weights.bundle_weights import open_bundle_weights
-from gemma3_export.reference.weights.random_source import RandomSource
+from gemma3_export.reference.weights.source import RandomSource
 from tests.support.tiny_models import tiny_config, tiny_weights, write_gguf
 
 CONFIG = tiny_config(num_hidden_layers=2, layer_types=("sliding_attention", "full_attention"))

@@ -22,8 +22,8 @@ from gemma3_export.exporters.bundle_writer import export_bundle
 from gemma3_export.exporters.torch.torchscript import DTYPES, TorchScriptWriter
 from gemma3_export.runtimes.generation.loop import generate
 from gemma3_export.runtimes.generation.sampling import SamplingParams
-from gemma3_export.runtimes.torch import torchscript_support
-from gemma3_export.runtimes.torch.torchscript_runtime import TorchScriptRuntime
+from gemma3_export.runtimes.torch import runtime as torchscript_support
+from gemma3_export.runtimes.torch.runtime import TorchScriptRuntime
 from tests.support.observed_runs import VARIANTS, errors, observe, reference, source_of
 
 PROMPT = [2, 30, 31, 32, 33, 34, 35, 36, 37]  # longer than the window of 6
@@ -227,7 +227,7 @@ THIN = """
 import sys
 from pathlib import Path
 import numpy as np
-from gemma3_export.runtimes.torch.torchscript_runtime import TorchScriptRuntime
+from gemma3_export.runtimes.torch.runtime import TorchScriptRuntime
 runtime = TorchScriptRuntime(Path(sys.argv[1]), device="cpu")
 runtime.step(np.array([[2, 3, 4]]), runtime.new_cache(1, 8), num_logits=1)
 unwanted = ("gemma3_export.reference", "gemma3_export.exporters", "transformers", "onnx")
@@ -239,8 +239,8 @@ from pathlib import Path
 import numpy as np
 from gemma3_export.exporters.bundle_writer import export_bundle
 from gemma3_export.exporters.torch.torchscript import TorchScriptWriter
-from gemma3_export.reference.weights.random_source import RandomSource
-from gemma3_export.runtimes.torch.torchscript_runtime import TorchScriptRuntime
+from gemma3_export.reference.weights.source import RandomSource
+from gemma3_export.runtimes.torch.runtime import TorchScriptRuntime
 from tests.support.tiny_models import tiny_config
 path = Path(sys.argv[1])
 export_bundle(RandomSource(tiny_config(), 0), path, TorchScriptWriter())

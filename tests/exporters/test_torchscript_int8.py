@@ -19,17 +19,13 @@ from gemma3_export.bundle.bundle import Bundle
 from gemma3_export.cli.torchscript_command import DTYPES as COMMAND_DTYPES
 from gemma3_export.errors import InputError, ParityError
 from gemma3_export.exporters.bundle_writer import export_bundle
-from gemma3_export.exporters.torch.modules import blocked_matrix
+from gemma3_export.exporters.torch.modules import FEW_ROWS, BlockedMatrix, blocked_matrix
 from gemma3_export.exporters.torch.torchscript import DTYPES, QUANTIZED, TorchScriptWriter
-from gemma3_export.exporters.torch.torchscript_matrix import FEW_ROWS, BlockedMatrix
 from gemma3_export.parity import ParityReport, VerifyOptions, verify
-from gemma3_export.reference.weights.archive_weights import owner_of
 from gemma3_export.reference.weights.block_matrix import BlockMatrix, quantize
-from gemma3_export.reference.weights.bundle_weights import open_bundle_weights
-from gemma3_export.reference.weights.random_source import RandomSource
-from gemma3_export.runtimes.torch.runtime import ArchiveRuntime
-from gemma3_export.runtimes.torch.torchscript_runtime import TorchScriptRuntime
-from gemma3_export.runtimes.torch.torchscript_support import torchscript
+from gemma3_export.reference.weights.bundle_weights import open_bundle_weights, owner_of
+from gemma3_export.reference.weights.source import RandomSource
+from gemma3_export.runtimes.torch.runtime import ArchiveRuntime, TorchScriptRuntime, torchscript
 from tests.support.observed_runs import VARIANTS
 from tests.support.tiny_models import tiny_config
 

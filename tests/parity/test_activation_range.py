@@ -31,7 +31,7 @@ from gemma3_export.parity.judge import at_most
 from gemma3_export.parity.options import HalfPrecision
 from gemma3_export.parity.report.model import HalfRanges
 from gemma3_export.parity.sequences import TokenSequence, random_ids
-from gemma3_export.reference.weights.random_source import RandomSource
+from gemma3_export.reference.weights.source import RandomSource
 from gemma3_export.runtimes.onnx.runtime import OnnxRuntime
 from tests.support.exported_bundles import scratch
 from tests.support.tiny_models import TINY, tiny_config

@@ -17,8 +17,8 @@ from gemma3_export.parity import VerifyOptions, compare, make_yardstick, verify
 from gemma3_export.parity.noise_floor import Yardstick
 from gemma3_export.reference.loading import load_reference
 from gemma3_export.reference.runtime import ReferenceRuntime
-from gemma3_export.reference.weights.onnx_weights import BundleWeights
-from gemma3_export.reference.weights.random_source import RandomSource
+from gemma3_export.reference.weights.bundle_weights import BundleWeights
+from gemma3_export.reference.weights.source import RandomSource
 from gemma3_export.runtimes.onnx.runtime import OnnxRuntime
 from tests.support.exported_bundles import SEED, TARGETS, exported_bundle, source_of
 from tests.support.tiny_models import tiny_config

@@ -20,8 +20,7 @@ from gemma3_export.reference.training.documents import (
     LocalFiles,
     PythonLibrary,
 )
-from gemma3_export.reference.training.preparation import prepare_tokens
-from gemma3_export.reference.training.small_bpe import train_bpe
+from gemma3_export.reference.training.preparation import prepare_tokens, train_bpe
 from gemma3_export.reference.training.token_data import open_token_data, token_dtype
 from tests.support.tiny_tokenizers import tiny_byte_level_tokenizer, tiny_gemma_tokenizer
 

@@ -14,10 +14,10 @@ from benchmarks import train_demo as demo
 from benchmarks.train_demo import DEMO_OPTIONS, install
 from gemma3_export.config.gemma3_config import Gemma3Config
 from gemma3_export.reference.loading import load_reference
-from gemma3_export.reference.training.loss_module import LossModule
+from gemma3_export.reference.training.loss import LossModule
 from gemma3_export.reference.training.options import TrainOptions
 from gemma3_export.reference.training.runs import train
-from gemma3_export.reference.training.samples import sample_text
+from gemma3_export.reference.training.trainer import sample_text
 from gemma3_export.reference.weights import open_weights
 from gemma3_export.reference.weights.opening import DEMO_FOLDER
 from gemma3_export.tokenizer.tokenizer import Tokenizer

@@ -11,14 +11,13 @@ import torch.nn.functional as F  # noqa: N812
 
 from gemma3_export.errors import InputError
 from gemma3_export.reference.model import Gemma3
-from gemma3_export.reference.training import throughput
+from gemma3_export.reference.training import metrics_log as throughput
 from gemma3_export.reference.training.initialization import fresh_model
-from gemma3_export.reference.training.loss import IGNORED_LABEL, chunked_cross_entropy
-from gemma3_export.reference.training.loss_module import LossModule
+from gemma3_export.reference.training.loss import IGNORED_LABEL, LossModule, chunked_cross_entropy
+from gemma3_export.reference.training.metrics_log import flops_per_token, measure_peak_flops
 from gemma3_export.reference.training.optimizer import learning_rate, make_optimizer
 from gemma3_export.reference.training.options import TrainOptions
-from gemma3_export.reference.training.throughput import flops_per_token, measure_peak_flops
-from gemma3_export.reference.training.windows import TRAIN_STREAM, VALIDATION_STREAM, Windows
+from gemma3_export.reference.training.token_data import TRAIN_STREAM, VALIDATION_STREAM, Windows
 from tests.support.token_folders import quick_options, random_tokens, small_config
 
 

@@ -21,7 +21,7 @@ from gemma3_export.config.presets import preset
 from gemma3_export.errors import InputError
 from gemma3_export.reference.weights import WeightSource, check_finite, open_weights
 from gemma3_export.reference.weights.checkpoint import CheckpointSource
-from gemma3_export.reference.weights.random_source import BLOCK_ELEMENTS
+from gemma3_export.reference.weights.source import BLOCK_ELEMENTS
 from gemma3_export.reference.weights.stores import StoredTensor, TensorStore
 from tests.support.exported_bundles import exported_bundle
 from tests.support.tiny_models import tiny_config, tiny_weights, write_gguf, write_hf_folder

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gemma3_export.cuda.stub import cuda_environment
+from gemma3_export.cuda.placement import cuda_environment
 from gemma3_export.errors import InputError
 from gemma3_export.runtimes.generation.candidates import (
     SPARE,

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from gemma3_export.runtimes.onnx import mapped_weights
-from gemma3_export.runtimes.onnx.mapped_weights import drop_mapped_pages
+from gemma3_export.runtimes.onnx import session as mapped_weights
+from gemma3_export.runtimes.onnx.session import drop_mapped_pages
 
 SIZE = 256 * mmap.PAGESIZE
 pytestmark = pytest.mark.skipif(not mapped_weights.MAPS.exists(), reason="needs Linux's /proc")

@@ -9,7 +9,7 @@ import onnx
 import onnxruntime
 import pytest
 
-from gemma3_export.runtimes.onnx.values import as_float32, run_graph, widened, zeros
+from gemma3_export.runtimes.onnx.session import as_float32, run_graph, widened, zeros
 
 KINDS = {
     "bfloat16": onnx.TensorProto.BFLOAT16,

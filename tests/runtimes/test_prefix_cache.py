@@ -21,11 +21,11 @@ from gemma3_export.reference.loading import load_reference
 from gemma3_export.reference.runtime import ReferenceRuntime
 from gemma3_export.runtimes.generation.loop import Completion, generate
 from gemma3_export.runtimes.generation.prefix_cache import PrefixCache
-from gemma3_export.runtimes.generation.prompt_lookup import PromptLookup
 from gemma3_export.runtimes.generation.sampling import SamplingParams
+from gemma3_export.runtimes.generation.speculation import PromptLookup
 from gemma3_export.runtimes.onnx.runtime import OnnxRuntime
 from gemma3_export.runtimes.protocol import IntArray, KVCache, Logits, Runtime
-from gemma3_export.runtimes.torch.torchscript_runtime import TorchScriptRuntime
+from gemma3_export.runtimes.torch.runtime import TorchScriptRuntime
 from tests.exporters.test_half_precision import exported as half_bundle
 from tests.exporters.test_quantized_export import int8_bundle
 from tests.support.exported_bundles import exported_bundle, source_of

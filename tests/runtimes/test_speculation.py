@@ -10,7 +10,6 @@ import pytest
 
 from gemma3_export.errors import InputError
 from gemma3_export.runtimes.generation.loop import Completion, Event, generate
-from gemma3_export.runtimes.generation.prompt_lookup import PromptLookup
 from gemma3_export.runtimes.generation.sampling import SamplingParams
 from gemma3_export.runtimes.generation.speculation import (
     ALLOWANCE,
@@ -18,6 +17,7 @@ from gemma3_export.runtimes.generation.speculation import (
     FIRST_TOKENS,
     PLAIN_COSTS,
     DraftBudget,
+    PromptLookup,
     StepCosts,
 )
 from tests.support.fake_runtime import FAKE_CONFIG, ByteDecoder, FakeRuntime, ScriptedRuntime

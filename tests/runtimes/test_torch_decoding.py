@@ -20,7 +20,7 @@ from gemma3_export.runtimes.protocol import IntArray
 from gemma3_export.runtimes.torch import decode_steps as torch_decoding
 from gemma3_export.runtimes.torch.cache import TorchCache
 from gemma3_export.runtimes.torch.decode_steps import TorchDecodeSteps
-from gemma3_export.runtimes.torch.torchscript_runtime import TorchScriptRuntime
+from gemma3_export.runtimes.torch.runtime import TorchScriptRuntime
 from tests.exporters.test_torchscript import exported, load_plainly
 from tests.support.observed_runs import VARIANTS
 

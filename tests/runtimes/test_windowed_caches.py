@@ -13,11 +13,10 @@ from gemma3_export.bundle.bundle import Bundle
 from gemma3_export.errors import InputError
 from gemma3_export.parity import VerifyOptions, verify
 from gemma3_export.runtimes.generation.loop import Completion, generate
-from gemma3_export.runtimes.generation.prompt_lookup import PromptLookup
 from gemma3_export.runtimes.generation.sampling import SamplingParams
-from gemma3_export.runtimes.generation.speculation import Drafter
+from gemma3_export.runtimes.generation.speculation import Drafter, PromptLookup
+from gemma3_export.runtimes.onnx.caches import WindowedCache
 from gemma3_export.runtimes.onnx.runtime import OnnxRuntime
-from gemma3_export.runtimes.onnx.windowed_cache import WindowedCache
 from gemma3_export.runtimes.protocol import KVCache
 from tests.support.exported_bundles import exported_bundle, source_of
 from tests.support.tiny_models import TINY

@@ -9,7 +9,7 @@ from pathlib import Path
 from gemma3_export.config.gemma3_config import Gemma3Config
 from gemma3_export.exporters.bundle_writer import export_bundle
 from gemma3_export.exporters.onnx.writer import OnnxWriter
-from gemma3_export.reference.weights.random_source import RandomSource
+from gemma3_export.reference.weights.source import RandomSource
 from tests.support.tiny_models import tiny_config
 
 TARGETS = ("ort", "portable")

@@ -10,7 +10,7 @@ import torch
 from gemma3_export.config.gemma3_config import Gemma3Config
 from gemma3_export.reference.loading import load_reference
 from gemma3_export.reference.runtime import ReferenceRuntime
-from gemma3_export.reference.weights.random_source import RandomSource
+from gemma3_export.reference.weights.source import RandomSource
 from gemma3_export.runtimes.protocol import Runtime
 from tests.support.tiny_models import tiny_config
 

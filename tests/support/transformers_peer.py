@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from gemma3_export.bench.transformers_model import build_transformers_model
+from gemma3_export.bench.transformers_candidate import build_transformers_model
 from gemma3_export.config.gemma3_config import Gemma3Config
 
 

@@ -14,8 +14,7 @@ from gemma3_export.tokenizer.tiktoken_tokenizer import (
     merge_of_token,
     tokenizer_from_tiktoken,
 )
-from gemma3_export.tokenizer.token_bytes import piece_bytes
-from gemma3_export.tokenizer.tokenizer import load_tokenizer
+from gemma3_export.tokenizer.tokenizer import load_tokenizer, piece_bytes
 from tests.support.tokenizer_corpus import TEXTS
 
 tiktoken = pytest.importorskip("tiktoken")
