@@ -13,6 +13,7 @@ DEMO := demo/bundled
 DEMO_270M := demo/gemma-3-270m
 DEMO_270M_CUDA := demo/gemma-3-270m-bf16
 TRAIN_DEMO := build/train-demo
+ROOMS := build/rooms
 # What bench-peers compares with, each in an environment of its own below .cache/peers.
 PEERS ?= optimum-onnx onnxruntime-genai:fp32 onnxruntime-genai:int4 llama.cpp:Q8_0 llama.cpp:Q4_0 \
 	openvino:int8
@@ -84,10 +85,13 @@ demo-270m: $(WEIGHTS) ## The same with the real Gemma 3 270M
 train-demo: $(INSTALLED) ## Train the bundled model anew, and hold its loss to the recorded one
 	$(BIN)/python -m benchmarks.train_demo -o $(TRAIN_DEMO)
 
-lint: $(INSTALLED) ## Style and types
+# import-linter does not follow links, so it gets a copy in which the three folders are real.
+lint: $(INSTALLED) ## Style, types, and the order of the rooms
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+	@rm -rf $(ROOMS) && mkdir -p $(ROOMS) && cp -rL gemma3_export pyproject.toml $(ROOMS)
+	cd $(ROOMS) && PYTHONPATH=. $(CURDIR)/$(BIN)/lint-imports --no-cache --no-logo
 
 lint-docker: $(LINT_VENV)/.installed ## Style of the Dockerfile (hadolint, from PyPI)
 	$(LINT_VENV)/bin/hadolint Dockerfile

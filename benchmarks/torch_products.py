@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812  (torch's own convention)
 from torch import Tensor
 
-from gemma3_export.exporters.torch.modules import BlockedMatrix
+from gemma3_export.exporters.torch.matrix import BlockedMatrix
 
 Product = Callable[[Tensor], Tensor]
 SHAPES = {  # [outputs, inputs]

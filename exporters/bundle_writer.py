@@ -18,7 +18,8 @@ from typing import ClassVar, Protocol
 import torch
 
 from gemma3_export import __version__
-from gemma3_export.bundle.bundle import MANIFEST, PARITY, Bundle, Graph, Manifest, write_manifest
+from gemma3_export.bundle.bundle import Bundle
+from gemma3_export.bundle.manifest import MANIFEST, PARITY, Graph, Manifest, write_manifest
 from gemma3_export.config.gemma3_config import Gemma3Config
 from gemma3_export.config.hugging_face import config_to_json
 from gemma3_export.errors import Gemma3ExportError, InputError
@@ -31,7 +32,8 @@ from gemma3_export.parity.options import HalfPrecision
 from gemma3_export.parity.report.model import HalfRanges
 from gemma3_export.reference.weights import WeightSource
 from gemma3_export.staging import refuse_existing, staged_directory, write_text_atomically
-from gemma3_export.tokenizer.tokenizer import Tokenizer, load_tokenizer
+from gemma3_export.tokenizer.loading import load_tokenizer
+from gemma3_export.tokenizer.tokenizer import Tokenizer
 
 __all__ = [
     "ExportResult",
@@ -40,7 +42,6 @@ __all__ = [
     "Verification",
     "export_bundle",
     "half_precision",
-    "require_dtype",
 ]
 
 Progress = Callable[[str, int, int], None]  # stage, done, total (bytes or steps)
@@ -290,13 +291,3 @@ def half_precision(dtype: torch.dtype, *, holds_residual: bool) -> HalfPrecision
     return (
         HalfPrecision(dtype=dtype, holds_residual=holds_residual) if dtype.itemsize == 2 else None
     )
-
-
-def require_dtype(dtype: str, supported: tuple[str, ...]) -> None:
-    """Refuse an element type that a format does not have.
-
-    Raises:
-        InputError: with the choices.
-    """
-    if dtype not in supported:
-        raise InputError(f"dtype {dtype!r} is not supported here; choose {', '.join(supported)}")

@@ -17,11 +17,9 @@ __all__ = ["DecoderStep", "example_inputs"]
 class DecoderStep(nn.Module):
     """One cached decoder step with flat inputs and outputs, in the signature's order."""
 
-    MODEL = "decoder"  # prefix of every weight's name in a trace
-
     def __init__(self, model: Gemma3) -> None:
         super().__init__()
-        self.decoder = model
+        self.decoder = model  # under this name in every trace: signature.MODEL_PREFIX
 
     def forward(
         self,

@@ -11,64 +11,29 @@ inputs to int8 is for the CPU. Minimums stay float32, and so does what is subtra
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import onnx_ir as ir
 
-from gemma3_export.bundle.block_format import BlockFormat
-from gemma3_export.bundle.bundle import WeightRecipe
+from gemma3_export.bundle.block_format import (
+    CODES,
+    LOOKUP_SCALES,
+    MINIMUMS,
+    SCALES,
+    ZERO_POINTS,
+    BlockFormat,
+    StoredPart,
+    stored_parts,
+)
+from gemma3_export.bundle.manifest import WeightRecipe
+from gemma3_export.dtypes import ELEMENT_TYPES
 
-__all__ = [
-    "CODES",
-    "LOOKUP_SCALES",
-    "MINIMUMS",
-    "SCALES",
-    "ZERO_POINTS",
-    "Part",
-    "quantize_graph",
-    "stored_parts",
-]
+__all__ = ["quantize_graph"]
 
-CODES, SCALES, MINIMUMS, ZERO_POINTS = "codes", "scales", "minimums", "zero_points"
-LOOKUP_SCALES = "lookup_scales"  # the scales again, in the shape that the embedding's lookup takes
 DOMAIN = "com.microsoft"
 FLOAT = ir.DataType.FLOAT
 # MatMulNBits' accuracy_level: take the inputs as they are, or round them to int8 by block as well.
 PLAIN_ACTIVATIONS, INT8_ACTIVATIONS = 0, 4
-SCALE_TYPES = {
-    "float32": FLOAT,
-    "float16": ir.DataType.FLOAT16,
-    "bfloat16": ir.DataType.BFLOAT16,
-}
-
-
-@dataclass(frozen=True, slots=True)
-class Part:
-    """One stored tensor of a quantised matrix."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: ir.DataType
-
-
-def stored_parts(name: str, block_format: BlockFormat, rows: int, columns: int) -> dict[str, Part]:
-    """What the matrix ``name`` [rows, columns] is stored as, in the order of the file.
-
-    ``lookup_scales`` is an alias of ``scales``, without bytes of its own.
-    """
-    blocks = columns // block_format.block_size
-    shapes: dict[str, tuple[tuple[int, ...], ir.DataType]] = {
-        CODES: (
-            (rows, blocks, block_format.block_size * block_format.bits // 8),
-            ir.DataType.UINT8,
-        ),
-        SCALES: ((rows, blocks), SCALE_TYPES[block_format.scale_type]),
-    }
-    if block_format.has_minimum:
-        shapes[MINIMUMS] = ((rows, blocks), FLOAT)
-        if block_format.bits == 4:
-            shapes[ZERO_POINTS] = ((rows, (blocks + 1) // 2), ir.DataType.UINT8)
-    return {part: Part(f"{name}.{part}", shape, dtype) for part, (shape, dtype) in shapes.items()}
 
 
 def quantize_graph(
@@ -113,12 +78,17 @@ class StoredMatrix:
         self.graph, self.name, self.format = graph, name, block_format
         self.rows, self.columns = rows, columns
         self.is_wide = block_format.scale_type == "float32"
+        self.scale_type = ir.DataType(ELEMENT_TYPES[block_format.scale_type].onnx)
         self.parts: dict[str, ir.Value] = {}
         for key, part in stored_parts(name, block_format, rows, columns).items():
             self.parts[key] = self._initializer(part)
 
-    def _initializer(self, part: Part) -> ir.Value:
-        value = ir.Value(name=part.name, type=ir.TensorType(part.dtype), shape=ir.Shape(part.shape))
+    def _initializer(self, part: StoredPart) -> ir.Value:
+        value = ir.Value(
+            name=part.name,
+            type=ir.TensorType(ir.DataType(ELEMENT_TYPES[part.dtype].onnx)),
+            shape=ir.Shape(part.shape),
+        )
         self.graph.initializers[part.name] = value
         return value
 
@@ -148,7 +118,7 @@ class StoredMatrix:
         difference = self._insert(old, "", "Sub", [wide, offset], kind=FLOAT)
         if self.is_wide:
             return difference
-        return self._cast(old, difference, SCALE_TYPES[self.format.scale_type], "difference")
+        return self._cast(old, difference, self.scale_type, "difference")
 
     def _widened(self, old: ir.Node, value: ir.Value, role: str) -> ir.Value:
         """``value`` in float32."""
@@ -174,8 +144,9 @@ class StoredMatrix:
         scales = self.parts[SCALES]
         assert scales.shape is not None
         shape = (*scales.shape.numpy(), 1)
-        kind = SCALE_TYPES[self.format.scale_type]
-        alias = self._initializer(Part(f"{self.name}.{LOOKUP_SCALES}", shape, kind))
+        alias = self._initializer(
+            StoredPart(f"{self.name}.{LOOKUP_SCALES}", shape, self.format.scale_type)
+        )
         attributes = {
             "bits": self.format.bits,
             "block_size": self.format.block_size,

@@ -15,18 +15,19 @@ from typing import BinaryIO
 import onnx_ir as ir
 import torch
 
-from gemma3_export.bundle.bundle import WeightRecipe
-from gemma3_export.exporters.onnx.blocks import (
+from gemma3_export.bundle.block_format import (
     CODES,
     LOOKUP_SCALES,
     MINIMUMS,
     SCALES,
-    Part,
+    StoredPart,
     stored_parts,
 )
+from gemma3_export.bundle.manifest import WeightRecipe
+from gemma3_export.dtypes import ELEMENT_TYPES, DType, torch_dtype
 from gemma3_export.exporters.quantize.quantizers import Quantizer
 from gemma3_export.reference.weights import WeightSource, check_finite
-from gemma3_export.reference.weights.block_matrix import SCALE_TYPES, pack_codes
+from gemma3_export.reference.weights.block_matrix import pack_codes
 
 __all__ = ["ALIGNMENT_BYTES", "write_external_data"]
 
@@ -67,7 +68,7 @@ def write_external_data(
     source: WeightSource,
     path: Path,
     *,
-    dtype: torch.dtype = torch.float32,
+    dtype: DType = "float32",
     quantizer: Quantizer | None = None,
     progress: Progress | None = None,
 ) -> str:
@@ -101,17 +102,10 @@ def write_external_data(
             writer.align()
             start = writer.position
             is_vector = len(shapes[recipe.names[0]]) == 1
-            stored = torch.float32 if is_vector else dtype
-            extents = write_tensor(writer, recipe, source, stored)
-            attach(graph.initializers[name], Part(name, extents, ONNX_TYPES[stored]), start, path)
+            stored: DType = "float32" if is_vector else dtype
+            extents = write_tensor(writer, recipe, source, torch_dtype(stored))
+            attach(graph.initializers[name], StoredPart(name, extents, stored), start, path)
     return writer.digest.hexdigest()
-
-
-ONNX_TYPES = {
-    torch.float32: ir.DataType.FLOAT,
-    torch.float16: ir.DataType.FLOAT16,
-    torch.bfloat16: ir.DataType.BFLOAT16,
-}
 
 
 def write_tensor(
@@ -161,7 +155,7 @@ def write_blocks(
         places[key] = writer.position
         tensor = torch.cat(kept[key]) if key in kept else torch.zeros(part.shape, dtype=torch.uint8)
         if key == SCALES:
-            tensor = tensor.to(SCALE_TYPES[recipe.blocks.scale_type])
+            tensor = tensor.to(torch_dtype(recipe.blocks.scale_type))
             check_finite(f"{name}.{key} in {recipe.blocks.scale_type}", tensor)
         writer.write(raw_bytes(tensor.contiguous()))
     for key, part in parts.items():
@@ -169,22 +163,28 @@ def write_blocks(
     alias = graph.initializers.get(f"{name}.{LOOKUP_SCALES}")
     if alias is not None:
         scales = parts[SCALES]
-        attach(alias, Part(str(alias.name), (*scales.shape, 1), scales.dtype), places[SCALES], path)
+        attach(
+            alias,
+            StoredPart(str(alias.name), (*scales.shape, 1), scales.dtype),
+            places[SCALES],
+            path,
+        )
 
 
-def attach(value: ir.Value, part: Part, offset: int, path: Path) -> None:
+def attach(value: ir.Value, part: StoredPart, offset: int, path: Path) -> None:
     """Let an initializer point into the external data."""
+    kind = ELEMENT_TYPES[part.dtype]
     value.const_value = ir.ExternalTensor(
         location=path.name,
         offset=offset,
-        length=int(math.prod(part.shape) * part.dtype.itemsize),  # it is a float
-        dtype=part.dtype,
+        length=math.prod(part.shape) * kind.size_bytes,
+        dtype=ir.DataType(kind.onnx),
         shape=ir.Shape(part.shape),
         name=part.name,
         base_dir=path.parent,
     )
     value.shape = ir.Shape(part.shape)
-    value.type = ir.TensorType(part.dtype)
+    value.type = ir.TensorType(ir.DataType(kind.onnx))
 
 
 def read_checked(source: WeightSource, name: str, dtype: torch.dtype) -> torch.Tensor:

@@ -31,10 +31,9 @@ import onnx_ir as ir
 import torch
 from onnx import parser
 
-from gemma3_export.bundle.block_format import BlockFormat
+from gemma3_export.bundle.block_format import CODES, SCALES, BlockFormat, StoredPart, stored_parts
 from gemma3_export.config.gemma3_config import Gemma3Config
 from gemma3_export.errors import InputError
-from gemma3_export.exporters.onnx.blocks import CODES, SCALES, Part, stored_parts
 from gemma3_export.exporters.onnx.external_data import HashingWriter, Progress, attach, raw_bytes
 from gemma3_export.reference.weights.block_matrix import pack_codes, quantize
 
@@ -260,7 +259,7 @@ def write_screen(
             places[key] = writer.position
             writer.write(raw_bytes(torch.cat(kept[key], dim=axis)))
     parts = stored_parts(NAME, block_format, config.vocab_size, config.hidden_size)
-    parts[MARGINS] = Part(f"{NAME}.{MARGINS}", (2, config.vocab_size), ir.DataType.FLOAT)
+    parts[MARGINS] = StoredPart(f"{NAME}.{MARGINS}", (2, config.vocab_size), "float32")
     for key, part in parts.items():
         attach(graph.initializers[part.name], part, places[key], path)
     return writer.digest.hexdigest()

@@ -20,9 +20,10 @@ from onnxscript.optimizer._constant_folding import FoldConstantsPass
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from gemma3_export.bundle.bundle import WeightRecipe
-from gemma3_export.bundle.signature import Signature, TensorSpec
+from gemma3_export.bundle.manifest import WeightRecipe
+from gemma3_export.bundle.signature import MODEL_PREFIX, Signature, TensorSpec
 from gemma3_export.config.gemma3_config import Gemma3Config
+from gemma3_export.dtypes import ELEMENT_TYPES
 from gemma3_export.exporters.onnx.layer_stack import one_layer_of_each_kind, stack_layers
 from gemma3_export.exporters.onnx.modules import FusedGemma3, PortableGemma3
 from gemma3_export.exporters.packing import weight_recipes
@@ -103,7 +104,7 @@ def export_program(
 
 def detach_weights(graph: ir.Graph, recipes: dict[str, WeightRecipe]) -> None:
     """Give the weights their canonical names and drop their fake values."""
-    prefix = f"{DecoderStep.MODEL}."
+    prefix = f"{MODEL_PREFIX}."
     for value in list(graph.initializers.values()):
         assert value.name is not None
         name = value.name.removeprefix(prefix)
@@ -161,13 +162,7 @@ def declare_signature(graph: ir.Graph, signature: Signature) -> None:
 def declare(value: ir.Value, spec: TensorSpec) -> None:
     """Set one value's name, type and axes."""
     assert value.name == spec.name, f"traced {value.name} where {spec.name} belongs"
-    types = {
-        "float32": ir.DataType.FLOAT,
-        "float16": ir.DataType.FLOAT16,
-        "bfloat16": ir.DataType.BFLOAT16,
-        "int64": ir.DataType.INT64,
-    }
-    value.type = ir.TensorType(types[spec.dtype])
+    value.type = ir.TensorType(ir.DataType(ELEMENT_TYPES[spec.dtype].onnx))
     value.shape = ir.Shape(spec.axes)
 
 

@@ -10,14 +10,24 @@ from pathlib import Path
 from typing import ClassVar
 
 import onnx_ir as ir
-import torch
 
 from gemma3_export.bundle.block_format import BlockFormat
-from gemma3_export.bundle.bundle import Graph, WeightRecipe, default_max_kld, require_max_kld
-from gemma3_export.bundle.signature import DType, Signature
+from gemma3_export.bundle.manifest import Graph, WeightRecipe
+from gemma3_export.bundle.signature import Signature
 from gemma3_export.config.gemma3_config import Gemma3Config
+from gemma3_export.dtypes import (
+    ELEMENT_TYPES,
+    EXPORT_DTYPES,
+    FLOAT_DTYPES,
+    DType,
+    dtype_choices,
+    element_type,
+    export_dtype,
+    require_max_kld,
+    torch_dtype,
+)
 from gemma3_export.errors import InputError
-from gemma3_export.exporters.bundle_writer import Progress, half_precision, require_dtype
+from gemma3_export.exporters.bundle_writer import Progress, half_precision
 from gemma3_export.exporters.onnx.blocks import quantize_graph
 from gemma3_export.exporters.onnx.external_data import write_external_data
 from gemma3_export.exporters.onnx.screened_head import add_screen, is_screened, screen_bytes
@@ -34,18 +44,10 @@ from gemma3_export.exporters.quantize.quantizers import (
 )
 from gemma3_export.parity.options import HalfPrecision
 from gemma3_export.reference.weights import WeightSource
-from gemma3_export.tokenizer.tokenizer import Tokenizer, load_tokenizer
+from gemma3_export.tokenizer.loading import load_tokenizer
+from gemma3_export.tokenizer.tokenizer import Tokenizer
 
-__all__ = ["DTYPES", "OnnxWriter"]
-
-# --dtype: matrices on disk, and the cache's element type
-DTYPES: dict[str, tuple[torch.dtype, DType]] = {
-    "fp32": (torch.float32, "float32"),
-    "bf16": (torch.bfloat16, "bfloat16"),
-    "fp16": (torch.float16, "float16"),
-}
-CALIBRATED = ("int4", "mixed")  # --dtype: matrices in blocks, made with calibration text
-QUANTIZED = ("int8", "keep", *CALIBRATED)  # --dtype: matrices in blocks, the rest as activations
+__all__ = ["OnnxWriter"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,8 +56,8 @@ class OnnxWriter:
 
     Args:
         target: ``ort`` for ONNX Runtime's fused kernels, ``portable`` for standard operators.
-        dtype: a key of :data:`DTYPES`, or one of :data:`QUANTIZED`.
-        activations: what a quantised graph computes in, a key of :data:`DTYPES`.
+        dtype: one of :func:`gemma3_export.dtypes.dtype_choices` for ``onnx``.
+        activations: what a quantised graph computes in: ``fp32``, ``bf16`` or ``fp16``.
         block_size: columns of a quantised matrix that share a scale.
         max_kld: how far the export may lie from full precision, mean nats a token; None is what
             ``dtype`` keeps to.
@@ -77,7 +79,7 @@ class OnnxWriter:
     screen: bool | None = None
 
     def __post_init__(self) -> None:
-        require_dtype(self.dtype, (*DTYPES, *QUANTIZED))
+        export_dtype(self.dtype, self.runtime)
         require_max_kld(self.budget)
         if self.target not in TARGETS:
             raise InputError(f"unknown target {self.target!r}; choose {' or '.join(TARGETS)}")
@@ -85,35 +87,42 @@ class OnnxWriter:
             raise InputError(
                 f"target {self.target} has fp32 only; leave --target out to export in {self.dtype}"
             )
-        if self.activations not in DTYPES:
+        if self.activations not in FLOAT_DTYPES:
             raise InputError(
-                f"activations {self.activations!r} are not supported; choose {', '.join(DTYPES)}"
+                f"activations {self.activations!r} are not supported; choose "
+                f"{', '.join(FLOAT_DTYPES)}"
             )
-        if self.activations != "fp32" and self.dtype not in QUANTIZED:
+        if self.activations != "fp32" and not self.is_quantized:
+            quantized = (n for n in dtype_choices(self.runtime) if EXPORT_DTYPES[n].is_quantized)
             raise InputError(
-                f"--activations {self.activations} goes with --dtype {', '.join(QUANTIZED)}, and "
+                f"--activations {self.activations} goes with --dtype {', '.join(quantized)}, and "
                 f"not with {self.dtype}; for all of it in one type: --dtype {self.activations}"
             )
 
     @property
-    def float_types(self) -> tuple[torch.dtype, DType]:
-        """What is computed in: of matrices that are not quantised, and of the cache."""
-        return DTYPES[self.activations if self.dtype in QUANTIZED else self.dtype]
+    def is_quantized(self) -> bool:
+        """Whether matrices are stored in blocks."""
+        return EXPORT_DTYPES[self.dtype].is_quantized
+
+    @property
+    def element(self) -> DType:
+        """Element type of the cache, of activations and of weights that are not quantised."""
+        return element_type(self.activations if self.is_quantized else self.dtype).name
 
     @property
     def half(self) -> HalfPrecision | None:
         """See :class:`gemma3_export.exporters.bundle_writer.GraphWriter`."""
-        half = half_precision(self.float_types[0], holds_residual=False)
-        return replace(half, holds_matrices=False) if half and self.dtype in QUANTIZED else half
+        half = half_precision(torch_dtype(self.element), holds_residual=False)
+        return replace(half, holds_matrices=False) if half and self.is_quantized else half
 
     @property
     def budget(self) -> float:
         """The divergence that the export is allowed, mean nats a token."""
-        return default_max_kld(self.dtype) if self.max_kld is None else self.max_kld
+        return EXPORT_DTYPES[self.dtype].max_kld if self.max_kld is None else self.max_kld
 
     def size_bytes(self, config: Gemma3Config) -> int:
         """Weights and graph; blocks take 0.5 to 1.5 bytes a weight."""
-        itemsize = 1.25 if self.dtype in QUANTIZED else DTYPES[self.dtype][0].itemsize
+        itemsize = 1.25 if self.is_quantized else ELEMENT_TYPES[self.element].size_bytes
         screened = (
             self.dtype == "fp32" and self.target == "ort" and is_screened(config, self.screen)
         )
@@ -131,19 +140,20 @@ class OnnxWriter:
     def _write(
         self, source: WeightSource, folder: Path, quantizer: Quantizer | None, progress: Progress
     ) -> tuple[Graph, dict[str, str]]:
-        weights_dtype, cache_dtype = self.float_types
-        signature = Signature.of(source.config, cache_dtype=cache_dtype)
+        signature = Signature.of(source.config, cache_dtype=self.element)
         progress("tracing", 0, 1)
-        model, recipes = trace_onnx(source.config, signature, self.target, weights_dtype)
+        model, recipes = trace_onnx(
+            source.config, signature, self.target, torch_dtype(self.element)
+        )
         if quantizer is not None:
-            recipes = quantize_weights(model.graph, recipes, quantizer, source.config, cache_dtype)
+            recipes = quantize_weights(model.graph, recipes, quantizer, source.config, self.element)
         progress("tracing", 1, 1)
 
         path = folder / "onnx" / "model.onnx"
         path.parent.mkdir(exist_ok=True)
         data = path.with_name(path.name + "_data")
         screens = self._screens(source.config, recipes)
-        total = stored_bytes(recipes, source.config, weights_dtype)
+        total = stored_bytes(recipes, source.config, self.element)
         total += screen_bytes(source.config) if screens else 0
         written = 0
 
@@ -157,7 +167,7 @@ class OnnxWriter:
             recipes,
             source,
             data,
-            dtype=weights_dtype,
+            dtype=self.element,
             quantizer=quantizer,
             progress=count,
         )
@@ -172,7 +182,7 @@ class OnnxWriter:
             path=path.relative_to(folder).as_posix(),
             dtype=self.dtype,
             target=self.target,
-            cache_dtype=cache_dtype,
+            cache_dtype=self.element,
             weights=recipes,
             windowed_path=windowed.relative_to(folder).as_posix() if windowed else None,
             is_screened=screens,
@@ -196,7 +206,7 @@ class OnnxWriter:
             screen = path.with_name(path.name + "_data")
             hashes[screen] = add_screen(model.graph, config, screen, progress)
         signature = Signature.of(
-            config, cache_dtype=self.float_types[1], is_windowed=True, is_screened=screens
+            config, cache_dtype=self.element, is_windowed=True, is_screened=screens
         )
         declare_signature(model.graph, signature)
         ir.save(model, path)
@@ -208,7 +218,7 @@ class OnnxWriter:
         Raises:
             InputError: it is wanted and not to be had.
         """
-        is_float = recipes[config.head_name].blocks is None and self.float_types[1] == "float32"
+        is_float = recipes[config.head_name].blocks is None and self.element == "float32"
         if self.target == "ort" and is_float and has_windows(config):
             return is_screened(config, self.screen)
         if self.screen:
@@ -228,7 +238,7 @@ class OnnxWriter:
             block_format = self._format(bits=8)
             formats = dict.fromkeys(matrix_names(source.config), block_format)
             return RoundToNearest(source=source, formats=formats)
-        if self.dtype in CALIBRATED:
+        if EXPORT_DTYPES[self.dtype].is_calibrated:
             formats = dict.fromkeys(matrix_names(source.config), self._format(bits=4))
             check_formats(source.config, formats)
             text = self.calibration.load(source, tokenizer_in(folder), progress)
@@ -238,8 +248,7 @@ class OnnxWriter:
         return None
 
     def _format(self, bits: int) -> BlockFormat:
-        scale_type = self.float_types[1]
-        return BlockFormat(bits=bits, block_size=self.block_size, scale_type=scale_type)
+        return BlockFormat(bits=bits, block_size=self.block_size, scale_type=self.element)
 
 
 def tokenizer_in(folder: Path) -> Tokenizer | None:
@@ -272,14 +281,16 @@ def quantize_weights(
     return quantize_graph(graph, recipes, formats, shapes)
 
 
-def stored_bytes(recipes: dict[str, WeightRecipe], config: Gemma3Config, dtype: torch.dtype) -> int:
+def stored_bytes(recipes: dict[str, WeightRecipe], config: Gemma3Config, dtype: DType) -> int:
     """Bytes of all stored tensors."""
     canonical = dict(config.weight_shapes())
     total = 0
     for recipe in recipes.values():
         shapes = [canonical[name] for name in recipe.names]
         if recipe.blocks is None:
-            itemsize = 4 if len(shapes[0]) == 1 else dtype.itemsize  # norms stay float32
+            itemsize = (
+                4 if len(shapes[0]) == 1 else ELEMENT_TYPES[dtype].size_bytes
+            )  # norms stay float32
             total += sum(math.prod(shape) for shape in shapes) * itemsize
         else:
             total += recipe.blocks.size_bytes(sum(shape[0] for shape in shapes), shapes[0][1])

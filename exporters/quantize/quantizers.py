@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from gemma3_export.bundle.block_format import BlockFormat, common_format
-from gemma3_export.bundle.bundle import WeightRecipe
+from gemma3_export.bundle.manifest import WeightRecipe
 from gemma3_export.config.gemma3_config import EMBEDDING, Gemma3Config
 from gemma3_export.errors import InputError
 from gemma3_export.exporters.quantize.gguf_blocks import gguf_format, read_gguf_blocks

@@ -12,12 +12,12 @@ import torch
 import torch.nn.functional as F  # noqa: N812  (torch's own convention)
 from torch import Tensor, nn
 
-from gemma3_export.bundle.bundle import Graph, WeightRecipe, sha256_of
+from gemma3_export.bundle.manifest import Graph, WeightRecipe, sha256_of
 from gemma3_export.config.gemma3_config import Gemma3Config
 from gemma3_export.config.hugging_face import config_to_json
-from gemma3_export.exporters.bundle_writer import Progress, half_precision, require_dtype
+from gemma3_export.dtypes import ELEMENT_TYPES, DType, element_type, export_dtype, torch_dtype
+from gemma3_export.exporters.bundle_writer import Progress, half_precision
 from gemma3_export.exporters.step import DecoderStep, example_inputs
-from gemma3_export.exporters.torch.torchscript import DTYPES
 from gemma3_export.parity.options import HalfPrecision
 from gemma3_export.reference.loading import load_reference
 from gemma3_export.reference.model import Gemma3, LastTokens, LMHead
@@ -52,7 +52,7 @@ class Pt2Writer:
     """A :class:`gemma3_export.exporters.bundle_writer.GraphWriter` for ``torch.export``.
 
     Args:
-        dtype: a key of :data:`gemma3_export.exporters.torch.torchscript.DTYPES`.
+        dtype: one of :func:`gemma3_export.dtypes.dtype_choices` for ``pt2``.
 
     Raises:
         InputError: unknown dtype.
@@ -62,22 +62,27 @@ class Pt2Writer:
     dtype: str = "fp32"
 
     def __post_init__(self) -> None:
-        require_dtype(self.dtype, tuple(DTYPES))
+        export_dtype(self.dtype, self.runtime)
+
+    @property
+    def element(self) -> DType:
+        """Element type of weights and cache."""
+        return element_type(self.dtype).name
 
     @property
     def half(self) -> HalfPrecision | None:
         """See :class:`gemma3_export.exporters.bundle_writer.GraphWriter`."""
-        return half_precision(DTYPES[self.dtype][0], holds_residual=True)
+        return half_precision(torch_dtype(self.element), holds_residual=True)
 
     def size_bytes(self, config: Gemma3Config) -> int:
         """Weights and graph."""
-        return config.num_parameters * DTYPES[self.dtype][0].itemsize + 2**24
+        return config.num_parameters * ELEMENT_TYPES[self.element].size_bytes + 2**24
 
     def write(
         self, source: WeightSource, folder: Path, progress: Progress
     ) -> tuple[Graph, dict[str, str]]:
         """Load the weights, trace, and save ``pt2/model.pt2``."""
-        dtype, cache_dtype = DTYPES[self.dtype]
+        dtype = torch_dtype(self.element)
         path = folder / "pt2" / "model.pt2"
         path.parent.mkdir(exist_ok=True)
         progress("reading weights", 0, 1)
@@ -97,7 +102,7 @@ class Pt2Writer:
             path=path.relative_to(folder).as_posix(),
             dtype=self.dtype,
             target="export",
-            cache_dtype=cache_dtype,
+            cache_dtype=self.element,
             weights=recipes,
         )
         return graph, {graph.path: sha256_of(path)}

@@ -11,18 +11,20 @@ from typing import Any, ClassVar
 import torch
 
 from gemma3_export.bundle.block_format import BlockFormat
-from gemma3_export.bundle.bundle import (
-    Graph,
-    WeightRecipe,
-    default_max_kld,
-    require_max_kld,
-    sha256_of,
-)
-from gemma3_export.bundle.signature import DType
+from gemma3_export.bundle.manifest import Graph, WeightRecipe, sha256_of
 from gemma3_export.config.gemma3_config import Gemma3Config
 from gemma3_export.config.hugging_face import config_to_json
+from gemma3_export.dtypes import (
+    ELEMENT_TYPES,
+    EXPORT_DTYPES,
+    DType,
+    element_type,
+    export_dtype,
+    require_max_kld,
+    torch_dtype,
+)
 from gemma3_export.errors import InputError
-from gemma3_export.exporters.bundle_writer import Progress, half_precision, require_dtype
+from gemma3_export.exporters.bundle_writer import Progress, half_precision
 from gemma3_export.exporters.packing import weight_recipes
 from gemma3_export.exporters.quantize.quantizers import Quantizer, RoundToNearest, matrix_names
 from gemma3_export.exporters.step import DecoderStep, example_inputs
@@ -34,19 +36,10 @@ from gemma3_export.runtimes.torch.runtime import torchscript
 from gemma3_export.staging import require_room
 
 __all__ = [
-    "DTYPES",
-    "QUANTIZED",
     "TorchScriptWriter",
     "drop_source_paths",
 ]
 
-# --dtype: weights, and the cache's element type
-DTYPES: dict[str, tuple[torch.dtype, DType]] = {
-    "fp32": (torch.float32, "float32"),
-    "bf16": (torch.bfloat16, "bfloat16"),
-    "fp16": (torch.float16, "float16"),
-}
-QUANTIZED = ("int8",)  # --dtype: matrices in blocks, the rest as in bf16
 BLOCK_SIZE = 128  # of int8: a smaller one costs speed, for each block is a product of its own
 
 
@@ -55,7 +48,8 @@ class TorchScriptWriter:
     """A :class:`gemma3_export.exporters.bundle_writer.GraphWriter` for TorchScript.
 
     Args:
-        dtype: a key of :data:`DTYPES`, or one of :data:`QUANTIZED`.
+        dtype: one of :func:`gemma3_export.dtypes.dtype_choices` for ``torchscript``; with ``int8``
+            all that is not in blocks is bfloat16.
         prepack: let the archive lay out its matrices for the CPU when it is loaded; False makes an
             archive that torch builds without oneDNN can load too.
         block_size: columns of an ``int8`` matrix that share a scale.
@@ -74,7 +68,7 @@ class TorchScriptWriter:
     max_kld: float | None = None
 
     def __post_init__(self) -> None:
-        require_dtype(self.dtype, (*DTYPES, *QUANTIZED))
+        export_dtype(self.dtype, self.runtime)
         require_max_kld(self.budget)
         if self.is_quantized:
             BlockFormat(bits=8, block_size=self.block_size)
@@ -87,33 +81,33 @@ class TorchScriptWriter:
     @property
     def budget(self) -> float:
         """The divergence that the export is allowed, mean nats a token."""
-        return default_max_kld(self.dtype) if self.max_kld is None else self.max_kld
+        return EXPORT_DTYPES[self.dtype].max_kld if self.max_kld is None else self.max_kld
 
     @property
     def is_quantized(self) -> bool:
         """Whether matrices are stored in blocks."""
-        return self.dtype in QUANTIZED
+        return EXPORT_DTYPES[self.dtype].is_quantized
 
     @property
-    def float_types(self) -> tuple[torch.dtype, DType]:
-        """Of all that is not quantised, and of the cache."""
-        return DTYPES["bf16" if self.is_quantized else self.dtype]
+    def element(self) -> DType:
+        """Element type of the cache and of all that is not quantised."""
+        return element_type("bf16" if self.is_quantized else self.dtype).name
 
     @property
     def half(self) -> HalfPrecision | None:
         """See :class:`gemma3_export.exporters.bundle_writer.GraphWriter`."""
-        return half_precision(self.float_types[0], holds_residual=True)
+        return half_precision(torch_dtype(self.element), holds_residual=True)
 
     def size_bytes(self, config: Gemma3Config) -> int:
         """Weights and code."""
-        itemsize = 1.25 if self.is_quantized else self.float_types[0].itemsize
+        itemsize = 1.25 if self.is_quantized else ELEMENT_TYPES[self.element].size_bytes
         return int(config.num_parameters * itemsize) + 2**22
 
     def write(
         self, source: WeightSource, folder: Path, progress: Progress
     ) -> tuple[Graph, dict[str, str]]:
         """Load the packed weights, trace, and save ``torchscript/model.ts``."""
-        dtype, cache_dtype = self.float_types
+        dtype = torch_dtype(self.element)
         path = folder / "torchscript" / "model.ts"
         path.parent.mkdir(exist_ok=True)
         with torchscript(), torch.inference_mode():
@@ -140,7 +134,7 @@ class TorchScriptWriter:
             path=path.relative_to(folder).as_posix(),
             dtype=self.dtype,
             target="prepacked" if self.prepack and not self.is_quantized else "plain",
-            cache_dtype=cache_dtype,
+            cache_dtype=self.element,
             weights=recipes,
             max_kld=self.budget,
         )

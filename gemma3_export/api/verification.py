@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gemma3_export.api.opening import open_runtime
-from gemma3_export.bundle.bundle import MANIFEST, RUNTIMES, Bundle
+from gemma3_export.bundle.bundle import Bundle
+from gemma3_export.bundle.manifest import MANIFEST, RUNTIMES
 from gemma3_export.errors import InputError, ParityError, UnavailableError
-from gemma3_export.tokenizer.tokenizer import load_tokenizer
+from gemma3_export.tokenizer.loading import load_tokenizer
 
 if TYPE_CHECKING:
     from gemma3_export.exporters.bundle_writer import Progress

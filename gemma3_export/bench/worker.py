@@ -15,6 +15,7 @@ import numpy as np
 from gemma3_export.api.opening import open_runtime
 from gemma3_export.bench.serving import Candidate, Load, serve
 from gemma3_export.bundle.bundle import Bundle
+from gemma3_export.dtypes import ELEMENT_TYPES, EXPORT_DTYPES
 from gemma3_export.runtimes.generation.candidates import Candidates, ChoosesCandidates
 from gemma3_export.runtimes.generation.sampling import SamplingParams
 from gemma3_export.runtimes.onnx.runtime import OnnxRuntime
@@ -106,12 +107,15 @@ def open_candidate(
 def weight_bytes(bundle: Bundle, name: str) -> int:
     """What a token reads: all weights; of a tied embedding the head reads every row."""
     if name == "onnx":
-        graph = bundle.graph(name).path  # small tensors lie in it, the rest in a file beside it
-        return bundle.file_bytes(graph) + bundle.file_bytes(f"{graph}_data")
+        path = bundle.graph(name).path  # small tensors are in it, the rest in a file beside it
+        return bundle.file_bytes(path) + bundle.file_bytes(f"{path}_data")
     if name == "reference":
         return 4 * bundle.config.num_parameters
-    kinds = {"fp32": 4, "fp16": 2, "bf16": 2}
-    return kinds[bundle.graph(name).dtype] * bundle.config.num_parameters
+    graph = bundle.graph(name)
+    exported = EXPORT_DTYPES[graph.dtype]
+    if exported.element is None:  # the archive holds little beside its blocks
+        return bundle.file_bytes(graph.path)
+    return ELEMENT_TYPES[exported.element].size_bytes * bundle.config.num_parameters
 
 
 def open_truth(weights: str, threads: int) -> Candidate:

@@ -8,14 +8,25 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from gemma3_export.bundle.signature import DType
+from gemma3_export.dtypes import ELEMENT_TYPES, DType
 from gemma3_export.errors import InputError
 
-__all__ = ["BlockFormat", "common_format"]
+__all__ = [
+    "CODES",
+    "LOOKUP_SCALES",
+    "MINIMUMS",
+    "SCALES",
+    "ZERO_POINTS",
+    "BlockFormat",
+    "StoredPart",
+    "common_format",
+    "stored_parts",
+]
 
+CODES, SCALES, MINIMUMS, ZERO_POINTS = "codes", "scales", "minimums", "zero_points"
+LOOKUP_SCALES = "lookup_scales"  # the scales again, in the shape that the embedding's lookup takes
 BITS = (4, 8)
 MINIMUM_BYTES = 4  # always float32
-SCALE_BYTES: dict[DType, int] = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,7 +79,10 @@ class BlockFormat:
     def size_bytes(self, rows: int, columns: int) -> int:
         """Bytes of a stored matrix, all its parts."""
         blocks = columns // self.block_size
-        size = rows * columns * self.bits // 8 + rows * blocks * SCALE_BYTES[self.scale_type]
+        size = (
+            rows * columns * self.bits // 8
+            + rows * blocks * ELEMENT_TYPES[self.scale_type].size_bytes
+        )
         if self.has_minimum:
             size += rows * blocks * MINIMUM_BYTES
             if self.bits == 4:
@@ -87,3 +101,34 @@ def common_format(formats: list[BlockFormat]) -> BlockFormat:
         block_size=min(item.block_size for item in formats),
         has_minimum=any(item.has_minimum for item in formats),
     )
+
+
+@dataclass(frozen=True, slots=True)
+class StoredPart:
+    """One tensor among those that a quantised matrix is stored as."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: DType
+
+
+def stored_parts(
+    name: str, block_format: BlockFormat, rows: int, columns: int
+) -> dict[str, StoredPart]:
+    """Return what the matrix ``name`` [rows, columns] is stored as, in the order of the file.
+
+    ``lookup_scales`` is an alias of ``scales``, without bytes of its own.
+    """
+    blocks = columns // block_format.block_size
+    codes = (rows, blocks, block_format.block_size * block_format.bits // 8)
+    shapes: dict[str, tuple[tuple[int, ...], DType]] = {
+        CODES: (codes, "uint8"),
+        SCALES: ((rows, blocks), block_format.scale_type),
+    }
+    if block_format.has_minimum:
+        shapes[MINIMUMS] = ((rows, blocks), "float32")
+        if block_format.bits == 4:
+            shapes[ZERO_POINTS] = ((rows, (blocks + 1) // 2), "uint8")
+    return {
+        part: StoredPart(f"{name}.{part}", shape, dtype) for part, (shape, dtype) in shapes.items()
+    }

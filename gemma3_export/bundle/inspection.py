@@ -12,14 +12,15 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-from gemma3_export.bundle.bundle import PARITY, Bundle, Graph
+from gemma3_export.bundle.bundle import Bundle
+from gemma3_export.bundle.manifest import PARITY, Graph
 from gemma3_export.bundle.signature import TensorSpec, window_capacity
+from gemma3_export.dtypes import ELEMENT_TYPES
 from gemma3_export.errors import InputError
 
 __all__ = ["CONTEXTS", "cache_bytes_per_token", "inspect_bundle", "parity_line", "read_proofs"]
 
 CONTEXTS = (2048, 8192, 32768)  # tokens for which the cache's size is shown
-DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
 def inspect_bundle(bundle: Bundle) -> dict[str, Any]:
@@ -89,7 +90,7 @@ def windowed_cache_bytes(bundle: Bundle, graph: Graph, tokens: int) -> int:
 
 def _bytes_per_token(spec: TensorSpec) -> int:
     literal = math.prod(axis for axis in spec.axes if isinstance(axis, int))
-    return literal * DTYPE_BYTES[spec.dtype]
+    return literal * ELEMENT_TYPES[spec.dtype].size_bytes
 
 
 def _operators(bundle: Bundle, graph: Graph) -> dict[str, Any]:

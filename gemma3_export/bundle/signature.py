@@ -10,15 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
 
 from gemma3_export.config.gemma3_config import Gemma3Config
+from gemma3_export.dtypes import DType
 
-__all__ = ["WINDOW_MARGIN", "Axis", "DType", "Signature", "TensorSpec", "window_capacity"]
+__all__ = ["MODEL_PREFIX", "WINDOW_MARGIN", "Axis", "Signature", "TensorSpec", "window_capacity"]
 
+MODEL_PREFIX = "decoder"  # of every weight's name in a trace and in a torch archive
 WINDOW_MARGIN = 64  # tokens that a windowed cache holds beyond its window, or a window's worth
 
-DType = Literal["float32", "float16", "bfloat16", "int64"]
 Axis = int | str  # a literal extent, or the name of a dynamic one
 CANDIDATES: tuple[tuple[str, DType], ...] = (
     ("rows", "int64"),

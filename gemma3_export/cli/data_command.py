@@ -15,7 +15,6 @@ if TYPE_CHECKING:
 
 __all__ = ["data"]
 
-TIKTOKEN_PREFIX = "tiktoken:"
 TINY_STORIES = "roneneldan/TinyStories"  # what --dataset means without a name
 EPILOG = """\b
 Examples:
@@ -122,10 +121,6 @@ def _open_tokenizer(source: DocumentSource, path: str | None, vocab_size: int) -
 
         click.echo(f"learning a vocabulary of {vocab_size:,} tokens from the text", err=True)
         return train_bpe(source, vocab_size)
-    if path.startswith(TIKTOKEN_PREFIX):
-        from gemma3_export.tokenizer.tiktoken_tokenizer import load_tiktoken
-
-        return load_tiktoken(path.removeprefix(TIKTOKEN_PREFIX))
-    from gemma3_export.tokenizer.tokenizer import load_tokenizer
+    from gemma3_export.tokenizer.loading import load_tokenizer
 
     return load_tokenizer(path)

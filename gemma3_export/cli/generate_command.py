@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from gemma3_export.bundle.bundle import RUNTIMES
+from gemma3_export.bundle.manifest import RUNTIMES
 from gemma3_export.cli.options import CudaRequest, cuda_options
 from gemma3_export.cli.prefixes import cache_size
 

@@ -7,16 +7,14 @@ from pathlib import Path
 
 import click
 
+from gemma3_export.bundle.manifest import ONNX_TARGETS
 from gemma3_export.cli.options import ExportOptions, export_options, refuse_if_given, run_export
+from gemma3_export.dtypes import EXPORT_DTYPES, FLOAT_DTYPES, dtype_choices
 
-__all__ = ["DTYPES", "TARGETS", "onnx"]
+__all__ = ["onnx"]
 
-# Repeated from the exporters, which need torch to be imported; a test holds them equal.
-TARGETS = ("ort", "portable")
-ACTIVATIONS = ("fp32", "bf16", "fp16")
-DTYPES = ("fp32", "bf16", "fp16", "int8", "keep", "int4", "mixed")
-CALIBRATED = ("int4", "mixed")
-BLOCKED = ("int8", *CALIBRATED)  # whose blocks this program cuts; those of keep are the file's
+CALIBRATED = tuple(name for name, item in EXPORT_DTYPES.items() if item.is_calibrated)
+BLOCKED = tuple(name for name, item in EXPORT_DTYPES.items() if item.has_block_size)
 EPILOG = """\b
 Examples:
   gemma3-export onnx --size 270m -o gemma-3-270m
@@ -34,7 +32,7 @@ Examples:
 @export_options
 @click.option(
     "--target",
-    type=click.Choice(TARGETS),
+    type=click.Choice(ONNX_TARGETS),
     default="ort",
     show_default=True,
     help="ort: ONNX Runtime's fused kernels; on CUDA in bf16 or fp16 only. portable: standard "
@@ -42,7 +40,7 @@ Examples:
 )
 @click.option(
     "--dtype",
-    type=click.Choice(DTYPES),
+    type=click.Choice(dtype_choices("onnx")),
     default="fp32",
     show_default=True,
     help="bf16: the half precision to choose. fp16: refused where activations come near its end. "
@@ -52,7 +50,7 @@ Examples:
 )
 @click.option(
     "--activations",
-    type=click.Choice(ACTIVATIONS),
+    type=click.Choice(FLOAT_DTYPES),
     default="fp32",
     show_default=True,
     help="int8, int4, mixed, keep: what lies between the matrices, and the cache. fp32 is for the "

@@ -33,8 +33,6 @@ __all__ = [
     "threads_option",
 ]
 
-TIKTOKEN_PREFIX = "tiktoken:"
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ExportOptions:
@@ -142,6 +140,7 @@ def run_export(options: ExportOptions, runtime: str, description: str, export: E
         export: writes the bundle.
     """
     from gemma3_export.api.exporting import open_weights
+    from gemma3_export.tokenizer.loading import load_tokenizer
 
     refuse_early(options.output, runtime, force=options.force)
     tokenizer = None if options.tokenizer_path is None else load_tokenizer(options.tokenizer_path)
@@ -172,7 +171,8 @@ def refuse_early(output: Path, runtime: str, *, force: bool) -> None:
 
     A bundle that has no graph for ``runtime`` yet may get one.
     """
-    from gemma3_export.bundle.bundle import MANIFEST, Bundle
+    from gemma3_export.bundle.bundle import Bundle
+    from gemma3_export.bundle.manifest import MANIFEST
     from gemma3_export.staging import refuse_existing
 
     if not force and (output / MANIFEST).is_file():
@@ -180,17 +180,6 @@ def refuse_early(output: Path, runtime: str, *, force: bool) -> None:
         if runtime not in runtimes:
             return
     refuse_existing(output, force=force)
-
-
-def load_tokenizer(path: str) -> Tokenizer:
-    """A tokenizer file or folder, or a tiktoken encoding."""
-    if path.startswith(TIKTOKEN_PREFIX):
-        from gemma3_export.tokenizer.tiktoken_tokenizer import load_tiktoken
-
-        return load_tiktoken(path.removeprefix(TIKTOKEN_PREFIX))
-    from gemma3_export.tokenizer import tokenizer
-
-    return tokenizer.load_tokenizer(path)
 
 
 def print_summary(result: ExportResult, runtime: str, description: str) -> None:
@@ -215,8 +204,8 @@ def print_summary(result: ExportResult, runtime: str, description: str) -> None:
 
 def proof_line(path: Path, runtime: str) -> str:
     """The new graph's parity report in one line."""
-    from gemma3_export.bundle.bundle import PARITY
     from gemma3_export.bundle.inspection import parity_line
+    from gemma3_export.bundle.manifest import PARITY
 
     return parity_line(json.loads((path / PARITY).read_text(encoding="utf-8"))[runtime])
 

@@ -7,10 +7,10 @@ from functools import partial
 import click
 
 from gemma3_export.cli.options import ExportOptions, export_options, run_export
+from gemma3_export.dtypes import dtype_choices
 
 __all__ = ["pt2"]
 
-DTYPES = ("fp32", "bf16", "fp16")  # 8-bit blocks are for TorchScript
 
 EPILOG = """\b
 Examples:
@@ -23,7 +23,7 @@ Examples:
 @export_options
 @click.option(
     "--dtype",
-    type=click.Choice(DTYPES),
+    type=click.Choice(dtype_choices("pt2")),
     default="fp32",
     show_default=True,
     help="fp16: refused where the residual stream comes near its end; take bf16.",

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import click
 
+from gemma3_export.dtypes import FLOAT_DTYPES
 from gemma3_export.progress import ProgressBars
 
 __all__ = ["to_hf"]
 
-DTYPES = ("fp32", "fp16", "bf16")
 EPILOG = """\b
 Examples:
   gemma3-export to-hf --weights run -o my-gemma
@@ -34,7 +34,9 @@ Examples:
 @click.option("--revision", help="Branch, tag or commit of a Hub repository.")
 @click.option("--hf-token", metavar="TOKEN", help="Hub access token (default: HF_TOKEN or login).")
 @click.option("--tokenizer", "tokenizer_path", metavar="PATH", help="Default: the weights' own.")
-@click.option("--dtype", type=click.Choice(DTYPES), help="Default: as the weights are stored.")
+@click.option(
+    "--dtype", type=click.Choice(FLOAT_DTYPES), help="Default: as the weights are stored."
+)
 @click.option(
     "-o", "--output", type=click.Path(path_type=Path), required=True, help="The folder to create."
 )
@@ -52,22 +54,20 @@ def to_hf(
     """Write weights of any format as a folder that `transformers` loads."""
     from gemma3_export.api.exporting import open_weights
     from gemma3_export.staging import refuse_existing
-    from gemma3_export.tokenizer.tokenizer import load_tokenizer
+    from gemma3_export.tokenizer.loading import load_tokenizer
 
     refuse_existing(output, force=force)
     source = open_weights(weights, config_path=config_path, revision=revision, token=hf_token)
     tokenizer = None if tokenizer_path is None else load_tokenizer(tokenizer_path)
 
-    import torch
-
+    from gemma3_export.dtypes import torch_dtype
     from gemma3_export.reference.training.model_folder import export_hf_folder
 
-    kinds = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
     with source, ProgressBars() as progress:
         export_hf_folder(
             source,
             output,
-            dtype=None if dtype is None else kinds[dtype],
+            dtype=None if dtype is None else torch_dtype(dtype),
             tokenizer=tokenizer,
             force=force,
             progress=progress,

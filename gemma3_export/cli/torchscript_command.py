@@ -7,11 +7,11 @@ from functools import partial
 import click
 
 from gemma3_export.cli.options import ExportOptions, export_options, refuse_if_given, run_export
+from gemma3_export.dtypes import dtype_choices
 
-__all__ = ["DTYPES", "torchscript"]
+__all__ = ["torchscript"]
 
 # Repeated from the exporter, which needs torch to be imported; a test holds them equal.
-DTYPES = ("fp32", "bf16", "fp16", "int8")
 EPILOG = """\b
 Examples:
   gemma3-export torchscript --size 270m -o gemma-3-270m
@@ -25,7 +25,7 @@ Examples:
 @export_options
 @click.option(
     "--dtype",
-    type=click.Choice(DTYPES),
+    type=click.Choice(dtype_choices("torchscript")),
     default="fp32",
     show_default=True,
     help="fp16: refused where the residual stream comes near its end; take bf16. "

@@ -11,12 +11,11 @@ from typing import Any
 import click
 
 from gemma3_export.errors import UnavailableError
+from gemma3_export.reference.training.options import PRECISIONS, SHARDINGS
 
 __all__ = ["train"]
 
 # Repeated from the trainer, which needs torch to be imported; a test holds them equal.
-PRECISIONS = ("fp32", "bf16", "fp16")
-SHARDINGS = ("ddp", "fsdp")
 # Small models take larger steps; trained ones must not be torn from where they are.
 DEMO_RATE, FINE_TUNING_RATE = 6e-3, 2e-5
 EPILOG = """\b

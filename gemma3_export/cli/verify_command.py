@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from gemma3_export.bundle.bundle import RUNTIMES
+from gemma3_export.bundle.manifest import RUNTIMES
 from gemma3_export.cli.options import CudaRequest, cuda_options, threads_option
 from gemma3_export.progress import ProgressBars
 

@@ -11,54 +11,37 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from gemma3_export.cuda.facts import Driver, Gpu, Library
+from gemma3_export.device import DRIVER_LIBRARY, count_gpus
 
 __all__ = [
     "LOADED_LATER",
-    "gpu_count",
     "load_libraries",
     "needed_libraries",
     "read_driver",
     "wanted_libraries",
 ]
 
-LIBRARY = "libcuda.so.1"
 MAJOR, MINOR = 75, 76  # CUdevice_attribute: compute capability
 NAME_BYTES = 256
 Value = TypeVar("Value", bound="ctypes._SimpleCData[Any] | ctypes.Array[Any]")
 
 
-def gpu_count() -> int:
-    """GPUs that the NVIDIA driver offers; 0 without a driver."""
-    try:
-        count, error = count_devices(ctypes.CDLL(LIBRARY))
-    except (OSError, AttributeError):
-        return 0
-    return 0 if error else count
-
-
 def read_driver() -> Driver:
     """The driver's version and its GPUs, as far as it answers."""
     try:
-        library = ctypes.CDLL(LIBRARY)
+        library = ctypes.CDLL(DRIVER_LIBRARY)
     except OSError as error:
         return Driver(is_found=False, problem=str(error))
     version = cuda_version(library)
     try:
-        count, error_code = count_devices(library)
+        count, error_code = count_gpus(library)
     except AttributeError as error:
-        problem = f"{LIBRARY} is no NVIDIA driver: {error}"
+        problem = f"{DRIVER_LIBRARY} is no NVIDIA driver: {error}"
         return Driver(is_found=True, cuda_version=version, problem=problem)
     if error_code:
         return Driver(is_found=True, cuda_version=version, error_code=error_code)
     gpus = tuple(read_gpu(library, index) for index in range(count))
     return Driver(is_found=True, cuda_version=version, gpus=gpus)
-
-
-def count_devices(library: ctypes.CDLL) -> tuple[int, int]:
-    """Number of GPUs, and the driver's error code, which is 0 when there was none."""
-    count = ctypes.c_int(0)
-    error = library.cuInit(0) or library.cuDeviceGetCount(ctypes.byref(count))
-    return count.value, int(error)
 
 
 def cuda_version(library: ctypes.CDLL) -> tuple[int, int] | None:

@@ -13,12 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 __all__ = [
-    "BOTH_INSTALLED",
-    "CPU_PACKAGE",
-    "CUDA_EXTRA",
-    "GPU_PACKAGE",
     "PROVIDER",
-    "REINSTALL",
     "Driver",
     "Facts",
     "Gpu",
@@ -27,7 +22,6 @@ __all__ = [
     "Packages",
     "Problem",
     "Trial",
-    "is_installed",
     "read_machine",
     "read_packages",
 ]
@@ -184,21 +178,8 @@ def kernel_driver_version() -> str | None:
 
 # What pip installed for ONNX Runtime and CUDA, read from metadata and files without an import.
 
-CPU_PACKAGE, GPU_PACKAGE = "onnxruntime", "onnxruntime-gpu"
-CUDA_EXTRA = 'pip install "gemma3-export[cuda]"'
-REINSTALL = f"pip uninstall -y onnxruntime onnxruntime-gpu && {CUDA_EXTRA}"
-BOTH_INSTALLED = "onnxruntime and onnxruntime-gpu are both installed and the former hides CUDA"
 PROVIDER = "libonnxruntime_providers_cuda.so"
 SHOWN = re.compile(r"gemma3-export|onnxruntime.*|ort-nightly.*|torch|nvidia-.*")
-
-
-def is_installed(distribution: str) -> bool:
-    """Whether pip knows ``distribution``."""
-    try:
-        importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return False
-    return True
 
 
 def read_packages() -> Packages:

@@ -5,19 +5,15 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from gemma3_export.cuda.facts import (
+from gemma3_export.cuda.facts import Driver, Facts, Gpu, Library, Problem
+from gemma3_export.device import (
     BOTH_INSTALLED,
     CPU_PACKAGE,
     CUDA_EXTRA,
     GPU_PACKAGE,
     REINSTALL,
-    Driver,
-    Facts,
-    Gpu,
-    Library,
-    Problem,
+    parse_device,
 )
-from gemma3_export.device import parse_device
 
 __all__ = [
     "Problem",

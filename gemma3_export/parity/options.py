@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
-from gemma3_export.bundle.bundle import require_max_kld
 from gemma3_export.config.gemma3_config import Gemma3Config
+from gemma3_export.dtypes import require_max_kld
 from gemma3_export.errors import InputError
 
 __all__ = [

@@ -34,7 +34,6 @@ __all__ = [
     "Tokenizer",
     "character_of_byte",
     "has_byte_level_decoder",
-    "load_tokenizer",
     "parse_tokenizer_json",
     "piece_bytes",
     "read_tokenizer_json",
@@ -303,25 +302,6 @@ class StreamingDecoder:
         text = self._decoder.decode(b"", final=True)
         self._decoder.reset()
         return text
-
-
-def load_tokenizer(path: Path | str) -> Tokenizer:
-    """Read a tokenizer from a ``tokenizer.json``, a folder that has one, or a ``.gguf`` file.
-
-    Raises:
-        InputError: there is no readable tokenizer at ``path``.
-        UnavailableError: a ``.gguf`` is given and the package ``gguf`` is missing.
-    """
-    path = Path(path)
-    if path.is_dir():
-        return Tokenizer.from_folder(path)
-    if path.suffix.lower() != ".gguf":
-        return Tokenizer.from_file(path)
-    # Imported here because the thin runtime has no package gguf.
-    from gemma3_export.gguf_file import open_gguf
-    from gemma3_export.tokenizer.gguf_tokenizer import tokenizer_from_gguf
-
-    return tokenizer_from_gguf(open_gguf(path))
 
 
 def _encode(backend: tokenizers.Tokenizer, text: str) -> list[int]:

@@ -15,7 +15,7 @@ from gemma3_export.reference.loading import load_reference
 from gemma3_export.reference.model import Gemma3
 from gemma3_export.reference.training.token_data import TokenData, tokenizer_fingerprint
 from gemma3_export.reference.weights import WeightSource
-from gemma3_export.tokenizer.tokenizer import load_tokenizer
+from gemma3_export.tokenizer.loading import load_tokenizer
 
 __all__ = ["DEMO", "DEMO_CONFIG", "fresh_config", "fresh_model", "model_from_weights"]
 

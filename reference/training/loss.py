@@ -21,7 +21,6 @@ __all__ = [
     "IGNORED_LABEL",
     "LossModule",
     "chunked_cross_entropy",
-    "compute_dtype_of",
 ]
 
 IGNORED_LABEL = -100
@@ -103,11 +102,6 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
 
 # What is trained: the reference model from token windows to one number.
-
-
-def compute_dtype_of(precision: str) -> torch.dtype:
-    """The element type of matrix products."""
-    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
 
 
 class LossModule(nn.Module):

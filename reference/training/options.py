@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, fields
 from typing import Any, get_type_hints
 
+from gemma3_export.dtypes import FLOAT_DTYPES
 from gemma3_export.errors import InputError
 
 __all__ = ["PRECISIONS", "SHARDINGS", "TrainOptions"]
 
-PRECISIONS = ("fp32", "bf16", "fp16")
+PRECISIONS = FLOAT_DTYPES
 SHARDINGS = ("ddp", "fsdp")
 
 

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from gemma3_export.dtypes import torch_dtype
 from gemma3_export.errors import Gemma3ExportError, UnavailableError
 from gemma3_export.reference.model import Gemma3
 from gemma3_export.reference.runtime import ReferenceRuntime
@@ -27,7 +28,7 @@ from gemma3_export.reference.training.distributed import (
     whole_model,
     whole_optimizer,
 )
-from gemma3_export.reference.training.loss import LossModule, compute_dtype_of
+from gemma3_export.reference.training.loss import LossModule
 from gemma3_export.reference.training.metrics_log import (
     Logbook,
     LogRow,
@@ -103,7 +104,7 @@ class Trainer:
         self.held_windows = (
             None if data.validation is None else self._windows(data.validation, VALIDATION_STREAM)
         )
-        compute_dtype = compute_dtype_of(options.precision)
+        compute_dtype = torch_dtype(options.precision)
         self.module = LossModule(
             model.to(ranks.device).train(),
             compute_dtype=compute_dtype,

@@ -12,14 +12,10 @@ import torch
 from torch import Tensor
 
 from gemma3_export.bundle.block_format import BlockFormat
+from gemma3_export.dtypes import torch_dtype
 
-__all__ = ["SCALE_TYPES", "BlockMatrix", "block_scales", "pack_codes", "quantize", "unpack_codes"]
+__all__ = ["BlockMatrix", "block_scales", "pack_codes", "quantize", "unpack_codes"]
 
-SCALE_TYPES = {
-    "float32": torch.float32,
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-}
 SHRINKS = 1.0 - 0.0125 * torch.arange(24)  # candidate scales, relative to the one without clipping
 
 
@@ -105,7 +101,7 @@ def block_scales(
 
 def stored_scales(scales: Tensor, block_format: BlockFormat) -> Tensor:
     """float32 scales, rounded to the type that they are stored in, so that codes can be made."""
-    return scales.to(SCALE_TYPES[block_format.scale_type]).float()
+    return scales.to(torch_dtype(block_format.scale_type)).float()
 
 
 def codes_of(blocks: Tensor, scales: Tensor, block_format: BlockFormat) -> Tensor:

@@ -10,15 +10,14 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
-from gemma3_export.api.opening import open_runtime
-from gemma3_export.bundle.block_format import BlockFormat
-from gemma3_export.bundle.bundle import Bundle, WeightRecipe
+from gemma3_export.bundle.block_format import CODES, MINIMUMS, SCALES, BlockFormat, stored_parts
+from gemma3_export.bundle.bundle import Bundle
+from gemma3_export.bundle.manifest import WeightRecipe
+from gemma3_export.bundle.signature import MODEL_PREFIX
 from gemma3_export.errors import InputError
-from gemma3_export.exporters.onnx.blocks import CODES, MINIMUMS, SCALES, stored_parts
-from gemma3_export.exporters.step import DecoderStep
-from gemma3_export.reference.weights import WeightSource
 from gemma3_export.reference.weights.block_matrix import BlockMatrix, unpack_codes
-from gemma3_export.runtimes.torch.runtime import ArchiveRuntime
+from gemma3_export.reference.weights.source import WeightSource
+from gemma3_export.runtimes.torch.runtime import ArchiveRuntime, Pt2Runtime, TorchScriptRuntime
 
 __all__ = [
     "ArchiveWeights",
@@ -26,6 +25,11 @@ __all__ = [
     "StoredBlocks",
     "open_bundle_weights",
 ]
+
+ARCHIVES: dict[str, type[ArchiveRuntime]] = {
+    "torchscript": TorchScriptRuntime,
+    "pt2": Pt2Runtime,
+}
 
 
 def open_bundle_weights(
@@ -39,11 +43,7 @@ def open_bundle_weights(
     runtimes = [graph.runtime for graph in bundle.manifest.graphs]
     chosen = runtime if runtime in runtimes else runtimes[0]
     if chosen != "onnx":
-        from gemma3_export.reference.weights.bundle_weights import ArchiveWeights
-
         return ArchiveWeights(bundle, chosen, trust=trust)
-    from gemma3_export.reference.weights.bundle_weights import BundleWeights
-
     return BundleWeights(bundle)
 
 
@@ -236,8 +236,7 @@ class ArchiveWeights(WeightSource):
         self.config = bundle.config
         self.origin = f"the {runtime} archive in {bundle.path}"
         self.shapes = dict(self.config.weight_shapes())
-        opened = open_runtime(bundle, runtime, device="cpu", trust=trust)
-        assert isinstance(opened, ArchiveRuntime)
+        opened = ARCHIVES[runtime](bundle, device="cpu", trust=trust)
         module = opened.module
         self.stored: dict[str, tuple[torch.Tensor | ArchivedBlocks, int]] = {}
         for name, recipe in bundle.graph(runtime).weights.items():
@@ -308,7 +307,7 @@ def stored_tensor(module: Any, name: str) -> torch.Tensor:
 
 def owner_of(module: Any, name: str) -> Any:
     """The module that holds a parameter in a loaded archive."""
-    *path, _ = f"{DecoderStep.MODEL}.{name}".split(".")
+    *path, _ = f"{MODEL_PREFIX}.{name}".split(".")
     owner = module
     for part in path:
         # An untied head's matrix belongs to the head itself in TorchScript.

@@ -14,6 +14,7 @@ import torch
 from gemma3_export.config.gemma3_config import EMBEDDING, HEAD, Gemma3Config
 from gemma3_export.config.hugging_face import PADDED_VOCAB_SIZE
 from gemma3_export.config.presets import TEXT_VOCAB_SIZE
+from gemma3_export.dtypes import FLOAT_DTYPES, torch_dtype
 from gemma3_export.errors import InputError
 from gemma3_export.gguf_file import GgufTensor
 from gemma3_export.reference.weights.source import WeightSource
@@ -25,7 +26,7 @@ __all__ = [
     "map_names",
 ]
 
-READABLE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+READABLE_DTYPES = tuple(map(torch_dtype, FLOAT_DTYPES))
 MAX_LISTED = 10
 COMPARE_BYTES = 16 * 2**20
 HASH_BYTES = 2**20

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import gemma3_export
-from gemma3_export.bundle.bundle import MANIFEST
+from gemma3_export.bundle.manifest import MANIFEST
 from gemma3_export.config.gemma3_config import Gemma3Config
 from gemma3_export.config.gguf_config import config_from_gguf
 from gemma3_export.config.hugging_face import (

@@ -17,6 +17,7 @@ import torch
 from safetensors import safe_open
 
 from gemma3_export.config.hugging_face import load_json_object
+from gemma3_export.dtypes import ELEMENT_TYPES, torch_dtype
 from gemma3_export.errors import InputError
 from gemma3_export.gguf_file import GgufTensor, open_gguf
 
@@ -89,10 +90,9 @@ class GgufStore(TensorStore):
 
 MAX_HEADER_BYTES = 100 * 10**6  # the format's own limit
 _DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
+    item.safetensors: torch_dtype(item.name)
+    for item in ELEMENT_TYPES.values()
+    if item.name.startswith(("float", "bfloat"))
 }
 
 

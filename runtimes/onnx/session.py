@@ -13,18 +13,20 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gemma3_export.bundle.bundle import MANIFEST
-from gemma3_export.bundle.signature import Axis, DType, Signature
-from gemma3_export.cuda.driver import gpu_count
-from gemma3_export.cuda.facts import (
+from gemma3_export.bundle.manifest import MANIFEST
+from gemma3_export.bundle.signature import Axis, Signature
+from gemma3_export.device import (
     BOTH_INSTALLED,
     CPU_PACKAGE,
     CUDA_EXTRA,
     GPU_PACKAGE,
     REINSTALL,
+    Device,
+    gpu_count,
     is_installed,
+    parse_device,
 )
-from gemma3_export.device import Device, parse_device
+from gemma3_export.dtypes import ELEMENT_TYPES
 from gemma3_export.errors import InputError, UnavailableError
 
 if TYPE_CHECKING:
@@ -210,12 +212,6 @@ def first_line(error: Exception) -> str:
 
 # Whether a loaded ONNX graph has the inputs and outputs that its bundle declares.
 
-ELEMENT_TYPES: dict[DType, str] = {
-    "float32": "tensor(float)",
-    "float16": "tensor(float16)",
-    "bfloat16": "tensor(bfloat16)",
-    "int64": "tensor(int64)",
-}
 SHOWN = 2
 
 
@@ -255,8 +251,8 @@ def _problems(session: Any, signature: Signature) -> Iterator[str]:
         value = found.get(name)
         if value is None:
             yield f"{name} is missing"
-        elif value.type != ELEMENT_TYPES[spec.dtype]:
-            yield f"{name} is {value.type}, declared as {ELEMENT_TYPES[spec.dtype]}"
+        elif value.type != ELEMENT_TYPES[spec.dtype].ort_type:
+            yield f"{name} is {value.type}, declared as {ELEMENT_TYPES[spec.dtype].ort_type}"
         elif not _agree(spec.axes, value.shape):
             yield f"{name} is {_text(value.shape)}, declared as {_text(spec.axes)}"
     yield from (f"{name} is not declared" for name in found if name not in declared)
@@ -276,7 +272,7 @@ def _text(axes: Any) -> str:
 
 # ONNX Runtime's tensors in numpy's terms, bfloat16 included, which numpy does not have.
 
-ONNX_BFLOAT16 = 16  # onnx.TensorProto.BFLOAT16
+ONNX_BFLOAT16 = ELEMENT_TYPES["bfloat16"].onnx
 
 
 def zeros(shape: Sequence[int], dtype: str) -> Any:

@@ -16,10 +16,10 @@ from click.testing import CliRunner, Result
 
 from gemma3_export import __version__
 from gemma3_export.bundle.bundle import Bundle
+from gemma3_export.bundle.manifest import ONNX_TARGETS
 from gemma3_export.cli import command_line
 from gemma3_export.cli.drafters import default_draft_tokens
 from gemma3_export.cli.generate_command import RUNTIMES
-from gemma3_export.cli.onnx_command import CALIBRATED, DTYPES, TARGETS
 from gemma3_export.progress import ProgressBars
 from gemma3_export.tokenizer.tokenizer import Tokenizer
 from tests.support.tiny_models import write_hf_folder
@@ -102,13 +102,8 @@ def test_version():
 def test_choices_are_those_of_the_exporters():
     from gemma3_export.api.opening import RUNTIMES as BACKENDS
     from gemma3_export.exporters.onnx.trace import TARGETS as TRACER_TARGETS
-    from gemma3_export.exporters.onnx.writer import CALIBRATED as WRITER_CALIBRATED
-    from gemma3_export.exporters.onnx.writer import DTYPES as WRITER_DTYPES
-    from gemma3_export.exporters.onnx.writer import QUANTIZED
 
-    assert tuple(TRACER_TARGETS) == TARGETS
-    assert (*WRITER_DTYPES, *QUANTIZED) == DTYPES
-    assert WRITER_CALIBRATED == CALIBRATED
+    assert tuple(TRACER_TARGETS) == ONNX_TARGETS
     assert BACKENDS == RUNTIMES
 
 

@@ -13,7 +13,8 @@ import torch
 from gemma3_export.api.opening import open_runtime
 from gemma3_export.api.verification import ParityCheck, verify_bundle
 from gemma3_export.bundle.block_format import BlockFormat
-from gemma3_export.bundle.bundle import Bundle, default_max_kld
+from gemma3_export.bundle.bundle import Bundle
+from gemma3_export.dtypes import EXPORT_DTYPES
 from gemma3_export.errors import InputError, ParityError
 from gemma3_export.exporters.bundle_writer import export_bundle
 from gemma3_export.exporters.onnx.writer import OnnxWriter
@@ -202,7 +203,7 @@ def test_int4_over_its_budget_fails_with_the_number_and_leaves_nothing(tmp_path:
 
 def test_budgets_follow_the_dtype() -> None:
     assert OnnxWriter(dtype="int8").budget == 0.01
-    assert OnnxWriter(dtype="mixed").budget == default_max_kld("mixed") == 0.05
+    assert OnnxWriter(dtype="mixed").budget == EXPORT_DTYPES["mixed"].max_kld == 0.05
     assert OnnxWriter(dtype="mixed", max_kld=0.2).budget == 0.2
 
 

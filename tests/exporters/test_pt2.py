@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 import torch
 
+from gemma3_export.dtypes import torch_dtype
 from gemma3_export.errors import InputError, UnavailableError
 from gemma3_export.exporters.bundle_writer import export_bundle
 from gemma3_export.exporters.torch.pt2 import Pt2Writer
-from gemma3_export.exporters.torch.torchscript import DTYPES
 from gemma3_export.runtimes.onnx.session import CudaOptions
 from gemma3_export.runtimes.torch import runtime as archive_runtime
 from gemma3_export.runtimes.torch.runtime import Pt2Runtime
@@ -56,7 +56,7 @@ class TestComputation:
     )
     def test_computes_what_the_reference_computes(self, tmp_path, variant, dtype):
         runtime = Pt2Runtime(export(tmp_path / "bundle", variant, dtype))
-        expected = observe(reference(variant, DTYPES[dtype][0]))
+        expected = observe(reference(variant, torch_dtype(dtype)))
         for found, exact in zip(observe(runtime), expected, strict=True):
             np.testing.assert_array_equal(found, exact)
 

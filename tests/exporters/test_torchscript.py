@@ -17,9 +17,10 @@ import pytest
 import torch
 
 from gemma3_export.bundle.bundle import Bundle
+from gemma3_export.dtypes import FLOAT_DTYPES, torch_dtype
 from gemma3_export.errors import InputError, UnavailableError
 from gemma3_export.exporters.bundle_writer import export_bundle
-from gemma3_export.exporters.torch.torchscript import DTYPES, TorchScriptWriter
+from gemma3_export.exporters.torch.torchscript import TorchScriptWriter
 from gemma3_export.runtimes.generation.loop import generate
 from gemma3_export.runtimes.generation.sampling import SamplingParams
 from gemma3_export.runtimes.torch import runtime as torchscript_support
@@ -52,11 +53,11 @@ def archive_of(bundle: Path) -> Path:
 
 class TestComputation:
     @pytest.mark.parametrize("prepack", [True, False], ids=["prepacked", "plain"])
-    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("dtype", FLOAT_DTYPES)
     @pytest.mark.parametrize("variant", ["tied", "untied"])
     def test_errs_no_more_than_the_reference_in_its_own_dtype(self, variant, dtype, prepack):
         runtime = TorchScriptRuntime(exported(variant, dtype, prepack), device="cpu")
-        floor = errors(variant, reference(variant, DTYPES[dtype][0]))
+        floor = errors(variant, reference(variant, torch_dtype(dtype)))
         found = errors(variant, runtime)
         assert np.isfinite(found).all()
         # One rounding may fall differently; over what a run observes, none stands out.
@@ -108,9 +109,9 @@ def load_plainly(bundle: Path, device: str, extra_files: dict[str, str] | None =
 
 
 class TestArchive:
-    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("dtype", FLOAT_DTYPES)
     def test_stores_each_weight_once(self, dtype):
-        weights = VARIANTS["wide"].num_parameters * DTYPES[dtype][0].itemsize
+        weights = VARIANTS["wide"].num_parameters * torch_dtype(dtype).itemsize
         size = archive_of(exported("wide", dtype)).stat().st_size
         assert weights < size < 1.02 * weights
 
@@ -131,7 +132,7 @@ class TestArchive:
                 assert b"site-packages" not in content
 
     @pytest.mark.parametrize("prepack", [True, False], ids=["prepacked", "plain"])
-    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("dtype", FLOAT_DTYPES)
     def test_no_device_is_baked_into_the_graph(self, dtype, prepack):
         module = load_plainly(exported("tied", dtype, prepack), "cpu")
         assert "aten::linear" in str(module.inlined_graph)

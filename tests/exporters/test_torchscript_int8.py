@@ -16,11 +16,11 @@ from torch import Tensor
 from gemma3_export.api.exporting import export_torchscript
 from gemma3_export.bundle.block_format import BlockFormat
 from gemma3_export.bundle.bundle import Bundle
-from gemma3_export.cli.torchscript_command import DTYPES as COMMAND_DTYPES
 from gemma3_export.errors import InputError, ParityError
 from gemma3_export.exporters.bundle_writer import export_bundle
-from gemma3_export.exporters.torch.modules import FEW_ROWS, BlockedMatrix, blocked_matrix
-from gemma3_export.exporters.torch.torchscript import DTYPES, QUANTIZED, TorchScriptWriter
+from gemma3_export.exporters.torch.matrix import FEW_ROWS, BlockedMatrix
+from gemma3_export.exporters.torch.modules import blocked_matrix
+from gemma3_export.exporters.torch.torchscript import TorchScriptWriter
 from gemma3_export.parity import ParityReport, VerifyOptions, verify
 from gemma3_export.reference.weights.block_matrix import BlockMatrix, quantize
 from gemma3_export.reference.weights.bundle_weights import open_bundle_weights, owner_of
@@ -188,7 +188,3 @@ def test_blocks_that_divide_no_matrix_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"48 columns.*blocks of 32"):
         export_bundle(source(), tmp_path / "out", TorchScriptWriter(dtype="int8", block_size=32))
     assert not (tmp_path / "out").exists()
-
-
-def test_choices_are_those_of_the_exporter() -> None:
-    assert (*DTYPES, *QUANTIZED) == COMMAND_DTYPES

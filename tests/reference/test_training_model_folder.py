@@ -10,11 +10,10 @@ import torch
 from click.testing import CliRunner
 
 from gemma3_export.cli import command_line
-from gemma3_export.cli.train_command import OPTIONS, PRECISIONS, SHARDINGS
+from gemma3_export.cli.train_command import OPTIONS
 from gemma3_export.errors import InputError
 from gemma3_export.reference.loading import load_reference
 from gemma3_export.reference.training import model_folder
-from gemma3_export.reference.training import options as training_options
 from gemma3_export.reference.training.documents import LocalFiles
 from gemma3_export.reference.training.model_folder import export_hf_folder
 from gemma3_export.reference.training.options import TrainOptions
@@ -22,7 +21,7 @@ from gemma3_export.reference.training.preparation import prepare_tokens
 from gemma3_export.reference.training.runs import RECORD, train
 from gemma3_export.reference.training.token_data import open_token_data
 from gemma3_export.reference.weights import open_weights
-from gemma3_export.tokenizer.tokenizer import load_tokenizer
+from gemma3_export.tokenizer.loading import load_tokenizer
 from tests.support.tiny_models import tiny_config, tiny_weights, write_gguf, write_hf_folder
 from tests.support.tiny_tokenizers import tiny_gemma_tokenizer
 from tests.support.token_folders import quick_options, small_config, write_config
@@ -214,7 +213,5 @@ def test_learning_rate_follows_what_is_trained(
 
 
 def test_command_offers_every_option_of_the_trainer() -> None:
-    assert PRECISIONS == training_options.PRECISIONS
-    assert SHARDINGS == training_options.SHARDINGS
     offered = {name.removeprefix("--").replace("-", "_") for name, _, _ in OPTIONS}
     assert offered == set(TrainOptions().to_json())

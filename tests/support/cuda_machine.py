@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import sys
 
+from gemma3_export.device import gpu_count
 from gemma3_export.errors import UnavailableError
-from gemma3_export.runtimes.onnx.session import choose_device, gpu_count
+from gemma3_export.runtimes.onnx.session import choose_device
 
 __all__ = ["COULD_NOT_RUN", "problem", "without_gpu"]
 

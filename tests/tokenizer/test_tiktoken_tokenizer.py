@@ -9,12 +9,13 @@ import tokenizers
 from tokenizers import models, pre_tokenizers, trainers
 
 from gemma3_export.errors import InputError, UnavailableError
+from gemma3_export.tokenizer.loading import load_tokenizer
 from gemma3_export.tokenizer.tiktoken_tokenizer import (
     load_tiktoken,
     merge_of_token,
     tokenizer_from_tiktoken,
 )
-from gemma3_export.tokenizer.tokenizer import load_tokenizer, piece_bytes
+from gemma3_export.tokenizer.tokenizer import piece_bytes
 from tests.support.tokenizer_corpus import TEXTS
 
 tiktoken = pytest.importorskip("tiktoken")

@@ -1,0 +1,59 @@
+"""The order of the rooms, which `make lint` checks, and that the check can fail."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def copied(tmp_path: Path) -> Path:
+    """The package with its three links as real folders, which import-linter needs."""
+    ignored = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(REPOSITORY / "gemma3_export", tmp_path / "gemma3_export", ignore=ignored)
+    shutil.copy(REPOSITORY / "pyproject.toml", tmp_path)
+    return tmp_path
+
+
+def lint_imports(folder: Path) -> subprocess.CompletedProcess[str]:
+    program = Path(sys.executable).with_name("lint-imports")
+    return subprocess.run(
+        [program, "--no-cache"],
+        cwd=folder,
+        env={"PYTHONPATH": str(folder), "PATH": "", "COLUMNS": "200"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_every_import_points_to_its_own_room_or_a_lower_one(copied: Path) -> None:
+    done = lint_imports(copied)
+    assert done.returncode == 0, done.stdout
+    assert "2 kept, 0 broken" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("importer", "imported", "contract"),
+    [
+        ("errors", "gemma3_export.dtypes", "Rooms are stacked in one order"),
+        ("runtimes/protocol", "gemma3_export.reference.model", "Rooms are stacked in one order"),
+        ("parity/judge", "gemma3_export.exporters.step", "Rooms are stacked in one order"),
+        ("parity/differences", "gemma3_export.parity.judge", "No cycles"),
+    ],
+)
+def test_an_import_turned_around_is_found(
+    copied: Path, importer: str, imported: str, contract: str
+) -> None:
+    module = copied / "gemma3_export" / f"{importer}.py"
+    module.write_text(module.read_text(encoding="utf-8") + f"\n\nimport {imported}\n")
+    done = lint_imports(copied)
+    assert done.returncode == 1
+    assert f"{contract} BROKEN" in done.stdout
+    assert imported.rpartition(".")[2] in done.stdout
