@@ -23,9 +23,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from gemma3_export.bundle.block_format import BlockFormat
-from gemma3_export.config.gemma3_config import Gemma3Config
-from gemma3_export.config.presets import preset
+from gemma3_export.bundle import BlockFormat
+from gemma3_export.config import Gemma3Config, preset
 
 PAGE = Path(__file__).parent.parent / "docs" / "cuda.md"
 BEGIN, END = "<!-- cuda model -->\n", "<!-- /cuda model -->\n"

@@ -24,8 +24,8 @@ from pathlib import Path
 import click
 import numpy as np
 
-from gemma3_export.bundle.bundle import Bundle
-from gemma3_export.config.presets import preset
+from gemma3_export.bundle import Bundle
+from gemma3_export.config import preset
 from gemma3_export.runtimes.onnx.caches import SharedCache
 from gemma3_export.runtimes.onnx.runtime import OnnxRuntime
 

@@ -33,7 +33,7 @@ import click
 from gemma3_export.api.opening import open_runtime
 from gemma3_export.api.verification import bundle_tokenizer
 from gemma3_export.bench.machine import describe_machine
-from gemma3_export.bundle.bundle import Bundle
+from gemma3_export.bundle import Bundle
 from gemma3_export.runtimes.generation.loop import Completion, generate
 from gemma3_export.runtimes.generation.sampling import SamplingParams
 from gemma3_export.runtimes.generation.speculation import MAX_DRAFT_TOKENS, PromptLookup

@@ -17,7 +17,7 @@ from typing import Any
 import click
 import torch
 
-from gemma3_export.config.hugging_face import load_json_object
+from gemma3_export.config import load_json_object
 from gemma3_export.errors import Gemma3ExportError
 from gemma3_export.progress import ProgressBars
 from gemma3_export.reference.training.checkpoints import checkpoint_steps

@@ -13,7 +13,7 @@ import resource
 import click
 import torch
 
-from gemma3_export.config.presets import preset
+from gemma3_export.config import preset
 from gemma3_export.reference.training.initialization import fresh_model
 from gemma3_export.reference.training.loss import LossModule
 from gemma3_export.reference.training.optimizer import make_optimizer

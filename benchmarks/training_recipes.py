@@ -25,7 +25,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from gemma3_export.config.gemma3_config import Gemma3Config
+from gemma3_export.config import Gemma3Config
 from gemma3_export.reference.model import Gemma3
 from gemma3_export.reference.training.initialization import DEMO_CONFIG, fresh_model
 from gemma3_export.reference.training.loss import IGNORED_LABEL, LossModule

@@ -19,9 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
-from gemma3_export.config.gemma3_config import Gemma3Config
-from gemma3_export.config.hugging_face import config_to_json
-from gemma3_export.config.presets import preset
+from gemma3_export.config import Gemma3Config, config_to_json, preset
 from gemma3_export.reference.training.initialization import DEMO_CONFIG, fresh_model
 from gemma3_export.reference.training.loss import LossModule
 from gemma3_export.reference.training.optimizer import make_optimizer

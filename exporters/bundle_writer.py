@@ -18,10 +18,8 @@ from typing import ClassVar, Protocol
 import torch
 
 from gemma3_export import __version__
-from gemma3_export.bundle.bundle import Bundle
-from gemma3_export.bundle.manifest import MANIFEST, PARITY, Graph, Manifest, write_manifest
-from gemma3_export.config.gemma3_config import Gemma3Config
-from gemma3_export.config.hugging_face import config_to_json
+from gemma3_export.bundle import MANIFEST, PARITY, Bundle, Graph, Manifest, write_manifest
+from gemma3_export.config import Gemma3Config, config_to_json
 from gemma3_export.errors import Gemma3ExportError, InputError
 from gemma3_export.parity.activation_range import (
     calibration_sequences,
@@ -32,8 +30,7 @@ from gemma3_export.parity.options import HalfPrecision
 from gemma3_export.parity.report.model import HalfRanges
 from gemma3_export.reference.weights import WeightSource
 from gemma3_export.staging import refuse_existing, staged_directory, write_text_atomically
-from gemma3_export.tokenizer.loading import load_tokenizer
-from gemma3_export.tokenizer.tokenizer import Tokenizer
+from gemma3_export.tokenizer import Tokenizer, load_tokenizer
 
 __all__ = [
     "ExportResult",

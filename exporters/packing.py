@@ -11,8 +11,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from gemma3_export.bundle.manifest import WeightRecipe
-from gemma3_export.config.gemma3_config import Gemma3Config
+from gemma3_export.bundle import WeightRecipe
+from gemma3_export.config import Gemma3Config
 from gemma3_export.reference.model import MLP, Attention, Gemma3
 
 __all__ = ["PackedAttention", "PackedMLP", "PackedProjection", "weight_recipes"]

@@ -3,7 +3,7 @@
 Importing this package imports neither torch nor ONNX Runtime.
 """
 
-from gemma3_export.config.gemma3_config import Gemma3Config
+from gemma3_export.config import Gemma3Config
 from gemma3_export.errors import Gemma3ExportError, InputError, ParityError, UnavailableError
 
 __all__ = ["Gemma3Config", "Gemma3ExportError", "InputError", "ParityError", "UnavailableError"]

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812  (torch's own convention)
 from torch import Tensor, nn
 
-from gemma3_export.config.gemma3_config import Gemma3Config, LayerType
+from gemma3_export.config import Gemma3Config, LayerType
 
 __all__ = [
     "MLP",

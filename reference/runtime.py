@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from gemma3_export.config.gemma3_config import Gemma3Config
+from gemma3_export.config import Gemma3Config
 from gemma3_export.reference.model import Gemma3
 from gemma3_export.runtimes.protocol import IntArray, KVCache, Logits, check_step
 from gemma3_export.runtimes.torch.cache import TorchCache, as_numpy

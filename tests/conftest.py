@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from gemma3_export.api.exporting import export_onnx, open_weights
-from gemma3_export.config.hugging_face import config_to_json
+from gemma3_export.config import config_to_json
 from tests.support import cuda_machine, cuda_python
 from tests.support.tiny_models import tiny_config, write_hf_folder
 from tests.support.tiny_tokenizers import tiny_gemma_tokenizer

@@ -24,12 +24,12 @@ from typing import Any
 import click
 
 from gemma3_export.api.opening import open_runtime
-from gemma3_export.bundle.bundle import Bundle
+from gemma3_export.bundle import Bundle
 from gemma3_export.errors import Gemma3ExportError, InputError
 from gemma3_export.runtimes.generation.loop import generate
 from gemma3_export.runtimes.generation.sampling import SamplingParams
 from gemma3_export.runtimes.protocol import Runtime
-from gemma3_export.tokenizer.tokenizer import StreamingDecoder, Tokenizer
+from gemma3_export.tokenizer import StreamingDecoder, Tokenizer
 
 KEY_VARIABLE = "GEMMA3_API_KEY"
 MAX_BODY_BYTES = 1_000_000

@@ -15,7 +15,7 @@ from dataclasses import replace
 
 import onnx_ir as ir
 
-from gemma3_export.bundle.block_format import (
+from gemma3_export.bundle import (
     CODES,
     LOOKUP_SCALES,
     MINIMUMS,
@@ -23,9 +23,9 @@ from gemma3_export.bundle.block_format import (
     ZERO_POINTS,
     BlockFormat,
     StoredPart,
+    WeightRecipe,
     stored_parts,
 )
-from gemma3_export.bundle.manifest import WeightRecipe
 from gemma3_export.dtypes import ELEMENT_TYPES
 
 __all__ = ["quantize_graph"]

@@ -15,15 +15,15 @@ from typing import BinaryIO
 import onnx_ir as ir
 import torch
 
-from gemma3_export.bundle.block_format import (
+from gemma3_export.bundle import (
     CODES,
     LOOKUP_SCALES,
     MINIMUMS,
     SCALES,
     StoredPart,
+    WeightRecipe,
     stored_parts,
 )
-from gemma3_export.bundle.manifest import WeightRecipe
 from gemma3_export.dtypes import ELEMENT_TYPES, DType, torch_dtype
 from gemma3_export.exporters.quantize.quantizers import Quantizer
 from gemma3_export.reference.weights import WeightSource, check_finite

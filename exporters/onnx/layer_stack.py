@@ -14,8 +14,8 @@ import onnx_ir as ir
 from torch import Tensor
 from torch.onnx import ops
 
-from gemma3_export.bundle.signature import Signature
-from gemma3_export.config.gemma3_config import Gemma3Config, LayerType
+from gemma3_export.bundle import Signature
+from gemma3_export.config import Gemma3Config, LayerType
 
 __all__ = ["layer_boundary", "one_layer_of_each_kind", "stack_layers"]
 

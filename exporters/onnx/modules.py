@@ -20,7 +20,7 @@ import torch.nn.functional as F  # noqa: N812  (torch's own convention)
 from torch import Tensor
 from torch.onnx import ops
 
-from gemma3_export.config.gemma3_config import Gemma3Config
+from gemma3_export.config import Gemma3Config
 from gemma3_export.exporters.onnx.layer_stack import layer_boundary
 from gemma3_export.exporters.packing import PackedAttention, PackedMLP, PackedProjection
 from gemma3_export.reference.model import (

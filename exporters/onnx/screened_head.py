@@ -31,8 +31,8 @@ import onnx_ir as ir
 import torch
 from onnx import parser
 
-from gemma3_export.bundle.block_format import CODES, SCALES, BlockFormat, StoredPart, stored_parts
-from gemma3_export.config.gemma3_config import Gemma3Config
+from gemma3_export.bundle import CODES, SCALES, BlockFormat, StoredPart, stored_parts
+from gemma3_export.config import Gemma3Config
 from gemma3_export.errors import InputError
 from gemma3_export.exporters.onnx.external_data import HashingWriter, Progress, attach, raw_bytes
 from gemma3_export.reference.weights.block_matrix import pack_codes, quantize

@@ -20,9 +20,8 @@ from onnxscript.optimizer._constant_folding import FoldConstantsPass
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from gemma3_export.bundle.manifest import WeightRecipe
-from gemma3_export.bundle.signature import MODEL_PREFIX, Signature, TensorSpec
-from gemma3_export.config.gemma3_config import Gemma3Config
+from gemma3_export.bundle import MODEL_PREFIX, Signature, TensorSpec, WeightRecipe
+from gemma3_export.config import Gemma3Config
 from gemma3_export.dtypes import ELEMENT_TYPES
 from gemma3_export.exporters.onnx.layer_stack import one_layer_of_each_kind, stack_layers
 from gemma3_export.exporters.onnx.modules import FusedGemma3, PortableGemma3

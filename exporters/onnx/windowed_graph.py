@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from gemma3_export.config.gemma3_config import Gemma3Config
+from gemma3_export.config import Gemma3Config
 
 __all__ = ["has_windows", "make_windowed"]
 

@@ -11,10 +11,8 @@ from typing import ClassVar
 
 import onnx_ir as ir
 
-from gemma3_export.bundle.block_format import BlockFormat
-from gemma3_export.bundle.manifest import Graph, WeightRecipe
-from gemma3_export.bundle.signature import Signature
-from gemma3_export.config.gemma3_config import Gemma3Config
+from gemma3_export.bundle import BlockFormat, Graph, Signature, WeightRecipe
+from gemma3_export.config import Gemma3Config
 from gemma3_export.dtypes import (
     ELEMENT_TYPES,
     EXPORT_DTYPES,
@@ -44,8 +42,7 @@ from gemma3_export.exporters.quantize.quantizers import (
 )
 from gemma3_export.parity.options import HalfPrecision
 from gemma3_export.reference.weights import WeightSource
-from gemma3_export.tokenizer.loading import load_tokenizer
-from gemma3_export.tokenizer.tokenizer import Tokenizer
+from gemma3_export.tokenizer import Tokenizer, load_tokenizer
 
 __all__ = ["OnnxWriter"]
 

@@ -11,9 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gemma3_export.bundle.block_format import BlockFormat
-from gemma3_export.bundle.manifest import WeightRecipe
-from gemma3_export.config.gemma3_config import EMBEDDING, HEAD, Gemma3Config
+from gemma3_export.bundle import BlockFormat, WeightRecipe
+from gemma3_export.config import EMBEDDING, HEAD, Gemma3Config
 from gemma3_export.exporters.bundle_writer import Progress
 from gemma3_export.exporters.quantize.calibration import Calibration
 from gemma3_export.exporters.quantize.gptq import DAMPING, GptqRounding, Hessian

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gemma3_export.config.gemma3_config import Gemma3Config
+from gemma3_export.config import Gemma3Config
 from gemma3_export.errors import InputError
 from gemma3_export.exporters.bundle_writer import Progress
 from gemma3_export.reference.loading import load_reference
@@ -24,7 +24,7 @@ from gemma3_export.reference.runtime import ReferenceRuntime
 from gemma3_export.reference.weights import WeightSource
 from gemma3_export.runtimes.generation.loop import TokenEvent, generate
 from gemma3_export.runtimes.generation.sampling import SamplingParams
-from gemma3_export.tokenizer.tokenizer import Tokenizer
+from gemma3_export.tokenizer import Tokenizer
 
 __all__ = ["Calibration", "CalibrationPlan", "calibration_from_file", "sampled_calibration"]
 

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from gemma3_export.bundle.block_format import BlockFormat
+from gemma3_export.bundle import BlockFormat
 from gemma3_export.errors import InputError
 from gemma3_export.gguf_file import GgufTensor
 from gemma3_export.reference.weights.block_matrix import BlockMatrix

@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gemma3_export.bundle.block_format import BlockFormat
+from gemma3_export.bundle import BlockFormat
 from gemma3_export.reference.weights.block_matrix import BlockMatrix, block_scales
 
 __all__ = ["DAMPING", "GptqRounding", "Hessian"]

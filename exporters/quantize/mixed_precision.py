@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from gemma3_export.bundle.block_format import BlockFormat
-from gemma3_export.config.gemma3_config import EMBEDDING, HEAD, Gemma3Config
+from gemma3_export.bundle import BlockFormat
+from gemma3_export.config import EMBEDDING, HEAD, Gemma3Config
 from gemma3_export.errors import InputError
 from gemma3_export.exporters.bundle_writer import Progress
 from gemma3_export.exporters.quantize.calibrated_blocks import CalibratedBlocks, Calibrator

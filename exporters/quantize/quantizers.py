@@ -6,9 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from gemma3_export.bundle.block_format import BlockFormat, common_format
-from gemma3_export.bundle.manifest import WeightRecipe
-from gemma3_export.config.gemma3_config import EMBEDDING, Gemma3Config
+from gemma3_export.bundle import BlockFormat, WeightRecipe, common_format
+from gemma3_export.config import EMBEDDING, Gemma3Config
 from gemma3_export.errors import InputError
 from gemma3_export.exporters.quantize.gguf_blocks import gguf_format, read_gguf_blocks
 from gemma3_export.reference.weights import WeightSource, check_finite

@@ -12,9 +12,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812  (torch's own convention)
 from torch import Tensor, nn
 
-from gemma3_export.bundle.manifest import Graph, WeightRecipe, sha256_of
-from gemma3_export.config.gemma3_config import Gemma3Config
-from gemma3_export.config.hugging_face import config_to_json
+from gemma3_export.bundle import Graph, WeightRecipe, sha256_of
+from gemma3_export.config import Gemma3Config, config_to_json
 from gemma3_export.dtypes import ELEMENT_TYPES, DType, element_type, export_dtype, torch_dtype
 from gemma3_export.exporters.bundle_writer import Progress, half_precision
 from gemma3_export.exporters.step import DecoderStep, example_inputs

@@ -10,10 +10,8 @@ from typing import Any, ClassVar
 
 import torch
 
-from gemma3_export.bundle.block_format import BlockFormat
-from gemma3_export.bundle.manifest import Graph, WeightRecipe, sha256_of
-from gemma3_export.config.gemma3_config import Gemma3Config
-from gemma3_export.config.hugging_face import config_to_json
+from gemma3_export.bundle import BlockFormat, Graph, WeightRecipe, sha256_of
+from gemma3_export.config import Gemma3Config, config_to_json
 from gemma3_export.dtypes import (
     ELEMENT_TYPES,
     EXPORT_DTYPES,

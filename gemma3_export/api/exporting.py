@@ -18,7 +18,7 @@ from gemma3_export.api.verification import ParityCheck, require_packages
 if TYPE_CHECKING:
     from gemma3_export.exporters.bundle_writer import ExportResult, GraphWriter, Progress
     from gemma3_export.reference.weights import WeightSource
-    from gemma3_export.tokenizer.tokenizer import Tokenizer
+    from gemma3_export.tokenizer import Tokenizer
 
 __all__ = ["export_onnx", "export_pt2", "export_torchscript", "open_weights"]
 

@@ -9,8 +9,7 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
-from gemma3_export.bundle.bundle import Bundle
-from gemma3_export.bundle.manifest import RUNTIMES
+from gemma3_export.bundle import RUNTIMES, Bundle
 from gemma3_export.errors import InputError, UnavailableError
 from gemma3_export.runtimes.onnx.session import CudaOptions
 from gemma3_export.runtimes.protocol import Runtime

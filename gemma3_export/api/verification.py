@@ -17,10 +17,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gemma3_export.api.opening import open_runtime
-from gemma3_export.bundle.bundle import Bundle
-from gemma3_export.bundle.manifest import MANIFEST, RUNTIMES
+from gemma3_export.bundle import MANIFEST, RUNTIMES, Bundle
 from gemma3_export.errors import InputError, ParityError, UnavailableError
-from gemma3_export.tokenizer.loading import load_tokenizer
+from gemma3_export.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
     from gemma3_export.exporters.bundle_writer import Progress
@@ -29,7 +28,7 @@ if TYPE_CHECKING:
     from gemma3_export.reference.weights import WeightSource
     from gemma3_export.runtimes.onnx.session import CudaOptions
     from gemma3_export.runtimes.protocol import Runtime
-    from gemma3_export.tokenizer.tokenizer import Tokenizer
+    from gemma3_export.tokenizer import Tokenizer
 
 __all__ = ["ParityCheck", "bundle_tokenizer", "require_packages", "verify_bundle"]
 

@@ -18,11 +18,11 @@ import numpy as np
 import torch
 
 from gemma3_export.bench.process import Worker, own_worker
-from gemma3_export.bundle.bundle import Bundle
+from gemma3_export.bundle import Bundle
 from gemma3_export.errors import InputError
 from gemma3_export.parity.differences import LogitDifference, compare_logits
 from gemma3_export.parity.sequences import TEXTS
-from gemma3_export.tokenizer.tokenizer import Tokenizer
+from gemma3_export.tokenizer import Tokenizer
 
 __all__ = ["held_out_sequences", "measure_quality"]
 

@@ -27,9 +27,8 @@ from gemma3_export.bench.machine import (
 )
 from gemma3_export.bench.process import Worker, own_worker, peer_worker
 from gemma3_export.bench.report import describe_case, spread
-from gemma3_export.bundle.bundle import Bundle
-from gemma3_export.bundle.manifest import RUNTIMES
-from gemma3_export.config.gemma3_config import Gemma3Config
+from gemma3_export.bundle import RUNTIMES, Bundle
+from gemma3_export.config import Gemma3Config
 from gemma3_export.errors import InputError, UnavailableError
 from gemma3_export.runtimes.onnx.session import CudaOptions
 

@@ -14,9 +14,8 @@ import transformers
 from torch import Tensor
 
 from gemma3_export.bench.serving import Candidate
-from gemma3_export.bundle.bundle import Bundle
-from gemma3_export.config.gemma3_config import EMBEDDING, HEAD, Gemma3Config
-from gemma3_export.config.hugging_face import config_to_json
+from gemma3_export.bundle import Bundle
+from gemma3_export.config import EMBEDDING, HEAD, Gemma3Config, config_to_json
 from gemma3_export.reference.weights.bundle_weights import open_bundle_weights
 from gemma3_export.runtimes.protocol import IntArray, Logits
 from gemma3_export.runtimes.torch.runtime import torch_device

@@ -14,7 +14,7 @@ import numpy as np
 
 from gemma3_export.api.opening import open_runtime
 from gemma3_export.bench.serving import Candidate, Load, serve
-from gemma3_export.bundle.bundle import Bundle
+from gemma3_export.bundle import Bundle
 from gemma3_export.dtypes import ELEMENT_TYPES, EXPORT_DTYPES
 from gemma3_export.runtimes.generation.candidates import Candidates, ChoosesCandidates
 from gemma3_export.runtimes.generation.sampling import SamplingParams
@@ -85,7 +85,7 @@ def open_candidate(
     """Load one candidate.
 
     Args:
-        name: one of :data:`TRANSFORMERS`, or of :data:`gemma3_export.bundle.bundle.RUNTIMES`.
+        name: one of :data:`TRANSFORMERS`, or of :data:`gemma3_export.bundle.RUNTIMES`.
         bundle_path: where the weights are.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         threads: threads inside one operator.

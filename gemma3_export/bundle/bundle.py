@@ -16,8 +16,7 @@ from pathlib import Path, PurePosixPath
 
 from gemma3_export.bundle.manifest import FileRecord, Graph, read_manifest, sha256_of
 from gemma3_export.bundle.signature import Signature
-from gemma3_export.config.gemma3_config import Gemma3Config
-from gemma3_export.config.hugging_face import load_config
+from gemma3_export.config import Gemma3Config, load_config
 from gemma3_export.dtypes import DEFAULT_MAX_KLD
 from gemma3_export.errors import InputError
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from gemma3_export.config.gemma3_config import Gemma3Config
+from gemma3_export.config import Gemma3Config
 from gemma3_export.dtypes import DType
 
 __all__ = ["MODEL_PREFIX", "WINDOW_MARGIN", "Axis", "Signature", "TensorSpec", "window_capacity"]

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from benchmarks.peers import DEFAULT_PLACE
-from gemma3_export.bundle.manifest import RUNTIMES
+from gemma3_export.bundle import RUNTIMES
 from gemma3_export.cli.options import CudaRequest, cuda_options
 
 __all__ = ["bench"]

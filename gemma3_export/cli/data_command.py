@@ -11,7 +11,7 @@ from gemma3_export.progress import ProgressBars
 
 if TYPE_CHECKING:
     from gemma3_export.reference.training.documents import DocumentSource
-    from gemma3_export.tokenizer.tokenizer import Tokenizer
+    from gemma3_export.tokenizer import Tokenizer
 
 __all__ = ["data"]
 
@@ -121,6 +121,6 @@ def _open_tokenizer(source: DocumentSource, path: str | None, vocab_size: int) -
 
         click.echo(f"learning a vocabulary of {vocab_size:,} tokens from the text", err=True)
         return train_bpe(source, vocab_size)
-    from gemma3_export.tokenizer.loading import load_tokenizer
+    from gemma3_export.tokenizer import load_tokenizer
 
     return load_tokenizer(path)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from gemma3_export.bundle.manifest import RUNTIMES
+from gemma3_export.bundle import RUNTIMES
 
 if TYPE_CHECKING:
     from gemma3_export.cuda.doctor import Report

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 from gemma3_export.errors import InputError
 
 if TYPE_CHECKING:
-    from gemma3_export.bundle.bundle import Bundle
+    from gemma3_export.bundle import Bundle
     from gemma3_export.runtimes.generation.speculation import Drafter
     from gemma3_export.runtimes.onnx.session import CudaOptions
     from gemma3_export.runtimes.protocol import Runtime
-    from gemma3_export.tokenizer.tokenizer import Tokenizer
+    from gemma3_export.tokenizer import Tokenizer
 
 __all__ = ["default_draft_tokens", "draft_model", "prompt_lookup"]
 
@@ -58,7 +58,7 @@ def draft_model(
     """
     from gemma3_export.api.opening import open_runtime
     from gemma3_export.api.verification import bundle_tokenizer
-    from gemma3_export.bundle.bundle import Bundle
+    from gemma3_export.bundle import Bundle
     from gemma3_export.runtimes.generation.speculation import DraftModel, relative_cost
 
     bundle = Bundle(path)

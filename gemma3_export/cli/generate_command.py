@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from gemma3_export.bundle.manifest import RUNTIMES
+from gemma3_export.bundle import RUNTIMES
 from gemma3_export.cli.options import CudaRequest, cuda_options
 from gemma3_export.cli.prefixes import cache_size
 
 if TYPE_CHECKING:
     from gemma3_export.cli.generated_text import Printer
     from gemma3_export.runtimes.generation.loop import Generation
-    from gemma3_export.tokenizer.tokenizer import StreamingDecoder, Tokenizer
+    from gemma3_export.tokenizer import StreamingDecoder, Tokenizer
 
 __all__ = ["generate"]
 
@@ -144,7 +144,7 @@ def generate(
 
     from gemma3_export.api.opening import open_runtime
     from gemma3_export.api.verification import bundle_tokenizer
-    from gemma3_export.bundle.bundle import Bundle
+    from gemma3_export.bundle import Bundle
     from gemma3_export.cli import drafters
     from gemma3_export.cli.generated_text import printer_for
     from gemma3_export.cli.prefixes import may_share, prefix_cache_for
@@ -211,7 +211,7 @@ def _stop_ids(
 
 
 def _detokenizer(tokenizer: Tokenizer | None) -> Callable[[], StreamingDecoder] | None:
-    from gemma3_export.tokenizer.tokenizer import StreamingDecoder
+    from gemma3_export.tokenizer import StreamingDecoder
 
     return None if tokenizer is None else lambda: StreamingDecoder(tokenizer)
 

@@ -12,7 +12,7 @@ import click
 from gemma3_export.cli.prompts import Prompt
 from gemma3_export.runtimes.generation.loop import Completion, Event, TokenEvent
 from gemma3_export.runtimes.generation.sampling import SampledToken
-from gemma3_export.tokenizer.tokenizer import Tokenizer
+from gemma3_export.tokenizer import Tokenizer
 
 __all__ = ["Printer", "completion_to_json", "printer_for"]
 

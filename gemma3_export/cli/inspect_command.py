@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from gemma3_export.bundle.bundle import Bundle
+    from gemma3_export.bundle import Bundle
     from gemma3_export.cuda.placement import PlacementReport
 
 __all__ = [
@@ -56,7 +56,7 @@ def inspect(
     if cuda_python is not None and not cuda_placement:
         raise click.UsageError("--cuda-python is for --cuda-placement; add that, or leave it out")
 
-    from gemma3_export.bundle.bundle import Bundle
+    from gemma3_export.bundle import Bundle
     from gemma3_export.bundle.inspection import inspect_bundle
 
     bundle = Bundle(bundle_path)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from gemma3_export.exporters.bundle_writer import ExportResult, Progress
     from gemma3_export.reference.weights import WeightSource
     from gemma3_export.runtimes.onnx.session import CudaOptions
-    from gemma3_export.tokenizer.tokenizer import Tokenizer
+    from gemma3_export.tokenizer import Tokenizer
 
 __all__ = [
     "CudaRequest",
@@ -140,7 +140,7 @@ def run_export(options: ExportOptions, runtime: str, description: str, export: E
         export: writes the bundle.
     """
     from gemma3_export.api.exporting import open_weights
-    from gemma3_export.tokenizer.loading import load_tokenizer
+    from gemma3_export.tokenizer import load_tokenizer
 
     refuse_early(options.output, runtime, force=options.force)
     tokenizer = None if options.tokenizer_path is None else load_tokenizer(options.tokenizer_path)
@@ -171,8 +171,7 @@ def refuse_early(output: Path, runtime: str, *, force: bool) -> None:
 
     A bundle that has no graph for ``runtime`` yet may get one.
     """
-    from gemma3_export.bundle.bundle import Bundle
-    from gemma3_export.bundle.manifest import MANIFEST
+    from gemma3_export.bundle import MANIFEST, Bundle
     from gemma3_export.staging import refuse_existing
 
     if not force and (output / MANIFEST).is_file():
@@ -204,8 +203,8 @@ def print_summary(result: ExportResult, runtime: str, description: str) -> None:
 
 def proof_line(path: Path, runtime: str) -> str:
     """The new graph's parity report in one line."""
+    from gemma3_export.bundle import PARITY
     from gemma3_export.bundle.inspection import parity_line
-    from gemma3_export.bundle.manifest import PARITY
 
     return parity_line(json.loads((path / PARITY).read_text(encoding="utf-8"))[runtime])
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from gemma3_export.cli.options import memory_size
 
 if TYPE_CHECKING:
-    from gemma3_export.bundle.bundle import Bundle
+    from gemma3_export.bundle import Bundle
     from gemma3_export.runtimes.generation.prefix_cache import PrefixCache
     from gemma3_export.runtimes.protocol import Runtime
 

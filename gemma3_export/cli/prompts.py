@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gemma3_export.errors import InputError
-from gemma3_export.tokenizer.tokenizer import Tokenizer
+from gemma3_export.tokenizer import Tokenizer
 
 __all__ = ["Prompt", "encode_prompts", "read_prompt", "read_prompt_file"]
 
@@ -84,7 +84,7 @@ def _decode(data: bytes, where: str) -> str:
 
 
 def _encode_chat(tokenizer: Tokenizer, text: str, system: str | None) -> list[int]:
-    from gemma3_export.tokenizer.chat import ChatMessage
+    from gemma3_export.tokenizer import ChatMessage
 
     messages = [ChatMessage(role="user", content=text)]
     if system is not None:

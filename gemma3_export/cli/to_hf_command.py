@@ -54,7 +54,7 @@ def to_hf(
     """Write weights of any format as a folder that `transformers` loads."""
     from gemma3_export.api.exporting import open_weights
     from gemma3_export.staging import refuse_existing
-    from gemma3_export.tokenizer.loading import load_tokenizer
+    from gemma3_export.tokenizer import load_tokenizer
 
     refuse_existing(output, force=force)
     source = open_weights(weights, config_path=config_path, revision=revision, token=hf_token)

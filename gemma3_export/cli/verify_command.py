@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from gemma3_export.bundle.manifest import RUNTIMES
+from gemma3_export.bundle import RUNTIMES
 from gemma3_export.cli.options import CudaRequest, cuda_options, threads_option
 from gemma3_export.progress import ProgressBars
 
@@ -72,7 +72,7 @@ def verify(
     """
     from gemma3_export.api.exporting import open_weights
     from gemma3_export.api.verification import verify_bundle
-    from gemma3_export.bundle.bundle import Bundle
+    from gemma3_export.bundle import Bundle
 
     bundle = Bundle(bundle_path)
     device, allowed = cuda.settle(device, runtime)

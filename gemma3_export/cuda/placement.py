@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from gemma3_export.bundle.bundle import Bundle
+from gemma3_export.bundle import Bundle
 from gemma3_export.cuda.driver import LOADED_LATER
 from gemma3_export.cuda.facts import PROVIDER
 from gemma3_export.errors import Gemma3ExportError, UnavailableError

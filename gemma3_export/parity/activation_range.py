@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from gemma3_export.config.gemma3_config import EMBEDDING, Gemma3Config
+from gemma3_export.config import EMBEDDING, Gemma3Config
 from gemma3_export.errors import ParityError
 from gemma3_export.parity.intermediates import ATTEND, ROTARY_KEY
 from gemma3_export.parity.options import HalfPrecision, Progress, VerifyOptions
@@ -40,7 +40,7 @@ from gemma3_export.reference.loading import load_module
 from gemma3_export.reference.model import Gemma3
 from gemma3_export.reference.weights import WeightSource, check_finite
 from gemma3_export.runtimes.protocol import IntArray
-from gemma3_export.tokenizer.tokenizer import Tokenizer
+from gemma3_export.tokenizer import Tokenizer
 
 __all__ = ["calibration_sequences", "measure_ranges", "range_gate", "require_range"]
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from gemma3_export.config.gemma3_config import Gemma3Config
+from gemma3_export.config import Gemma3Config
 from gemma3_export.parity.options import VerifyOptions
 from gemma3_export.parity.sequences import (
     CacheRead,

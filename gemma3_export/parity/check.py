@@ -48,7 +48,7 @@ from gemma3_export.reference.loading import load_reference
 from gemma3_export.reference.model import Gemma3
 from gemma3_export.reference.weights import WeightSource
 from gemma3_export.runtimes.protocol import Runtime
-from gemma3_export.tokenizer.tokenizer import Tokenizer
+from gemma3_export.tokenizer import Tokenizer
 
 __all__ = ["compare", "make_yardstick", "verify"]
 

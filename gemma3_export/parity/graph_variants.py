@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from gemma3_export.config.gemma3_config import Gemma3Config
+from gemma3_export.config import Gemma3Config
 from gemma3_export.parity.candidate_check import chosen_logits
 from gemma3_export.parity.cases import Case, cases_for, needed_positions
 from gemma3_export.parity.expected import Truth

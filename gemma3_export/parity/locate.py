@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from gemma3_export.config.gemma3_config import Gemma3Config
+from gemma3_export.config import Gemma3Config
 from gemma3_export.parity.differences import compare_tensors
 from gemma3_export.parity.intermediates import BLOCKS, Tap, Taps, tap_model, tapped_step
 from gemma3_export.parity.judge import Limits

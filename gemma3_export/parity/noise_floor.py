@@ -30,7 +30,7 @@ from gemma3_export.reference.loading import load_reference
 from gemma3_export.reference.model import Gemma3, KeyValue
 from gemma3_export.reference.weights import WeightSource
 from gemma3_export.runtimes.protocol import IntArray
-from gemma3_export.tokenizer.tokenizer import Tokenizer
+from gemma3_export.tokenizer import Tokenizer
 
 __all__ = ["NoiseFloor", "Yardstick"]
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from gemma3_export.config.gemma3_config import Gemma3Config
+from gemma3_export.config import Gemma3Config
 from gemma3_export.dtypes import require_max_kld
 from gemma3_export.errors import InputError
 

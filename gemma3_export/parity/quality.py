@@ -21,7 +21,7 @@ from gemma3_export.parity.options import Progress, VerifyOptions
 from gemma3_export.parity.report.model import GateResult, MetricResult
 from gemma3_export.parity.sequences import TeacherForcing, TokenSequence
 from gemma3_export.runtimes.protocol import Runtime
-from gemma3_export.tokenizer.tokenizer import Tokenizer
+from gemma3_export.tokenizer import Tokenizer
 
 __all__ = [
     "held_out_passages",

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from gemma3_export.config.gemma3_config import Gemma3Config
+from gemma3_export.config import Gemma3Config
 from gemma3_export.parity.options import VerifyOptions
 from gemma3_export.runtimes.protocol import IntArray, LayerKV, Logits, Runtime
-from gemma3_export.tokenizer.tokenizer import Tokenizer
+from gemma3_export.tokenizer import Tokenizer
 
 __all__ = [
     "CacheRead",

@@ -11,8 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from gemma3_export.config.gemma3_config import Gemma3Config
-from gemma3_export.config.hugging_face import load_config
+from gemma3_export.config import Gemma3Config, load_config
 from gemma3_export.errors import InputError, UnavailableError
 from gemma3_export.runtimes.protocol import (
     IntArray,

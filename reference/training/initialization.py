@@ -7,15 +7,13 @@ from pathlib import Path
 
 import torch
 
-from gemma3_export.config.gemma3_config import Gemma3Config, default_layer_types
-from gemma3_export.config.hugging_face import load_config
-from gemma3_export.config.presets import SIZES, preset
+from gemma3_export.config import SIZES, Gemma3Config, default_layer_types, load_config, preset
 from gemma3_export.errors import InputError
 from gemma3_export.reference.loading import load_reference
 from gemma3_export.reference.model import Gemma3
 from gemma3_export.reference.training.token_data import TokenData, tokenizer_fingerprint
 from gemma3_export.reference.weights import WeightSource
-from gemma3_export.tokenizer.loading import load_tokenizer
+from gemma3_export.tokenizer import load_tokenizer
 
 __all__ = ["DEMO", "DEMO_CONFIG", "fresh_config", "fresh_model", "model_from_weights"]
 

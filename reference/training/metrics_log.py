@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from gemma3_export.config.gemma3_config import Gemma3Config
+from gemma3_export.config import Gemma3Config
 from gemma3_export.errors import UnavailableError
 from gemma3_export.staging import write_text_atomically
 

@@ -11,13 +11,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from gemma3_export.config.gemma3_config import Gemma3Config
-from gemma3_export.config.hugging_face import config_to_json
+from gemma3_export.config import Gemma3Config, config_to_json
 from gemma3_export.errors import Gemma3ExportError
 from gemma3_export.reference.weights import WeightSource, check_finite
 from gemma3_export.staging import staged_directory, write_text_atomically
-from gemma3_export.tokenizer.loading import load_tokenizer
-from gemma3_export.tokenizer.tokenizer import Tokenizer
+from gemma3_export.tokenizer import Tokenizer, load_tokenizer
 
 __all__ = ["export_hf_folder", "write_description", "write_weights"]
 

@@ -21,7 +21,7 @@ import numpy as np
 import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors, trainers
 
-from gemma3_export.config.hugging_face import load_json_object
+from gemma3_export.config import load_json_object
 from gemma3_export.errors import Gemma3ExportError, InputError
 from gemma3_export.reference.training.documents import Document, DocumentSource, Split
 from gemma3_export.reference.training.token_data import (
@@ -34,7 +34,7 @@ from gemma3_export.reference.training.token_data import (
     tokenizer_fingerprint,
 )
 from gemma3_export.staging import refuse_existing, write_text_atomically
-from gemma3_export.tokenizer.tokenizer import Tokenizer
+from gemma3_export.tokenizer import Tokenizer
 
 __all__ = [
     "prepare_tokens",

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from gemma3_export import __version__
-from gemma3_export.config.hugging_face import load_config, load_json_object
+from gemma3_export.config import load_config, load_json_object
 from gemma3_export.errors import Gemma3ExportError, InputError
 from gemma3_export.reference.model import Gemma3
 from gemma3_export.reference.training.checkpoints import load_latest_checkpoint

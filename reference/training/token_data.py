@@ -12,9 +12,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from gemma3_export.config.hugging_face import load_json_object
+from gemma3_export.config import load_json_object
 from gemma3_export.errors import InputError
-from gemma3_export.tokenizer.tokenizer import Tokenizer
+from gemma3_export.tokenizer import Tokenizer
 
 __all__ = [
     "META",

@@ -51,7 +51,7 @@ from gemma3_export.reference.training.token_data import (
 from gemma3_export.runtimes.generation.loop import generate
 from gemma3_export.runtimes.generation.sampling import SamplingParams
 from gemma3_export.signals import StopSignals
-from gemma3_export.tokenizer.tokenizer import StreamingDecoder, Tokenizer
+from gemma3_export.tokenizer import StreamingDecoder, Tokenizer
 
 __all__ = [
     "Progress",

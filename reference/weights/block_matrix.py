@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gemma3_export.bundle.block_format import BlockFormat
+from gemma3_export.bundle import BlockFormat
 from gemma3_export.dtypes import torch_dtype
 
 __all__ = ["BlockMatrix", "block_scales", "pack_codes", "quantize", "unpack_codes"]

@@ -10,10 +10,16 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
-from gemma3_export.bundle.block_format import CODES, MINIMUMS, SCALES, BlockFormat, stored_parts
-from gemma3_export.bundle.bundle import Bundle
-from gemma3_export.bundle.manifest import WeightRecipe
-from gemma3_export.bundle.signature import MODEL_PREFIX
+from gemma3_export.bundle import (
+    CODES,
+    MINIMUMS,
+    MODEL_PREFIX,
+    SCALES,
+    BlockFormat,
+    Bundle,
+    WeightRecipe,
+    stored_parts,
+)
 from gemma3_export.errors import InputError
 from gemma3_export.reference.weights.block_matrix import BlockMatrix, unpack_codes
 from gemma3_export.reference.weights.source import WeightSource

@@ -11,9 +11,7 @@ from typing import Any
 
 import torch
 
-from gemma3_export.config.gemma3_config import EMBEDDING, HEAD, Gemma3Config
-from gemma3_export.config.hugging_face import PADDED_VOCAB_SIZE
-from gemma3_export.config.presets import TEXT_VOCAB_SIZE
+from gemma3_export.config import EMBEDDING, HEAD, PADDED_VOCAB_SIZE, TEXT_VOCAB_SIZE, Gemma3Config
 from gemma3_export.dtypes import FLOAT_DTYPES, torch_dtype
 from gemma3_export.errors import InputError
 from gemma3_export.gguf_file import GgufTensor

@@ -9,16 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import gemma3_export
-from gemma3_export.bundle.manifest import MANIFEST
-from gemma3_export.config.gemma3_config import Gemma3Config
-from gemma3_export.config.gguf_config import config_from_gguf
-from gemma3_export.config.hugging_face import (
+from gemma3_export.bundle import MANIFEST
+from gemma3_export.config import (
     PADDED_VOCAB_SIZE,
+    SIZES,
+    TEXT_VOCAB_SIZE,
+    Gemma3Config,
     config_from_json,
     load_config,
     load_json_object,
+    preset,
 )
-from gemma3_export.config.presets import SIZES, TEXT_VOCAB_SIZE, preset
+from gemma3_export.config.gguf_config import config_from_gguf
 from gemma3_export.errors import InputError
 from gemma3_export.reference.weights.checkpoint import CheckpointSource
 from gemma3_export.reference.weights.hub import download

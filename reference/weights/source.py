@@ -13,7 +13,7 @@ from typing import Any, Self
 
 import torch
 
-from gemma3_export.config.gemma3_config import Gemma3Config
+from gemma3_export.config import Gemma3Config
 from gemma3_export.errors import InputError
 from gemma3_export.gguf_file import GgufTensor
 

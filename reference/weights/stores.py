@@ -16,7 +16,7 @@ from typing import Any, TypeGuard
 import torch
 from safetensors import safe_open
 
-from gemma3_export.config.hugging_face import load_json_object
+from gemma3_export.config import load_json_object
 from gemma3_export.dtypes import ELEMENT_TYPES, torch_dtype
 from gemma3_export.errors import InputError
 from gemma3_export.gguf_file import GgufTensor, open_gguf

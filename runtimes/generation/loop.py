@@ -12,7 +12,7 @@ from time import perf_counter
 
 import numpy as np
 
-from gemma3_export.config.gemma3_config import Gemma3Config
+from gemma3_export.config import Gemma3Config
 from gemma3_export.errors import InputError
 from gemma3_export.runtimes.generation.candidates import (
     Candidates,

@@ -13,8 +13,8 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from gemma3_export.bundle.signature import Signature, window_capacity
-from gemma3_export.config.gemma3_config import Gemma3Config
+from gemma3_export.bundle import Signature, window_capacity
+from gemma3_export.config import Gemma3Config
 from gemma3_export.device import Device
 from gemma3_export.errors import Gemma3ExportError, InputError
 from gemma3_export.runtimes.onnx.session import ONNX_BFLOAT16, import_onnxruntime, widened

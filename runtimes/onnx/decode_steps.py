@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gemma3_export.bundle.signature import Signature
+from gemma3_export.bundle import Signature
 from gemma3_export.device import Device
 from gemma3_export.runtimes.generation.candidates import Candidates, candidates_of_rows
 from gemma3_export.runtimes.onnx.caches import SharedCache

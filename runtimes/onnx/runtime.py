@@ -15,10 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from gemma3_export.bundle.bundle import Bundle
-from gemma3_export.bundle.manifest import Graph
-from gemma3_export.bundle.signature import WINDOW_MARGIN, Signature
-from gemma3_export.config.gemma3_config import Gemma3Config
+from gemma3_export.bundle import WINDOW_MARGIN, Bundle, Graph, Signature
+from gemma3_export.config import Gemma3Config
 from gemma3_export.device import Device
 from gemma3_export.errors import Gemma3ExportError, InputError
 from gemma3_export.runtimes.generation.candidates import SPARE, Candidates, most_needed

@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gemma3_export.bundle.manifest import MANIFEST
-from gemma3_export.bundle.signature import Axis, Signature
+from gemma3_export.bundle import MANIFEST, Axis, Signature
 from gemma3_export.device import (
     BOTH_INSTALLED,
     CPU_PACKAGE,

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gemma3_export.config.gemma3_config import Gemma3Config
+from gemma3_export.config import Gemma3Config
 from gemma3_export.runtimes.protocol import (
     IntArray,
     LayerKV,

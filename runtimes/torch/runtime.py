@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch.export.passes import move_to_device_pass
 
-from gemma3_export.bundle.bundle import Bundle
-from gemma3_export.config.gemma3_config import Gemma3Config
+from gemma3_export.bundle import Bundle
+from gemma3_export.config import Gemma3Config
 from gemma3_export.device import parse_device
 from gemma3_export.errors import Gemma3ExportError, InputError, UnavailableError
 from gemma3_export.runtimes.generation.candidates import SPARE, Candidates, most_needed

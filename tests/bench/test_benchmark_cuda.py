@@ -14,7 +14,7 @@ from gemma3_export.bench import machine as benchmark_device
 from gemma3_export.bench.machine import device_bandwidths, read_device
 from gemma3_export.bench.run import bandwidths_of, same_device
 from gemma3_export.bench.transformers_candidate import StaticCandidate, TransformersCandidate
-from gemma3_export.bundle.bundle import Bundle
+from gemma3_export.bundle import Bundle
 from gemma3_export.errors import InputError, UnavailableError
 from tests.support.exported_bundles import exported_bundle
 from tests.support.tiny_models import TINY

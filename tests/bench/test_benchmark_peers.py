@@ -19,7 +19,7 @@ from benchmarks.peers import MADE_FROM, PEERS, Peer, environments
 from benchmarks.peers.__main__ import main as peers_command
 from gemma3_export.bench.report import ratios
 from gemma3_export.bench.run import BenchmarkOptions, run_benchmark
-from gemma3_export.bundle.bundle import Bundle
+from gemma3_export.bundle import Bundle
 from gemma3_export.cli import command_line
 from gemma3_export.errors import Gemma3ExportError, InputError, UnavailableError
 from tests.bench.fake_peers.fake_worker import DECODE_S, FIRST_S

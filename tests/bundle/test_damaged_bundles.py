@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from gemma3_export.bundle.bundle import Bundle
+from gemma3_export.bundle import Bundle
 from gemma3_export.errors import InputError
 from gemma3_export.exporters.bundle_writer import link_files
 from gemma3_export.parity.intermediates import OnnxTaps

@@ -12,9 +12,8 @@ from typing import Any
 
 import pytest
 
-from gemma3_export.config.gemma3_config import default_layer_types
+from gemma3_export.config import default_layer_types, preset
 from gemma3_export.config.gguf_config import config_from_gguf
-from gemma3_export.config.presets import preset
 from gemma3_export.errors import InputError
 from gemma3_export.gguf_file import open_gguf
 from tests.support.tiny_models import tiny_config, tiny_weights, write_gguf

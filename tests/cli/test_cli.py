@@ -15,13 +15,12 @@ import pytest
 from click.testing import CliRunner, Result
 
 from gemma3_export import __version__
-from gemma3_export.bundle.bundle import Bundle
-from gemma3_export.bundle.manifest import ONNX_TARGETS
+from gemma3_export.bundle import ONNX_TARGETS, Bundle
 from gemma3_export.cli import command_line
 from gemma3_export.cli.drafters import default_draft_tokens
 from gemma3_export.cli.generate_command import RUNTIMES
 from gemma3_export.progress import ProgressBars
-from gemma3_export.tokenizer.tokenizer import Tokenizer
+from gemma3_export.tokenizer import Tokenizer
 from tests.support.tiny_models import write_hf_folder
 from tests.support.tiny_tokenizers import tiny_gemma_tokenizer
 

@@ -9,16 +9,16 @@ from typing import Any
 
 import pytest
 
-from gemma3_export.config.gemma3_config import Gemma3Config, default_layer_types
-from gemma3_export.config.hugging_face import (
-    BENIGN_KEYS,
-    TEXT_KEYS,
-    WRAPPER_KEYS,
+from gemma3_export.config import (
+    SIZES,
+    Gemma3Config,
     config_from_json,
     config_to_json,
+    default_layer_types,
     load_config,
+    preset,
 )
-from gemma3_export.config.presets import SIZES, preset
+from gemma3_export.config.hugging_face import BENIGN_KEYS, TEXT_KEYS, WRAPPER_KEYS
 from gemma3_export.errors import InputError
 from tests.support.tiny_models import tiny_config
 

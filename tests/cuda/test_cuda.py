@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from gemma3_export.api.opening import open_runtime
-from gemma3_export.bundle.bundle import Bundle
+from gemma3_export.bundle import Bundle
 from gemma3_export.cuda.placement import PlacementReport, judge
 from gemma3_export.parity import VerifyOptions, verify
 from gemma3_export.reference.loading import load_reference

@@ -11,9 +11,7 @@ from typing import Any
 import pytest
 
 from gemma3_export.api.exporting import export_onnx, open_weights
-from gemma3_export.config.gemma3_config import default_layer_types
-from gemma3_export.config.hugging_face import config_to_json
-from gemma3_export.config.presets import preset
+from gemma3_export.config import config_to_json, default_layer_types, preset
 from tests.runtimes.test_device_decoding import counted
 
 REPOSITORY = Path(__file__).parents[2]

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from gemma3_export.bundle.bundle import Bundle
+from gemma3_export.bundle import Bundle
 from gemma3_export.cli.command_line import command_line
 from gemma3_export.cuda.placement import check_placement, compile_stub, find_provider, judge
 from gemma3_export.errors import UnavailableError

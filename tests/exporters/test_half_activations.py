@@ -14,10 +14,9 @@ import torch
 from click.testing import CliRunner
 
 from gemma3_export.api.opening import open_runtime
-from gemma3_export.bundle.block_format import BlockFormat
-from gemma3_export.bundle.bundle import Bundle
+from gemma3_export.bundle import BlockFormat, Bundle
 from gemma3_export.cli.command_line import command_line
-from gemma3_export.config.hugging_face import config_to_json
+from gemma3_export.config import config_to_json
 from gemma3_export.cuda.placement import check_placement
 from gemma3_export.device import Device
 from gemma3_export.errors import InputError, ParityError

@@ -11,7 +11,7 @@ import onnx
 import pytest
 import torch
 
-from gemma3_export.bundle.bundle import Bundle
+from gemma3_export.bundle import Bundle
 from gemma3_export.errors import InputError, UnavailableError
 from gemma3_export.exporters.bundle_writer import export_bundle
 from gemma3_export.exporters.onnx.writer import OnnxWriter

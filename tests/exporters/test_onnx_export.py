@@ -13,8 +13,7 @@ import pytest
 import torch
 from onnx import numpy_helper
 
-from gemma3_export.bundle.bundle import Bundle
-from gemma3_export.bundle.signature import TensorSpec
+from gemma3_export.bundle import Bundle, TensorSpec
 from gemma3_export.errors import InputError
 from gemma3_export.exporters.bundle_writer import export_bundle
 from gemma3_export.exporters.onnx.writer import OnnxWriter

@@ -14,8 +14,7 @@ import torch
 
 from gemma3_export.api.opening import open_runtime
 from gemma3_export.api.verification import ParityCheck
-from gemma3_export.bundle.block_format import BlockFormat, common_format
-from gemma3_export.bundle.bundle import Bundle
+from gemma3_export.bundle import BlockFormat, Bundle, common_format
 from gemma3_export.errors import InputError, ParityError
 from gemma3_export.exporters.bundle_writer import export_bundle
 from gemma3_export.exporters.onnx.writer import OnnxWriter

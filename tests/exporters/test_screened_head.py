@@ -14,8 +14,8 @@ import pytest
 import torch
 from onnx import numpy_helper, parser
 
-from gemma3_export.bundle.bundle import Bundle
-from gemma3_export.config.presets import preset
+from gemma3_export.bundle import Bundle
+from gemma3_export.config import preset
 from gemma3_export.errors import Gemma3ExportError, InputError
 from gemma3_export.exporters.bundle_writer import export_bundle
 from gemma3_export.exporters.onnx.screened_head import (

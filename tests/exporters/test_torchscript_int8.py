@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from gemma3_export.api.exporting import export_torchscript
-from gemma3_export.bundle.block_format import BlockFormat
-from gemma3_export.bundle.bundle import Bundle
+from gemma3_export.bundle import BlockFormat, Bundle
 from gemma3_export.errors import InputError, ParityError
 from gemma3_export.exporters.bundle_writer import export_bundle
 from gemma3_export.exporters.torch.matrix import FEW_ROWS, BlockedMatrix

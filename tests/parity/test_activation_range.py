@@ -20,8 +20,7 @@ import pytest
 import torch
 
 from gemma3_export.api.verification import ParityCheck
-from gemma3_export.bundle.bundle import Bundle
-from gemma3_export.bundle.manifest import PARITY
+from gemma3_export.bundle import PARITY, Bundle
 from gemma3_export.errors import ParityError
 from gemma3_export.exporters.bundle_writer import GraphWriter, export_bundle
 from gemma3_export.exporters.onnx.writer import OnnxWriter

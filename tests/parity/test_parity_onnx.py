@@ -11,8 +11,7 @@ import onnx
 import pytest
 import torch
 
-from gemma3_export.bundle.bundle import Bundle
-from gemma3_export.bundle.manifest import write_manifest
+from gemma3_export.bundle import Bundle, write_manifest
 from gemma3_export.errors import InputError
 from gemma3_export.parity import VerifyOptions, compare, make_yardstick, verify
 from gemma3_export.parity.noise_floor import Yardstick

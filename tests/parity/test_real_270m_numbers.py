@@ -52,7 +52,7 @@ def source(real_gguf: Path) -> Iterator[WeightSource]:
 @pytest.fixture(scope="module")
 def ids(real_gguf: Path) -> IntArray:
     """Real text in many scripts."""
-    from gemma3_export.tokenizer.loading import load_tokenizer
+    from gemma3_export.tokenizer import load_tokenizer
 
     tokens = load_tokenizer(real_gguf).encode("\n".join(TEXTS))
     return np.resize(np.array(tokens, np.int64), (1, LENGTH))

@@ -15,7 +15,7 @@ from gemma3_export.api import verification as verifying
 from gemma3_export.api.exporting import export_onnx
 from gemma3_export.api.verification import verify_bundle
 from gemma3_export.cli import command_line
-from gemma3_export.config.presets import preset
+from gemma3_export.config import preset
 from gemma3_export.errors import InputError
 from gemma3_export.parity.options import threads_for, torch_threads
 from tests.support.exported_bundles import exported_bundle, source_of

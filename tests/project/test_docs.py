@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from gemma3_export.api.exporting import open_weights
-from gemma3_export.config.hugging_face import config_to_json
+from gemma3_export.config import config_to_json
 from gemma3_export.reference.loading import load_reference
 
 REPOSITORY = Path(__file__).parents[2]

@@ -17,7 +17,7 @@ import pytest
 
 from gemma3_export.api.opening import open_runtime
 from gemma3_export.errors import InputError
-from gemma3_export.tokenizer.tokenizer import Tokenizer
+from gemma3_export.tokenizer import Tokenizer
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "service" / "serve.py"
 KEY = "a key"

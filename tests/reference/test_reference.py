@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from gemma3_export.config.gemma3_config import Gemma3Config
+from gemma3_export.config import Gemma3Config
 from gemma3_export.reference.model import MLP, Gemma3, KeyValue, RMSNorm, ScaledEmbedding
 from tests.support.tiny_models import TINY, tiny_config, tiny_weights
 from tests.support.transformers_peer import transformers_peer

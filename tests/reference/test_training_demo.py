@@ -12,7 +12,7 @@ from click.testing import CliRunner
 
 from benchmarks import train_demo as demo
 from benchmarks.train_demo import DEMO_OPTIONS, install
-from gemma3_export.config.gemma3_config import Gemma3Config
+from gemma3_export.config import Gemma3Config
 from gemma3_export.reference.loading import load_reference
 from gemma3_export.reference.training.loss import LossModule
 from gemma3_export.reference.training.options import TrainOptions
@@ -20,7 +20,7 @@ from gemma3_export.reference.training.runs import train
 from gemma3_export.reference.training.trainer import sample_text
 from gemma3_export.reference.weights import open_weights
 from gemma3_export.reference.weights.opening import DEMO_FOLDER
-from gemma3_export.tokenizer.tokenizer import Tokenizer
+from gemma3_export.tokenizer import Tokenizer
 from tests.support.token_folders import quick_options, random_tokens, write_config, write_tokens
 
 MAX_BYTES = 4 * 10**6

@@ -21,7 +21,7 @@ from gemma3_export.reference.training.preparation import prepare_tokens
 from gemma3_export.reference.training.runs import RECORD, train
 from gemma3_export.reference.training.token_data import open_token_data
 from gemma3_export.reference.weights import open_weights
-from gemma3_export.tokenizer.loading import load_tokenizer
+from gemma3_export.tokenizer import load_tokenizer
 from tests.support.tiny_models import tiny_config, tiny_weights, write_gguf, write_hf_folder
 from tests.support.tiny_tokenizers import tiny_gemma_tokenizer
 from tests.support.token_folders import quick_options, small_config, write_config

@@ -15,9 +15,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from gemma3_export.config.gemma3_config import Gemma3Config
-from gemma3_export.config.hugging_face import config_to_json
-from gemma3_export.config.presets import preset
+from gemma3_export.config import Gemma3Config, config_to_json, preset
 from gemma3_export.errors import InputError
 from gemma3_export.reference.weights import WeightSource, check_finite, open_weights
 from gemma3_export.reference.weights.checkpoint import CheckpointSource

@@ -16,9 +16,7 @@ import pytest
 import torch
 
 from gemma3_export.api.opening import open_runtime
-from gemma3_export.bundle.bundle import Bundle
-from gemma3_export.bundle.manifest import write_manifest
-from gemma3_export.bundle.signature import Signature
+from gemma3_export.bundle import Bundle, Signature, write_manifest
 from gemma3_export.errors import Gemma3ExportError, InputError, UnavailableError
 from gemma3_export.reference.loading import load_reference
 from gemma3_export.reference.runtime import ReferenceRuntime

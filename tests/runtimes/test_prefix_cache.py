@@ -180,7 +180,7 @@ def test_a_copied_row_is_the_row_bit_by_bit(name: str) -> None:
 
 def test_bfloat16_memory_is_copied_as_it_is() -> None:
     """The cache of a bf16 graph on a GPU, in host memory: no session of this machine has one."""
-    from gemma3_export.bundle.signature import Signature
+    from gemma3_export.bundle import Signature
     from gemma3_export.device import Device
     from gemma3_export.runtimes.onnx.caches import SharedCache
 

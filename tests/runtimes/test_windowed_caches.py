@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import pytest
 
-from gemma3_export.bundle.bundle import Bundle
+from gemma3_export.bundle import Bundle
 from gemma3_export.errors import InputError
 from gemma3_export.parity import VerifyOptions, verify
 from gemma3_export.runtimes.generation.loop import Completion, generate

@@ -6,7 +6,7 @@ import functools
 import tempfile
 from pathlib import Path
 
-from gemma3_export.config.gemma3_config import Gemma3Config
+from gemma3_export.config import Gemma3Config
 from gemma3_export.exporters.bundle_writer import export_bundle
 from gemma3_export.exporters.onnx.writer import OnnxWriter
 from gemma3_export.reference.weights.source import RandomSource

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from gemma3_export.config.gemma3_config import Gemma3Config
+from gemma3_export.config import Gemma3Config
 from gemma3_export.runtimes.protocol import (
     IntArray,
     LayerKV,

@@ -15,7 +15,7 @@ from tokenizers import (
     trainers,
 )
 
-from gemma3_export.tokenizer.tokenizer import Tokenizer
+from gemma3_export.tokenizer import Tokenizer
 from tests.support.tokenizer_corpus import TEXTS
 
 SPECIAL_IDS = {

@@ -10,8 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gemma3_export.config.gemma3_config import Gemma3Config
-from gemma3_export.config.hugging_face import config_to_json
+from gemma3_export.config import Gemma3Config, config_to_json
 from gemma3_export.reference.training.options import TrainOptions
 from gemma3_export.reference.training.token_data import META, TokenMeta, token_dtype
 from tests.support.tiny_models import tiny_config

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from gemma3_export.bench.transformers_candidate import build_transformers_model
-from gemma3_export.config.gemma3_config import Gemma3Config
+from gemma3_export.config import Gemma3Config
 
 
 def transformers_peer(

@@ -4,8 +4,13 @@ import random
 import pytest
 
 from gemma3_export.errors import InputError
-from gemma3_export.tokenizer.chat import CHAT_TEMPLATE, CONTROL_TOKENS, chat_turns, render_chat
-from gemma3_export.tokenizer.tokenizer import Tokenizer
+from gemma3_export.tokenizer import (
+    CHAT_TEMPLATE,
+    CONTROL_TOKENS,
+    Tokenizer,
+    chat_turns,
+    render_chat,
+)
 from tests.support.tiny_tokenizers import tiny_byte_level_tokenizer, tiny_gemma_tokenizer
 from tests.support.tokenizer_corpus import TEXTS, official_tokenizer_json
 

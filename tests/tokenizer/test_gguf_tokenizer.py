@@ -8,9 +8,8 @@ import pytest
 
 from gemma3_export.errors import InputError
 from gemma3_export.gguf_file import open_gguf
+from gemma3_export.tokenizer import Tokenizer, load_tokenizer
 from gemma3_export.tokenizer.gguf_tokenizer import merges_from_scores, tokenizer_from_gguf
-from gemma3_export.tokenizer.loading import load_tokenizer
-from gemma3_export.tokenizer.tokenizer import Tokenizer
 from tests.support.tiny_tokenizers import SPECIAL_IDS, tiny_gemma_tokenizer
 from tests.support.tokenizer_corpus import TEXTS, official_tokenizer_json
 

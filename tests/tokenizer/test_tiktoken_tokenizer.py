@@ -9,7 +9,7 @@ import tokenizers
 from tokenizers import models, pre_tokenizers, trainers
 
 from gemma3_export.errors import InputError, UnavailableError
-from gemma3_export.tokenizer.loading import load_tokenizer
+from gemma3_export.tokenizer import load_tokenizer
 from gemma3_export.tokenizer.tiktoken_tokenizer import (
     load_tiktoken,
     merge_of_token,

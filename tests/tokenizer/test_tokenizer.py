@@ -8,8 +8,7 @@ import tokenizers
 from tokenizers import decoders, models
 
 from gemma3_export.errors import InputError
-from gemma3_export.tokenizer.loading import load_tokenizer
-from gemma3_export.tokenizer.tokenizer import StreamingDecoder, Tokenizer
+from gemma3_export.tokenizer import StreamingDecoder, Tokenizer, load_tokenizer
 from tests.support.tiny_tokenizers import tiny_byte_level_tokenizer, tiny_gemma_tokenizer
 from tests.support.tokenizer_corpus import TEXTS, official_tokenizer_json
 
