@@ -1,7 +1,7 @@
-"""The command line: thin commands that parse, call the API and print.
+"""The command line: thin commands that parse arguments, call the API and print the result.
 
-Every command lives in a module of its own, ``<name>_command``, which is imported when it is needed;
-what is heavy (torch, ONNX Runtime) is imported inside the commands that use it.
+Each command has its own module, ``<name>_command``, imported only when that command runs. Commands
+import heavy packages (torch, ONNX Runtime) inside the function that needs them.
 """
 
 from gemma3_export.cli.command_line import command_line, main

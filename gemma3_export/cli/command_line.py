@@ -1,4 +1,4 @@
-"""The group of commands: found lazily, and with one place that turns errors into exit codes."""
+"""The command group: loads commands lazily and turns errors into exit codes in one place."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from gemma3_export.signals import exit_code_of, handle_signals
 
 __all__ = ["command_line", "main"]
 
-# In the order of `--help`. The command NAME is the function NAME in the module NAME_command,
-# with _ for -.
+# In the order that `--help` lists them. The command NAME is the function NAME in the module
+# NAME_command, with "_" in place of "-".
 COMMANDS = (
     "data",
     "train",
@@ -34,26 +34,25 @@ COMMANDS = (
     "doctor",
 )
 EPILOG = """\b
-Exit codes: 0 done, 1 failed (parity included), 2 usage or bad input,
-3 could not run (a package, device or network is missing),
-130 interrupted, 143 terminated.
+Exit codes: 0 success, 1 failure (including failed parity), 2 invalid usage or input,
+3 could not run (missing package, device or network), 130 interrupted, 143 terminated.
 
 \b
-Example:
+Examples:
   gemma3-export onnx --weights google/gemma-3-270m -o gemma-3-270m
   gemma3-export generate gemma-3-270m --prompt "The sea is"
 """
 
 
 class CommandLine(click.Group):
-    """Imports a command when it is asked for, and reports errors in one line."""
+    """Click group that imports commands on demand and reports expected errors in one line."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        """All commands of this installation."""
+        """Return the names of all installed commands."""
         return [name for name in COMMANDS if importlib.util.find_spec(_module_of(name))]
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """Import the module of ``cmd_name``."""
+        """Import and return the command ``cmd_name``, or None if there is none."""
         if cmd_name not in self.list_commands(ctx):
             return None
         command = getattr(importlib.import_module(_module_of(cmd_name)), _identifier(cmd_name))
@@ -61,7 +60,7 @@ class CommandLine(click.Group):
         return command
 
     def invoke(self, ctx: click.Context) -> object:
-        """Run a command; what it raises on purpose ends it with a line and an exit code."""
+        """Run a command and turn expected errors into a message and an exit code."""
         try:
             return super().invoke(ctx)
         except Gemma3ExportError as error:
@@ -75,7 +74,7 @@ class CommandLine(click.Group):
         except OSError as error:
             if error.errno != errno.EPIPE:
                 raise
-            _discard_stdout()  # the reader (head, less) has gone and wants no complaint
+            _discard_stdout()  # the reader (head, less) has exited, which is not an error
             ctx.exit(1)
 
 
@@ -88,7 +87,7 @@ def _identifier(name: str) -> str:
 
 
 def _discard_stdout() -> None:
-    """Keep Python from flushing into the broken pipe once more when it exits."""
+    """Keep Python from flushing into the broken pipe again at exit."""
     sys.stdout = io.StringIO()
 
 
@@ -100,15 +99,15 @@ def _discard_stdout() -> None:
 @click.version_option(__version__, prog_name="gemma3-export")
 @click.option("--debug", is_flag=True, help="Show the traceback of errors.")
 def command_line(debug: bool) -> None:
-    """Gemma 3 from weights to ONNX to text, with proof that nothing changed on the way."""
+    """Export Gemma 3 to ONNX or TorchScript, prove the export exact, and generate text from it."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            # A terminal without UTF-8 shows a replacement instead of ending the program.
+            # A terminal without UTF-8 shows a replacement character instead of raising an error.
             stream.reconfigure(errors="replace" if stream is sys.stdout else "backslashreplace")
 
 
 def main() -> NoReturn:
-    """What ``gemma3-export`` and ``python -m gemma3_export`` run."""
+    """Run ``gemma3-export`` or ``python -m gemma3_export``."""
     handle_signals()
     command_line(prog_name="gemma3-export")
     raise AssertionError("click ends the process")

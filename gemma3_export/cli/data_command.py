@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 __all__ = ["data"]
 
-TINY_STORIES = "roneneldan/TinyStories"  # what --dataset means without a name
+TINY_STORIES = "roneneldan/TinyStories"  # used by --dataset without a name
 EPILOG = """\b
 Examples:
   gemma3-export data -o tokens
@@ -32,22 +32,27 @@ Examples:
     is_flag=False,
     flag_value=TINY_STORIES,
     metavar="NAME",
-    help=f"A Hugging Face dataset; without a name {TINY_STORIES}.",
+    help=f"Hugging Face dataset; {TINY_STORIES} if no name is given.",
 )
-@click.option("--column", default="text", show_default=True, help="The dataset's column of text.")
-@click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Rows of each split.")
+@click.option("--column", default="text", show_default=True, help="Text column of the dataset.")
+@click.option(
+    "--limit",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Use only the first N rows of each split.",
+)
 @click.option(
     "--tokenizer",
     "tokenizer_path",
     metavar="PATH",
-    help="tokenizer.json, its folder, a .gguf file, or tiktoken:NAME (default: a small BPE "
-    "trained on the text).",
+    help="tokenizer.json, its folder, a .gguf file, or tiktoken:NAME [default: a small BPE "
+    "tokenizer trained on the text].",
 )
 @click.option(
     "--vocab-size",
     type=click.IntRange(min=1),
     metavar="N",
-    help="Tokens of the small BPE.  [default: 2048]",
+    help="Vocabulary size of the small BPE tokenizer [default: 2048].",
 )
 @click.option(
     "--validation-fraction",
@@ -55,12 +60,12 @@ Examples:
     default=0.05,
     show_default=True,
     metavar="F",
-    help="Share of the text kept from training.",
+    help="Fraction of the text held out for validation.",
 )
 @click.option(
-    "-o", "--output", type=click.Path(path_type=Path), required=True, help="The folder to create."
+    "-o", "--output", type=click.Path(path_type=Path), required=True, help="Folder to create."
 )
-@click.option("--force", is_flag=True, help="Replace an existing folder that this program made.")
+@click.option("--force", is_flag=True, help="Replace an existing folder created by gemma3-export.")
 def data(
     paths: tuple[Path, ...],
     dataset: str | None,
@@ -72,16 +77,18 @@ def data(
     output: Path,
     force: bool,
 ) -> None:
-    """Turn text into tokens to train on.
+    """Tokenize text for training.
 
-    TEXT is files and folders of UTF-8 text. Without any, and without --dataset, it is what every
-    Python has: the documentation topics and sources of its standard library. An interrupted
-    preparation goes on where it stopped when the same command is run again.
+    TEXT is any number of UTF-8 files and folders. Without TEXT and --dataset, the documentation and
+    source code of Python's standard library are used, so no network is needed. To resume an
+    interrupted run, repeat the same command.
     """
     if paths and dataset is not None:
-        raise click.UsageError("give text or --dataset, not both")
+        raise click.UsageError("give TEXT or --dataset, not both")
     if tokenizer_path is not None and vocab_size is not None:
-        raise click.UsageError("--vocab-size is for the small BPE; drop it or --tokenizer")
+        raise click.UsageError(
+            "--vocab-size applies to the small BPE tokenizer; omit it or --tokenizer"
+        )
 
     from gemma3_export.reference.training.preparation import prepare_tokens
     from gemma3_export.staging import refuse_existing
@@ -99,8 +106,9 @@ def data(
         )
     train, held = meta.tokens["train"], meta.tokens["validation"]
     click.echo(
-        f"{output}: {train:,} training and {held:,} validation tokens of {meta.vocab_size:,} kinds "
-        f"({meta.dtype}), {sum(meta.characters.values()) / (train + held):.2f} characters a token"
+        f"{output}: {train:,} training and {held:,} validation tokens ({meta.dtype}), vocabulary "
+        f"of {meta.vocab_size:,}, {sum(meta.characters.values()) / (train + held):.2f} characters "
+        "per token"
     )
     click.echo(f"next: gemma3-export train {output} --size demo -o run")
 
@@ -119,7 +127,7 @@ def _open_tokenizer(source: DocumentSource, path: str | None, vocab_size: int) -
     if path is None:
         from gemma3_export.reference.training.preparation import train_bpe
 
-        click.echo(f"learning a vocabulary of {vocab_size:,} tokens from the text", err=True)
+        click.echo(f"training a BPE tokenizer with {vocab_size:,} tokens on the text", err=True)
         return train_bpe(source, vocab_size)
     from gemma3_export.tokenizer import load_tokenizer
 

@@ -26,12 +26,13 @@ Examples:
     type=click.Choice(dtype_choices("pt2")),
     default="fp32",
     show_default=True,
-    help="fp16: refused where the residual stream comes near its end; take bf16.",
+    help="fp16: rejected if the residual stream approaches its maximum; use bf16 instead.",
 )
 def pt2(options: ExportOptions, dtype: str) -> None:
-    """Export Gemma 3 with torch.export, TorchScript's successor, and prove the result.
+    """Export Gemma 3 with torch.export, the successor of TorchScript, and prove the export.
 
-    The program needs torch alone and runs on the CPU. docs/torchscript.md compares the two.
+    The exported program needs only torch and runs on the CPU. docs/torchscript.md compares both
+    formats.
     """
     from gemma3_export.api.exporting import export_pt2
 

@@ -23,24 +23,31 @@ Examples:
     "--weights",
     metavar="SRC",
     required=True,
-    help="A run, Hub id, folder, .safetensors, .gguf or .pt file.",
+    help="Run folder, Hub id, model folder, .safetensors, .gguf or .pt file.",
 )
 @click.option(
     "--config",
     "config_path",
     type=click.Path(path_type=Path),
-    help="config.json to use instead of the one that comes with the weights.",
+    help="config.json to use instead of the one next to the weights.",
 )
 @click.option("--revision", help="Branch, tag or commit of a Hub repository.")
-@click.option("--hf-token", metavar="TOKEN", help="Hub access token (default: HF_TOKEN or login).")
-@click.option("--tokenizer", "tokenizer_path", metavar="PATH", help="Default: the weights' own.")
+@click.option("--hf-token", metavar="TOKEN", help="Hub access token [default: HF_TOKEN or login].")
 @click.option(
-    "--dtype", type=click.Choice(FLOAT_DTYPES), help="Default: as the weights are stored."
+    "--tokenizer",
+    "tokenizer_path",
+    metavar="PATH",
+    help="tokenizer.json, its folder, a .gguf file, or tiktoken:NAME [default: the weights' own].",
 )
 @click.option(
-    "-o", "--output", type=click.Path(path_type=Path), required=True, help="The folder to create."
+    "--dtype",
+    type=click.Choice(FLOAT_DTYPES),
+    help="Dtype to store [default: that of the weights].",
 )
-@click.option("--force", is_flag=True, help="Replace an existing folder that this program made.")
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), required=True, help="Folder to create."
+)
+@click.option("--force", is_flag=True, help="Replace an existing folder created by gemma3-export.")
 def to_hf(
     weights: str,
     config_path: Path | None,
@@ -51,7 +58,7 @@ def to_hf(
     output: Path,
     force: bool,
 ) -> None:
-    """Write weights of any format as a folder that `transformers` loads."""
+    """Convert weights of any supported format to a folder that `transformers` loads."""
     from gemma3_export.api.exporting import open_weights
     from gemma3_export.staging import refuse_existing
     from gemma3_export.tokenizer import load_tokenizer

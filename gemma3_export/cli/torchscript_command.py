@@ -11,7 +11,6 @@ from gemma3_export.dtypes import dtype_choices
 
 __all__ = ["torchscript"]
 
-# Repeated from the exporter, which needs torch to be imported; a test holds them equal.
 EPILOG = """\b
 Examples:
   gemma3-export torchscript --size 270m -o gemma-3-270m
@@ -28,38 +27,38 @@ Examples:
     type=click.Choice(dtype_choices("torchscript")),
     default="fp32",
     show_default=True,
-    help="fp16: refused where the residual stream comes near its end; take bf16. "
-    "int8: matrices in 8-bit blocks, computing in bf16.",
+    help="fp16: rejected if the residual stream approaches its maximum; use bf16 instead. "
+    "int8: weights in 8-bit blocks, computed in bf16.",
 )
 @click.option(
     "--block-size",
     type=click.Choice(("16", "32", "64", "128", "256")),
     default="128",
     show_default=True,
-    help="int8: inputs of a matrix that share a scale.",
+    help="Input features that share one scale, for int8.",
 )
 @click.option(
     "--max-kld",
     type=click.FloatRange(min=0, min_open=True),
-    help="Divergence from full precision at which the export fails, nats a token; the limits of "
-    "greedy agreement and perplexity follow from it [default: 0.01].",
+    help="Fail if the mean KL divergence from full precision exceeds this many nats per token. "
+    "The limits for greedy agreement and perplexity are derived from it [default: 0.01].",
 )
 @click.option(
     "--no-prepack",
     is_flag=True,
-    help="Leave matrices as they are on loading, for torch builds without oneDNN.",
+    help="Do not repack matrices at load time, for torch builds without oneDNN.",
 )
 def torchscript(
     options: ExportOptions, dtype: str, block_size: str, max_kld: float | None, no_prepack: bool
 ) -> None:
-    """Export Gemma 3 to a TorchScript archive and prove that it computes what the model computes.
+    """Export Gemma 3 to TorchScript and prove that the export matches the model.
 
-    The archive needs torch or libtorch alone, in Python or C++. PyTorch has deprecated TorchScript;
-    docs/torchscript.md says what that means. An archive is code: it is loaded only when its hash is
-    the manifest's.
+    The archive needs only torch (Python) or libtorch (C++). PyTorch has deprecated TorchScript;
+    docs/torchscript.md explains the consequences. A TorchScript archive is executable code, so it
+    is loaded only if its hash matches the manifest.
     """
     if dtype != "int8":
-        refuse_if_given("block_size", "--block-size", f"it is for --dtype int8, not for {dtype}")
+        refuse_if_given("block_size", "--block-size", f"it applies to --dtype int8, not to {dtype}")
     from gemma3_export.api.exporting import export_torchscript
 
     export = partial(

@@ -15,8 +15,8 @@ from gemma3_export.reference.training.options import PRECISIONS, SHARDINGS
 
 __all__ = ["train"]
 
-# Repeated from the trainer, which needs torch to be imported; a test holds them equal.
-# Small models take larger steps; trained ones must not be torn from where they are.
+# Small models tolerate a high learning rate; pretrained weights need a low one to keep what they
+# have learned.
 DEMO_RATE, FINE_TUNING_RATE = 6e-3, 2e-5
 EPILOG = """\b
 Examples:
@@ -27,43 +27,51 @@ Examples:
   gemma3-export onnx --weights run -o bundle
 """
 OPTIONS: tuple[tuple[str, Any, str], ...] = (
-    ("--steps", int, "Updates of the weights."),
-    ("--batch-size", int, "Windows in a micro-batch, for each process."),
-    ("--context-length", int, "Tokens of a window."),
-    ("--accumulation", int, "Micro-batches a step."),
+    ("--steps", int, "Optimizer steps."),
+    ("--batch-size", int, "Sequences per micro-batch and process."),
+    ("--context-length", int, "Tokens per sequence."),
+    ("--accumulation", int, "Micro-batches per optimizer step."),
     (
         "--learning-rate",
         float,
-        "The highest, after the warm-up (default: 1e-3, demo size 6e-3, --weights 2e-5).",
+        "Peak learning rate (default: 1e-3; 6e-3 for size demo; 2e-5 with --weights).",
     ),
-    ("--min-learning-rate", float, "Where the cosine ends (default: a tenth of the highest)."),
-    ("--warmup-steps", int, "Steps of linear warm-up."),
-    ("--beta1", float, "Of AdamW."),
-    ("--beta2", float, "Of AdamW."),
-    ("--epsilon", float, "Of AdamW."),
-    ("--weight-decay", float, "Of matrices; norms have none."),
-    ("--clip-norm", float, "Highest gradient norm; 0 is off."),
-    ("--precision", click.Choice(PRECISIONS), "Of the computation; weights stay float32."),
-    ("--gradient-checkpointing", bool, "Compute layers twice to save memory."),
+    (
+        "--min-learning-rate",
+        float,
+        "Final value of the cosine schedule (default: a tenth of the peak).",
+    ),
+    ("--warmup-steps", int, "Linear warm-up steps."),
+    ("--beta1", float, "AdamW beta1."),
+    ("--beta2", float, "AdamW beta2."),
+    ("--epsilon", float, "AdamW epsilon."),
+    ("--weight-decay", float, "Weight decay of matrices; norms are not decayed."),
+    ("--clip-norm", float, "Maximum gradient norm; 0 disables clipping."),
+    ("--precision", click.Choice(PRECISIONS), "Dtype of the computation; weights stay in float32."),
+    ("--gradient-checkpointing", bool, "Recompute layers in the backward pass to save memory."),
     ("--compile", bool, "Use torch.compile."),
-    ("--loss-chunk-tokens", int, "Tokens whose logits exist at a time."),
+    ("--loss-chunk-tokens", int, "Tokens whose logits are held in memory at once."),
     ("--eval-interval", int, "Steps between evaluations."),
-    ("--eval-batches", int, "Batches of an evaluation."),
-    ("--sample-interval", int, "Steps between samples of text; 0 is off."),
-    ("--sample-prompt", str, "What samples begin with."),
-    ("--sample-tokens", int, "Tokens of a sample."),
+    ("--eval-batches", int, "Batches per evaluation."),
+    ("--sample-interval", int, "Steps between text samples; 0 disables them."),
+    ("--sample-prompt", str, "Prompt of the text samples."),
+    ("--sample-tokens", int, "Tokens per text sample."),
     ("--checkpoint-interval", int, "Steps between checkpoints."),
-    ("--keep-checkpoints", int, "How many to keep."),
-    ("--log-interval", int, "Steps between lines of the log."),
-    ("--seed", int, "Of weights and data."),
+    ("--keep-checkpoints", int, "Number of checkpoints to keep."),
+    ("--log-interval", int, "Steps between log entries."),
+    ("--seed", int, "Seed of weights and data order."),
     ("--device", str, "auto, cpu, cuda or cuda:N."),
-    ("--sharding", click.Choice(SHARDINGS), "Under torchrun: copies, or shards of the model."),
-    ("--tensorboard", bool, "Write TensorBoard files too."),
+    (
+        "--sharding",
+        click.Choice(SHARDINGS),
+        "With torchrun: replicate the model (ddp) or shard it (fsdp).",
+    ),
+    ("--tensorboard", bool, "Also write TensorBoard event files."),
 )
 
 
 def train_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Add an option for each field of ``TrainOptions``, whose defaults count."""
+    """Add one option per field of ``TrainOptions``, which also defines the defaults."""
     for name, kind, text in reversed(OPTIONS):
         if kind is bool:
             command = click.option(name, is_flag=True, default=None, help=text)(command)
@@ -75,18 +83,20 @@ def train_options(command: Callable[..., None]) -> Callable[..., None]:
 @click.command(epilog=EPILOG)
 @click.argument("data_path", metavar="[DATA]", required=False, type=click.Path(path_type=Path))
 @click.option(
-    "-o", "--output", "run", type=click.Path(path_type=Path), help="The run's folder to create."
+    "-o", "--output", "run", type=click.Path(path_type=Path), help="Run folder to create."
 )
-@click.option("--resume", type=click.Path(path_type=Path), metavar="RUN", help="Go on with a run.")
-@click.option("--size", metavar="S", help="demo, or a published size such as 270m: fresh weights.")
+@click.option("--resume", type=click.Path(path_type=Path), metavar="RUN", help="Continue a run.")
+@click.option(
+    "--size", metavar="S", help="Train from scratch: demo, or a published size such as 270m."
+)
 @click.option(
     "--config",
     "config_path",
     type=click.Path(path_type=Path),
-    help="A config.json: fresh weights.",
+    help="Train from scratch with this config.json.",
 )
-@click.option("--weights", metavar="SRC", help="Go on from these weights, whatever their format.")
-@click.option("--force", is_flag=True, help="Replace an existing folder that this program made.")
+@click.option("--weights", metavar="SRC", help="Fine-tune these weights, in any supported format.")
+@click.option("--force", is_flag=True, help="Replace an existing folder created by gemma3-export.")
 @train_options
 def train(
     data_path: Path | None,
@@ -98,18 +108,20 @@ def train(
     force: bool,
     **given: Any,
 ) -> None:
-    """Train a model on DATA, a folder that `gemma3-export data` made.
+    """Train or fine-tune on DATA, a folder made by `gemma3-export data`.
 
-    The run's folder is always a Hugging Face folder of the best weights so far, which every other
-    command takes as --weights. SIGTERM and Ctrl-C save and end; --resume goes on as if nothing had
-    happened.
+    The run folder always holds the best weights so far in Hugging Face format, and every other
+    command accepts it as --weights. On SIGTERM or Ctrl-C, training saves a checkpoint and exits;
+    --resume continues it with identical results.
     """
     if importlib.util.find_spec("torch") is None:
-        raise UnavailableError('training needs torch; run: pip install "gemma3-export[train]"')
+        raise UnavailableError(
+            'training needs torch, which is not installed; run: pip install "gemma3-export[train]"'
+        )
     chosen = {name: value for name, value in given.items() if value is not None}
     if resume is not None:
         if chosen or run or size or config_path or weights or force:
-            raise click.UsageError("--resume takes its options from the run; give no others")
+            raise click.UsageError("--resume takes its options from the run; omit all others")
         _resume(resume, data_path)
         return
     if data_path is None or run is None:
@@ -157,5 +169,7 @@ def _print_end(result: Any) -> None:
             f"{progress.best_step}"
         )
     if not result.has_loss_curve:
-        click.echo("no loss.png: matplotlib is not installed (the extra train has it)", err=True)
+        click.echo(
+            "no loss.png: matplotlib is not installed (it is part of the extra train)", err=True
+        )
     click.echo(f"next: gemma3-export onnx --weights {result.run} -o bundle")

@@ -32,18 +32,19 @@ file_option = click.Path(path_type=Path, dir_okay=False)
 @click.argument("bundle_path", metavar="DIR", type=click.Path(path_type=Path))
 @click.option("--runtime", type=click.Choice(RUNTIMES), default="onnx", show_default=True)
 @click.option(
-    "--weights", metavar="SRC", help="The weights it should have (default: those in the bundle)."
+    "--weights", metavar="SRC", help="Weights to compare with [default: those in the bundle]."
 )
 @click.option(
     "--against",
     metavar="OTHER",
-    help="A runtime of this bundle, another bundle, transformers or a Hugging Face folder.",
+    help="Compare with another runtime of this bundle, another bundle, transformers or a Hugging "
+    "Face folder.",
 )
 @click.option("--report", "report_file", type=file_option, help="Write the report as JSON.")
 @click.option("--junit", "junit_file", type=file_option, help="Write the report as JUnit XML.")
-@click.option("--html", "html_file", type=file_option, help="Write the report as a page.")
+@click.option("--html", "html_file", type=file_option, help="Write the report as an HTML page.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the random tokens.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the random tokens.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 @cuda_options
 @threads_option
@@ -61,14 +62,15 @@ def verify(
     cuda: CudaRequest,
     threads: int | None,
 ) -> None:
-    """Prove that a bundle computes what Gemma 3 computes with its weights.
+    """Prove that a bundle matches the reference model with the same weights.
 
-    Every file is hashed first. Then logits and all cached keys and values are compared at prefill,
-    chunked prefill and cached decoding; an error may not exceed a small multiple of the reference's
-    own rounding, which is measured in the same run. Exit code 1 when parity fails.
+    Verification checks the hash of every file, then compares logits and all cached keys and values
+    in prefill, chunked prefill and cached decoding. Each error must stay below a small multiple of
+    the reference's own rounding error, which is measured in the same run. The exit code is 1 if
+    parity fails.
 
-    With --cuda-graph the graph is loaded so that it can be captured; the steps that are compared
-    give all logits and run outside of the capture.
+    With --cuda-graph, the session is set up for graph capture, but the compared steps return all
+    logits and therefore run without replaying the captured graph.
     """
     from gemma3_export.api.exporting import open_weights
     from gemma3_export.api.verification import verify_bundle
