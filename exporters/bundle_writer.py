@@ -10,7 +10,6 @@ import importlib.metadata
 import json
 import shutil
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import ClassVar, Protocol
@@ -28,6 +27,7 @@ from gemma3_export.parity.activation_range import (
 )
 from gemma3_export.parity.options import HalfPrecision
 from gemma3_export.parity.report.model import HalfRanges
+from gemma3_export.progress import Progress, ignore_progress
 from gemma3_export.reference.weights import WeightSource
 from gemma3_export.staging import refuse_existing, staged_directory, write_text_atomically
 from gemma3_export.tokenizer import Tokenizer, load_tokenizer
@@ -35,13 +35,10 @@ from gemma3_export.tokenizer import Tokenizer, load_tokenizer
 __all__ = [
     "ExportResult",
     "GraphWriter",
-    "Progress",
     "Verification",
     "export_bundle",
     "half_precision",
 ]
-
-Progress = Callable[[str, int, int], None]  # stage, done, total (bytes or steps)
 
 
 class GraphWriter(Protocol):
@@ -103,7 +100,7 @@ def export_bundle(
         tokenizer: None takes the one that came with the weights, if any.
         force: replace an existing folder.
         verification: the parity check; None skips it, and the manifest says so.
-        progress: told the stage, and how far it is.
+        progress: called with the stage and how much of it is done.
 
     Raises:
         InputError: the folder exists, or weights, config and tokenizer contradict each other.
@@ -111,7 +108,7 @@ def export_bundle(
             nothing is kept.
         Gemma3ExportError: the disk is full or cannot be written.
     """
-    report = progress or (lambda stage, done, total: None)
+    report = progress or ignore_progress
     existing = None if force else extendable_bundle(output, writer.runtime, source)
     if existing is None:
         refuse_existing(output, force=force)

@@ -1,40 +1,62 @@
-"""Progress on stderr: a bar a stage on a terminal, and a plain line a stage anywhere else."""
+"""Report the progress of long operations: the callback type, and a renderer for stderr."""
 
 from __future__ import annotations
 
 import sys
 import time
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Protocol, Self
 
 import click
 
-__all__ = ["ProgressBars"]
+if TYPE_CHECKING:
+    from rich.progress import Progress as Bars
+
+__all__ = ["Progress", "ProgressBars", "ignore_progress"]
 
 BYTE_STAGES = ("writing weights", "hashing the source")
-LINE_SECONDS = 30.0  # without a terminal, a stage that goes on says so again after this
+LINE_SECONDS = 30.0  # without a terminal, repeat the line of a long stage at this interval
+
+
+class Progress(Protocol):
+    """A callback that receives the current stage and how much of it is done.
+
+    ``stage`` is a short phrase such as ``"writing weights"``. ``done`` and ``total`` share one
+    unit, which depends on the stage: bytes while files are written or read, and otherwise steps
+    (layers, sequences, cases). A stage that cannot be divided reports ``(0, 1)`` and ``(1, 1)``.
+    """
+
+    def __call__(self, stage: str, done: int, total: int, /) -> None:
+        """Receive one update."""
+
+
+def ignore_progress(stage: str, done: int, total: int, /) -> None:
+    """Discard a progress update."""
 
 
 class ProgressBars:
-    """A progress callback ``(stage, done, total)``; use it as a context manager."""
+    """A :class:`Progress` callback that draws on stderr; use it as a context manager.
+
+    Stages whose first word is the same, such as "comparing prefill" and "comparing decode", share a
+    bar. Without a terminal each bar is one plain line, repeated every 30 seconds while it lasts.
+    """
 
     def __init__(self) -> None:
-        self._bar: Any = None
-        self._kind: str | None = None
-        self._said = 0.0  # when the last plain line was printed
+        self._bars: Bars | None = None
+        self._first_word = ""
+        self._printed_at = 0.0
 
-    def __call__(self, stage: str, done: int, total: int) -> None:
-        """Show that ``done`` of ``total`` bytes or steps of ``stage`` are behind us."""
-        kind = stage.split()[0]  # "comparing decode" goes on in the bar of "comparing prefill"
-        is_new, self._kind = kind != self._kind, kind
+    def __call__(self, stage: str, done: int, total: int, /) -> None:
+        """Show that ``done`` of ``total`` bytes or steps of ``stage`` are complete."""
+        first_word = stage.split()[0]
+        is_new, self._first_word = first_word != self._first_word, first_word
         if not sys.stderr.isatty():
-            self._say(stage, done, total, is_new=is_new)
+            self._print_line(stage, done, total, is_new=is_new)
             return
-        if is_new:
-            self._open(stage, total)
-        self._bar.set_description_str(stage, refresh=False)
-        self._bar.total = total
-        self._bar.update(done - self._bar.n)
+        if is_new or self._bars is None:
+            self._close()
+            self._bars = _open_bars(is_bytes=stage in BYTE_STAGES and total > 1)
+        self._bars.update(self._bars.task_ids[0], description=stage, completed=done, total=total)
 
     def __enter__(self) -> Self:
         return self
@@ -46,29 +68,34 @@ class ProgressBars:
         traceback: TracebackType | None,
     ) -> None:
         self._close()
-        self._kind = None
+        self._first_word = ""
 
-    def _say(self, stage: str, done: int, total: int, *, is_new: bool) -> None:
+    def _print_line(self, stage: str, done: int, total: int, *, is_new: bool) -> None:
         now = time.monotonic()
-        if is_new or now - self._said >= LINE_SECONDS:
+        if is_new or now - self._printed_at >= LINE_SECONDS:
             share = f" ({done / total:.0%})" if not is_new and 0 < done <= total else ""
             click.echo(f"{stage}{share} ...", err=True)
-            self._said = now
-
-    def _open(self, stage: str, total: int) -> None:
-        from tqdm import tqdm
-
-        self._close()
-        is_bytes = stage in BYTE_STAGES and total > 1
-        self._bar = tqdm(
-            desc=stage,
-            total=total,
-            unit="B" if is_bytes else "step",
-            unit_scale=is_bytes,
-            leave=False,
-        )
+            self._printed_at = now
 
     def _close(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
-        self._bar = None
+        if self._bars is not None:
+            self._bars.stop()
+        self._bars = None
+
+
+def _open_bars(*, is_bytes: bool) -> Bars:
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bars
+
+    bars = Bars(
+        "{task.description}",
+        BarColumn(),
+        DownloadColumn() if is_bytes else MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+        transient=True,
+    )
+    bars.start()
+    bars.add_task("", total=None)
+    return bars

@@ -34,25 +34,25 @@ __all__ = ["ALIGNMENT_BYTES", "write_external_data"]
 ALIGNMENT_BYTES = 4096  # tensors begin on a page, so that a runtime can map them into memory
 CHUNK_BYTES = 64 * 2**20
 
-Progress = Callable[[int], None]  # called with bytes just written
+OnWrite = Callable[[int], None]  # called with the number of bytes just written
 
 
 class HashingWriter:
     """Writes a file and its SHA-256 in one pass."""
 
-    def __init__(self, file: BinaryIO, progress: Progress | None) -> None:
+    def __init__(self, file: BinaryIO, on_write: OnWrite | None) -> None:
         self.file = file
         self.digest = hashlib.sha256()
         self.position = 0
-        self.progress = progress
+        self.on_write = on_write
 
     def write(self, data: bytes | memoryview) -> None:
         """Append ``data``."""
         self.file.write(data)
         self.digest.update(data)
         self.position += len(data)
-        if self.progress is not None:
-            self.progress(len(data))
+        if self.on_write is not None:
+            self.on_write(len(data))
 
     def align(self) -> None:
         """Pad with zeros to the next page."""
@@ -70,7 +70,7 @@ def write_external_data(
     *,
     dtype: DType = "float32",
     quantizer: Quantizer | None = None,
-    progress: Progress | None = None,
+    on_write: OnWrite | None = None,
 ) -> str:
     """Fill the graph's weights from ``source`` through the file ``path``.
 
@@ -82,7 +82,7 @@ def write_external_data(
         path: the external data file, beside the graph's own file.
         dtype: element type of matrices on disk; vectors, which are the norms', stay float32.
         quantizer: makes the blocks of quantised matrices.
-        progress: told the bytes written.
+        on_write: called with the number of bytes of each write.
 
     Returns:
         The file's SHA-256.
@@ -93,7 +93,7 @@ def write_external_data(
     """
     shapes = dict(source.config.weight_shapes())
     with path.open("wb") as file:
-        writer = HashingWriter(file, progress)
+        writer = HashingWriter(file, on_write)
         for name, recipe in recipes.items():
             if recipe.blocks is not None:
                 assert quantizer is not None

@@ -34,7 +34,7 @@ from onnx import parser
 from gemma3_export.bundle import CODES, SCALES, BlockFormat, StoredPart, stored_parts
 from gemma3_export.config import Gemma3Config
 from gemma3_export.errors import InputError
-from gemma3_export.exporters.onnx.external_data import HashingWriter, Progress, attach, raw_bytes
+from gemma3_export.exporters.onnx.external_data import HashingWriter, OnWrite, attach, raw_bytes
 from gemma3_export.reference.weights.block_matrix import pack_codes, quantize
 
 __all__ = ["add_screen", "is_screened", "screen_bytes"]
@@ -155,7 +155,7 @@ def screen_bytes(config: Gemma3Config) -> int:
 
 
 def add_screen(
-    graph: ir.Graph, config: Gemma3Config, path: Path, progress: Progress | None = None
+    graph: ir.Graph, config: Gemma3Config, path: Path, on_write: OnWrite | None = None
 ) -> str:
     """Let ``graph`` choose candidates when its input ``num_candidates`` is not 0.
 
@@ -168,7 +168,7 @@ def add_screen(
             inputs and outputs are still to be declared.
         config: the model.
         path: the external data file to write, beside the graph's own.
-        progress: told the bytes written.
+        on_write: called with the number of bytes of each write.
 
     Returns:
         The SHA-256 of the file.
@@ -185,7 +185,7 @@ def add_screen(
     for node, index in tuple(hidden.uses()):
         node.replace_input_with(index, screen.outputs[-1])
     splice(graph, screen, {"hidden": hidden, "head": head})
-    return write_screen(graph, head, config, path, progress)
+    return write_screen(graph, head, config, path, on_write)
 
 
 def splice(graph: ir.Graph, part: ir.Graph, given: dict[str, ir.Value]) -> None:
@@ -240,14 +240,14 @@ def graph_text(config: Gemma3Config) -> str:
 
 
 def write_screen(
-    graph: ir.Graph, head: ir.Value, config: Gemma3Config, path: Path, progress: Progress | None
+    graph: ir.Graph, head: ir.Value, config: Gemma3Config, path: Path, on_write: OnWrite | None
 ) -> str:
     """Write codes, scales and margins to ``path``, point to them, and return its SHA-256."""
     block_format = screen_format(config)
     assert isinstance(head.const_value, ir.ExternalTensor)
     kept: dict[str, list[torch.Tensor]] = {SCALES: [], MARGINS: []}
     with path.open("wb") as file:
-        writer = HashingWriter(file, progress)
+        writer = HashingWriter(file, on_write)
         places = {CODES: 0}
         for chunk in row_chunks(head.const_value, config):
             matrix = quantize(chunk, block_format)

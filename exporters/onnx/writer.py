@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import ClassVar
@@ -25,9 +24,9 @@ from gemma3_export.dtypes import (
     torch_dtype,
 )
 from gemma3_export.errors import InputError
-from gemma3_export.exporters.bundle_writer import Progress, half_precision
+from gemma3_export.exporters.bundle_writer import half_precision
 from gemma3_export.exporters.onnx.blocks import quantize_graph
-from gemma3_export.exporters.onnx.external_data import write_external_data
+from gemma3_export.exporters.onnx.external_data import OnWrite, write_external_data
 from gemma3_export.exporters.onnx.screened_head import add_screen, is_screened, screen_bytes
 from gemma3_export.exporters.onnx.trace import TARGETS, declare_signature, trace_onnx
 from gemma3_export.exporters.onnx.windowed_graph import has_windows, make_windowed
@@ -41,6 +40,7 @@ from gemma3_export.exporters.quantize.quantizers import (
     matrix_names,
 )
 from gemma3_export.parity.options import HalfPrecision
+from gemma3_export.progress import Progress
 from gemma3_export.reference.weights import WeightSource
 from gemma3_export.tokenizer import Tokenizer, load_tokenizer
 
@@ -166,7 +166,7 @@ class OnnxWriter:
             data,
             dtype=self.element,
             quantizer=quantizer,
-            progress=count,
+            on_write=count,
         )
         ir.save(model, path)
         hashes = {data: digest}
@@ -194,14 +194,14 @@ class OnnxWriter:
         config: Gemma3Config,
         path: Path,
         screens: bool,
-        progress: Callable[[int], None],
+        on_write: OnWrite,
     ) -> dict[Path, str]:
         """Turn ``model`` into its sibling and write that; hashes of weights of its own."""
         hashes: dict[Path, str] = {}
         make_windowed(model.graph, config)
         if screens:
             screen = path.with_name(path.name + "_data")
-            hashes[screen] = add_screen(model.graph, config, screen, progress)
+            hashes[screen] = add_screen(model.graph, config, screen, on_write)
         signature = Signature.of(
             config, cache_dtype=self.element, is_windowed=True, is_screened=screens
         )

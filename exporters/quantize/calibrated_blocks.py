@@ -13,11 +13,11 @@ from torch import Tensor
 
 from gemma3_export.bundle import BlockFormat, WeightRecipe
 from gemma3_export.config import EMBEDDING, HEAD, Gemma3Config
-from gemma3_export.exporters.bundle_writer import Progress
 from gemma3_export.exporters.quantize.calibration import Calibration
 from gemma3_export.exporters.quantize.gptq import DAMPING, GptqRounding, Hessian
 from gemma3_export.exporters.quantize.layerwise import LayerWalk
 from gemma3_export.exporters.quantize.quantizers import CHUNK_BYTES, matrix_names, packed_format
+from gemma3_export.progress import Progress
 from gemma3_export.reference.weights import WeightSource, check_finite
 from gemma3_export.reference.weights.block_matrix import (
     BlockMatrix,

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from gemma3_export.config import Gemma3Config
 from gemma3_export.errors import InputError
-from gemma3_export.exporters.bundle_writer import Progress
+from gemma3_export.progress import Progress
 from gemma3_export.reference.loading import load_reference
 from gemma3_export.reference.runtime import ReferenceRuntime
 from gemma3_export.reference.weights import WeightSource

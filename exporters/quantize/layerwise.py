@@ -31,7 +31,6 @@ BATCH_TOKENS = 2048
 # Canonical names and the Hessian of their inputs, to their quantised weights.
 Rounding = Callable[[Sequence[str], Hessian], Sequence[Tensor]]
 Lookup = Callable[[Tensor], Tensor]  # token ids to rows of the embedding
-Report = Callable[[int, int], None]  # layers done, of all
 
 
 class InputSeen(Exception):  # noqa: N818  (it is no error: it ends a forward pass early)
@@ -44,11 +43,13 @@ class LayerWalk:
     Args:
         source: canonical weights.
         ids: [R, T] text, without padding.
-        report: told the layers done.
+        on_layer: called with the number of layers done, and of all layers.
     """
 
-    def __init__(self, source: WeightSource, ids: Tensor, report: Report) -> None:
-        self.source, self.report = source, report
+    def __init__(
+        self, source: WeightSource, ids: Tensor, on_layer: Callable[[int, int], None]
+    ) -> None:
+        self.source, self.on_layer = source, on_layer
         with torch.device("meta"):
             self.model = Gemma3(source.config)
         self.parts = torch.split(ids, max(1, BATCH_TOKENS // ids.shape[1]))
@@ -71,7 +72,7 @@ class LayerWalk:
         config = self.source.config
         states = [self._embed(lookup, part) for part in self.parts]
         for index, kind in enumerate(config.layer_types):
-            self.report(index, config.num_hidden_layers)
+            self.on_layer(index, config.num_hidden_layers)
             layer = self._load(self.model.model.layers[index], f"model.layers.{index}")
             assert isinstance(layer, DecoderLayer)
             for group in MATRIX_GROUPS if rounding is not None else ():
@@ -82,7 +83,7 @@ class LayerWalk:
                     layer.get_parameter(f"{name}.weight").copy_(weight)
             states = [layer(x, self.contexts[kind], None)[0] for x in states]
             layer.to("meta")
-        self.report(config.num_hidden_layers, config.num_hidden_layers)
+        self.on_layer(config.num_hidden_layers, config.num_hidden_layers)
         norm = self._load(self.model.model.norm, "model.norm")
         final = Hessian(config.hidden_size)
         for x in states:

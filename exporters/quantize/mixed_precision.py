@@ -13,13 +13,13 @@ from torch import Tensor
 from gemma3_export.bundle import BlockFormat
 from gemma3_export.config import EMBEDDING, HEAD, Gemma3Config
 from gemma3_export.errors import InputError
-from gemma3_export.exporters.bundle_writer import Progress
 from gemma3_export.exporters.quantize.calibrated_blocks import CalibratedBlocks, Calibrator
 from gemma3_export.exporters.quantize.calibration import Calibration
 from gemma3_export.exporters.quantize.gptq import Hessian
 from gemma3_export.exporters.quantize.layerwise import MATRIX_GROUPS
 from gemma3_export.exporters.quantize.quantizers import matrix_names
 from gemma3_export.parity.rounding import ActivationRounding
+from gemma3_export.progress import Progress
 from gemma3_export.reference.loading import load_reference
 from gemma3_export.reference.model import Gemma3
 from gemma3_export.reference.weights import WeightSource

@@ -22,12 +22,13 @@ from gemma3_export.dtypes import (
     torch_dtype,
 )
 from gemma3_export.errors import InputError
-from gemma3_export.exporters.bundle_writer import Progress, half_precision
+from gemma3_export.exporters.bundle_writer import half_precision
 from gemma3_export.exporters.packing import weight_recipes
 from gemma3_export.exporters.quantize.quantizers import Quantizer, RoundToNearest, matrix_names
 from gemma3_export.exporters.step import DecoderStep, example_inputs
 from gemma3_export.exporters.torch.modules import TorchScriptGemma3, install_matrices
 from gemma3_export.parity.options import HalfPrecision
+from gemma3_export.progress import Progress
 from gemma3_export.reference.weights import WeightSource, check_finite
 from gemma3_export.reference.weights.block_matrix import BlockMatrix
 from gemma3_export.runtimes.torch.runtime import torchscript

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING
 from gemma3_export.api.verification import ParityCheck, require_packages
 
 if TYPE_CHECKING:
-    from gemma3_export.exporters.bundle_writer import ExportResult, GraphWriter, Progress
+    from gemma3_export.exporters.bundle_writer import ExportResult, GraphWriter
+    from gemma3_export.progress import Progress
     from gemma3_export.reference.weights import WeightSource
     from gemma3_export.tokenizer import Tokenizer
 

@@ -22,9 +22,9 @@ from gemma3_export.errors import InputError, ParityError, UnavailableError
 from gemma3_export.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
-    from gemma3_export.exporters.bundle_writer import Progress
     from gemma3_export.parity import ParityReport, VerifyOptions
     from gemma3_export.parity.report.model import HalfRanges
+    from gemma3_export.progress import Progress
     from gemma3_export.reference.weights import WeightSource
     from gemma3_export.runtimes.onnx.session import CudaOptions
     from gemma3_export.runtimes.protocol import Runtime

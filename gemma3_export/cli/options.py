@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 import click
 from click.core import ParameterSource
 
-from gemma3_export.progress import ProgressBars
+from gemma3_export.progress import Progress, ProgressBars
 
 if TYPE_CHECKING:
-    from gemma3_export.exporters.bundle_writer import ExportResult, Progress
+    from gemma3_export.exporters.bundle_writer import ExportResult
     from gemma3_export.reference.weights import WeightSource
     from gemma3_export.runtimes.onnx.session import CudaOptions
     from gemma3_export.tokenizer import Tokenizer

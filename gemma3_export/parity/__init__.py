@@ -7,7 +7,7 @@ The call sequence of ``gemma3-export verify``::
     runtime = open_runtime(bundle, "onnx", device=device)    # UnavailableError: exit code 3
     source = open_bundle_weights(bundle, "onnx")             # or open_weights(...), the original
     tokenizer = load_tokenizer(path) if (path / "tokenizer.json").is_file() else None
-    with terminal_progress() as progress:
+    with ProgressBars() as progress:
         report = verify(
             runtime,
             source,
@@ -29,7 +29,6 @@ bundle share the expensive part: ``yardstick = make_yardstick(runtime, source, .
 
 from gemma3_export.parity.check import compare, make_yardstick, verify
 from gemma3_export.parity.options import VerifyOptions
-from gemma3_export.parity.progress import terminal_progress
 from gemma3_export.parity.report.html import render_html
 from gemma3_export.parity.report.junit import render_junit
 from gemma3_export.parity.report.model import ParityReport
@@ -43,6 +42,5 @@ __all__ = [
     "render_html",
     "render_junit",
     "render_terminal",
-    "terminal_progress",
     "verify",
 ]

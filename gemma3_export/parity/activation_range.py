@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from gemma3_export.config import EMBEDDING, Gemma3Config
 from gemma3_export.errors import ParityError
 from gemma3_export.parity.intermediates import ATTEND, ROTARY_KEY
-from gemma3_export.parity.options import HalfPrecision, Progress, VerifyOptions
+from gemma3_export.parity.options import HalfPrecision, VerifyOptions
 from gemma3_export.parity.quality import held_out_sequences
 from gemma3_export.parity.report.model import (
     GateResult,
@@ -36,6 +36,7 @@ from gemma3_export.parity.report.model import (
     TensorRange,
 )
 from gemma3_export.parity.sequences import TokenSequence, sequences_for
+from gemma3_export.progress import Progress
 from gemma3_export.reference.loading import load_module
 from gemma3_export.reference.model import Gemma3
 from gemma3_export.reference.weights import WeightSource, check_finite

@@ -30,7 +30,7 @@ from gemma3_export.parity.graph_variants import (
 from gemma3_export.parity.judge import Limits, SeenLogits, judge_case
 from gemma3_export.parity.locate import locate
 from gemma3_export.parity.noise_floor import Yardstick
-from gemma3_export.parity.options import HalfPrecision, Progress, VerifyOptions, compute_dtype
+from gemma3_export.parity.options import HalfPrecision, VerifyOptions, compute_dtype
 from gemma3_export.parity.quality import (
     held_out_sequences,
     judge_quality,
@@ -44,6 +44,7 @@ from gemma3_export.parity.report.model import (
     HalfRanges,
     ParityReport,
 )
+from gemma3_export.progress import Progress, ignore_progress
 from gemma3_export.reference.loading import load_reference
 from gemma3_export.reference.model import Gemma3
 from gemma3_export.reference.weights import WeightSource
@@ -161,7 +162,7 @@ def _check(
     ranges: HalfRanges | None,
     progress: Progress | None,
 ) -> ParityReport:
-    report = progress or (lambda stage, done, total: None)
+    report = progress or ignore_progress
     require_same_shapes(candidate, source)
     started = time.perf_counter()
     report("computing the truth", 0, 1)

@@ -17,8 +17,8 @@ from gemma3_export.parity.cases import Case, cases_for, needed_positions
 from gemma3_export.parity.expected import Truth
 from gemma3_export.parity.judge import Limits, judge_case
 from gemma3_export.parity.noise_floor import NoiseFloor, Yardstick
-from gemma3_export.parity.options import Progress
 from gemma3_export.parity.report.model import CaseResult
+from gemma3_export.progress import Progress
 from gemma3_export.runtimes.protocol import CacheForms, FloatProducts, Runtime
 
 __all__ = ["prepare_floor", "run_chosen_cases", "run_float_cases", "run_sibling_cases"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -16,15 +16,12 @@ from gemma3_export.errors import InputError
 __all__ = [
     "SMALL_PARAMETERS",
     "HalfPrecision",
-    "Progress",
     "VerifyOptions",
     "compute_dtype",
     "floor_dtype",
     "threads_for",
     "torch_threads",
 ]
-
-Progress = Callable[[str, int, int], None]  # stage, done, total
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -17,9 +17,10 @@ from gemma3_export.parity.differences import LogitDifference, compare_logits
 from gemma3_export.parity.expected import Truth
 from gemma3_export.parity.judge import SeenLogits
 from gemma3_export.parity.noise_floor import next_ids
-from gemma3_export.parity.options import Progress, VerifyOptions
+from gemma3_export.parity.options import VerifyOptions
 from gemma3_export.parity.report.model import GateResult, MetricResult
 from gemma3_export.parity.sequences import TeacherForcing, TokenSequence
+from gemma3_export.progress import Progress
 from gemma3_export.runtimes.protocol import Runtime
 from gemma3_export.tokenizer import Tokenizer
 

@@ -99,11 +99,6 @@ def random_ids(config: Gemma3Config, seed: int, stream: int, length: int) -> Int
     return ids
 
 
-def longest(sequences: Sequence[TokenSequence]) -> int:
-    """Tokens in the longest sequence."""
-    return max(len(sequence.ids) for sequence in sequences)
-
-
 # What a case sees of a runtime: logits at known places, and caches.
 #
 # Shapes: P compared positions, V vocabulary.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from gemma3_export.config import Gemma3Config, config_to_json
 from gemma3_export.errors import Gemma3ExportError
+from gemma3_export.progress import Progress
 from gemma3_export.reference.weights import WeightSource, check_finite
 from gemma3_export.staging import staged_directory, write_text_atomically
 from gemma3_export.tokenizer import Tokenizer, load_tokenizer
@@ -21,7 +22,6 @@ __all__ = ["export_hf_folder", "write_description", "write_weights"]
 
 SHARD_BYTES = 4 * 2**30
 INDEX = "model.safetensors.index.json"
-Progress = Callable[[str, int, int], None]
 
 
 def write_description(folder: Path, config: Gemma3Config, tokenizer: Tokenizer | None) -> None:

@@ -11,7 +11,7 @@ import itertools
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -23,6 +23,7 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors,
 
 from gemma3_export.config import load_json_object
 from gemma3_export.errors import Gemma3ExportError, InputError
+from gemma3_export.progress import Progress
 from gemma3_export.reference.training.documents import Document, DocumentSource, Split
 from gemma3_export.reference.training.token_data import (
     FORMAT_VERSION,
@@ -41,7 +42,6 @@ __all__ = [
     "train_bpe",
 ]
 
-Progress = Callable[[str, int, int], None]  # stage, done, total
 BATCH_PIECES = 512  # encoded at once, on all processors
 PLAN, STATE = "plan.json", "progress.json"
 
