@@ -20,9 +20,9 @@ from gemma3_export.bundle import (
     LOOKUP_SCALES,
     MINIMUMS,
     SCALES,
-    StoredPart,
+    BlockTensor,
     WeightRecipe,
-    stored_parts,
+    block_tensors,
 )
 from gemma3_export.dtypes import ELEMENT_TYPES, DType, torch_dtype
 from gemma3_export.exporters.quantize.quantizers import Quantizer
@@ -104,7 +104,7 @@ def write_external_data(
             is_vector = len(shapes[recipe.names[0]]) == 1
             stored: DType = "float32" if is_vector else dtype
             extents = write_tensor(writer, recipe, source, torch_dtype(stored))
-            attach(graph.initializers[name], StoredPart(name, extents, stored), start, path)
+            attach(graph.initializers[name], BlockTensor(name, extents, stored), start, path)
     return writer.digest.hexdigest()
 
 
@@ -147,7 +147,7 @@ def write_blocks(
     rows = sum(len(part) for part in kept[SCALES])
     assert recipe.blocks is not None
     columns = kept[SCALES][0].shape[1] * recipe.blocks.block_size
-    parts = stored_parts(name, recipe.blocks, rows, columns)
+    parts = block_tensors(name, recipe.blocks, rows, columns)
     for key, part in parts.items():
         if key == CODES:
             continue
@@ -165,13 +165,13 @@ def write_blocks(
         scales = parts[SCALES]
         attach(
             alias,
-            StoredPart(str(alias.name), (*scales.shape, 1), scales.dtype),
+            BlockTensor(str(alias.name), (*scales.shape, 1), scales.dtype),
             places[SCALES],
             path,
         )
 
 
-def attach(value: ir.Value, part: StoredPart, offset: int, path: Path) -> None:
+def attach(value: ir.Value, part: BlockTensor, offset: int, path: Path) -> None:
     """Let an initializer point into the external data."""
     kind = ELEMENT_TYPES[part.dtype]
     value.const_value = ir.ExternalTensor(

@@ -21,8 +21,8 @@ from torch import Tensor
 from torch.onnx import ops
 
 from gemma3_export.config import Gemma3Config
-from gemma3_export.exporters.onnx.layer_stack import layer_boundary
-from gemma3_export.exporters.packing import PackedAttention, PackedMLP, PackedProjection
+from gemma3_export.exporters.onnx.stack_layers import layer_boundary
+from gemma3_export.exporters.packed_projections import PackedAttention, PackedMLP, PackedProjection
 from gemma3_export.reference.model import (
     DecoderLayer,
     Gemma3,

@@ -31,7 +31,7 @@ import onnx_ir as ir
 import torch
 from onnx import parser
 
-from gemma3_export.bundle import CODES, SCALES, BlockFormat, StoredPart, stored_parts
+from gemma3_export.bundle import CODES, SCALES, BlockFormat, BlockTensor, block_tensors
 from gemma3_export.config import Gemma3Config
 from gemma3_export.errors import InputError
 from gemma3_export.exporters.onnx.external_data import HashingWriter, OnWrite, attach, raw_bytes
@@ -258,8 +258,8 @@ def write_screen(
             writer.align()
             places[key] = writer.position
             writer.write(raw_bytes(torch.cat(kept[key], dim=axis)))
-    parts = stored_parts(NAME, block_format, config.vocab_size, config.hidden_size)
-    parts[MARGINS] = StoredPart(f"{NAME}.{MARGINS}", (2, config.vocab_size), "float32")
+    parts = block_tensors(NAME, block_format, config.vocab_size, config.hidden_size)
+    parts[MARGINS] = BlockTensor(f"{NAME}.{MARGINS}", (2, config.vocab_size), "float32")
     for key, part in parts.items():
         attach(graph.initializers[part.name], part, places[key], path)
     return writer.digest.hexdigest()

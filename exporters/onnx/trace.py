@@ -23,10 +23,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from gemma3_export.bundle import MODEL_PREFIX, Signature, TensorSpec, WeightRecipe
 from gemma3_export.config import Gemma3Config
 from gemma3_export.dtypes import ELEMENT_TYPES
-from gemma3_export.exporters.onnx.layer_stack import one_layer_of_each_kind, stack_layers
+from gemma3_export.exporters.decoder_step import DecoderStep, example_inputs
 from gemma3_export.exporters.onnx.modules import FusedGemma3, PortableGemma3
-from gemma3_export.exporters.packing import weight_recipes
-from gemma3_export.exporters.step import DecoderStep, example_inputs
+from gemma3_export.exporters.onnx.stack_layers import one_layer_of_each_kind, stack_layers
+from gemma3_export.exporters.packed_projections import weight_recipes
 
 __all__ = ["OPSET_VERSION", "TARGETS", "declare_signature", "trace_onnx"]
 

@@ -25,16 +25,16 @@ from gemma3_export.dtypes import (
 )
 from gemma3_export.errors import InputError
 from gemma3_export.exporters.bundle_writer import half_precision
-from gemma3_export.exporters.onnx.blocks import quantize_graph
 from gemma3_export.exporters.onnx.external_data import OnWrite, write_external_data
+from gemma3_export.exporters.onnx.quantize_weights import quantize_graph
 from gemma3_export.exporters.onnx.screened_head import add_screen, is_screened, screen_bytes
+from gemma3_export.exporters.onnx.sliding_window import has_windows, make_windowed
 from gemma3_export.exporters.onnx.trace import TARGETS, declare_signature, trace_onnx
-from gemma3_export.exporters.onnx.windowed_graph import has_windows, make_windowed
-from gemma3_export.exporters.quantize.calibrated_blocks import Calibrator, check_formats
 from gemma3_export.exporters.quantize.calibration import CalibrationPlan
+from gemma3_export.exporters.quantize.gptq_quantizer import GptqQuantizer, check_formats
 from gemma3_export.exporters.quantize.mixed_precision import calibrate_mixed
 from gemma3_export.exporters.quantize.quantizers import (
-    KeptBlocks,
+    GgufRepacker,
     Quantizer,
     RoundToNearest,
     matrix_names,
@@ -230,7 +230,7 @@ class OnnxWriter:
         self, source: WeightSource, folder: Path, scratch: Path, progress: Progress
     ) -> Quantizer | None:
         if self.dtype == "keep":
-            return KeptBlocks(source=source)
+            return GgufRepacker(source=source)
         if self.dtype == "int8":
             block_format = self._format(bits=8)
             formats = dict.fromkeys(matrix_names(source.config), block_format)
@@ -240,7 +240,7 @@ class OnnxWriter:
             check_formats(source.config, formats)
             text = self.calibration.load(source, tokenizer_in(folder), progress)
             if self.dtype == "int4":
-                return Calibrator(source, text, scratch, progress).calibrate(formats)
+                return GptqQuantizer(source, text, scratch, progress).quantize(formats)
             return calibrate_mixed(source, text, self.block_size, self.budget, scratch, progress)
         return None
 

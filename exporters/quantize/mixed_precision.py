@@ -13,9 +13,9 @@ from torch import Tensor
 from gemma3_export.bundle import BlockFormat
 from gemma3_export.config import EMBEDDING, HEAD, Gemma3Config
 from gemma3_export.errors import InputError
-from gemma3_export.exporters.quantize.calibrated_blocks import CalibratedBlocks, Calibrator
 from gemma3_export.exporters.quantize.calibration import Calibration
 from gemma3_export.exporters.quantize.gptq import Hessian
+from gemma3_export.exporters.quantize.gptq_quantizer import GptqMatrices, GptqQuantizer
 from gemma3_export.exporters.quantize.layerwise import MATRIX_GROUPS
 from gemma3_export.exporters.quantize.quantizers import matrix_names
 from gemma3_export.parity.rounding import ActivationRounding
@@ -96,7 +96,7 @@ def calibrate_mixed(
     max_kld: float,
     folder: Path,
     progress: Progress,
-) -> CalibratedBlocks:
+) -> GptqMatrices:
     """Quantise every matrix, the least sensitive ones most, within a divergence budget.
 
     The model is held in memory twice, unlike with one format for all.
@@ -116,8 +116,8 @@ def calibrate_mixed(
     narrow = BlockFormat(bits=4, block_size=block_size)
     errors = OutputErrors(source=source, block_size=block_size)
     formats = dict.fromkeys(matrix_names(source.config), narrow)
-    calibrator = Calibrator(source, learnt, folder, progress, errors.add)
-    blocks = calibrator.calibrate(formats)
+    calibrator = GptqQuantizer(source, learnt, folder, progress, errors.add)
+    blocks = calibrator.quantize(formats)
     meter = DivergenceMeter(load_reference(source), text.ids[-JUDGES:])
     products = products_of(source.config)
     options = measure_options(source, products, blocks, meter, errors, progress)
@@ -131,7 +131,7 @@ def calibrate_mixed(
             for name in product
         }
         calibrator.observe = None
-        blocks = calibrator.calibrate(formats)
+        blocks = calibrator.quantize(formats)
         found = measure_all(blocks, meter)
         best = min(best, found)
         if found <= budget:
@@ -150,7 +150,7 @@ def calibrate_mixed(
 def measure_options(
     source: WeightSource,
     products: Sequence[Product],
-    blocks: CalibratedBlocks,
+    blocks: GptqMatrices,
     meter: DivergenceMeter,
     errors: OutputErrors,
     progress: Progress,
@@ -177,7 +177,7 @@ def measure_options(
     return options
 
 
-def measure_all(blocks: CalibratedBlocks, meter: DivergenceMeter) -> float:
+def measure_all(blocks: GptqMatrices, meter: DivergenceMeter) -> float:
     """The divergence with every matrix quantised, and activations as the kernels round them."""
     rounded = {name: item.block_size for name, item in blocks.formats.items()}
     weights = ((name, blocks.load(name).dequantize()) for name in blocks.formats)

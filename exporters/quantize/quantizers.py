@@ -13,7 +13,7 @@ from gemma3_export.exporters.quantize.gguf_blocks import gguf_format, read_gguf_
 from gemma3_export.reference.weights import WeightSource, check_finite
 from gemma3_export.reference.weights.block_matrix import BlockMatrix, quantize
 
-__all__ = ["KeptBlocks", "Quantizer", "RoundToNearest", "matrix_names", "packed_format"]
+__all__ = ["GgufRepacker", "Quantizer", "RoundToNearest", "matrix_names", "packed_format"]
 
 CHUNK_BYTES = 64 * 2**20
 
@@ -84,7 +84,7 @@ class RoundToNearest:
 
 
 @dataclass(frozen=True, kw_only=True)
-class KeptBlocks:
+class GgufRepacker:
     """The blocks of a quantised GGUF, bit by bit.
 
     Matrices that the file holds in a float type stay in float32.

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from gemma3_export.config import EMBEDDING, HEAD, Gemma3Config
-from gemma3_export.exporters.packing import PackedAttention, PackedMLP, PackedProjection
+from gemma3_export.exporters.packed_projections import PackedAttention, PackedMLP, PackedProjection
 from gemma3_export.exporters.torch.matrix import BlockedMatrix, Matrix, PlainMatrix
 from gemma3_export.reference.model import (
     Attention,

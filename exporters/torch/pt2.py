@@ -16,7 +16,7 @@ from gemma3_export.bundle import Graph, WeightRecipe, sha256_of
 from gemma3_export.config import Gemma3Config, config_to_json
 from gemma3_export.dtypes import ELEMENT_TYPES, DType, element_type, export_dtype, torch_dtype
 from gemma3_export.exporters.bundle_writer import half_precision
-from gemma3_export.exporters.step import DecoderStep, example_inputs
+from gemma3_export.exporters.decoder_step import DecoderStep, example_inputs
 from gemma3_export.parity.options import HalfPrecision
 from gemma3_export.progress import Progress
 from gemma3_export.reference.loading import load_reference

@@ -23,9 +23,9 @@ from gemma3_export.dtypes import (
 )
 from gemma3_export.errors import InputError
 from gemma3_export.exporters.bundle_writer import half_precision
-from gemma3_export.exporters.packing import weight_recipes
+from gemma3_export.exporters.decoder_step import DecoderStep, example_inputs
+from gemma3_export.exporters.packed_projections import weight_recipes
 from gemma3_export.exporters.quantize.quantizers import Quantizer, RoundToNearest, matrix_names
-from gemma3_export.exporters.step import DecoderStep, example_inputs
 from gemma3_export.exporters.torch.modules import TorchScriptGemma3, install_matrices
 from gemma3_export.parity.options import HalfPrecision
 from gemma3_export.progress import Progress

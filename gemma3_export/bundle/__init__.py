@@ -7,9 +7,9 @@ from gemma3_export.bundle.block_format import (
     SCALES,
     ZERO_POINTS,
     BlockFormat,
-    StoredPart,
+    BlockTensor,
+    block_tensors,
     common_format,
-    stored_parts,
 )
 from gemma3_export.bundle.bundle import Bundle
 from gemma3_export.bundle.manifest import (
@@ -50,18 +50,18 @@ __all__ = [
     "ZERO_POINTS",
     "Axis",
     "BlockFormat",
+    "BlockTensor",
     "Bundle",
     "FileRecord",
     "Graph",
     "Manifest",
     "Signature",
-    "StoredPart",
     "TensorSpec",
     "WeightRecipe",
+    "block_tensors",
     "common_format",
     "read_manifest",
     "sha256_of",
-    "stored_parts",
     "window_capacity",
     "write_manifest",
 ]

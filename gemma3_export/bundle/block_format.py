@@ -18,9 +18,9 @@ __all__ = [
     "SCALES",
     "ZERO_POINTS",
     "BlockFormat",
-    "StoredPart",
+    "BlockTensor",
+    "block_tensors",
     "common_format",
-    "stored_parts",
 ]
 
 CODES, SCALES, MINIMUMS, ZERO_POINTS = "codes", "scales", "minimums", "zero_points"
@@ -104,7 +104,7 @@ def common_format(formats: list[BlockFormat]) -> BlockFormat:
 
 
 @dataclass(frozen=True, slots=True)
-class StoredPart:
+class BlockTensor:
     """One tensor among those that a quantised matrix is stored as."""
 
     name: str
@@ -112,9 +112,9 @@ class StoredPart:
     dtype: DType
 
 
-def stored_parts(
+def block_tensors(
     name: str, block_format: BlockFormat, rows: int, columns: int
-) -> dict[str, StoredPart]:
+) -> dict[str, BlockTensor]:
     """Return what the matrix ``name`` [rows, columns] is stored as, in the order of the file.
 
     ``lookup_scales`` is an alias of ``scales``, without bytes of its own.
@@ -130,5 +130,5 @@ def stored_parts(
         if block_format.bits == 4:
             shapes[ZERO_POINTS] = ((rows, (blocks + 1) // 2), "uint8")
     return {
-        part: StoredPart(f"{name}.{part}", shape, dtype) for part, (shape, dtype) in shapes.items()
+        part: BlockTensor(f"{name}.{part}", shape, dtype) for part, (shape, dtype) in shapes.items()
     }

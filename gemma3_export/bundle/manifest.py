@@ -78,7 +78,7 @@ class Graph:
     cache_dtype: DType
     weights: dict[str, WeightRecipe]  # stored tensor -> canonical weights
     windowed_path: str | None = None  # the same graph with caches that let go of old tokens
-    is_screened: bool = False  # its head can give candidates: exporters/screened_head.py
+    is_screened: bool = False  # its head can give candidates: exporters/onnx/screened_head.py
     max_kld: float = DEFAULT_MAX_KLD  # the divergence that the export was allowed
     calibration: dict[str, Any] | None = None  # the text that quantisation looked at
     verified: bool = False  # parity.json holds this graph's proof

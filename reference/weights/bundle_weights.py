@@ -18,7 +18,7 @@ from gemma3_export.bundle import (
     BlockFormat,
     Bundle,
     WeightRecipe,
-    stored_parts,
+    block_tensors,
 )
 from gemma3_export.errors import InputError
 from gemma3_export.reference.weights.block_matrix import BlockMatrix, unpack_codes
@@ -27,8 +27,8 @@ from gemma3_export.runtimes.torch.runtime import ArchiveRuntime, Pt2Runtime, Tor
 
 __all__ = [
     "ArchiveWeights",
-    "BundleWeights",
-    "StoredBlocks",
+    "OnnxBlocks",
+    "OnnxWeights",
     "open_bundle_weights",
 ]
 
@@ -50,13 +50,13 @@ def open_bundle_weights(
     chosen = runtime if runtime in runtimes else runtimes[0]
     if chosen != "onnx":
         return ArchiveWeights(bundle, chosen, trust=trust)
-    return BundleWeights(bundle)
+    return OnnxWeights(bundle)
 
 
 # Read a quantised matrix back out of an ONNX graph's initializers.
 
 
-class StoredBlocks:
+class OnnxBlocks:
     """One quantised matrix of a graph, mapped from its file.
 
     Raises:
@@ -71,7 +71,7 @@ class StoredBlocks:
         self.parts = {key: tensor_of(initializers, f"{name}.{key}") for key in keys}
         rows, blocks = self.parts[SCALES].shape.numpy()[:2]
         self.shape = (rows, blocks * block_format.block_size)
-        expected = stored_parts(name, block_format, *self.shape)
+        expected = block_tensors(name, block_format, *self.shape)
         for key, tensor in self.parts.items():
             if tuple(tensor.shape) != expected[key].shape:
                 raise InputError(
@@ -113,7 +113,7 @@ def tensor_of(initializers: Mapping[str, ir.Value], name: str) -> ir.TensorProto
 # verified, or loaded into the reference, without the weights that it came from.
 
 
-class BundleWeights(WeightSource):
+class OnnxWeights(WeightSource):
     """The weights of a bundle's ONNX graph, mapped from its external data.
 
     Raises:
@@ -137,7 +137,7 @@ class BundleWeights(WeightSource):
         self.stored: dict[str, tuple[Any, WeightRecipe, int]] = {}
         for name, recipe in self.graph.weights.items():
             if recipe.blocks is not None:
-                self._locate(StoredBlocks(initializers, name, recipe.blocks), recipe, path)
+                self._locate(OnnxBlocks(initializers, name, recipe.blocks), recipe, path)
                 continue
             value = initializers.get(name)
             if value is not None and value.const_value is not None:
@@ -168,7 +168,7 @@ class BundleWeights(WeightSource):
         tensor, recipe, first = self.stored[name]
         stop = self.shapes[name][0] if stop is None else stop
         try:
-            if isinstance(tensor, StoredBlocks):
+            if isinstance(tensor, OnnxBlocks):
                 return tensor.blocks(first + start, first + stop).dequantize()
             array = tensor.numpy()  # a view of the mapped file
         except Exception as error:  # missing or truncated external data
@@ -244,19 +244,19 @@ class ArchiveWeights(WeightSource):
         self.shapes = dict(self.config.weight_shapes())
         opened = ARCHIVES[runtime](bundle, device="cpu", trust=trust)
         module = opened.module
-        self.stored: dict[str, tuple[torch.Tensor | ArchivedBlocks, int]] = {}
+        self.stored: dict[str, tuple[torch.Tensor | ArchiveBlocks, int]] = {}
         for name, recipe in bundle.graph(runtime).weights.items():
             if recipe.blocks is None:
                 self._locate(stored_tensor(module, name), recipe)
             else:
-                self._locate(ArchivedBlocks(owner_of(module, name), recipe.blocks), recipe)
+                self._locate(ArchiveBlocks(owner_of(module, name), recipe.blocks), recipe)
         if missing := self.shapes.keys() - self.stored.keys():
             raise InputError(
                 f"{self.origin} lacks {len(missing)} weights of its config, such as "
                 f"{', '.join(sorted(missing)[:3])}; export the bundle anew"
             )
 
-    def _locate(self, tensor: torch.Tensor | ArchivedBlocks, recipe: WeightRecipe) -> None:
+    def _locate(self, tensor: torch.Tensor | ArchiveBlocks, recipe: WeightRecipe) -> None:
         start = 0
         for name in recipe.names:
             self.stored[name] = (tensor, start)
@@ -271,7 +271,7 @@ class ArchiveWeights(WeightSource):
         """See :class:`gemma3_export.reference.weights.WeightSource`."""
         tensor, first = self.stored[name]
         stop = self.shapes[name][0] if stop is None else stop
-        if isinstance(tensor, ArchivedBlocks):
+        if isinstance(tensor, ArchiveBlocks):
             return tensor.read(first + start, first + stop)
         if tensor.is_mkldnn:  # laid out for the CPU; the way back is exact
             tensor = tensor.to_dense()
@@ -280,14 +280,14 @@ class ArchiveWeights(WeightSource):
     def stored_dtype(self, name: str) -> torch.dtype:
         """See :class:`gemma3_export.reference.weights.WeightSource`."""
         tensor = self.stored[name][0]
-        return torch.float32 if isinstance(tensor, ArchivedBlocks) else tensor.dtype
+        return torch.float32 if isinstance(tensor, ArchiveBlocks) else tensor.dtype
 
     def fingerprint(self) -> dict[str, Any]:
         """The fingerprint of the weights that the bundle was made from."""
         return self.bundle.manifest.source
 
 
-class ArchivedBlocks:
+class ArchiveBlocks:
     """A quantised matrix of a loaded archive; see ``torchscript_matrix.BlockedMatrix``."""
 
     def __init__(self, matrix: Any, block_format: BlockFormat) -> None:

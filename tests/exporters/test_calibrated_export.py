@@ -17,13 +17,13 @@ from gemma3_export.dtypes import EXPORT_DTYPES
 from gemma3_export.errors import InputError, ParityError
 from gemma3_export.exporters.bundle_writer import export_bundle
 from gemma3_export.exporters.onnx.writer import OnnxWriter
-from gemma3_export.exporters.quantize.calibrated_blocks import Calibrator
 from gemma3_export.exporters.quantize.calibration import (
     Calibration,
     CalibrationPlan,
     calibration_from_file,
 )
 from gemma3_export.exporters.quantize.gptq import GptqRounding, Hessian
+from gemma3_export.exporters.quantize.gptq_quantizer import GptqQuantizer
 from gemma3_export.exporters.quantize.mixed_precision import DivergenceMeter, Option, choose_options
 from gemma3_export.exporters.quantize.quantizers import matrix_names
 from gemma3_export.exporters.torch.torchscript import TorchScriptWriter
@@ -113,7 +113,7 @@ def test_a_calibrated_model_diverges_less_than_a_rounded_one(tmp_path: Path) -> 
     ids = PLAN.load(SOURCE, None, ignore).ids
     text = Calibration(ids=ids[:-8], description={})
     formats = dict.fromkeys(matrix_names(CONFIG), FORMAT)
-    blocks = Calibrator(SOURCE, text, tmp_path, ignore).calibrate(formats)
+    blocks = GptqQuantizer(SOURCE, text, tmp_path, ignore).quantize(formats)
     meter = DivergenceMeter(load_reference(SOURCE), ids[-8:])
     weights = {name: SOURCE.read(name) for name in formats}
     nearest = ((name, quantize(weight, FORMAT).dequantize()) for name, weight in weights.items())

@@ -16,7 +16,7 @@ from gemma3_export.errors import InputError, UnavailableError
 from gemma3_export.exporters.bundle_writer import export_bundle
 from gemma3_export.exporters.onnx.writer import OnnxWriter
 from gemma3_export.parity import VerifyOptions, verify
-from gemma3_export.reference.weights.bundle_weights import BundleWeights
+from gemma3_export.reference.weights.bundle_weights import OnnxWeights
 from gemma3_export.runtimes.onnx.runtime import OnnxRuntime
 from gemma3_export.runtimes.protocol import Logits
 from tests.support.exported_bundles import scratch, source_of
@@ -74,7 +74,7 @@ def test_matrices_and_cache_are_half_and_norms_are_not(dtype: str) -> None:
 
 @pytest.mark.parametrize("dtype", TYPES)
 def test_a_half_bundle_gives_the_rounded_weights_back(dtype: str) -> None:
-    source, weights = source_of(), BundleWeights(Bundle(exported(dtype)))
+    source, weights = source_of(), OnnxWeights(Bundle(exported(dtype)))
     for name, shape in TINY.weight_shapes():
         expected = source.read(name).to(TYPES[dtype] if len(shape) == 2 else torch.float32)
         assert torch.equal(weights.read(name), expected), name

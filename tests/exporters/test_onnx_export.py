@@ -18,7 +18,7 @@ from gemma3_export.errors import InputError
 from gemma3_export.exporters.bundle_writer import export_bundle
 from gemma3_export.exporters.onnx.writer import OnnxWriter
 from gemma3_export.reference.weights import WeightSource
-from gemma3_export.reference.weights.bundle_weights import BundleWeights
+from gemma3_export.reference.weights.bundle_weights import OnnxWeights
 from tests.support.exported_bundles import (
     TARGETS,
     VARIANTS,
@@ -139,7 +139,7 @@ def test_stored_bytes_are_the_source_through_the_recipes(bundle: Bundle) -> None
 
 
 def test_a_bundle_gives_its_weights_back_bit_for_bit(bundle: Bundle) -> None:
-    source, weights = source_of(variant_of(bundle)), BundleWeights(bundle)
+    source, weights = source_of(variant_of(bundle)), OnnxWeights(bundle)
     for name, shape in bundle.config.weight_shapes():
         assert torch.equal(weights.read(name), source.read(name)), name
         rows = slice(shape[0] // 3, shape[0] // 2)

@@ -17,7 +17,7 @@ from gemma3_export.parity import VerifyOptions, compare, make_yardstick, verify
 from gemma3_export.parity.noise_floor import Yardstick
 from gemma3_export.reference.loading import load_reference
 from gemma3_export.reference.runtime import ReferenceRuntime
-from gemma3_export.reference.weights.bundle_weights import BundleWeights
+from gemma3_export.reference.weights.bundle_weights import OnnxWeights
 from gemma3_export.reference.weights.source import RandomSource
 from gemma3_export.runtimes.onnx.runtime import OnnxRuntime
 from tests.support.exported_bundles import SEED, TARGETS, exported_bundle, source_of
@@ -58,7 +58,7 @@ def test_a_bundle_verifies_against_its_own_weights(target: str) -> None:
     bundle = Bundle(exported_bundle(target))
     files = {name: record.sha256 for name, record in bundle.manifest.files.items()}
     runtime = open_onnx(bundle.path)
-    report = verify(runtime, BundleWeights(bundle), options=OPTIONS, files=files)
+    report = verify(runtime, OnnxWeights(bundle), options=OPTIONS, files=files)
     assert report.passed
     assert report.files == files
 

@@ -22,9 +22,9 @@ from gemma3_export.bundle import (
     SCALES,
     ZERO_POINTS,
     BlockFormat,
-    StoredPart,
+    BlockTensor,
     WeightRecipe,
-    stored_parts,
+    block_tensors,
 )
 from gemma3_export.dtypes import ELEMENT_TYPES
 
@@ -80,10 +80,10 @@ class StoredMatrix:
         self.is_wide = block_format.scale_type == "float32"
         self.scale_type = ir.DataType(ELEMENT_TYPES[block_format.scale_type].onnx)
         self.parts: dict[str, ir.Value] = {}
-        for key, part in stored_parts(name, block_format, rows, columns).items():
+        for key, part in block_tensors(name, block_format, rows, columns).items():
             self.parts[key] = self._initializer(part)
 
-    def _initializer(self, part: StoredPart) -> ir.Value:
+    def _initializer(self, part: BlockTensor) -> ir.Value:
         value = ir.Value(
             name=part.name,
             type=ir.TensorType(ir.DataType(ELEMENT_TYPES[part.dtype].onnx)),
@@ -145,7 +145,7 @@ class StoredMatrix:
         assert scales.shape is not None
         shape = (*scales.shape.numpy(), 1)
         alias = self._initializer(
-            StoredPart(f"{self.name}.{LOOKUP_SCALES}", shape, self.format.scale_type)
+            BlockTensor(f"{self.name}.{LOOKUP_SCALES}", shape, self.format.scale_type)
         )
         attributes = {
             "bits": self.format.bits,

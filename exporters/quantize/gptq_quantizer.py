@@ -26,7 +26,7 @@ from gemma3_export.reference.weights.block_matrix import (
     unpack_codes,
 )
 
-__all__ = ["CalibratedBlocks", "Calibrator", "check_formats"]
+__all__ = ["GptqMatrices", "GptqQuantizer", "check_formats"]
 
 # A tied embedding is looked up as well as multiplied with. Of 0.01, 0.1 and 1, on the 270M, the
 # divergence of both together is 0.140, 0.118 and 0.119.
@@ -36,7 +36,7 @@ Observer = Callable[[Sequence[str], Hessian], None]
 
 
 @dataclass(frozen=True, kw_only=True)
-class CalibratedBlocks:
+class GptqMatrices:
     """A ``Quantizer`` of matrices that were quantised into a folder."""
 
     folder: Path
@@ -67,7 +67,7 @@ class CalibratedBlocks:
         return BlockMatrix(block_format, unpack_codes(codes, block_format), scales)
 
 
-class Calibrator:
+class GptqQuantizer:
     """Quantises every matrix with the inputs that a text gives it.
 
     The embedding comes first, so that the layers make up for its rounding too; as the head it is
@@ -99,7 +99,7 @@ class Calibrator:
         report = partial(progress, "reading the calibration text")
         self.final = LayerWalk(source, text.ids, report).run(self._original_rows, None)
 
-    def calibrate(self, formats: Mapping[str, BlockFormat]) -> CalibratedBlocks:
+    def quantize(self, formats: Mapping[str, BlockFormat]) -> GptqMatrices:
         """Quantise every matrix into the format that it has in ``formats``.
 
         What was made before is replaced.
@@ -108,7 +108,7 @@ class Calibrator:
             InputError: a weight is not finite, or blocks do not divide a matrix.
         """
         check_formats(self.source.config, formats)
-        blocks = CalibratedBlocks(
+        blocks = GptqMatrices(
             folder=self.folder, formats=formats, calibration=self.text.description
         )
         is_tied = self.source.config.tie_word_embeddings
@@ -127,7 +127,7 @@ class Calibrator:
         walk.run(lambda tokens: blocks.load(EMBEDDING, tokens).dequantize(), rounding)
         return blocks
 
-    def _table(self, name: str, hessian: Hessian | None, blocks: CalibratedBlocks) -> None:
+    def _table(self, name: str, hessian: Hessian | None, blocks: GptqMatrices) -> None:
         block_format = blocks.formats[name]
         if self.tables.get(name) == block_format:
             return
