@@ -194,7 +194,7 @@ def _why_it_failed(report: ParityReport, budget: float) -> str:
         report: a report that did not pass.
         budget: mean nats a token that the export was allowed.
     """
-    from gemma3_export.parity.report.terminal import divergence_text, verdict_line
+    from gemma3_export.parity.report.terminal import describe_divergence, verdict_line
 
     is_exact = all(gate.passed for gate in report.gates if gate.name != "quality")
     what = (
@@ -202,7 +202,7 @@ def _why_it_failed(report: ParityReport, budget: float) -> str:
         if is_exact
         else "the export does not compute what the model computes"
     )
-    where = f"; {divergence_text(report)}" if report.divergence else ""
+    where = f"; {describe_divergence(report.divergence)}" if report.divergence else ""
     remedy = (
         f"The limits of KLD, agreement and perplexity all follow from --max-kld, {budget:g} here: "
         "give a larger one to accept that, or take another --dtype. "

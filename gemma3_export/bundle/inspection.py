@@ -152,14 +152,15 @@ def parity_line(report: Mapping[str, Any]) -> str:
 
 
 def _parity_line(report: Mapping[str, Any]) -> str:
+    floor = "noise_floor" if report.get("schema_version", 1) >= 2 else "floor"
     cases = report.get("cases", [])
     positions = sum(case["positions"] for case in cases)
     worst = max(
         (
-            metric["value"] / metric["floor"]
+            metric["value"] / metric[floor]
             for case in cases
             for metric in case["metrics"]
-            if metric["floor"] and metric["value"] is not None and "kld" not in metric["name"]
+            if metric[floor] and metric["value"] is not None and "kld" not in metric["name"]
         ),
         default=0.0,
     )
@@ -175,5 +176,5 @@ def _parity_line(report: Mapping[str, Any]) -> str:
     verdict = "passed" if report.get("passed") else "FAILED"
     return (
         f"{verdict}; {len(cases)} cases, {positions} positions, largest error of a logit "
-        f"{error:.2g}, worst error {worst:.2f} x the noise floor of {report['floor_dtype']}"
+        f"{error:.2g}, worst error {worst:.2f} x the noise floor of {report[f'{floor}_dtype']}"
     )

@@ -319,7 +319,7 @@ def assemble(
             "torch": torch.__version__,
             "numpy": importlib.metadata.version("numpy"),
         },
-        floor_dtype=str(yardstick.dtype).removeprefix("torch."),
+        noise_floor_dtype=str(yardstick.dtype).removeprefix("torch."),
         gates=tuple(gates),
         cases=tuple(outcome.cases),
         divergence=divergence,

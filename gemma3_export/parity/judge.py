@@ -175,8 +175,8 @@ def judge_layer(
         kind=kind,
         max_abs=max(float(found.max_abs.max()) for found, _, _ in parts),
         rms=rms,
-        floor=floor,
-        floor_rms=floor_rms,
+        noise_floor=floor,
+        noise_floor_rms=floor_rms,
         limit=limit,
         limit_rms=limit_rms,
         passed=not bad and rms <= limit_rms < math.inf,
@@ -212,9 +212,19 @@ def cache_metrics(layers: tuple[LayerResult, ...]) -> list[MetricResult]:
         mean = max(own, key=lambda layer: layer.rms / layer.limit_rms)
         metrics += [
             at_most(
-                f"{kind}_max_abs", worst.max_abs, worst.floor, worst.limit, f"layer {worst.layer}"
+                f"{kind}_max_abs",
+                worst.max_abs,
+                worst.noise_floor,
+                worst.limit,
+                where=f"layer {worst.layer}",
             ),
-            at_most(f"{kind}_rms", mean.rms, mean.floor_rms, mean.limit_rms, f"layer {mean.layer}"),
+            at_most(
+                f"{kind}_rms",
+                mean.rms,
+                mean.noise_floor_rms,
+                mean.limit_rms,
+                where=f"layer {mean.layer}",
+            ),
         ]
     return metrics
 
@@ -224,7 +234,7 @@ def at_most(name: str, value: float, floor: float, limit: float, where: str = ""
     return MetricResult(
         name=name,
         value=value,
-        floor=floor,
+        noise_floor=floor,
         limit=limit,
         passed=value <= limit < math.inf,
         where=where,
@@ -241,7 +251,7 @@ def points(logits: list[SeenLogits], tolerance: float, floor: NoiseFloor) -> Ite
                 position=position,
                 step=part.observation.step,
                 max_abs=float(part.found.max_abs[row]),
-                floor=float(part.floor.max_abs[row]),
+                noise_floor=float(part.floor.max_abs[row]),
                 kld=float(part.found.kld[row]),
                 is_same_top1=bool(part.found.is_same_top1[row]),
                 is_tie=bool(part.found.margin[row] <= 2 * tolerance),

@@ -126,7 +126,7 @@ def test_parity_holds(place: Place) -> None:
     source = open_bundle_weights(Bundle(place.format.bundle()))
     report = verify(place.open(), source, options=OPTIONS)
     assert report.passed, report.to_json()
-    assert report.floor_dtype == place.format.floor
+    assert report.noise_floor_dtype == place.format.floor
     assert str(report.candidate["device"]).partition(":")[0] == place.device
 
 

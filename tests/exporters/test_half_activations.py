@@ -79,7 +79,7 @@ def test_parity_holds_in_the_precision_of_the_activations(activations: str) -> N
     report = report_of(bundle_of(activations), RandomSource(CONFIG, 5))
     assert report.passed, render_terminal(report)
     name = str(HALF[activations]).removeprefix("torch.")
-    assert report.floor_dtype == report.candidate["activations"] == name
+    assert report.noise_floor_dtype == report.candidate["activations"] == name
     computed = {"bf16": "float32, rounded to bfloat16", "fp16": "float16"}
     assert report.candidate["computed_in"] == computed[activations]
     assert report.ranges is not None

@@ -48,7 +48,7 @@ def test_parity_holds_on_the_cpu(dtype: str) -> None:
     options = VerifyOptions(decode_steps=12, greedy_steps=6)
     report = verify(runtime(dtype), source_of(), options=options)
     assert report.passed, report.to_json()
-    assert report.floor_dtype == str(TYPES[dtype]).removeprefix("torch.")
+    assert report.noise_floor_dtype == str(TYPES[dtype]).removeprefix("torch.")
     assert (
         report.candidate["computed_in"]
         == {

@@ -66,7 +66,7 @@ def test_archives_compute_what_the_reference_computes_with_rounded_weights(tied:
     runtime = TorchScriptRuntime(bundle, device="cpu")
     report = check(runtime, bundle, source(tied))
     assert report.passed
-    assert report.floor_dtype == "bfloat16"
+    assert report.noise_floor_dtype == "bfloat16"
     assert 0 < report.gates[1].metrics[0].value < 0.01
 
 

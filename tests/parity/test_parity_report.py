@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+from gemma3_export.bundle.inspection import parity_line
 from gemma3_export.errors import InputError
 from gemma3_export.parity import (
     ParityReport,
@@ -226,6 +227,24 @@ def test_the_page_needs_nothing_from_elsewhere(which: str, request: pytest.Fixtu
     assert page.count("<svg") == 4
     assert "nan" not in re.sub(r"<[^>]*>", "", page).lower().split()
     assert not re.search(r'="(nan|inf|-inf)', page)
+
+
+def test_the_page_escapes_text_from_the_bundle(passing: ParityReport) -> None:
+    hostile = "<img src=x onerror=alert(1)>"
+    page = render_html(
+        replace(passing, candidate=passing.candidate | {"device": hostile}, files={hostile: "0"})
+    )
+    assert "<img" not in page
+    assert page.count("&lt;img src=x") >= 3  # title, heading and files
+
+
+def test_inspect_reads_reports_of_both_versions(passing: ParityReport) -> None:
+    current = passing.to_json()
+    assert json.loads(current)["schema_version"] == 2
+    old = json.loads(current.replace("noise_floor", "floor")) | {"schema_version": 1}
+    line = parity_line(json.loads(current))
+    assert f"worst error {passing.worst_ratio:.2f} x the noise floor of float32" in line
+    assert parity_line(old) == line
 
 
 def test_the_terminal_says_what_is_wrong_and_where(

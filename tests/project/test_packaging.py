@@ -14,7 +14,7 @@ import pytest
 
 REPOSITORY = Path(__file__).parents[2]
 FOLDERS = ("reference", "exporters", "runtimes")
-DATA_SUFFIXES = (".typed", ".json", ".html", ".css", ".js", ".txt", ".toml")
+DATA_SUFFIXES = (".typed", ".json", ".html", ".jinja", ".css", ".js", ".txt", ".toml")
 
 
 @pytest.fixture(scope="module")

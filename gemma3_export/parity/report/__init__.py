@@ -1,1 +1,1 @@
-"""The parity report: one model, rendered for the terminal, JSON, JUnit and HTML."""
+"""The parity report: one model, rendered for the terminal and as JSON, JUnit XML and HTML."""

@@ -1,4 +1,4 @@
-"""The report: plain frozen data, and its JSON form (``report.schema.json`` describes it)."""
+"""The report as plain frozen data, and its JSON form (described by ``report.schema.json``)."""
 
 from __future__ import annotations
 
@@ -23,55 +23,55 @@ __all__ = [
 ]
 
 SCHEMA_ID = "urn:gemma3-export:parity-report"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2  # version 1 said "floor" instead of "noise_floor"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MetricResult:
-    """One measured number against its limit.
+    """One measured number and its limit.
 
-    ``floor`` is what the reference's own rounding gives for the same number; None where a metric
-    has none.
+    ``noise_floor`` is the same number measured on the reference's own rounding; None if the metric
+    has no noise floor.
     """
 
     name: str
     value: float
     limit: float
     passed: bool
-    floor: float | None = None
-    is_minimum: bool = False  # the limit is a least value
-    where: str = ""  # the layer or position that decided
+    noise_floor: float | None = None
+    is_minimum: bool = False  # the value must be at least the limit
+    where: str = ""  # the layer or position with the worst value
 
     @property
     def ratio(self) -> float | None:
-        """How many times the floor, if there is one above zero."""
-        return self.value / self.floor if self.floor else None
+        """Return the value as a multiple of the noise floor, or None without a positive floor."""
+        return self.value / self.noise_floor if self.noise_floor else None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PointResult:
-    """Logits at one position."""
+    """The comparison of the logits at one position."""
 
     sequence: str
     position: int
     step: int
     max_abs: float
-    floor: float
+    noise_floor: float
     kld: float
     is_same_top1: bool
-    is_tie: bool  # the truth's two best lie closer than the tolerance
+    is_tie: bool  # the margin between the expected top two logits is within the tolerance
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LayerResult:
-    """Largest error of one layer's keys or values over a case."""
+    """The largest error of one layer's keys or values in a case."""
 
     layer: int
-    kind: str  # key or value
+    kind: str  # "key" or "value"
     max_abs: float
     rms: float
-    floor: float
-    floor_rms: float
+    noise_floor: float
+    noise_floor_rms: float
     limit: float
     limit_rms: float
     passed: bool
@@ -80,38 +80,62 @@ class LayerResult:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CaseResult:
-    """One case's verdict."""
+    """The verdict of one case."""
 
     name: str
     title: str
     is_text: bool
     passed: bool
-    positions: int  # compared
+    positions: int  # number of compared positions
     steps: int
     metrics: tuple[MetricResult, ...]
-    flips: int  # greedy choices that differ beyond the tolerance
-    ties: int  # greedy choices that differ within it
+    flips: int  # greedy tokens that differ by more than the tolerance
+    ties: int  # greedy tokens that differ within the tolerance
     points: tuple[PointResult, ...]
     layers: tuple[LayerResult, ...]
 
+    @property
+    def label(self) -> str:
+        """Return the text that identifies the case in a table."""
+        return self.title if self.is_text else self.name
+
+    @property
+    def top1_matches(self) -> int:
+        """Return the number of positions with the expected greedy token."""
+        return sum(point.is_same_top1 for point in self.points)
+
     def metric(self, name: str) -> MetricResult | None:
-        """The metric called ``name``, if this case has it."""
+        """Return the metric called ``name``, or None if this case does not have it."""
         return next((metric for metric in self.metrics if metric.name == name), None)
+
+    def worst_ratio(self, *names: str) -> float | None:
+        """Return the largest multiple of the noise floor among the metrics called ``names``.
+
+        Without names, consider all metrics except the KL divergence, which is quadratic in the
+        error.
+        """
+        ratios = [
+            metric.ratio
+            for metric in self.metrics
+            if metric.ratio is not None
+            and (metric.name in names if names else metric.name != "logits_mean_kld")
+        ]
+        return max(ratios, default=None)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GateResult:
-    """Gate A (implementation), B (quality), or range for graphs in half precision."""
+    """The verdict of gate A (implementation), gate B (quality), or the half-precision range."""
 
     name: str
-    question: str  # that the gate answers
+    question: str  # the question that the gate answers
     passed: bool
     metrics: tuple[MetricResult, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Divergence:
-    """Where a failing runtime first leaves the reference."""
+    """The first place where a failing runtime departs from the reference."""
 
     case: str
     step: int
@@ -120,74 +144,95 @@ class Divergence:
     layer: int | None  # None: before the first layer or after the last
     block: str
     explanation: str
-    needs_past: bool  # right without a cache, wrong with one
+    needs_past: bool  # correct without a cached past, wrong with one
+
+    @property
+    def place(self) -> str:
+        """Return ``layer 7``, or ``outside the layers``."""
+        return "outside the layers" if self.layer is None else f"layer {self.layer}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TensorRange:
-    """The largest number in one kind of tensor over all calibration tokens."""
+    """The largest absolute value of one kind of tensor over all calibration tokens."""
 
-    kind: str  # the reference's module that gives it, or ``mlp.product`` and the like
+    kind: str  # the reference module that outputs it, or a name such as ``mlp.product``
     layer: int | None  # None outside the layers
     max_abs: float
-    share: float  # of the type's largest number
-    sequence: str  # where it was seen
+    share: float  # of the dtype's largest finite value
+    sequence: str  # where the largest value occurred
     position: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MatrixRange:
-    """One stored weight."""
+    """The range of one stored weight."""
 
     name: str
     max_abs: float
-    share: float  # of the type's largest number
-    rounding: float  # rms error of rounding to the type, relative to the rms
+    share: float  # of the dtype's largest finite value
+    rounding: float  # RMS error of rounding to the dtype, relative to the RMS of the weight
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class HalfRanges:
-    """How near everything that a graph holds in a 16-bit type comes to the type's ends."""
+    """How close the tensors that a graph holds in a 16-bit dtype come to the dtype's limits."""
 
     dtype: str
-    largest: float  # number of the type
-    tokens: int  # that were run through the reference
+    largest: float  # largest finite value of the dtype
+    tokens: int  # number of calibration tokens
     tensors: tuple[TensorRange, ...]
     weights: tuple[MatrixRange, ...]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ParityReport:
-    """Everything that one check found."""
+    """The complete result of one parity check."""
 
-    candidate: dict[str, object]  # as the runtime describes itself
+    candidate: dict[str, object]  # the runtime's description of itself
     baseline: dict[str, object]
     model: dict[str, object]
     source: dict[str, object]
     files: dict[str, str]  # SHA-256 of the bundle's files
     options: dict[str, object]
     versions: dict[str, str]
-    floor_dtype: str
+    noise_floor_dtype: str
     gates: tuple[GateResult, ...]
     cases: tuple[CaseResult, ...]
     divergence: Divergence | None
     created: str  # UTC, ISO 8601
-    ranges: HalfRanges | None = None  # of a graph in half precision
+    ranges: HalfRanges | None = None  # only for graphs in half precision
     seconds: dict[str, float] = field(default_factory=dict)
 
     @property
     def passed(self) -> bool:
-        """Whether every gate passed."""
+        """Return True if every gate passed."""
         return all(gate.passed for gate in self.gates)
 
+    @property
+    def positions(self) -> int:
+        """Return the number of compared positions."""
+        return sum(case.positions for case in self.cases)
+
+    @property
+    def ties(self) -> int:
+        """Return the number of greedy tokens that differ within the tolerance."""
+        return sum(case.ties for case in self.cases)
+
+    @property
+    def worst_ratio(self) -> float:
+        """Return the largest error of all cases as a multiple of the noise floor."""
+        ratios = (case.worst_ratio() for case in self.cases)
+        return max((ratio for ratio in ratios if ratio), default=0.0)
+
     def to_json(self) -> str:
-        """The published form."""
+        """Return the published JSON form; non-finite numbers become null."""
         data = {"schema": SCHEMA_ID, "schema_version": SCHEMA_VERSION, "passed": self.passed}
         return json.dumps(data | plain(self), indent=1, allow_nan=False) + "\n"
 
 
 def plain(value: Any) -> Any:
-    """Dataclasses as objects; numbers that JSON does not have as null."""
+    """Return dataclasses as dictionaries, floats with eight digits, and non-finite ones as None."""
     if is_dataclass(value) and not isinstance(value, type):
         return {item.name: plain(getattr(value, item.name)) for item in fields(value)}
     if isinstance(value, dict):
