@@ -1,17 +1,27 @@
-"""Fill the reference model from any source of weights."""
+"""Fill the reference model from any source of weights, as a whole or one layer at a time."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from gemma3_export.reference.model import Gemma3
+from gemma3_export.config import EMBEDDING
+from gemma3_export.reference.model import (
+    DecoderLayer,
+    Gemma3,
+    KeyValue,
+    LayerContext,
+    RMSNorm,
+    ScaledEmbedding,
+)
 from gemma3_export.reference.weights import WeightSource, check_finite
 
-__all__ = ["load_module", "load_reference"]
+__all__ = ["EmbeddingLookup", "LayerwiseForward", "load_module", "load_reference"]
 
+EmbeddingLookup = Callable[[Tensor], Tensor]  # [N] distinct token ids to [N, D] unscaled rows
 Module = TypeVar("Module", bound=nn.Module)
 
 
@@ -54,3 +64,80 @@ def load_module(
             parameter[start : start + chunk.shape[0]] = chunk.to(dtype)
             start += chunk.shape[0]
     return module
+
+
+class LayerwiseForward:
+    """An uncached forward pass over several batches with one decoder layer in memory.
+
+    :meth:`layers` yields each loaded layer. The caller may hook it or change its weights, and
+    :meth:`step` then takes one batch through it::
+
+        forward = LayerwiseForward(source, batches)
+        for index, layer in forward.layers():
+            for batch in range(len(batches)):
+                forward.step(batch)
+        norm = forward.final_norm()
+
+    Args:
+        source: canonical weights.
+        batches: token ids [B, T] without padding.
+        lookup: reads rows of the embedding; None reads them from ``source``.
+    """
+
+    def __init__(
+        self,
+        source: WeightSource,
+        batches: Sequence[Tensor],
+        lookup: EmbeddingLookup | None = None,
+    ) -> None:
+        self.source = source
+        with torch.device("meta"):
+            self.model = Gemma3(source.config)
+        self.contexts = [self.model.layer_contexts(ids, None, None) for ids in batches]
+        self.states = [self._embed(lookup or self._read_rows, ids) for ids in batches]
+        self._current = 0
+
+    def layers(self) -> Iterator[tuple[int, DecoderLayer]]:
+        """Yield the index of each layer and the layer in float32; free it afterwards.
+
+        Raises:
+            InputError: a weight holds NaN or infinity, or the source cannot be read.
+        """
+        for index, layer in enumerate(self.model.model.layers):
+            assert isinstance(layer, DecoderLayer)
+            self._current = index
+            yield index, load_module(layer, f"model.layers.{index}.", self.source)
+            layer.to("meta")
+
+    def context(self, batch: int) -> LayerContext:
+        """Return what the current layer needs to know about a batch."""
+        return self.contexts[batch][self.source.config.layer_types[self._current]]
+
+    def step(self, batch: int) -> tuple[Tensor, KeyValue]:
+        """Take a batch through the current layer; return its output [B, T, D] and its cache."""
+        layers = range(self._current, self._current + 1)
+        states, (present,) = self.model.run_layers(
+            self.states[batch], self.contexts[batch], layers=layers
+        )
+        self.states[batch] = states
+        return states, present
+
+    def final_norm(self) -> RMSNorm:
+        """Return the norm between the last layer and the head, with weights.
+
+        Raises:
+            InputError: a weight holds NaN or infinity, or the source cannot be read.
+        """
+        return load_module(self.model.model.norm, "model.norm.", self.source)
+
+    def _embed(self, lookup: EmbeddingLookup, ids: Tensor) -> Tensor:
+        """Embed [B, T] token ids, looking up each distinct id once."""
+        unique, places = torch.unique(ids, return_inverse=True)
+        table = ScaledEmbedding(len(unique), self.source.config.hidden_size)
+        with torch.no_grad():
+            table.weight.copy_(lookup(unique))
+            embedded: Tensor = table(places)
+        return embedded
+
+    def _read_rows(self, ids: Tensor) -> Tensor:
+        return torch.cat([self.source.read(EMBEDDING, row, row + 1) for row in ids.tolist()])

@@ -11,7 +11,7 @@ by equivalents that a runtime has a kernel for, and the parity check holds them 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -31,6 +31,7 @@ __all__ = [
     "LastTokens",
     "LayerContext",
     "RMSNorm",
+    "RunLayer",
     "ScaledEmbedding",
 ]
 
@@ -54,6 +55,10 @@ class LayerContext:
     sin: Tensor  # [B, T, H/2]
     mask: Tensor  # [B, 1, T, S] added to the attention scores: 0, or hugely negative
     attention_mask: Tensor  # [B, S] 1 for tokens, 0 for padding
+
+
+# (layer, x, context, past) to the layer's output and its extended cache
+RunLayer = Callable[[nn.Module, Tensor, LayerContext, KeyValue | None], tuple[Tensor, KeyValue]]
 
 
 def at_least_float32(x: Tensor) -> Tensor:
@@ -317,19 +322,78 @@ class Gemma3(nn.Module):
             labels: [B, T] int64 the token that each position should predict (already shifted);
                 -100 is ignored.
         """
-        contexts = self.layer_contexts(input_ids, attention_mask, past_key_values)
-        x_BTD = self.model.embed_tokens(input_ids)
-        present: list[KeyValue] = []
-        for index, layer in enumerate(self.model.layers):
-            past = None if past_key_values is None else past_key_values[index]
-            x_BTD, key_value = layer(x_BTD, contexts[self.config.layer_types[index]], past)
-            present.append(key_value)
-        x_BTD = self.model.norm(self.last_tokens(x_BTD, num_logits_to_keep))
+        x_BTD, present = self.hidden_states(
+            input_ids, attention_mask, past_key_values, num_tokens_to_keep=num_logits_to_keep
+        )
         logits = self.head(x_BTD, self.head_weight)
         loss = None
         if labels is not None:
             loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten())
         return Gemma3Output(logits=logits, past_key_values=present, loss=loss)
+
+    def hidden_states(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        past_key_values: Sequence[KeyValue] | None = None,
+        *,
+        num_tokens_to_keep: Tensor | int = 0,
+        use_cache: bool = True,
+        run_layer: RunLayer | None = None,
+    ) -> tuple[Tensor, list[KeyValue]]:
+        """Return the input of the head, [B, kept, D] after the final norm, and the extended cache.
+
+        Args:
+            input_ids: [B, T] int64 new tokens.
+            attention_mask: see :meth:`forward`.
+            past_key_values: see :meth:`forward`.
+            num_tokens_to_keep: number of last tokens to return; 0 returns all of them.
+            use_cache: see :meth:`run_layers`.
+            run_layer: see :meth:`run_layers`.
+        """
+        contexts = self.layer_contexts(input_ids, attention_mask, past_key_values)
+        x_BTD, present = self.run_layers(
+            self.model.embed_tokens(input_ids),
+            contexts,
+            past_key_values,
+            use_cache=use_cache,
+            run_layer=run_layer,
+        )
+        normed_BTD: Tensor = self.model.norm(self.last_tokens(x_BTD, num_tokens_to_keep))
+        return normed_BTD, present
+
+    def run_layers(
+        self,
+        x_BTD: Tensor,
+        contexts: Mapping[str, LayerContext],
+        past_key_values: Sequence[KeyValue] | None = None,
+        *,
+        layers: range | None = None,
+        use_cache: bool = True,
+        run_layer: RunLayer | None = None,
+    ) -> tuple[Tensor, list[KeyValue]]:
+        """Run the residual stream through the decoder layers, without embedding or final norm.
+
+        Args:
+            x_BTD: input of the first layer.
+            contexts: result of :meth:`layer_contexts`.
+            past_key_values: see :meth:`forward`.
+            layers: indices of the layers to run; None runs all of them.
+            use_cache: False returns an empty cache, so that keys and values can be freed early.
+            run_layer: called in place of each layer, for example to checkpoint gradients.
+        """
+        present: list[KeyValue] = []
+        for index in range(self.config.num_hidden_layers) if layers is None else layers:
+            layer = self.model.layers[index]
+            context = contexts[self.config.layer_types[index]]
+            past = None if past_key_values is None else past_key_values[index]
+            if run_layer is None:
+                x_BTD, key_value = layer(x_BTD, context, past)
+            else:
+                x_BTD, key_value = run_layer(layer, x_BTD, context, past)
+            if use_cache:
+                present.append(key_value)
+        return x_BTD, present
 
     def layer_contexts(
         self,
@@ -344,7 +408,7 @@ class Gemma3(nn.Module):
         new = input_ids.shape[1]
         if attention_mask is None:
             cached = 0 if past_key_values is None else past_key_values[0][0].shape[2]
-            attention_mask = input_ids.new_ones(input_ids.shape[0], cached + new)
+            attention_mask = input_ids.new_ones(1, cached + new)  # one row serves the batch
         key_positions = (attention_mask.cumsum(1) - 1).clamp(min=0)
         query_positions = key_positions[:, -new:]
 

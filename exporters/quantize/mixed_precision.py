@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gemma3_export.bundle import BlockFormat
 from gemma3_export.config import EMBEDDING, HEAD, Gemma3Config
@@ -21,7 +21,7 @@ from gemma3_export.exporters.quantize.quantizers import matrix_names
 from gemma3_export.parity.rounding import ActivationRounding
 from gemma3_export.progress import Progress
 from gemma3_export.reference.loading import load_reference
-from gemma3_export.reference.model import Gemma3
+from gemma3_export.reference.model import Gemma3, KeyValue, LayerContext
 from gemma3_export.reference.weights import WeightSource
 from gemma3_export.reference.weights.block_matrix import quantize
 
@@ -207,11 +207,20 @@ class DivergenceMeter:
     def __init__(self, model: Gemma3, ids: Tensor) -> None:
         self.model, self.ids = model, ids
         self.contexts = model.layer_contexts(ids, None, None)
-        self.states: list[Tensor] = []  # [R, T, D] what goes into each layer
-        x = model.model.embed_tokens(ids)
-        for index in range(model.config.num_hidden_layers):
+        self.states: list[Tensor] = []  # [R, T, D] input of each layer
+
+        def remember_input(
+            layer: nn.Module, x: Tensor, context: LayerContext, past: KeyValue | None
+        ) -> tuple[Tensor, KeyValue]:
             self.states.append(x)
-            x = self._layer(index, x)
+            return layer(x, context, past)  # type: ignore[no-any-return]
+
+        x, _ = model.run_layers(
+            model.model.embed_tokens(ids),
+            self.contexts,
+            use_cache=False,
+            run_layer=remember_input,
+        )
         self.expected = self._predictions(x)
 
     @torch.no_grad()
@@ -241,16 +250,11 @@ class DivergenceMeter:
         x = self.states[first] if first else self.model.model.embed_tokens(self.ids)
         rounding = ActivationRounding(self.model, activation_blocks)
         with rounding.on() if activation_blocks else nullcontext():
-            for index in range(first, self.model.config.num_hidden_layers):
-                x = self._layer(index, x)
+            layers = range(first, self.model.config.num_hidden_layers)
+            x, _ = self.model.run_layers(x, self.contexts, layers=layers, use_cache=False)
             found = self._predictions(x)
         rounding.remove()
         return float((self.expected.exp() * (self.expected - found)).sum(-1).mean())
-
-    def _layer(self, index: int, x: Tensor) -> Tensor:
-        kind = self.model.config.layer_types[index]
-        found: Tensor = self.model.model.layers[index](x, self.contexts[kind], None)[0]
-        return found
 
     def _predictions(self, x: Tensor) -> Tensor:
         """[R, T, D] to [P, V] log-probabilities."""

@@ -19,7 +19,6 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -37,10 +36,8 @@ from gemma3_export.parity.report.model import (
 )
 from gemma3_export.parity.sequences import TokenSequence, sequences_for
 from gemma3_export.progress import Progress
-from gemma3_export.reference.loading import load_module
-from gemma3_export.reference.model import Gemma3
+from gemma3_export.reference.loading import LayerwiseForward
 from gemma3_export.reference.weights import WeightSource, check_finite
-from gemma3_export.runtimes.protocol import IntArray
 from gemma3_export.tokenizer import Tokenizer
 
 __all__ = ["calibration_sequences", "measure_ranges", "range_gate", "require_range"]
@@ -88,29 +85,22 @@ def measure_ranges(
     """
     meter = RangeMeter(half)
     config = source.config
-    with torch.device("meta"):
-        skeleton = Gemma3(config)
-    contexts = [
-        skeleton.layer_contexts(torch.from_numpy(sequence.ids)[None], None, None)
-        for sequence in sequences
-    ]
-    streams = [embed(source, sequence.ids) for sequence in sequences]
-    for index, kind in enumerate(config.layer_types):
+    batches = [torch.from_numpy(sequence.ids)[None] for sequence in sequences]
+    forward = LayerwiseForward(source, batches)
+    for index, layer in forward.layers():
         progress("measuring the activation range", index, config.num_hidden_layers + 1)
         meter.layer = index
-        layer = load_module(skeleton.model.layers[index], f"model.layers.{index}.", source)
         meter.listen(layer)
         for row, sequence in enumerate(sequences):
             meter.sequence = sequence.name
-            streams[row], (key, _) = layer(streams[row], contexts[row][kind], None)
+            states, (key, _) = forward.step(row)
             meter.see(ROTARY_KEY, key[0].transpose(0, 1))
-            meter.see_residual(streams[row])
+            meter.see_residual(states)
         for name, parameter in layer.named_parameters():
             meter.weigh(f"model.layers.{index}.{name}", [parameter])
-        layer.to("meta")
     meter.layer = None
-    norm = load_module(skeleton.model.norm, "model.norm.", source)
-    measure_head(source, [norm(stream)[0] for stream in streams], sequences, meter)
+    norm = forward.final_norm()
+    measure_head(source, [norm(states)[0] for states in forward.states], sequences, meter)
     progress("measuring the activation range", 1, 1)
     return HalfRanges(
         dtype=str(half.dtype).removeprefix("torch."),
@@ -119,14 +109,6 @@ def measure_ranges(
         tensors=tuple(meter.tensors.values()),
         weights=tuple(meter.weights),
     )
-
-
-def embed(source: WeightSource, ids: IntArray) -> Tensor:
-    """Token ids [T] to the residual stream [1, T, D], reading the rows that it needs."""
-    unique, places = np.unique(ids, return_inverse=True)
-    rows = torch.cat([source.read(EMBEDDING, row, row + 1).float() for row in unique.tolist()])
-    stream: Tensor = rows[torch.from_numpy(places)] * source.config.hidden_size**0.5
-    return stream[None]
 
 
 def measure_head(

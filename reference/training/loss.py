@@ -9,13 +9,14 @@ Shape suffixes: N tokens, C tokens of one chunk, D hidden size, V vocabulary.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from gemma3_export.reference.model import Gemma3
+from gemma3_export.reference.model import Gemma3, RunLayer
 
 __all__ = [
     "IGNORED_LABEL",
@@ -133,7 +134,9 @@ class LossModule(nn.Module):
         device = input_ids.device.type
         is_mixed = self.compute_dtype in (torch.bfloat16, torch.float16)
         with torch.autocast(device, dtype=self.compute_dtype, enabled=is_mixed):
-            x_BTD = self.hidden_states(input_ids)
+            x_BTD, _ = self.model.hidden_states(
+                input_ids, use_cache=False, run_layer=self._run_layer()
+            )
         return chunked_cross_entropy(
             x_BTD.flatten(0, 1),
             self.model.head_weight,
@@ -142,16 +145,7 @@ class LossModule(nn.Module):
             compute_dtype=self.compute_dtype,
         )
 
-    def hidden_states(self, input_ids: Tensor) -> Tensor:
-        """[B, T] to [B, T, D] after the final norm, without a cache."""
-        decoder, kinds = self.model.model, self.model.config.layer_types
-        # No row has padding, so one row's angles and masks serve all.
-        contexts = self.model.layer_contexts(input_ids[:1], None, None)
-        x_BTD: Tensor = decoder.embed_tokens(input_ids)
-        for layer, kind in zip(decoder.layers, kinds, strict=True):
-            if self.gradient_checkpointing and torch.is_grad_enabled():
-                x_BTD, _ = checkpoint(layer, x_BTD, contexts[kind], None, use_reentrant=False)
-            else:
-                x_BTD, _ = layer(x_BTD, contexts[kind], None)
-        normed: Tensor = decoder.norm(x_BTD)
-        return normed
+    def _run_layer(self) -> RunLayer | None:
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            return partial(checkpoint, use_reentrant=False)
+        return None
