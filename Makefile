@@ -14,7 +14,7 @@ DEMO_270M := demo/gemma-3-270m
 DEMO_270M_CUDA := demo/gemma-3-270m-bf16
 TRAIN_DEMO := build/train-demo
 ROOMS := build/rooms
-# What bench-peers compares with, each in an environment of its own below .cache/peers.
+# The engines that bench-peers measures, each in its own environment in .cache/peers.
 PEERS ?= optimum-onnx onnxruntime-genai:fp32 onnxruntime-genai:int4 llama.cpp:Q8_0 llama.cpp:Q4_0 \
 	openvino:int8
 AGAINST = --against transformers $(addprefix --against ,$(PEERS))
@@ -82,7 +82,7 @@ demo: $(INSTALLED) ## Export the bundled model, prove it, and stream text: offli
 demo-270m: $(WEIGHTS) ## The same with the real Gemma 3 270M
 	@PATH="$(CURDIR)/$(BIN):$$PATH" sh examples/demo-270m.sh $(WEIGHTS) $(DEMO_270M)
 
-train-demo: $(INSTALLED) ## Train the bundled model anew, and hold its loss to the recorded one
+train-demo: $(INSTALLED) ## Train the bundled model again and compare its loss with the recorded one
 	$(BIN)/python -m benchmarks.train_demo -o $(TRAIN_DEMO)
 
 # import-linter does not follow links, so it gets a copy in which the three folders are real.
@@ -120,7 +120,7 @@ $(GPU_VENV)/.installed: pyproject.toml constraints.txt | gpu
 	$(GPU_VENV)/bin/python -m pip install --quiet $(PIP_ARGS) -c constraints.txt -e '.[cuda,export,tiktoken]' -r $(VENV)/dev.txt
 	@touch $@
 
-placement: $(INSTALLED) $(CUDA_VENV)/.installed ## What runs on a GPU, shown without one (255 MB)
+placement: $(INSTALLED) $(CUDA_VENV)/.installed ## Test the placement of graphs on a GPU, without a GPU (255 MB)
 	GEMMA3_CUDA_PYTHON=$(CURDIR)/$(CUDA_VENV)/bin/python $(BIN)/python -m pytest -m placement $(PYTEST_ARGS)
 
 # onnxruntime and onnxruntime-gpu cannot share an environment; the stub replaces CUDA's libraries.
@@ -132,13 +132,13 @@ $(CUDA_VENV)/.installed: pyproject.toml constraints.txt | $(INSTALLED)
 docs: $(INSTALLED) ## Write docs/cli.md anew from --help
 	$(BIN)/python docs/generate_cli.py
 
-bench: demo-270m ## Speeds of the real 270M's bundle, beside transformers in the same run
+bench: demo-270m ## Measure the real 270M against transformers
 	$(BIN)/gemma3-export bench $(DEMO_270M) --against transformers
 
-peers: $(INSTALLED) $(WEIGHTS) ## Install the engines that bench-peers compares with (long; builds one)
+peers: $(INSTALLED) $(WEIGHTS) ## Set up the engines that bench-peers measures (slow: builds llama.cpp)
 	$(BIN)/python -m benchmarks.peers $(PEERS) --weights $(WEIGHTS) --pip-args "$(PIP_ARGS)"
 
-bench-peers: demo-270m peers ## Speed and quality beside other engines; writes build/peers*.{json,svg}
+bench-peers: demo-270m peers ## Measure speed and quality against other engines; writes build/peers*.{json,svg}
 	$(BIN)/gemma3-export bench $(DEMO_270M) $(AGAINST) --weights $(WEIGHTS) --new-tokens 32 \
 		--prompt-tokens 16 --prompt-tokens 512 --prompt-tokens 2048 \
 		--report build/peers.json --plot build/peers.svg
@@ -146,7 +146,7 @@ bench-peers: demo-270m peers ## Speed and quality beside other engines; writes b
 		--batch 1 --batch 4 --batch 8 \
 		--report build/peers-batches.json --plot build/peers-batches.svg
 
-bench-cuda: gpu $(GPU_VENV)/.installed $(WEIGHTS) ## The same on an NVIDIA GPU, in bf16 (Error 3: there is none)
+bench-cuda: gpu $(GPU_VENV)/.installed $(WEIGHTS) ## Measure on an NVIDIA GPU, in bf16 (Error 3: no GPU)
 	[ -d $(DEMO_270M_CUDA) ] || $(GPU_VENV)/bin/gemma3-export onnx --weights $(WEIGHTS) --dtype bf16 -o $(DEMO_270M_CUDA)
 	$(GPU_VENV)/bin/python -m benchmarks.peers onnxruntime-genai-cuda:bf16 --weights $(WEIGHTS) --pip-args "$(PIP_ARGS)"
 	for graph in --no-cuda-graph --cuda-graph; do \

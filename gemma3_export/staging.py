@@ -19,7 +19,7 @@ __all__ = ["require_room", "staged_directory", "write_text_atomically"]
 
 # What every folder that a command creates has: a bundle, a Hugging Face folder or a run, tokens, a
 # peer's model. Without one of them a folder is somebody's own, and --force does not delete it.
-OURS = ("manifest.json", "config.json", "meta.json", "made_from.json")
+OURS = ("manifest.json", "config.json", "meta.json", "peer.json")
 
 
 @contextmanager

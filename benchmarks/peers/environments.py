@@ -1,8 +1,7 @@
-"""Make the peers' virtual environments, and their models from our weights."""
+"""Create the peers' virtual environments, and convert our weights into their models."""
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import subprocess
@@ -12,65 +11,86 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from benchmarks.peers import MADE_FROM, WORKERS, Peer, model_of, parse, python_of
-from gemma3_export.errors import UnavailableError
+from benchmarks.peers import PEERS, Peer
+from gemma3_export.bench.peers import (
+    ENGINES,
+    InstalledPeer,
+    installed_peers,
+    model_folder,
+    split_spec,
+)
+from gemma3_export.errors import InputError, UnavailableError
 from gemma3_export.staging import staged_directory
 
 __all__ = ["set_up"]
 
-STDERR = 2  # what others print is not our output
-Tell = Callable[[str], None]
+STDERR = 2  # the output of pip and of converters is not ours
+Echo = Callable[[str], None]
 
 
 def set_up(
     specs: Sequence[str],
     weights: str,
-    place: Path,
+    folder: Path,
     *,
     pip_arguments: Sequence[str] = (),
     force: bool = False,
-    tell: Tell,
+    echo: Echo,
 ) -> None:
-    """Make what is not there yet, one after the other.
+    """Create the environments and models that do not exist yet, one at a time.
 
     Args:
         specs: ``NAME`` or ``NAME:FORMAT``.
         weights: what :func:`gemma3_export.api.exporting.open_weights` takes.
-        place: the folder of all peers.
+        folder: contains all peers.
         pip_arguments: more arguments for pip.
-        force: make models again.
-        tell: told what is done.
+        force: convert again models that already exist.
+        echo: prints a line about each step.
 
     Raises:
-        InputError: no such peer, format or weights.
+        InputError: an engine, a format or the weights do not exist.
         UnavailableError: an installation or a conversion failed; its output says why.
     """
     wanted = [parse(spec) for spec in specs]
     for peer in dict.fromkeys(peer for peer, _ in wanted):
-        install(peer, place, pip_arguments, tell)
+        install(peer, folder, pip_arguments, echo)
+    existing = set() if force else {peer.spec for peer in installed_peers(folder)}
     missing = [
-        (peer, form)
-        for peer, form in wanted
-        if force or not (model_of(peer, form, place) / MADE_FROM).exists()
+        (peer, weight_format)
+        for peer, weight_format in wanted
+        if f"{peer.name}:{weight_format}" not in existing
     ]
     if not missing:
         return
-    with hugging_face_folder(weights, place, tell) as (folder, fingerprint):
-        for peer, form in missing:
-            convert(peer, form, place, folder, fingerprint, tell)
+    with hugging_face_folder(weights, folder, echo) as (source, fingerprint):
+        for peer, weight_format in missing:
+            convert(peer, weight_format, folder, source, fingerprint, echo)
 
 
-def install(peer: Peer, place: Path, pip_arguments: Sequence[str], tell: Tell) -> None:
-    """Create a peer's environment; half of one is never left under its name."""
-    target = place / peer.name
-    if python_of(peer, place).exists():
+def parse(spec: str) -> tuple[Peer, str]:
+    """Split ``NAME`` or ``NAME:FORMAT`` into an engine and a format.
+
+    Raises:
+        InputError: the engine or the format does not exist.
+    """
+    name, weight_format = split_spec(spec)
+    if name not in ENGINES:
+        raise InputError(f"unknown engine {name!r}; choose {', '.join(ENGINES)}")
+    return PEERS[name], weight_format
+
+
+def install(peer: Peer, folder: Path, pip_arguments: Sequence[str], echo: Echo) -> None:
+    """Create an environment; a failed or interrupted installation leaves nothing."""
+    target = folder / peer.name
+    if peer.python(folder).exists():
         return
-    tell(f"{target}: installing {peer.name}")
-    place.mkdir(parents=True, exist_ok=True)
+    echo(f"{target}: installing {peer.name}")
+    folder.mkdir(parents=True, exist_ok=True)
     try:
         run([sys.executable, "-m", "venv", str(target)], f"python -m venv {target}")
         pip = [str(target / "bin" / "python"), "-m", "pip", "install", "--quiet", *pip_arguments]
-        command = [*pip, *(["--no-deps"] if peer.lists_all else []), "-r", str(peer.requirements)]
+        no_dependencies = ["--no-deps"] if peer.pins_dependencies else []
+        command = [*pip, *no_dependencies, "-r", str(peer.requirements)]
         run(command, f"installing {peer.requirements.name}", dict(peer.build))
     except BaseException:
         shutil.rmtree(target, ignore_errors=True)
@@ -79,42 +99,56 @@ def install(peer: Peer, place: Path, pip_arguments: Sequence[str], tell: Tell) -
 
 @contextmanager
 def hugging_face_folder(
-    weights: str, place: Path, tell: Tell
+    weights: str, folder: Path, echo: Echo
 ) -> Iterator[tuple[Path, dict[str, object]]]:
-    """The weights in float32 as every peer's converter reads them, and their fingerprint."""
+    """Yield a folder with the weights in float32, which every converter reads, and a fingerprint.
+
+    The folder is removed afterwards.
+    """
     import torch
 
     from gemma3_export.api.exporting import open_weights
     from gemma3_export.reference.training.model_folder import export_hf_folder
 
-    tell(f"reading {weights}")
+    echo(f"reading {weights}")
     with (
-        tempfile.TemporaryDirectory(dir=place, prefix=".weights-") as temporary,
+        tempfile.TemporaryDirectory(dir=folder, prefix=".weights-") as temporary,
         open_weights(weights) as source,
     ):
-        folder = Path(temporary) / "model"
-        export_hf_folder(source, folder, dtype=torch.float32)
-        yield folder, source.fingerprint()
+        target = Path(temporary) / "model"
+        export_hf_folder(source, target, dtype=torch.float32)
+        yield target, source.fingerprint()
 
 
 def convert(
-    peer: Peer, form: str, place: Path, folder: Path, fingerprint: dict[str, object], tell: Tell
+    peer: Peer,
+    weight_format: str,
+    folder: Path,
+    source: Path,
+    fingerprint: dict[str, object],
+    echo: Echo,
 ) -> None:
-    """Let the peer's own tools make its model."""
-    target = model_of(peer, form, place)
-    tell(f"{target}: converting to {form}")
+    """Convert the weights in ``source`` with the engine's own tools, and describe the result."""
+    target = model_folder(peer.name, weight_format, folder)
+    echo(f"{target}: converting to {weight_format}")
     with staged_directory(target, force=True) as staging:
-        command = [str(python_of(peer, place).absolute()), str(WORKERS / "serving.py")]
+        command = peer.command(folder)
         run(
-            [*command, peer.module, "convert", str(folder), str(staging), form],
-            f"converting to {peer.name}:{form}",
+            [*command, "convert", str(source), str(staging), weight_format],
+            f"converting to {peer.name}:{weight_format}",
             {"HF_HUB_OFFLINE": "1"},
         )
-        (staging / MADE_FROM).write_text(json.dumps(fingerprint, indent=1), encoding="utf-8")
+        InstalledPeer(
+            name=peer.name,
+            weight_format=weight_format,
+            command=command,
+            made_from=fingerprint,
+            model=staging,
+        ).write()
 
 
-def run(command: Sequence[str], what: str, variables: dict[str, str] | None = None) -> None:
-    """Run a program whose output the person sees.
+def run(command: Sequence[str], purpose: str, variables: dict[str, str] | None = None) -> None:
+    """Run a program whose output the user sees.
 
     Raises:
         UnavailableError: it failed.
@@ -125,5 +159,5 @@ def run(command: Sequence[str], what: str, variables: dict[str, str] | None = No
     )
     if done.returncode:
         raise UnavailableError(
-            f"{what} failed with exit code {done.returncode}; its output above says why"
+            f"{purpose} failed with exit code {done.returncode}; its output above says why"
         )

@@ -1,4 +1,10 @@
-"""What a benchmark ran on: processor, memory, and how fast that memory can be read."""
+"""Describe the machine that a benchmark ran on, and measure how fast it reads memory.
+
+Decoding is bound by the memory that the weights are read from: that of the CPU, or that of a GPU.
+The GPU's is measured in a separate process, which frees the GPU's memory before the benchmark:
+
+    python -m gemma3_export.bench.machine cuda:0        prints a JSON list of bytes per second
+"""
 
 from __future__ import annotations
 
@@ -19,33 +25,19 @@ from gemma3_export.errors import UnavailableError
 __all__ = [
     "available_processors",
     "describe_machine",
-    "device_bandwidths",
-    "read_bandwidths",
-    "read_device",
+    "gpu_bandwidths",
+    "measure_bandwidths",
+    "measure_gpu_bandwidths",
 ]
 
-READ_BYTES = 512 * 2**20  # far beyond any cache
-
-
-def read_bandwidths(threads: int, times: int = 5) -> list[float]:
-    """Bytes per second at which ``threads`` threads read memory, for each of ``times`` readings.
-
-    By an operation of numpy that does next to nothing with what it reads, and has no threads of its
-    own: products with a vector go through BLAS, whose threads would get in each other's way.
-    """
-    block = np.ones(READ_BYTES // 8, np.int64)
-    parts = np.array_split(block, threads)
-    found = []
-    with ThreadPoolExecutor(threads) as pool:
-        for _ in range(times + 1):
-            started = time.perf_counter()
-            list(pool.map(np.bitwise_or.reduce, parts))
-            found.append(block.nbytes / (time.perf_counter() - started))
-    return found[1:]  # the first one starts the threads
+READ_BYTES = 512 * 2**20  # far larger than any cache
+GPU_READ_BYTES = 2 * 2**30
+GPU_COLUMNS = 8192
+GPU_PASSES = 20  # per synchronisation with the device
 
 
 def describe_machine() -> dict[str, object]:
-    """What the numbers were measured on, without its name."""
+    """Return processor, memory, system and load; nothing that identifies the machine."""
     return {
         "processor": processor_name(),
         "processors": available_processors(),
@@ -57,7 +49,7 @@ def describe_machine() -> dict[str, object]:
 
 
 def processor_name() -> str:
-    """The processor's model as the system tells it."""
+    """Return the processor's model name."""
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
         for line in cpuinfo.read_text(encoding="utf-8").splitlines():
@@ -67,38 +59,42 @@ def processor_name() -> str:
 
 
 def available_processors() -> int:
-    """Logical processors that this process may use."""
+    """Return the number of logical processors that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def memory_bytes() -> int | None:
-    """Physical memory, where the system tells it."""
+    """Return the size of physical memory, or None if the system does not report it."""
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (ValueError, OSError):
         return None
 
 
-# How fast a GPU reads its memory: what decoding there is held against.
-#
-#     python -m gemma3_export.bench.machine cuda:0
-#
-# prints a JSON list of bytes per second. It runs in a process of its own, which ends before
-# anything
-# is measured and takes its memory with it.
+def measure_bandwidths(threads: int, times: int = 5) -> list[float]:
+    """Measure ``times`` times how many bytes per second ``threads`` threads read from memory.
 
-DEVICE_READ_BYTES = 2 * 2**30  # far beyond any cache
-COLUMNS = 8192
-PASSES = 20  # between two waits for the device
+    The threads reduce an array with a numpy operation that does almost no work per byte and starts
+    no threads of its own. A matrix-vector product would go through BLAS and its thread pool.
+    """
+    block = np.ones(READ_BYTES // 8, np.int64)
+    parts = np.array_split(block, threads)
+    found = []
+    with ThreadPoolExecutor(threads) as pool:
+        for _ in range(times + 1):
+            started = time.perf_counter()
+            list(pool.map(np.bitwise_or.reduce, parts))
+            found.append(block.nbytes / (time.perf_counter() - started))
+    return found[1:]  # the first pass starts the threads
 
 
-def device_bandwidths(device: str) -> list[float]:
-    """Bytes per second at which ``device`` reads its memory, for each of several readings.
+def gpu_bandwidths(device: str) -> list[float]:
+    """Run :func:`measure_gpu_bandwidths` for ``device`` in a separate process.
 
     Raises:
-        UnavailableError: torch is missing or does not reach the device.
+        UnavailableError: torch is missing or cannot use the device.
     """
     if importlib.util.find_spec("torch") is None:
         raise UnavailableError(
@@ -117,22 +113,26 @@ def device_bandwidths(device: str) -> list[float]:
     return found
 
 
-def read_device(device: str, *, read_bytes: int = DEVICE_READ_BYTES, times: int = 5) -> list[float]:
-    """Time products of a matrix with a vector: what decoding does with its weights."""
+def measure_gpu_bandwidths(
+    device: str, *, read_bytes: int = GPU_READ_BYTES, times: int = 5
+) -> list[float]:
+    """Time matrix-vector products, which read weights as decoding does, in bytes per second."""
     import torch
 
-    place = torch.device(device)
-    matrix = torch.ones(read_bytes // 2 // COLUMNS, COLUMNS, dtype=torch.bfloat16, device=place)
-    vector = torch.ones(COLUMNS, dtype=torch.bfloat16, device=place)
+    torch_device = torch.device(device)
+    matrix = torch.ones(
+        read_bytes // 2 // GPU_COLUMNS, GPU_COLUMNS, dtype=torch.bfloat16, device=torch_device
+    )
+    vector = torch.ones(GPU_COLUMNS, dtype=torch.bfloat16, device=torch_device)
     found = []
     for _ in range(times + 1):
         started = time.perf_counter()
-        for _ in range(PASSES):
+        for _ in range(GPU_PASSES):
             product = matrix @ vector
-        product[:1].cpu()  # waits for all of them
-        found.append(PASSES * matrix.nbytes / (time.perf_counter() - started))
-    return found[1:]  # the first one loads the kernel
+        product[:1].cpu()  # waits for all products
+        found.append(GPU_PASSES * matrix.nbytes / (time.perf_counter() - started))
+    return found[1:]  # the first pass loads the kernel
 
 
 if __name__ == "__main__":
-    print(json.dumps(read_device(sys.argv[1])))
+    print(json.dumps(measure_gpu_bandwidths(sys.argv[1])))

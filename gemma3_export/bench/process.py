@@ -1,4 +1,4 @@
-"""The processes that a benchmark measures: each is stopped whenever nobody waits for it."""
+"""The worker processes that a benchmark measures; an idle worker is stopped by a signal."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from benchmarks.peers import InstalledPeer
 from gemma3_export import errors
+from gemma3_export.bench.peers import InstalledPeer
 from gemma3_export.errors import Gemma3ExportError
 
 __all__ = ["Worker", "own_worker", "peer_worker"]
@@ -23,28 +23,28 @@ LOADED = ("import_s", "load_s", "load_peak_memory_bytes", "describe")
 
 
 class Worker:
-    """A candidate's process."""
+    """The process of one candidate; :mod:`gemma3_export.bench.serving` has the protocol."""
 
     def __init__(self, name: str, process: subprocess.Popen[str]) -> None:
         self.name = name
         self.process = process
         self.facts: dict[str, Any] = {}
 
-    def ask(self, message: Mapping[str, Any], expected: Sequence[str]) -> dict[str, Any]:
-        """Send one line and wait for the answer.
+    def ask(self, request: Mapping[str, Any], expected: Sequence[str]) -> dict[str, Any]:
+        """Send a request and wait for the answer.
 
         Args:
-            message: what JSON can hold.
-            expected: keys that the answer has.
+            request: what JSON can represent.
+            expected: keys that the answer must have.
 
         Raises:
-            Gemma3ExportError: the process ended, reported an error, or answered something else.
+            Gemma3ExportError: the process ended, reported an error, or sent something else.
         """
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         self.process.send_signal(signal.SIGCONT)
-        with suppress(BrokenPipeError):  # it ended; what it said before may tell why
-            self.process.stdin.write(json.dumps(message) + "\n")
+        with suppress(BrokenPipeError):  # it ended; its last answer may say why
+            self.process.stdin.write(json.dumps(request) + "\n")
             self.process.stdin.flush()
         line = self.process.stdout.readline()
         if not line:
@@ -52,19 +52,19 @@ class Worker:
                 f"the benchmark's {self.name} process ended (exit code {self.process.wait()}); "
                 "its output above says why. Was there enough memory?"
             )
-        answer = self.understand(line, expected)
+        answer = self.parse_answer(line, expected)
         self.process.send_signal(signal.SIGSTOP)
         return answer
 
-    def understand(self, line: str, expected: Sequence[str]) -> dict[str, Any]:
-        """The answer in a line, or the error that it reports."""
+    def parse_answer(self, line: str, expected: Sequence[str]) -> dict[str, Any]:
+        """Return the answer in a line, or raise the error that it reports."""
         try:
             answer = json.loads(line)
         except ValueError:
             answer = None
         if not isinstance(answer, dict):
             raise Gemma3ExportError(
-                f"the benchmark's {self.name} process answered {line[:80]!r}, which is no answer; "
+                f"the benchmark's {self.name} process sent {line[:80]!r} instead of a JSON object; "
                 "set the peer up again"
             )
         if "error" in answer:
@@ -75,77 +75,78 @@ class Worker:
         if absent := [key for key in expected if key not in answer]:
             raise Gemma3ExportError(
                 f"the benchmark's {self.name} process answered without {', '.join(absent)}; "
-                "its worker does not fit this version of gemma3-export"
+                "its worker does not match this version of gemma3-export; set the peer up again"
             )
         return answer
 
     def measure(self, prompt: Sequence[Sequence[int]], new_tokens: int) -> dict[str, Any]:
-        """One measurement, as the worker answers it."""
+        """Measure once, and return the worker's answer."""
         return self.ask({"prompt": prompt, "new_tokens": new_tokens}, MEASURED)
 
     def write_logits(self, ids: Sequence[int], file: Path) -> None:
-        """Have logits [T, V] after each of ``ids`` written as a numpy file."""
+        """Have the worker write logits [T, V] after each of ``ids`` to a numpy file."""
         self.ask({"logits_of": list(ids), "file": str(file)}, ("shape",))
 
 
 @contextmanager
-def own_worker(name: str, asked: Mapping[str, Any]) -> Iterator[Worker]:
-    """One of our own candidates, in this Python; see :mod:`gemma3_export.bench.worker`."""
-    # The same package, wherever it was imported from.
+def own_worker(name: str, request: Mapping[str, Any]) -> Iterator[Worker]:
+    """Start one of our own candidates; see :mod:`gemma3_export.bench.worker`."""
+    # The worker must import the same package, wherever this process imported it from.
     paths = (str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH"))
     variables = {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
     command = [sys.executable, "-m", "gemma3_export.bench.worker"]
-    with started(name, command, asked, os.environ | variables) as worker:
+    with started(name, command, request, os.environ | variables) as worker:
         yield worker
 
 
 @contextmanager
 def peer_worker(peer: InstalledPeer, threads: int) -> Iterator[Worker]:
-    """A peer, in the Python of its environment."""
-    asked = {"model": str(peer.model), "format": peer.form, "threads": threads}
-    # Packages of this environment must not reach that one.
+    """Start a peer in its own environment."""
+    request = {"model": str(peer.model), "format": peer.weight_format, "threads": threads}
+    # Packages of this environment must not reach the peer's.
     variables = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    with started(peer.name, peer.command, asked, variables) as worker:
+    with started(peer.spec, peer.command, request, variables) as worker:
         yield worker
 
 
 def check_threads(worker: Worker, threads: int) -> None:
-    """All candidates must compute with the same threads, as each of them says itself.
+    """Check that the candidate's library really uses ``threads``.
 
     Raises:
-        Gemma3ExportError: one has others.
+        Gemma3ExportError: it reports another number.
     """
     found = worker.facts["describe"].get("threads")
     if found != threads:
         raise Gemma3ExportError(
-            f"{worker.name} would run with {found} threads instead of {threads}, which compares "
-            "nothing; its library does not follow the setting"
+            f"{worker.name} would run with {found} threads instead of {threads}, so speeds would "
+            f"not be comparable; its library ignores the setting. Pass --threads {found}, or leave "
+            f"{worker.name} out"
         )
 
 
 @contextmanager
 def started(
-    name: str, command: Sequence[str], asked: Mapping[str, Any], variables: Mapping[str, str]
+    name: str, command: Sequence[str], request: Mapping[str, Any], variables: Mapping[str, str]
 ) -> Iterator[Worker]:
-    """A process that has loaded what was ``asked``, and ends with the context."""
-    threads = str(asked["threads"])
+    """Start a process, have it load a model, and kill it when the context ends."""
+    threads = str(request["threads"])
     process = subprocess.Popen(  # noqa: S603  (our own command)
         list(command),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
-        # Some libraries size their pools by this before anybody can tell them.
+        # Some libraries size their thread pools from this variable when they are imported.
         env={**variables, "OMP_NUM_THREADS": threads, "HF_HUB_OFFLINE": "1"},
     )
     worker = Worker(name, process)
     try:
-        worker.facts = worker.ask(asked, LOADED)
-        check_threads(worker, asked["threads"])
+        worker.facts = worker.ask(request, LOADED)
+        check_threads(worker, request["threads"])
         yield worker
     finally:
-        process.kill()  # it may be stopped, and has nothing to save
+        process.kill()  # a stopped process ignores SIGTERM, and there is nothing to save
         process.wait()
         for pipe in (process.stdin, process.stdout):
             if pipe is not None:
-                with suppress(BrokenPipeError):  # what it never read is still in the buffer
+                with suppress(BrokenPipeError):  # unread requests are still in the buffer
                     pipe.close()

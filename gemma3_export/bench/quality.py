@@ -1,7 +1,7 @@
-"""Quality beside speed: how far a candidate's logits lie from full precision.
+"""Measure how far candidates' logits diverge from full precision.
 
-The text is what every installation of Python has (its documentation and its library's source), and
-the short multilingual texts of the parity check: nothing that a quantiser has been tuned on here.
+The texts are part of every Python installation (topics of its documentation, and source of its
+library), plus the short multilingual texts of the parity check. Nothing was calibrated on them.
 """
 
 from __future__ import annotations
@@ -24,48 +24,51 @@ from gemma3_export.parity.differences import LogitDifference, compare_logits
 from gemma3_export.parity.sequences import TEXTS
 from gemma3_export.tokenizer import Tokenizer
 
-__all__ = ["held_out_sequences", "measure_quality"]
+__all__ = ["benchmark_texts", "measure_divergence"]
 
-TOKENS = 192  # of each text, with bos
+TOKENS = 192  # at most, per text, including BOS
 DOCUMENTS = ("import", "exceptions", "typesseq")  # topics of `help()`
 MODULES = ("heapq", "argparse")
 
 
-def measure_quality(
+def measure_divergence(
     bundle: Bundle, workers: Sequence[Worker], weights: str, threads: int
 ) -> dict[str, dict[str, float]]:
-    """Mean divergence from the reference in float32 with ``weights``, by candidate.
+    """Compare every candidate with the float32 reference model, and return figures by candidate.
 
     Args:
-        bundle: its tokenizer makes the tokens.
+        bundle: its tokenizer encodes the texts.
         workers: loaded candidates.
         weights: full precision, as :func:`gemma3_export.api.exporting.open_weights` takes it.
-        threads: of the reference.
+        threads: intra-op threads of the reference model.
 
     Raises:
         InputError: the bundle has no tokenizer.
     """
     if not (bundle.path / "tokenizer.json").exists():
-        raise InputError(f"{bundle.path} has no tokenizer.json, which the quality's text needs")
-    sequences = held_out_sequences(Tokenizer.from_folder(bundle.path), bundle.config.bos_token_id)
-    asked = {"name": "truth", "weights": weights, "threads": threads}
+        raise InputError(
+            f"{bundle.path} has no tokenizer.json, which --weights needs to encode its texts; "
+            "export with a tokenizer, or leave out --weights"
+        )
+    sequences = benchmark_texts(Tokenizer.from_folder(bundle.path), bundle.config.bos_token_id)
+    request = {"name": "truth", "weights": weights, "threads": threads}
     found: dict[str, list[LogitDifference]] = {worker.name: [] for worker in workers}
     with (
         tempfile.TemporaryDirectory(prefix="gemma3-quality-") as folder,
-        own_worker("truth", asked) as truth,
+        own_worker("truth", request) as reference,
     ):
         file = Path(folder) / "logits.npy"
         for ids in sequences:
-            expected = read_logits(truth, ids, file)
+            expected = read_logits(reference, ids, file)
             following = [*ids[1:], -1]
             for worker in workers:
                 logits = read_logits(worker, ids, file)
                 found[worker.name].append(compare_logits(expected, logits, following))
-    return {name: describe_quality(parts) for name, parts in found.items()}
+    return {name: summarize(parts) for name, parts in found.items()}
 
 
-def held_out_sequences(tokenizer: Tokenizer, bos_token_id: int) -> list[list[int]]:
-    """The texts' token ids, ``TOKENS`` at most of each."""
+def benchmark_texts(tokenizer: Tokenizer, bos_token_id: int) -> list[list[int]]:
+    """Encode the texts, and return at most ``TOKENS`` token ids of each."""
     texts = [topics.topics[name] for name in DOCUMENTS]
     texts += [inspect.getsource(importlib.import_module(name)) for name in MODULES]
     texts.append(" ".join(TEXTS.values()))
@@ -73,22 +76,25 @@ def held_out_sequences(tokenizer: Tokenizer, bos_token_id: int) -> list[list[int
 
 
 def read_logits(worker: Worker, ids: Sequence[int], file: Path) -> torch.Tensor:
-    """Logits [T, V] of one candidate."""
+    """Return a candidate's logits [T, V]; ``file`` is where they are passed on."""
     worker.write_logits(ids, file)
     logits = torch.from_numpy(np.load(file))
     file.unlink()
     if logits.shape[0] != len(ids):
-        raise InputError(f"{worker.name} gave {logits.shape[0]} logits for {len(ids)} tokens")
+        raise InputError(
+            f"{worker.name} returned {logits.shape[0]} logits for {len(ids)} tokens; "
+            "leave out --weights to measure it without them"
+        )
     return logits
 
 
-def describe_quality(parts: Sequence[LogitDifference]) -> dict[str, float]:
-    """Divergence in nats, agreement of the first choice, and perplexity against the truth's."""
-    all_of = LogitDifference.join(parts)
-    known = np.isfinite(all_of.nll_truth)
+def summarize(parts: Sequence[LogitDifference]) -> dict[str, float]:
+    """Return divergence in nats, top-1 agreement, and the ratio of perplexities."""
+    joined = LogitDifference.join(parts)
+    known = np.isfinite(joined.nll_truth)
     return {
-        "positions": len(all_of.kld),
-        "mean_kld": float(all_of.kld.mean()),
-        "top1_agreement": float(all_of.is_same_top1.mean()),
-        "perplexity_ratio": math.exp(float((all_of.nll - all_of.nll_truth)[known].mean())),
+        "positions": len(joined.kld),
+        "mean_kld": float(joined.kld.mean()),
+        "top1_agreement": float(joined.is_same_top1.mean()),
+        "perplexity_ratio": math.exp(float((joined.nll - joined.nll_truth)[known].mean())),
     }

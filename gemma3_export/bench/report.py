@@ -1,11 +1,11 @@
-"""Rounds of a benchmark as medians, ranges and ratios."""
+"""Report a benchmark: its rounds as medians and ratios, a table for the terminal, and a plot."""
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from html import escape
-from typing import Any
+from typing import Any, TypeVar
 
 from gemma3_export.bench.process import Worker
 
@@ -17,12 +17,17 @@ __all__ = [
     "table_lines",
 ]
 
+Report = Mapping[str, Any]
+Value = TypeVar("Value")
 SPREADS = (
     "time_to_first_token_s",
     "prefill_tokens_per_s",
     "decode_tokens_per_s",
     "busy_processors",
 )
+
+
+# Rounds as medians, ranges and ratios
 
 
 def describe_case(
@@ -32,7 +37,15 @@ def describe_case(
     new_tokens: int,
     bandwidth: float | None,
 ) -> dict[str, Any]:
-    """Speeds of all candidates, and how the first compares with the others."""
+    """Return the speeds of all candidates, and the first one's ratios to each of the others.
+
+    Args:
+        workers: the candidates.
+        case: prompt tokens and batch.
+        rounds: for each round, each candidate's measurement.
+        new_tokens: decoded after each prompt.
+        bandwidth: of the memory that has the weights, in bytes per second.
+    """
     prompt_tokens, batch = case
     speeds = [
         [speed(one, batch, prompt_tokens, new_tokens) for one in one_round] for one_round in rounds
@@ -52,23 +65,28 @@ def describe_case(
         "candidates": candidates,
     }
     if len(workers) > 1:
-        described["ratios"] = {
-            worker.name: ratios([(one_round[0], one_round[index]) for one_round in speeds])
-            for index, worker in enumerate(workers)
-            if index
-        }
-        described["same_tokens"] = {
-            worker.name: same_tokens([(one_round[0], one_round[index]) for one_round in rounds])
-            for index, worker in enumerate(workers)
-            if index
-        }
+        described["ratios"] = with_each_peer(workers, speeds, ratios)
+        described["same_tokens"] = with_each_peer(workers, rounds, same_tokens)
     return described
+
+
+def with_each_peer(
+    workers: Sequence[Worker],
+    rounds: Sequence[Sequence[dict[str, Any]]],
+    compare: Callable[[Sequence[tuple[dict[str, Any], dict[str, Any]]]], Value],
+) -> dict[str, Value]:
+    """Compare the first candidate's rounds with those of each other candidate, by its name."""
+    return {
+        worker.name: compare([(one_round[0], one_round[index]) for one_round in rounds])
+        for index, worker in enumerate(workers)
+        if index
+    }
 
 
 def speed(
     measured: dict[str, Any], batch: int, prompt_tokens: int, new_tokens: int
 ) -> dict[str, float]:
-    """Seconds as tokens per second of the whole batch."""
+    """Convert a measurement's seconds into tokens per second of the whole batch."""
     first_s = measured["time_to_first_token_s"]
     return {
         "time_to_first_token_s": first_s,
@@ -80,19 +98,23 @@ def speed(
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
-    """Median, least and greatest."""
+    """Return median, minimum and maximum."""
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
 def summary(rounds: Sequence[dict[str, float]]) -> dict[str, Any]:
-    """One candidate's rounds."""
+    """Summarize the rounds of one candidate."""
     found: dict[str, Any] = {key: spread([one[key] for one in rounds]) for key in SPREADS}
     found["peak_memory_bytes"] = max(one["peak_memory_bytes"] for one in rounds)
     return found
 
 
 def ratios(pairs: Sequence[tuple[dict[str, float], dict[str, float]]]) -> dict[str, Any]:
-    """How many times faster (or smaller) than the peer; above 1 is better than the peer."""
+    """Return how many times faster (or smaller) than a peer the first candidate is.
+
+    Args:
+        pairs: our speeds and the peer's, for each round.
+    """
     ours, theirs = (
         max(one["peak_memory_bytes"] for one in side) for side in zip(*pairs, strict=True)
     )
@@ -104,7 +126,7 @@ def ratios(pairs: Sequence[tuple[dict[str, float], dict[str, float]]]) -> dict[s
 
 
 def same_tokens(pairs: Sequence[tuple[dict[str, Any], dict[str, Any]]]) -> float:
-    """The share of rows in which both candidates chose the same tokens throughout."""
+    """Return the share of rows for which both candidates chose exactly the same tokens."""
     equal = [
         our_row == their_row
         for ours, theirs in pairs
@@ -113,23 +135,21 @@ def same_tokens(pairs: Sequence[tuple[dict[str, Any], dict[str, Any]]]) -> float
     return statistics.fmean(equal)
 
 
-# A benchmark's report as lines of text.
-
-Report = Mapping[str, Any]
+# The table for the terminal
 
 
 def table_lines(report: Report) -> Iterator[str]:
-    """What ``gemma3-export bench`` prints."""
+    """Yield the lines that ``gemma3-export bench`` prints."""
     machine, options = report["machine"], report["options"]
-    speed = machine["read_bytes_per_s"]
+    bandwidth = machine["read_bytes_per_s"]
     yield (
         f"{machine['processor']}, {machine['processors']} processors, {machine['system']}, "
-        f"load {machine['load_average']:.1f}; {machine['device']} memory is read at "
-        + (f"{scaled(speed, 1e-9, 1)} GB/s" if speed else "an unknown speed")
+        f"load {machine['load_average']:.1f}; {machine['device']} memory bandwidth "
+        + (f"{scaled(bandwidth, 1e-9, 1)} GB/s" if bandwidth else "unknown")
     )
-    if speed is None:
-        yield f"share of its limit: unknown, {machine['read_bytes_missing']}"
-    yield f"{options['threads']} threads; median (least to greatest) of {options['repeat']}"
+    if bandwidth is None:
+        yield f"share of the limit: unknown, because {machine['read_bytes_missing']}"
+    yield f"{options['threads']} threads; median (min to max) of {options['repeat']}"
     yield ""
     for name, candidate in report["candidates"].items():
         facts = candidate["describe"]
@@ -148,7 +168,7 @@ def table_lines(report: Report) -> Iterator[str]:
 
 
 def candidate_rows(report: Report) -> Iterator[list[str]]:
-    """Load time, its memory, and quality where it was measured."""
+    """Yield each candidate's load time, peak memory, and quality if it was measured."""
     quality = report.get("quality")
     yield [
         "",
@@ -175,7 +195,7 @@ def candidate_rows(report: Report) -> Iterator[list[str]]:
 
 
 def speed_rows(case: Report) -> Iterator[list[str]]:
-    """One row a candidate."""
+    """Yield one row per candidate."""
     yield [
         "",
         "first token s",
@@ -199,7 +219,7 @@ def speed_rows(case: Report) -> Iterator[list[str]]:
 
 
 def ratio_lines(case: Report) -> Iterator[str]:
-    """The first candidate against each of the others."""
+    """Yield one line per peer that compares the first candidate with it."""
     ours = next(iter(case["candidates"]))
     for peer, found in case.get("ratios", {}).items():
         yield (
@@ -210,7 +230,7 @@ def ratio_lines(case: Report) -> Iterator[str]:
 
 
 def aligned(rows: Iterator[list[str]]) -> Iterator[str]:
-    """Columns side by side, the first to the left and the others to the right."""
+    """Pad the cells into columns, the first left-aligned and the others right-aligned."""
     known = list(rows)
     widths = [max(len(row[index]) for row in known) for index in range(len(known[0]))]
     for row in known:
@@ -221,12 +241,12 @@ def aligned(rows: Iterator[list[str]]) -> Iterator[str]:
 
 
 def scaled(values: Mapping[str, float], factor: float, digits: int) -> str:
-    """Median and range."""
+    """Format a median and its range."""
     median, low, high = (f"{values[key] * factor:.{digits}f}" for key in ("median", "min", "max"))
     return f"{median} ({low} to {high})"
 
 
-# A benchmark's speeds as an SVG image of its own.
+# The plot
 
 WIDTH, NAMES, BARS, VALUES = 860, 170, 200, 70
 ROW, TITLE, GAP = 22, 44, 18
@@ -238,8 +258,8 @@ STYLE = (
 COLUMNS = (("prefill_tokens_per_s", "prefill"), ("decode_tokens_per_s", "decode"))
 
 
-def speed_plot(report: Mapping[str, Any]) -> str:
-    """Bars of the medians, with a line from the least to the greatest, for each case.
+def speed_plot(report: Report) -> str:
+    """Draw the speeds of each case as an SVG image: bars for medians, lines from min to max.
 
     Args:
         report: from :func:`gemma3_export.bench.run.run_benchmark`.
@@ -249,10 +269,10 @@ def speed_plot(report: Mapping[str, Any]) -> str:
     for case in report["cases"]:
         parts += case_parts(case, top)
         top += TITLE + ROW * len(case["candidates"]) + GAP
-    machine = report["machine"]
+    machine, options = report["machine"], report["options"]
     note = (
-        f"{machine['processor']}, {report['options']['threads']} threads; "
-        f"medians of {report['options']['repeat']}, lines from the least to the greatest"
+        f"{machine['processor']}, {options['threads']} threads; "
+        f"bars are medians of {options['repeat']}, lines span min to max"
     )
     parts.append(f'<text class="small" x="8" y="{top + 4}">{escape(note)}</text>')
     return (
@@ -263,8 +283,8 @@ def speed_plot(report: Mapping[str, Any]) -> str:
     )
 
 
-def case_parts(case: Mapping[str, Any], top: int) -> Iterator[str]:
-    """Title and rows of one case."""
+def case_parts(case: Report, top: int) -> Iterator[str]:
+    """Draw the title and the rows of one case."""
     title = f"prompt {case['prompt_tokens']}, batch {case['batch']}"
     yield f'<text class="title" x="8" y="{top + 14}">{title}</text>'
     names = list(case["candidates"])
@@ -274,21 +294,19 @@ def case_parts(case: Mapping[str, Any], top: int) -> Iterator[str]:
     for column, (key, label) in enumerate(COLUMNS):
         left = NAMES + column * (BARS + VALUES + 60)
         yield f'<text class="small" x="{left}" y="{top + 28}">{label}, tokens/s</text>'
-        most = max(case["candidates"][name][key]["max"] for name in names)
+        largest = max(case["candidates"][name][key]["max"] for name in names)
         for index, name in enumerate(names):
             style = "peer" if index else "ours"
-            yield from bar(
-                case["candidates"][name][key],
-                most,
-                (left, top + TITLE + index * ROW),
-                style,
-            )
+            position = (left, top + TITLE + index * ROW)
+            yield from bar(case["candidates"][name][key], largest, position, style)
 
 
-def bar(values: Mapping[str, float], most: float, at: tuple[int, int], style: str) -> Iterator[str]:
-    """A median's bar, its spread and its number."""
-    left, y = at
-    median, low, high = (values[key] / most * BARS for key in ("median", "min", "max"))
+def bar(
+    values: Mapping[str, float], largest: float, position: tuple[int, int], style: str
+) -> Iterator[str]:
+    """Draw a median's bar, its range and its number."""
+    left, y = position
+    median, low, high = (values[key] / largest * BARS for key in ("median", "min", "max"))
     yield f'<rect class="{style}" x="{left}" y="{y - 6}" width="{median:.1f}" height="13" rx="2"/>'
     yield (
         f'<path class="spread" d="M{left + low:.1f} {y}H{left + high:.1f}'

@@ -1,8 +1,8 @@
-"""Measure a bundle's runtimes, alone or against peers in the same run.
+"""Measure a bundle's runtime, alone or against peers in the same run.
 
-Each candidate lives in its own process, so that memory and threads are its own; the candidates take
-turns (A B C A B C), and those that wait are stopped by a signal, spinning threads included. So a
-change of the machine's load strikes all, and ratios mean more than the absolute numbers.
+Each candidate runs in its own process, with its own memory and threads. The candidates take turns
+(A B C, A B C), and a signal stops those that wait, including threads that spin. A change in the
+machine's load therefore affects all of them, and ratios are more reliable than absolute numbers.
 
 This module imports neither torch nor ONNX Runtime.
 """
@@ -18,13 +18,13 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.peers import DEFAULT_PLACE, PEERS, find_peer, parse
 from gemma3_export.bench.machine import (
     available_processors,
     describe_machine,
-    device_bandwidths,
-    read_bandwidths,
+    gpu_bandwidths,
+    measure_bandwidths,
 )
+from gemma3_export.bench.peers import DEFAULT_FOLDER, check_peer, find_peer
 from gemma3_export.bench.process import Worker, own_worker, peer_worker
 from gemma3_export.bench.report import describe_case, spread
 from gemma3_export.bundle import RUNTIMES, Bundle
@@ -32,12 +32,10 @@ from gemma3_export.config import Gemma3Config
 from gemma3_export.errors import InputError, UnavailableError
 from gemma3_export.runtimes.onnx.session import CudaOptions
 
-__all__ = ["OWN_PEERS", "BenchmarkOptions", "run_benchmark"]
+__all__ = ["BenchmarkOptions", "run_benchmark"]
 
-# They need no environment of their own; "static" is a static cache and compiled decode steps.
-OWN_PEERS = ("transformers", "transformers:static", "reference")
 WARM_UP_TOKENS = 2
-PACKAGES = {  # what a candidate needs, and how to get it
+PACKAGES = {  # what a candidate needs, and how to install it
     "onnx": (("onnxruntime",), 'pip install "gemma3-export[cpu]"'),
     "torchscript": (("torch",), 'pip install "gemma3-export[export]"'),
     "pt2": (("torch",), 'pip install "gemma3-export[export]"'),
@@ -50,23 +48,23 @@ PACKAGES = {  # what a candidate needs, and how to get it
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BenchmarkOptions:
-    """What to measure: every prompt length with every batch.
+    """What to measure: every prompt length with every batch size.
 
     Raises:
-        InputError: an option is impossible.
+        InputError: an option is invalid, or a peer is unknown.
     """
 
     prompt_tokens: tuple[int, ...] = (512,)
     new_tokens: int = 64
     batch: tuple[int, ...] = (1,)
-    threads: int | None = None  # None: as many as this process may use
+    threads: int | None = None  # None: all processors that this process may use
     runtime: str = "onnx"
     device: str = "auto"
-    cuda: CudaOptions | None = None  # what the bundle's runtime may do on a GPU
+    cuda: CudaOptions | None = None  # options of the bundle's runtime on a GPU
     repeat: int = 3
-    against: tuple[str, ...] = ()  # OWN_PEERS, or NAME[:FORMAT] of an installed peer
-    peers: Path = DEFAULT_PLACE
-    weights: str | None = None  # full precision, to measure the quality of every candidate
+    against: tuple[str, ...] = ()  # built-in peers, or NAME[:FORMAT] of installed ones
+    peers: Path = DEFAULT_FOLDER
+    weights: str | None = None  # full precision; adds every candidate's divergence from it
 
     def __post_init__(self) -> None:
         for name in ("prompt_tokens", "new_tokens", "batch", "repeat", "threads"):
@@ -79,14 +77,10 @@ class BenchmarkOptions:
         for spec in self.against:
             if spec == self.runtime or self.against.count(spec) > 1:
                 raise InputError(f"{spec} cannot be measured against itself; name another")
-            if spec not in OWN_PEERS and spec.partition(":")[0] not in PEERS:
-                choices = ", ".join((*OWN_PEERS, *PEERS))
-                raise InputError(f"unknown peer {spec!r}; choose among {choices}")
-            if spec not in OWN_PEERS:
-                parse(spec)
+            check_peer(spec, self.peers)
 
     def cases(self) -> list[tuple[int, int]]:
-        """Prompt tokens and batch of each case, the smallest first: peak memory only grows."""
+        """Return (prompt tokens, batch) of each case, smallest first: peak memory only grows."""
         return sorted(
             {(prompt, batch) for prompt in self.prompt_tokens for batch in self.batch},
             key=lambda case: case[0] * case[1],
@@ -94,11 +88,11 @@ class BenchmarkOptions:
 
 
 def run_benchmark(path: Path, options: BenchmarkOptions) -> dict[str, Any]:
-    """Measure the bundle at ``path`` and return a report that JSON can hold.
+    """Measure the bundle at ``path`` and return a report that JSON can represent.
 
     Raises:
-        InputError: the bundle is damaged, the tokens do not fit its context, or a peer has other
-            weights.
+        InputError: the bundle is damaged, the tokens do not fit its context, or a peer was made
+            from other weights.
         UnavailableError: a package, a peer or the device is missing.
     """
     bundle = Bundle(path)
@@ -131,39 +125,39 @@ def run_benchmark(path: Path, options: BenchmarkOptions) -> dict[str, Any]:
             "cases": cases,
         }
         if options.weights is not None:
-            from gemma3_export.bench.quality import measure_quality
+            from gemma3_export.bench.quality import measure_divergence
 
-            report["quality"] = measure_quality(bundle, workers, options.weights, threads)
+            report["quality"] = measure_divergence(bundle, workers, options.weights, threads)
     return report
 
 
 def same_device(workers: Sequence[Worker]) -> str:
-    """Where the candidates compute, as they say themselves: ``cpu`` or ``cuda:N``.
+    """Return the device that all candidates report: ``cpu`` or ``cuda:N``.
 
     Raises:
-        InputError: not all in the same place, which compares nothing.
+        InputError: they use different devices.
     """
     devices = {worker.name: str(worker.facts["describe"].get("device")) for worker in workers}
     kinds = {device.partition(":")[0].lower() for device in devices.values()} - {"none"}
     if len(kinds) > 1:
         raise InputError(
-            f"the candidates do not compute in the same place ({devices}); pass --device cpu, or "
-            "leave those out that cannot use the GPU"
+            f"the candidates use different devices ({devices}); pass --device cpu, or leave out "
+            "those that cannot use the GPU"
         )
     device = devices[workers[0].name]
     return f"{device}:0" if device == "cuda" else device
 
 
 def bandwidths_of(device: str, threads: int) -> tuple[list[float], str | None]:
-    """How fast the memory that weights are read from is, for each of several readings.
+    """Measure several times how fast ``device`` reads its memory, in bytes per second.
 
-    Of a GPU there may be none, for the reason that comes with them: speeds can be measured all the
-    same.
+    A GPU's memory cannot always be measured. The list is then empty and a reason comes with it;
+    the benchmark goes on without that limit.
     """
     if not device.startswith("cuda"):
-        return read_bandwidths(threads), None
+        return measure_bandwidths(threads), None
     try:
-        return device_bandwidths(device), None
+        return gpu_bandwidths(device), None
     except UnavailableError as error:
         return [], str(error)
 
@@ -171,19 +165,19 @@ def bandwidths_of(device: str, threads: int) -> tuple[list[float], str | None]:
 def prepare(
     bundle: Bundle, options: BenchmarkOptions, threads: int
 ) -> list[AbstractContextManager[Worker]]:
-    """What starts each candidate; everything that can be refused before is refused here."""
+    """Check everything that can be checked early, and return what starts each candidate."""
     found: list[AbstractContextManager[Worker]] = []
     for spec in (options.runtime, *options.against):
         if spec in PACKAGES:
             require_packages(spec)
-            asked: dict[str, Any] = {
+            request: dict[str, Any] = {
                 "name": spec,
                 "bundle": str(bundle.path.resolve()),
                 "device": options.device,
             }
             if spec == options.runtime and options.cuda is not None:
-                asked["cuda"] = asdict(options.cuda)
-            found.append(own_worker(spec, asked | {"threads": threads}))
+                request["cuda"] = asdict(options.cuda)
+            found.append(own_worker(spec, request | {"threads": threads}))
         else:
             peer = find_peer(spec, options.peers)
             peer.check_weights(bundle.manifest.source)
@@ -192,24 +186,24 @@ def prepare(
 
 
 def check_context(config: Gemma3Config, options: BenchmarkOptions) -> None:
-    """Refuse more tokens than the model's context holds.
+    """Check that the tokens fit the model's context.
 
     Raises:
-        InputError: with the limit.
+        InputError: they do not; the message gives the limit.
     """
     longest, limit = max(options.prompt_tokens), config.max_position_embeddings
     if longest + options.new_tokens > limit:
         raise InputError(
-            f"{longest} prompt and {options.new_tokens} new tokens are more than "
-            f"the model's context of {limit}; ask for fewer"
+            f"{longest} prompt tokens and {options.new_tokens} new tokens exceed the model's "
+            f"context of {limit}; reduce --prompt-tokens or --new-tokens"
         )
 
 
 def require_packages(name: str) -> None:
-    """Complain before anything is started.
+    """Check that the packages for a candidate are installed, before anything starts.
 
     Raises:
-        UnavailableError: with the command that installs what is missing.
+        UnavailableError: one is missing; the message gives the command that installs it.
     """
     packages, command = PACKAGES[name]
     missing = [package for package in packages if importlib.util.find_spec(package) is None]
@@ -220,7 +214,7 @@ def require_packages(name: str) -> None:
 def random_prompts(
     config: Gemma3Config, case: tuple[int, int], count: int
 ) -> list[list[list[int]]]:
-    """``count`` prompts [B, T], the same for every candidate."""
+    """Draw ``count`` prompts [B, T], the same for every candidate."""
     prompt_tokens, batch = case
     generator = np.random.default_rng(0)
     shape = (count, batch, prompt_tokens)
@@ -231,9 +225,9 @@ def random_prompts(
 def measure_case(
     workers: Sequence[Worker], prompts: Sequence[list[list[int]]], options: BenchmarkOptions
 ) -> list[list[dict[str, Any]]]:
-    """Rounds in which every worker has one turn, after a first turn that does not count.
+    """Measure rounds in which every worker has one turn, after a warm-up that does not count.
 
-    No prompt comes twice: an engine that keeps the cache of known prefixes would answer at once.
+    Prompts never repeat, because an engine with a prefix cache would skip the prefill.
     """
     warm_up, *measured = prompts
     for worker in workers:

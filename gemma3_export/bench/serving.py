@@ -1,13 +1,16 @@
-"""The protocol of a benchmark's worker: one JSON object a line, over the process's pipes.
+"""The protocol of a benchmark's worker process: one JSON object per line, over the process's pipes.
 
-First what to load, which is answered with facts about what was loaded; then one line for each
-measurement. Answers go to what was stdout; whatever libraries print goes to stderr.
+The first line says what to load; the answer describes what was loaded. Each further line asks for
+one measurement. Answers go to the original stdout, and everything that libraries print goes to
+stderr.
 
-This file runs in the environments of peers, beside the workers in this folder and without
-gemma3-export: it needs the standard library and numpy. As a program:
+This file also runs in the environments of other engines, which do not have gemma3-export, so it
+needs only the standard library and numpy. As a program:
 
-    python serving.py MODULE                          answer a benchmark
-    python serving.py MODULE convert FROM TO FORMAT   make the peer's model from a folder of weights
+    python -P serving.py WORKER.py                          answer a benchmark
+    python -P serving.py WORKER.py convert FROM TO FORMAT   convert a Hugging Face folder
+
+``-P`` keeps the modules next to this file from shadowing installed packages.
 """
 
 from __future__ import annotations
@@ -36,29 +39,32 @@ class Candidate(Protocol):
     """A loaded model that can be timed."""
 
     def describe(self) -> dict[str, object]:
-        """Versions, device and threads really used, and ``bytes_per_token`` that decoding reads."""
+        """Return versions, the device and threads in use, and ``bytes_per_token``.
+
+        ``bytes_per_token`` is how many bytes of weights one decode step reads.
+        """
 
     def run(self, prompt: IntArray, new_tokens: int) -> tuple[float, float, IntArray]:
-        """Continue ``prompt`` [B, T] greedily, ends of text included.
+        """Continue ``prompt`` [B, T] greedily, past end-of-text tokens.
 
         Returns:
-            Seconds to the first token, seconds for ``new_tokens`` more, and all of these
+            Seconds to the first token, seconds for the next ``new_tokens``, and all these tokens
             [B, 1 + new_tokens].
         """
 
     def logits(self, ids: IntArray) -> NDArray[np.float32]:
-        """Logits [T, V] after each of the tokens ``ids`` [T]."""
+        """Return logits [T, V] after each of the tokens ``ids`` [T]."""
 
 
 Load = Callable[[], Candidate]
 
 
 def serve(opener: Callable[[dict[str, Any]], Load]) -> None:
-    """Answer the parent until its pipe closes.
+    """Answer the parent process until it closes the pipe.
 
     Args:
-        opener: told what to load, it imports the framework and returns what loads the model, so
-            that loading is timed without imports.
+        opener: takes the first request, imports the framework and returns the function that loads
+            the model. Loading is timed without the imports.
     """
     with os.fdopen(os.dup(1), "w", encoding="utf-8") as answers:
         os.dup2(2, 1)
@@ -68,9 +74,9 @@ def serve(opener: Callable[[dict[str, Any]], Load]) -> None:
             answers.flush()
 
         try:
-            asked = json.loads(sys.stdin.readline())
+            request = json.loads(sys.stdin.readline())
             started = time.perf_counter()
-            load = opener(asked)
+            load = opener(request)
             imported = time.perf_counter()
             candidate = load()
             loaded = time.perf_counter()
@@ -85,14 +91,14 @@ def serve(opener: Callable[[dict[str, Any]], Load]) -> None:
             for line in sys.stdin:
                 answer(respond(candidate, json.loads(line)))
         except Exception as error:
-            # The parent shows its own errors as they are; of a library's, the place matters too.
+            # The parent prints our own errors as they are; a library's error needs its traceback.
             if not hasattr(error, "exit_code"):
                 traceback.print_exc()
             answer({"error": type(error).__name__, "message": str(error)})
 
 
 def respond(candidate: Candidate, request: dict[str, Any]) -> dict[str, Any]:
-    """One measurement, or logits written to a file, as JSON."""
+    """Measure once, or write logits to a file, and return the answer."""
     if "logits_of" in request:
         logits = candidate.logits(np.array(request["logits_of"], dtype=np.int64))
         np.save(request["file"], np.asarray(logits, dtype=np.float32))
@@ -111,29 +117,30 @@ def respond(candidate: Candidate, request: dict[str, Any]) -> dict[str, Any]:
 
 
 def peak_memory_bytes() -> int:
-    """The most memory that this process has held, code and mapped weights included."""
-    status = Path("/proc/self/status")  # rusage would count the process that forked us
+    """Return the peak memory of this process, including code and mapped weights."""
+    status = Path("/proc/self/status")  # rusage would include the process that forked this one
     if status.exists() and (found := re.search(r"VmHWM:\s*(\d+) kB", status.read_text())):
         return int(found[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def main(arguments: list[str]) -> None:
-    """See the module's docstring."""
-    name, *rest = arguments
-    if rest:
-        _, source, target, form = rest
-        importlib.import_module(name).convert(Path(source), Path(target), form)
+def main(worker: str, *conversion: str) -> None:
+    """Run a worker: a module with ``load`` and ``convert``, which may import its neighbours."""
+    file = Path(worker)
+    sys.path.insert(0, str(file.parent))
+    if conversion:
+        _, source, target, weight_format = conversion
+        importlib.import_module(file.stem).convert(Path(source), Path(target), weight_format)
         return
 
-    def opener(asked: dict[str, Any]) -> Load:
-        module = importlib.import_module(name)
-        model, form, threads = Path(asked["model"]), asked["format"], asked["threads"]
-        return lambda: module.load(model, form, threads)
+    def opener(request: dict[str, Any]) -> Load:
+        module = importlib.import_module(file.stem)
+        arguments = (Path(request["model"]), request["format"], request["threads"])
+        return lambda: module.load(*arguments)
 
     serve(opener)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main(*sys.argv[1:])

@@ -1,4 +1,6 @@
-"""Hugging Face's model as a benchmark's candidate: as it comes, and at its fastest.
+"""Hugging Face's Gemma 3 as a peer: with its defaults, and in its fastest configuration.
+
+Nothing else in the package imports transformers.
 
 Legend: B batch, T tokens, V vocabulary.
 """
@@ -13,9 +15,9 @@ import torch
 import transformers
 from torch import Tensor
 
-from gemma3_export.bench.serving import Candidate
 from gemma3_export.bundle import Bundle
 from gemma3_export.config import EMBEDDING, HEAD, Gemma3Config, config_to_json
+from gemma3_export.dtypes import torch_dtype
 from gemma3_export.reference.weights.bundle_weights import open_bundle_weights
 from gemma3_export.runtimes.protocol import IntArray, Logits
 from gemma3_export.runtimes.torch.runtime import torch_device
@@ -24,26 +26,24 @@ __all__ = [
     "StaticCandidate",
     "TransformersCandidate",
     "build_transformers_model",
-    "open_transformers",
 ]
 
 CAPACITY_STEP = 64  # a static cache's size is a multiple of it
-WARM_UPS = 2  # the second finds a cache that has been filled before, for which torch compiles anew
+WARM_UPS = 2  # torch compiles again for a cache that has been filled before
 
 
 class TransformersCandidate:
     """The model with its default cache and attention.
 
-    In float32 on the CPU; on a GPU in the precision of the bundle's cache, for which its kernels
-    are made.
+    It runs in float32 on the CPU, and in the precision of the bundle's cache on a GPU.
     """
 
     def __init__(self, bundle: Bundle, device: str, threads: int) -> None:
         torch.set_num_threads(threads)
-        place = torch_device(device)
-        self.device = str(place)
-        half = bundle.manifest.graphs[0].cache_dtype
-        self.dtype: torch.dtype = torch.float32 if place.type == "cpu" else getattr(torch, half)
+        found = torch_device(device)
+        self.device = str(found)
+        cache = bundle.manifest.graphs[0].cache_dtype
+        self.dtype = torch.float32 if found.type == "cpu" else torch_dtype(cache)
         with open_bundle_weights(bundle) as weights:
             self.model = build_transformers_model(
                 bundle.config, weights.read, device=self.device, dtype=self.dtype
@@ -90,10 +90,10 @@ class TransformersCandidate:
 
 
 class StaticCandidate(TransformersCandidate):
-    """The model with a static cache and compiled decode steps, as CUDA graphs on a GPU.
+    """The model with a static cache and compiled decode steps, which are CUDA graphs on a GPU.
 
-    Tokens stay on the device until all of them are there. Each shape is compiled in a pass of its
-    own, which is not measured.
+    Tokens stay on the device until the last one is decoded. A warm-up that is not measured compiles
+    each shape.
     """
 
     def __init__(self, bundle: Bundle, device: str, threads: int) -> None:
@@ -135,28 +135,10 @@ class StaticCandidate(TransformersCandidate):
         return first - started, time.perf_counter() - first, found
 
     def _next(self, model: Any, ids: Tensor, cache: Any) -> Tensor:
-        """[B, 1] the likeliest tokens after ``ids`` [B, T]."""
+        """Return the most likely tokens [B, 1] after ``ids`` [B, T]."""
         output = model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
         token: Tensor = output.logits[:, -1:].argmax(-1)
-        return token.clone()  # a CUDA graph writes its output there again
-
-
-def open_transformers(bundle: Bundle, device: str, threads: int, *, is_static: bool) -> Candidate:
-    """Load the model with the bundle's weights.
-
-    Args:
-        bundle: where the weights are.
-        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
-        threads: threads inside one operator.
-        is_static: at its fastest, see :class:`StaticCandidate`.
-    """
-    kind = StaticCandidate if is_static else TransformersCandidate
-    return kind(bundle, device, threads)
-
-
-# Hugging Face's Gemma 3 with any weights: the peer of benchmarks and comparisons.
-#
-# It needs torch and transformers, which nothing else in this package imports.
+        return token.clone()  # the next replay of the CUDA graph overwrites its output
 
 
 def build_transformers_model(
@@ -166,25 +148,23 @@ def build_transformers_model(
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
 ) -> Any:
-    """``Gemma3ForCausalLM`` from the config.json that we write, in evaluation mode.
+    """Build ``Gemma3ForCausalLM`` from the config.json that we write, in evaluation mode.
 
     Args:
         config: the model.
-        read: a canonical weight by its name.
+        read: returns a weight by its canonical name.
         dtype: of weights and computation.
-        device: as torch names it.
+        device: a torch device.
     """
-    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
-
-    hf_config = Gemma3TextConfig(**config_to_json(config))
+    hf_config = transformers.Gemma3TextConfig(**config_to_json(config))
     with torch.device("meta"):
-        model = Gemma3ForCausalLM(hf_config)
+        model = transformers.Gemma3ForCausalLM(hf_config)
     weights = {name: read(name).to(dtype) for name, _ in config.weight_shapes()}
     if config.tie_word_embeddings:
         weights[HEAD] = weights[EMBEDDING]
     model.load_state_dict(weights, strict=True, assign=True)
     model.tie_weights()
-    # RoPE tables and the embedding's scale are no weights; the meta device left them empty.
+    # RoPE tables and the embedding's scale are not weights, and the meta device left them empty.
     model.model.rotary_emb = type(model.model.rotary_emb)(hf_config)
     embedding = model.model.embed_tokens
     embedding.embed_scale = torch.tensor(embedding.scalar_embed_scale)

@@ -1,7 +1,7 @@
-"""Our own candidates of a benchmark, and transformers with a bundle's weights.
+"""The worker for candidates of this environment: runtimes, the reference model and transformers.
 
-Started by :mod:`gemma3_export.bench.process`, in a process of its own; the protocol is that of
-:mod:`gemma3_export.bench.serving`.
+:mod:`gemma3_export.bench.process` starts it, and :mod:`gemma3_export.bench.serving` has the
+protocol.
 """
 
 from __future__ import annotations
@@ -22,16 +22,15 @@ from gemma3_export.runtimes.onnx.runtime import OnnxRuntime
 from gemma3_export.runtimes.onnx.session import CudaOptions
 from gemma3_export.runtimes.protocol import IntArray, KVCache, Logits, Runtime
 
-__all__ = ["PEER", "TRUTH", "open_candidate"]
+__all__ = ["open_candidate"]
 
-PEER = "transformers"
-TRANSFORMERS = (PEER, f"{PEER}:static")
-TRUTH = "truth"  # the reference in float32, with weights that need not be the bundle's
-PREFILL_CHUNK = 512  # as `generate` feeds long prompts
+TRANSFORMERS = ("transformers", "transformers:static")
+TRUTH = "truth"  # the float32 reference model, with weights other than the bundle's
+PREFILL_CHUNK = 512  # as in `generate`
 
 
 class RuntimeCandidate:
-    """Any of a bundle's runtimes."""
+    """A runtime, decoding greedily as `generate` does."""
 
     def __init__(self, runtime: Runtime, bytes_per_token: int) -> None:
         self.runtime = runtime
@@ -56,12 +55,12 @@ class RuntimeCandidate:
         return first - started, time.perf_counter() - first, np.concatenate(tokens, axis=1)
 
     def next_tokens(self, tokens: IntArray, cache: KVCache) -> IntArray:
-        """[B, 1] the likeliest tokens after ``tokens`` [B, 1], as `generate` gets them."""
+        """Return the most likely tokens [B, 1] after ``tokens`` [B, 1]."""
         if isinstance(self.runtime, ChoosesCandidates):
             greedy = [SamplingParams()] * len(tokens)
             chosen = self.runtime.step_candidates(tokens, cache, greedy)
             if chosen is not None:
-                return np.array([[likeliest(row)] for row in chosen], np.int64)
+                return np.array([[most_likely(row)] for row in chosen], np.int64)
         likely: IntArray = self.runtime.step(tokens, cache, num_logits=1)[:, -1:].argmax(-1)
         return likely
 
@@ -72,8 +71,8 @@ class RuntimeCandidate:
         return logits
 
 
-def likeliest(row: Logits | Candidates) -> int:
-    """The token of the largest logit; of equals the first one."""
+def most_likely(row: Logits | Candidates) -> int:
+    """Return the token with the largest logit, the first one of equals."""
     if isinstance(row, Candidates):
         return int(row.ids[row.scores.argmax()])
     return int(row.argmax())
@@ -85,17 +84,21 @@ def open_candidate(
     """Load one candidate.
 
     Args:
-        name: one of :data:`TRANSFORMERS`, or of :data:`gemma3_export.bundle.RUNTIMES`.
-        bundle_path: where the weights are.
+        name: one of :data:`TRANSFORMERS` or :data:`gemma3_export.bundle.RUNTIMES`.
+        bundle_path: the bundle that has the weights.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
-        threads: threads inside one operator.
-        cuda: what the ONNX runtime may do on a GPU.
+        threads: intra-op threads.
+        cuda: options of the ONNX runtime on a GPU.
     """
     bundle = Bundle(bundle_path)
     if name in TRANSFORMERS:
-        from gemma3_export.bench.transformers_candidate import open_transformers
+        from gemma3_export.bench.transformers_candidate import (
+            StaticCandidate,
+            TransformersCandidate,
+        )
 
-        return open_transformers(bundle, device, threads, is_static=name != PEER)
+        kind = StaticCandidate if name.endswith(":static") else TransformersCandidate
+        return kind(bundle, device, threads)
     runtime = open_runtime(bundle, name, device=device, threads=threads, cuda=cuda)
     size = weight_bytes(bundle, name)
     if isinstance(runtime, OnnxRuntime) and runtime.is_screened:
@@ -105,25 +108,28 @@ def open_candidate(
 
 
 def weight_bytes(bundle: Bundle, name: str) -> int:
-    """What a token reads: all weights; of a tied embedding the head reads every row."""
+    """Return the bytes of weights that one decode step reads.
+
+    These are all weights, since a tied head reads the whole embedding.
+    """
     if name == "onnx":
-        path = bundle.graph(name).path  # small tensors are in it, the rest in a file beside it
+        path = bundle.graph(name).path  # small tensors are in it, the others in external data
         return bundle.file_bytes(path) + bundle.file_bytes(f"{path}_data")
     if name == "reference":
         return 4 * bundle.config.num_parameters
     graph = bundle.graph(name)
     exported = EXPORT_DTYPES[graph.dtype]
-    if exported.element is None:  # the archive holds little beside its blocks
+    if exported.element is None:  # quantized: the archive contains little besides the weights
         return bundle.file_bytes(graph.path)
     return ELEMENT_TYPES[exported.element].size_bytes * bundle.config.num_parameters
 
 
 def open_truth(weights: str, threads: int) -> Candidate:
-    """The reference in float32.
+    """Load the float32 reference model.
 
     Args:
-        weights: as :func:`gemma3_export.api.exporting.open_weights` takes it.
-        threads: threads inside one operator.
+        weights: what :func:`gemma3_export.api.exporting.open_weights` takes.
+        threads: intra-op threads.
     """
     import torch
 
@@ -138,7 +144,7 @@ def open_truth(weights: str, threads: int) -> Candidate:
 
 
 def import_framework(name: str) -> None:
-    """Import what ``name`` runs on, so that loading is timed without it."""
+    """Import the framework of a candidate, so that loading is timed without the import."""
     if name == "onnx":
         import onnxruntime  # noqa: F401
     else:
@@ -148,14 +154,14 @@ def import_framework(name: str) -> None:
         from transformers import Gemma3ForCausalLM  # noqa: F401
 
 
-def opener(asked: dict[str, Any]) -> Load:
-    """See :func:`gemma3_export.bench.serving.serve`."""
-    name, threads = asked["name"], asked["threads"]
+def opener(request: dict[str, Any]) -> Load:
+    """Return what loads the requested candidate; see :func:`gemma3_export.bench.serving.serve`."""
+    name, threads = request["name"], request["threads"]
     import_framework(name)
     if name == TRUTH:
-        return lambda: open_truth(asked["weights"], threads)
-    cuda = CudaOptions(**asked["cuda"]) if "cuda" in asked else None
-    return lambda: open_candidate(name, Path(asked["bundle"]), asked["device"], threads, cuda)
+        return lambda: open_truth(request["weights"], threads)
+    cuda = CudaOptions(**request["cuda"]) if "cuda" in request else None
+    return lambda: open_candidate(name, Path(request["bundle"]), request["device"], threads, cuda)
 
 
 if __name__ == "__main__":

@@ -8,13 +8,13 @@ from typing import Any
 
 import click
 
-from benchmarks.peers import DEFAULT_PLACE
+from gemma3_export.bench.peers import BUILT_IN_PEERS, DEFAULT_FOLDER, ENGINES
 from gemma3_export.bundle import RUNTIMES
 from gemma3_export.cli.options import CudaRequest, cuda_options
 
 __all__ = ["bench"]
 
-EPILOG = """\b
+EPILOG = f"""\b
 Examples:
   gemma3-export bench gemma-3-270m
   gemma3-export bench gemma-3-270m --threads 2 --against transformers
@@ -24,10 +24,13 @@ Examples:
   gemma3-export bench gemma-3-270m-bf16 --device cuda --cuda-graph --against transformers:static
 
 \b
-Peers: transformers, transformers:static (static cache, compiled decode steps), reference (the
-PyTorch model); and once `python -m benchmarks.peers` has installed them: optimum-onnx,
-onnxruntime-genai, onnxruntime-genai-cuda, llama.cpp, openvino, with :FORMAT for another than the
-default.
+Peers:
+  {", ".join(BUILT_IN_PEERS)}
+  {", ".join(ENGINES)}
+
+"transformers:static" has a static cache and compiled decode steps; "reference" is the PyTorch
+model. The second line lists engines with their own environments; set them up from a checkout with
+`python -m benchmarks.peers NAME[:FORMAT] --weights SRC`.
 """
 
 
@@ -40,7 +43,7 @@ default.
     default=(512,),
     show_default=True,
     metavar="N",
-    help="Several are measured one after the other.",
+    help="Prompt length. Repeat the option to measure several.",
 )
 @click.option(
     "--new-tokens",
@@ -48,7 +51,7 @@ default.
     default=64,
     show_default=True,
     metavar="N",
-    help="Tokens decoded after each prompt.",
+    help="Tokens to decode after each prompt.",
 )
 @click.option(
     "--batch",
@@ -57,12 +60,21 @@ default.
     default=(1,),
     show_default=True,
     metavar="N",
-    help="Several are measured with every prompt length.",
+    help="Batch size. Repeat the option to measure several with every prompt length.",
 )
 @click.option(
-    "--threads", type=click.IntRange(min=1), metavar="N", help="By default all processors."
+    "--threads",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Intra-op threads (default: all cores).",
 )
-@click.option("--runtime", type=click.Choice(RUNTIMES), default="onnx", show_default=True)
+@click.option(
+    "--runtime",
+    type=click.Choice(RUNTIMES),
+    default="onnx",
+    show_default=True,
+    help="Which of the bundle's exports to run.",
+)
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 @cuda_options
 @click.option(
@@ -71,29 +83,31 @@ default.
     default=3,
     show_default=True,
     metavar="N",
-    help="Measurements of each candidate.",
+    help="Measured rounds per case.",
 )
 @click.option(
     "--against",
     multiple=True,
     metavar="NAME[:FORMAT]",
-    help="A peer that is measured in turns with the bundle; several times for several.",
+    help="Take turns with this peer. Repeat the option for several peers.",
 )
 @click.option(
     "--peers",
     type=click.Path(path_type=Path),
-    default=DEFAULT_PLACE,
+    default=DEFAULT_FOLDER,
     show_default=True,
-    help="Where `python -m benchmarks.peers` put them.",
+    help="Folder of the peers that `python -m benchmarks.peers` has set up.",
 )
 @click.option(
     "--weights",
     metavar="SRC",
-    help="Full-precision weights: adds how far each candidate's logits lie from them.",
+    help="Full-precision weights. Adds each candidate's divergence from them.",
 )
-@click.option("--json", "as_json", is_flag=True, help="The report as one JSON object.")
-@click.option("--report", type=click.Path(path_type=Path), help="Write the same into a file.")
-@click.option("--plot", type=click.Path(path_type=Path), help="Write the speeds as an SVG image.")
+@click.option("--json", "as_json", is_flag=True, help="Print the report as one JSON object.")
+@click.option(
+    "--report", type=click.Path(path_type=Path), help="Also write that JSON object to a file."
+)
+@click.option("--plot", type=click.Path(path_type=Path), help="Plot the speeds as an SVG image.")
 def bench(
     bundle_path: Path,
     cuda: CudaRequest,
@@ -104,9 +118,9 @@ def bench(
 ) -> None:
     """Measure load time, prefill, decode and memory, each candidate in its own process.
 
-    With --against the candidates take turns on the same prompts, and the ratios of each round are
-    printed: above 1 the bundle is better. "of limit" is the share of the memory's reading speed,
-    measured in the same run, that decoding one token's weights uses.
+    With --against, the candidates take turns on the same prompts. Ratios are computed within each
+    round; above 1, the bundle is better. The column "of limit" shows the memory bandwidth that
+    reading the weights takes while decoding, as a share of the bandwidth measured in the same run.
     """
     from gemma3_export.bench.report import table_lines
     from gemma3_export.bench.run import BenchmarkOptions, run_benchmark

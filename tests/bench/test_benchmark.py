@@ -17,7 +17,9 @@ from gemma3_export.bench.process import Worker, own_worker
 from gemma3_export.bench.run import BenchmarkOptions, run_benchmark
 from gemma3_export.cli import command_line
 from gemma3_export.errors import Gemma3ExportError, InputError, UnavailableError
-from tests.support.exported_bundles import VARIANTS, exported_bundle
+from gemma3_export.exporters.bundle_writer import export_bundle
+from gemma3_export.exporters.torch.torchscript import TorchScriptWriter
+from tests.support.exported_bundles import VARIANTS, exported_bundle, source_of
 
 CONFIG = VARIANTS["irregular"]
 SMALL = ["--prompt-tokens", "20", "--new-tokens", "4", "--repeat", "2", "--threads", "1"]
@@ -89,7 +91,7 @@ def test_one_runtime_alone_has_no_ratios_and_reads_well() -> None:
     done = run(str(exported_bundle("portable")), *SMALL)
     assert done.exit_code == 0, done.output
     lines = done.stdout.splitlines()
-    assert "1 threads; median (least to greatest) of 2" in lines
+    assert "1 threads; median (min to max) of 2" in lines
     assert "prompt 20, batch 1, 4 new tokens" in lines
     for what in ("load s", "first token s", "prefill tokens/s", "decode tokens/s", "of limit"):
         assert sum(what in line for line in lines) == 1, what
@@ -103,6 +105,19 @@ def test_the_reference_can_be_the_peer() -> None:
     report = run_benchmark(exported_bundle("ort"), options)
     assert list(report["candidates"]) == ["onnx", "reference"]
     assert report["cases"][0]["same_tokens"] == {"reference": 1.0}
+
+
+def test_an_int8_archive_is_measured(tmp_path: Path) -> None:
+    bundle = export_bundle(
+        source_of(), tmp_path / "int8", TorchScriptWriter(dtype="int8", block_size=16)
+    )
+    options = BenchmarkOptions(
+        prompt_tokens=(7,), new_tokens=2, threads=1, repeat=1, runtime="torchscript"
+    )
+    report = run_benchmark(bundle.path, options)
+    size = report["candidates"]["torchscript"]["describe"]["bytes_per_token"]
+    assert size == (bundle.path / "torchscript" / "model.ts").stat().st_size
+    assert report["cases"][0]["candidates"]["torchscript"]["share_of_bandwidth"] > 0
 
 
 def test_onnx_alone_loads_no_torch() -> None:

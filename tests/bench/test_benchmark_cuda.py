@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from gemma3_export.bench import machine as benchmark_device
-from gemma3_export.bench.machine import device_bandwidths, read_device
+from gemma3_export.bench.machine import gpu_bandwidths, measure_gpu_bandwidths
 from gemma3_export.bench.run import bandwidths_of, same_device
 from gemma3_export.bench.transformers_candidate import StaticCandidate, TransformersCandidate
 from gemma3_export.bundle import Bundle
@@ -26,7 +26,7 @@ def worker(name: str, device: str | None) -> Any:
 
 
 def test_memory_is_read_at_a_positive_speed() -> None:
-    found = read_device("cpu", read_bytes=2**22, times=2)
+    found = measure_gpu_bandwidths("cpu", read_bytes=2**22, times=2)
     assert len(found) == 2
     assert min(found) > 0
 
@@ -44,7 +44,7 @@ def test_without_torch_the_command_that_brings_it_is_named(
 ) -> None:
     monkeypatch.setattr(benchmark_device.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UnavailableError, match=r"pip install .gemma3-export\[cuda,export\]"):
-        device_bandwidths("cuda:0")
+        gpu_bandwidths("cuda:0")
 
 
 def test_the_gpu_is_what_the_candidates_say_they_use() -> None:
@@ -53,7 +53,7 @@ def test_the_gpu_is_what_the_candidates_say_they_use() -> None:
 
 
 def test_candidates_on_different_devices_are_not_compared() -> None:
-    with pytest.raises(InputError, match=r"not compute in the same place.*--device cpu"):
+    with pytest.raises(InputError, match=r"use different devices.*--device cpu"):
         same_device([worker("onnx", "cuda:0"), worker("llama.cpp", "cpu")])
 
 

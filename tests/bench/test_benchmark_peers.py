@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
+import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable
@@ -14,9 +16,12 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from benchmarks import peers
-from benchmarks.peers import MADE_FROM, PEERS, Peer, environments
+import benchmarks.peers
+from benchmarks.peers import PEERS, SERVING, WORKERS, Peer
+from benchmarks.peers import environments as peer_environments
 from benchmarks.peers.__main__ import main as peers_command
+from gemma3_export.bench.peers import ENGINES, InstalledPeer, find_peer, model_folder
+from gemma3_export.bench.process import peer_worker
 from gemma3_export.bench.report import ratios
 from gemma3_export.bench.run import BenchmarkOptions, run_benchmark
 from gemma3_export.bundle import Bundle
@@ -26,7 +31,7 @@ from tests.bench.fake_peers.fake_worker import DECODE_S, FIRST_S
 from tests.support.exported_bundles import exported_bundle
 
 SMALL = ["--prompt-tokens", "20", "--new-tokens", "4", "--repeat", "2", "--threads", "1"]
-FAKE = Peer(name="fake", module="fake_worker", formats=("good", "bad"))
+FAKE_WORKER = Path(__file__).parent / "fake_peers" / "fake_worker.py"
 AddFake = Callable[..., Path]
 
 
@@ -41,28 +46,32 @@ def write_python(path: Path, command: str) -> None:
 
 
 @pytest.fixture
-def workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The real protocol beside the fake worker, and the fake among the peers."""
-    folder = tmp_path / "workers"
-    shutil.copytree(Path(__file__).parent / "fake_peers", folder)
-    shutil.copy(peers.WORKERS / "serving.py", folder)
-    monkeypatch.setattr(peers, "WORKERS", folder)
-    monkeypatch.setattr(environments, "WORKERS", folder)
-    monkeypatch.setitem(PEERS, "fake", FAKE)
+def engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fake engine among those that a checkout can set up."""
+    monkeypatch.setattr(benchmarks.peers, "WORKERS", FAKE_WORKER.parent)
+    monkeypatch.setitem(PEERS, "fake", Peer(name="fake", module="fake_worker"))
+    monkeypatch.setitem(ENGINES, "fake", ("good", "bad"))
 
 
 @pytest.fixture
-def add_fake(tmp_path: Path, workers: None) -> AddFake:
+def add_fake(tmp_path: Path) -> AddFake:
     """Puts the fake in place as the set-up would; returns the folder of all peers."""
 
-    def add(bundle: Path, **habits: Any) -> Path:
-        place = tmp_path / "peers"
-        write_python(place / "fake" / "bin" / "python", f'exec "{sys.executable}" "$@"')
-        model = place / "models" / "fake-good"
+    def add(bundle: Path, weight_format: str = "good", **habits: Any) -> Path:
+        folder = tmp_path / "peers"
+        python = folder / "fake" / "bin" / "python"
+        write_python(python, f'exec "{sys.executable}" "$@"')
+        model = model_folder("fake", weight_format, folder)
         model.mkdir(parents=True)
         (model / "habits.json").write_text(json.dumps(habits))
-        (model / MADE_FROM).write_text(json.dumps(Bundle(bundle).manifest.source))
-        return place
+        InstalledPeer(
+            name="fake",
+            weight_format=weight_format,
+            command=(str(python), "-P", str(SERVING), str(FAKE_WORKER)),
+            made_from=Bundle(bundle).manifest.source,
+            model=model,
+        ).write()
+        return folder
 
     return add
 
@@ -187,11 +196,75 @@ def test_unknown_peers_and_formats_are_refused(spec: str) -> None:
     assert spec.rpartition(":")[2] in done.stderr
 
 
+def test_unknown_peers_are_refused_with_all_choices(add_fake: AddFake) -> None:
+    bundle = exported_bundle("ort")
+    place = add_fake(bundle)
+    for spec in ("fake2", "fake:bad"):
+        done = run(str(bundle), *SMALL, "--against", spec, "--peers", str(place))
+        assert done.exit_code == InputError.exit_code
+        assert f"unknown peer '{spec}'" in done.stderr
+        for choice in ("transformers:static", "reference", "llama.cpp", "fake:good"):
+            assert choice in done.stderr
+
+
+def test_an_engine_is_run_in_its_default_format_and_in_no_other(
+    engine: None, add_fake: AddFake
+) -> None:
+    place = add_fake(exported_bundle("ort"), "bad")
+    with pytest.raises(UnavailableError, match=r"fake:good is not set up.*benchmarks.peers fake"):
+        find_peer("fake", place)
+    add_fake(exported_bundle("ort"))
+    assert find_peer("fake", place).weight_format == "good"
+    assert find_peer("fake:bad", place).weight_format == "bad"
+
+
+def test_a_peer_whose_files_are_gone_is_reported_with_the_command(add_fake: AddFake) -> None:
+    bundle = exported_bundle("ort")
+    place = add_fake(bundle)
+    shutil.rmtree(place / "fake")
+    done = run(str(bundle), *SMALL, "--against", "fake", "--peers", str(place))
+    assert done.exit_code == UnavailableError.exit_code
+    assert f"{Path('fake', 'bin', 'python')} is missing" in done.stderr
+    assert "python -m benchmarks.peers fake:good --weights WEIGHTS" in done.stderr
+
+
+@pytest.mark.parametrize("text", ["not JSON", "[]", '{"name": "fake"}'])
+def test_a_damaged_description_is_reported_with_its_file(text: str, add_fake: AddFake) -> None:
+    bundle = exported_bundle("ort")
+    place = add_fake(bundle)
+    file = place / "models" / "fake-good" / "peer.json"
+    file.write_text(text)
+    done = run(str(bundle), *SMALL, "--against", "fake", "--peers", str(place))
+    assert done.exit_code == InputError.exit_code
+    assert f"{file} does not describe a peer" in done.stderr
+
+
+def test_modules_of_the_benchmark_shadow_nothing_in_a_peers_environment(
+    add_fake: AddFake,
+) -> None:
+    with peer_worker(find_peer("fake", add_fake(exported_bundle("ort"))), threads=1) as worker:
+        path = worker.facts["describe"]["path"]
+    assert str(SERVING.parent) not in path
+    assert path[0] == str(FAKE_WORKER.parent)
+
+
+def test_the_packaged_benchmark_does_not_need_a_checkout() -> None:
+    program = (
+        "import sys; sys.modules['benchmarks'] = None; "
+        "import gemma3_export.bench.run, gemma3_export.bench.worker, gemma3_export.bench.quality"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
 def test_a_peer_with_other_weights_is_refused(add_fake: AddFake) -> None:
     bundle = exported_bundle("ort")
     place = add_fake(bundle)
-    made_from = place / "models" / "fake-good" / MADE_FROM
-    made_from.write_text(json.dumps({"files": {"a": "1234"}, "location": "another.gguf"}))
+    peer = find_peer("fake", place)
+    source = {"files": {"a": "1234"}, "location": "another.gguf"}
+    dataclasses.replace(peer, made_from=source).write()
     done = run(str(bundle), *SMALL, "--against", "fake", "--peers", str(place))
     assert done.exit_code == InputError.exit_code
     assert "made from another.gguf" in done.stderr
@@ -219,8 +292,8 @@ def test_a_peer_that_misbehaves_is_reported(
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        ("echo Illegal instruction", "answered 'Illegal instruction"),
-        ("echo '[1, 2]'", "is no answer"),
+        ("echo Illegal instruction", "sent 'Illegal instruction"),
+        ("echo '[1, 2]'", "instead of a JSON object"),
         ("""echo '{"load_s": 1}'""", "answered without import_s"),
         ("exit 9", r"ended \(exit code 9\)"),
     ],
@@ -241,7 +314,7 @@ def setting_up(place: Path, *arguments: str) -> Any:
 
 
 def test_the_set_up_converts_float32_weights_and_says_from_what(
-    tiny_folder: Path, portable_bundle: Path, workers: None, tmp_path: Path
+    tiny_folder: Path, portable_bundle: Path, engine: None, tmp_path: Path
 ) -> None:
     place = tmp_path / "peers"
     write_python(place / "fake" / "bin" / "python", f'exec "{sys.executable}" "$@"')
@@ -249,13 +322,13 @@ def test_the_set_up_converts_float32_weights_and_says_from_what(
     assert done.exit_code == 0, done.output
     model = place / "models" / "fake-good"
     assert json.loads((model / "habits.json").read_text())["tensors"] > 10
-    found = peers.find_peer("fake:good", place)
+    found = find_peer("fake:good", place)
     found.check_weights(Bundle(portable_bundle).manifest.source)
     assert sorted(path.name for path in place.iterdir()) == ["fake", "models"]
 
 
 def test_a_conversion_that_fails_leaves_nothing(
-    tiny_folder: Path, workers: None, tmp_path: Path
+    tiny_folder: Path, engine: None, tmp_path: Path
 ) -> None:
     place = tmp_path / "peers"
     write_python(place / "fake" / "bin" / "python", f'exec "{sys.executable}" "$@"')
@@ -266,14 +339,14 @@ def test_a_conversion_that_fails_leaves_nothing(
 
 
 def test_an_installation_that_fails_leaves_no_environment(
-    tiny_folder: Path, workers: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_folder: Path, engine: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(command: Any, what: str, variables: Any = None) -> None:
+    def fail(command: Any, purpose: str, variables: Any = None) -> None:
         (tmp_path / "peers" / "fake" / "bin").mkdir(parents=True, exist_ok=True)
         if "pip" in command:
-            raise UnavailableError(f"{what} failed")
+            raise UnavailableError(f"{purpose} failed")
 
-    monkeypatch.setattr(environments, "run", fail)
+    monkeypatch.setattr(peer_environments, "run", fail)
     done = setting_up(tmp_path / "peers", "fake", "--weights", str(tiny_folder))
     assert done.exit_code == UnavailableError.exit_code
     assert "installing fake.txt failed" in done.output
@@ -283,7 +356,8 @@ def test_an_installation_that_fails_leaves_no_environment(
 @pytest.mark.parametrize("name", sorted(PEERS))
 def test_every_peer_has_its_worker_and_exact_versions(name: str) -> None:
     peer = PEERS[name]
-    assert (peers.WORKERS / f"{peer.module}.py").exists()
+    assert (WORKERS / f"{peer.module}.py").exists()
+    assert PEERS.keys() == ENGINES.keys()
     lines = peer.requirements.read_text(encoding="utf-8").splitlines()
     assert lines
     assert all("==" in line and "+" not in line for line in lines)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ class FakeCandidate:
             "threads": self.habits.get("threads", self.threads),
             "bytes_per_token": 1000,
             "saw_pythonpath": "PYTHONPATH" in os.environ,
+            "path": sys.path,
         }
 
     def run(self, prompt: Any, new_tokens: int) -> tuple[float, float, Any]:
