@@ -17,7 +17,7 @@ import click
 import numpy as np
 
 from gemma3_export.api.opening import open_runtime
-from gemma3_export.runtimes.generation.loop import Completion, generate
+from gemma3_export.runtimes.generation.loop import Completion, GenerationOptions, generate
 from gemma3_export.runtimes.generation.prefix_cache import PrefixCache
 from gemma3_export.runtimes.generation.sampling import SamplingParams
 from gemma3_export.runtimes.protocol import Runtime
@@ -33,9 +33,7 @@ def complete(
         runtime,
         [prompt],
         SamplingParams(),
-        max_new_tokens=2,
-        stop_token_ids=(),
-        prefill_chunk=chunk,
+        GenerationOptions(max_new_tokens=2, stop_token_ids=(), prefill_chunk=chunk),
         prefix_cache=cache,
     )
     return generation.collect()[0]

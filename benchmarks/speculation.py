@@ -30,11 +30,11 @@ from pydoc_data.topics import topics
 
 import click
 
+from gemma3_export.api.model import bundle_tokenizer
 from gemma3_export.api.opening import open_runtime
-from gemma3_export.api.verification import bundle_tokenizer
 from gemma3_export.bench.machine import describe_machine
 from gemma3_export.bundle import Bundle
-from gemma3_export.runtimes.generation.loop import Completion, generate
+from gemma3_export.runtimes.generation.loop import Completion, GenerationOptions, generate
 from gemma3_export.runtimes.generation.sampling import SamplingParams
 from gemma3_export.runtimes.generation.speculation import MAX_DRAFT_TOKENS, PromptLookup
 from gemma3_export.runtimes.protocol import Runtime
@@ -144,10 +144,10 @@ def complete(
         runtime,
         [prompt],
         sampling,
-        max_new_tokens=new_tokens,
-        stop_token_ids=(),
+        GenerationOptions(
+            max_new_tokens=new_tokens, stop_token_ids=(), max_draft_tokens=drafts or 1
+        ),
         drafter=PromptLookup if drafts else None,
-        max_draft_tokens=drafts or 1,
     ).collect()[0]
 
 

@@ -1,11 +1,99 @@
 """Gemma 3 from weights to deployment, with proof that nothing changed on the way.
 
+    import gemma3_export
+
+    model = gemma3_export.load("gemma-3-270m")
+    print(model.generate("The sea is", max_new_tokens=64).text)
+
 Importing this package imports neither torch nor ONNX Runtime.
 """
 
-from gemma3_export.config import Gemma3Config
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from gemma3_export.errors import Gemma3ExportError, InputError, ParityError, UnavailableError
 
-__all__ = ["Gemma3Config", "Gemma3ExportError", "InputError", "ParityError", "UnavailableError"]
+if TYPE_CHECKING:
+    from gemma3_export.api.chat import Chat
+    from gemma3_export.api.exporting import (
+        OnnxOptions,
+        Pt2Options,
+        TorchScriptOptions,
+        export_onnx,
+        export_pt2,
+        export_torchscript,
+        open_weights,
+    )
+    from gemma3_export.api.model import GenerateOptions, Model, TextStream, load
+    from gemma3_export.api.opening import LoadOptions, open_runtime
+    from gemma3_export.api.verification import VerifyRequest, verify
+    from gemma3_export.bundle import Bundle
+    from gemma3_export.config import Gemma3Config
+    from gemma3_export.runtimes.generation.loop import Completion
+    from gemma3_export.tokenizer import Tokenizer
+
+__all__ = [
+    "Bundle",
+    "Chat",
+    "Completion",
+    "Gemma3Config",
+    "Gemma3ExportError",
+    "GenerateOptions",
+    "InputError",
+    "LoadOptions",
+    "Model",
+    "OnnxOptions",
+    "ParityError",
+    "Pt2Options",
+    "TextStream",
+    "Tokenizer",
+    "TorchScriptOptions",
+    "UnavailableError",
+    "VerifyRequest",
+    "export_onnx",
+    "export_pt2",
+    "export_torchscript",
+    "load",
+    "open_runtime",
+    "open_weights",
+    "verify",
+]
 
 __version__ = "0.1.0"
+
+# Imported on first use, so that `import gemma3_export` stays fast and light.
+_HOMES = {
+    "Bundle": "bundle",
+    "Chat": "api.chat",
+    "Completion": "runtimes.generation.loop",
+    "Gemma3Config": "config",
+    "GenerateOptions": "api.model",
+    "LoadOptions": "api.opening",
+    "Model": "api.model",
+    "OnnxOptions": "api.exporting",
+    "Pt2Options": "api.exporting",
+    "TextStream": "api.model",
+    "Tokenizer": "tokenizer",
+    "TorchScriptOptions": "api.exporting",
+    "VerifyRequest": "api.verification",
+    "export_onnx": "api.exporting",
+    "export_pt2": "api.exporting",
+    "export_torchscript": "api.exporting",
+    "load": "api.model",
+    "open_runtime": "api.opening",
+    "open_weights": "api.exporting",
+    "verify": "api.verification",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name from its module on first use."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

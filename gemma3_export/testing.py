@@ -50,14 +50,13 @@ def assert_parity(
         AssertionError: parity failed; the message is the report's table.
         Gemma3ExportError: the check could not be done.
     """
-    from gemma3_export.api.exporting import open_weights
-    from gemma3_export.api.verification import verify_bundle
+    from gemma3_export.api.verification import verify
     from gemma3_export.parity import render_html, render_junit, render_terminal
 
-    report = verify_bundle(
+    report = verify(
         bundle,
         runtime=runtime,
-        source=None if weights is None else open_weights(str(weights)),
+        weights=weights,
         against=against,
         device=device,
         seed=seed,

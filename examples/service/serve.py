@@ -26,7 +26,7 @@ import click
 from gemma3_export.api.opening import open_runtime
 from gemma3_export.bundle import Bundle
 from gemma3_export.errors import Gemma3ExportError, InputError
-from gemma3_export.runtimes.generation.loop import generate
+from gemma3_export.runtimes.generation.loop import GenerationOptions, generate
 from gemma3_export.runtimes.generation.sampling import SamplingParams
 from gemma3_export.runtimes.protocol import Runtime
 from gemma3_export.tokenizer import StreamingDecoder, Tokenizer
@@ -71,7 +71,7 @@ class Engine:
                 self.runtime,
                 [self.tokenizer.encode(prompt)],
                 sampling,
-                max_new_tokens=new_tokens,
+                GenerationOptions(max_new_tokens=new_tokens),
                 detokenize=lambda: StreamingDecoder(self.tokenizer),
                 cancel=lambda: time.monotonic() > deadline,
             ).collect()

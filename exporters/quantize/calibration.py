@@ -22,7 +22,7 @@ from gemma3_export.progress import Progress
 from gemma3_export.reference.loading import load_reference
 from gemma3_export.reference.runtime import ReferenceRuntime
 from gemma3_export.reference.weights import WeightSource
-from gemma3_export.runtimes.generation.loop import TokenEvent, generate
+from gemma3_export.runtimes.generation.loop import GenerationOptions, TokenEvent, generate
 from gemma3_export.runtimes.generation.sampling import SamplingParams
 from gemma3_export.tokenizer import Tokenizer
 
@@ -146,8 +146,7 @@ def sampled_calibration(
         runtime,
         prompts,
         SamplingParams(temperature=1.0, seed=plan.seed),
-        max_new_tokens=length - 2,
-        stop_token_ids=(),
+        GenerationOptions(max_new_tokens=length - 2, stop_token_ids=()),
     )
     written = [list(prompt) for prompt in prompts]
     for event in events:

@@ -1,27 +1,107 @@
-"""Export in one call, parity check included: what ``gemma3-export onnx`` runs.
+"""Export weights as a bundle, parity check included.
 
-    from gemma3_export.api.exporting import export_onnx, open_weights
+    import gemma3_export
 
-    with open_weights("google/gemma-3-270m") as source:
-        result = export_onnx(source, "gemma-3-270m")
+    gemma3_export.export_onnx("google/gemma-3-270m", "gemma-3-270m", dtype="int8")
 
 Importing this module imports nothing heavy; calling it needs the extra ``export``.
 """
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from gemma3_export.api.options import merged
 from gemma3_export.api.verification import ParityCheck, require_packages
+from gemma3_export.tokenizer import Tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
     from gemma3_export.exporters.bundle_writer import ExportResult, GraphWriter
     from gemma3_export.progress import Progress
     from gemma3_export.reference.weights import WeightSource
-    from gemma3_export.tokenizer import Tokenizer
 
-__all__ = ["export_onnx", "export_pt2", "export_torchscript", "open_weights"]
+__all__ = [
+    "ExportOptions",
+    "OnnxOptions",
+    "Pt2Options",
+    "TorchScriptOptions",
+    "export_onnx",
+    "export_pt2",
+    "export_torchscript",
+    "open_weights",
+]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExportOptions:
+    """What every export can be told.
+
+    Args:
+        dtype: how weights are stored; :func:`gemma3_export.dtypes.dtype_choices` lists what each
+            format supports.
+        tokenizer: a tokenizer, or the path of one; None is the one that came with the weights.
+        verify: check parity; otherwise the manifest says that the graph is unproven.
+        force: replace an existing folder that this program made.
+        threads: intra-op threads of torch and ONNX Runtime; None is all cores, or 1 for models
+            with fewer than 20 million parameters.
+        progress: callback that receives (stage, done, total).
+    """
+
+    dtype: str = "fp32"
+    tokenizer: Tokenizer | Path | str | None = None
+    verify: bool = True
+    force: bool = False
+    threads: int | None = None
+    progress: Progress | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OnnxOptions(ExportOptions):
+    """How to export to ONNX.
+
+    Args:
+        target: ``ort`` for ONNX Runtime's fused kernels, ``portable`` for standard operators.
+        activations: element type that a quantised graph computes in: ``fp32`` for the CPU,
+            ``bf16`` or ``fp16`` for CUDA.
+        block_size: inputs of an ``int8`` or ``int4`` matrix that share a scale; for ``mixed``, the
+            fewest.
+        max_kld: divergence from full precision, in mean nats per token, at which the export fails;
+            None is the default of ``dtype``: 0.01, for ``mixed`` 0.05 and for ``int4`` 0.1.
+        calibration: UTF-8 text to calibrate ``int4`` and ``mixed`` with; None lets the model
+            write it.
+        screen: also store the head of an ``fp32`` export for ``ort`` in 8 bits, so that greedy and
+            top-k decoding on the CPU reads a quarter of it; None is wherever that pays.
+    """
+
+    target: str = "ort"
+    activations: str = "fp32"
+    block_size: int = 32
+    max_kld: float | None = None
+    calibration: Path | None = None
+    screen: bool | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TorchScriptOptions(ExportOptions):
+    """How to export to TorchScript.
+
+    Args:
+        prepack: let the archive lay out its matrices for the CPU when it is loaded.
+        block_size: inputs of an ``int8`` matrix that share a scale.
+        max_kld: as for :class:`OnnxOptions`.
+    """
+
+    prepack: bool = True
+    block_size: int = 128
+    max_kld: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Pt2Options(ExportOptions):
+    """How to export a ``torch.export`` program."""
 
 
 def open_weights(
@@ -36,7 +116,7 @@ def open_weights(
     """Open weights, reading no more than their headers.
 
     Args:
-        spec: a folder as Hugging Face writes it, a ``.safetensors``, ``.gguf`` or ``.pt`` file, or
+        spec: a folder in Hugging Face's format, a ``.safetensors``, ``.gguf`` or ``.pt`` file, or
             the id of a Hub repository.
         size: a published size; alone it means the official Hub repository.
         config_path: the ``config.json`` to use instead of the one that comes with the weights.
@@ -62,47 +142,19 @@ def open_weights(
 
 
 def export_onnx(
-    source: WeightSource,
+    weights: WeightSource | Path | str,
     output: Path | str,
-    *,
-    target: str = "ort",
-    dtype: str = "fp32",
-    activations: str = "fp32",
-    block_size: int = 32,
-    max_kld: float | None = None,
-    calibration: Path | None = None,
-    screen: bool | None = None,
-    tokenizer: Tokenizer | None = None,
-    verify: bool = True,
-    force: bool = False,
-    threads: int | None = None,
-    progress: Progress | None = None,
+    options: OnnxOptions | None = None,
+    **changes: Any,
 ) -> ExportResult:
-    """Export ``source`` as an ONNX bundle at ``output``, and prove it.
+    """Export ``weights`` as an ONNX bundle at ``output``, and prove it.
 
     Args:
-        source: from :func:`open_weights`.
-        output: the folder to create; it appears when it is complete and proven.
-        target: ``ort`` for ONNX Runtime's fused kernels, ``portable`` for standard operators.
-        dtype: ``fp32``, ``bf16`` or ``fp16``; ``int8`` or ``int4`` for matrices in 8-bit or 4-bit
-            blocks; ``mixed`` for each matrix in the smallest format that the budget allows;
-            ``keep`` for the blocks of a quantised GGUF.
-        activations: what a quantised graph computes in: ``fp32`` for the CPU, ``bf16`` or ``fp16``
-            for CUDA.
-        block_size: inputs of an ``int8`` or ``int4`` matrix that share a scale; the fewest, for
-            ``mixed``.
-        max_kld: the divergence from full precision, mean nats a token, at which the export fails;
-            None is 0.01, for ``mixed`` 0.05 and for ``int4`` 0.1.
-        calibration: UTF-8 text that ``int4`` and ``mixed`` are made with; None lets the model
-            write it.
-        screen: store the head of an ``fp32`` export for ``ort`` a second time, in 8 bits, so that
-            greedy and top-k decoding on the CPU reads a quarter of it; None is wherever that pays.
-        tokenizer: None takes the one that came with the weights, if any.
-        verify: check parity; without it the manifest says that the bundle is unproven.
-        force: replace an existing folder.
-        threads: threads inside one operator, of torch and ONNX Runtime; None is all processors, and
-            one for models of fewer than 20 million parameters.
-        progress: told the stage, and how far it is.
+        weights: what :func:`open_weights` takes or returns.
+        output: the folder to create, or a bundle of the same weights to add the graph to; it
+            appears when it is complete and proven.
+        options: how to export.
+        changes: fields of :class:`OnnxOptions`, such as ``dtype="int8"``.
 
     Raises:
         InputError: the folder exists, or weights, config and tokenizer contradict each other.
@@ -114,57 +166,32 @@ def export_onnx(
     from gemma3_export.exporters.onnx.writer import OnnxWriter
     from gemma3_export.exporters.quantize.calibration import CalibrationPlan
 
-    return _export(
-        OnnxWriter(
-            target=target,
-            dtype=dtype,
-            activations=activations,
-            block_size=block_size,
-            max_kld=max_kld,
-            calibration=CalibrationPlan(file=calibration),
-            screen=screen,
-        ),
-        source,
-        output,
-        tokenizer=tokenizer,
-        verify=verify,
-        force=force,
-        threads=threads,
-        progress=progress,
+    chosen = merged(OnnxOptions, options, changes)
+    writer = OnnxWriter(
+        target=chosen.target,
+        dtype=chosen.dtype,
+        activations=chosen.activations,
+        block_size=chosen.block_size,
+        max_kld=chosen.max_kld,
+        calibration=CalibrationPlan(file=chosen.calibration),
+        screen=chosen.screen,
     )
+    return _export(writer, weights, output, chosen)
 
 
 def export_torchscript(
-    source: WeightSource,
+    weights: WeightSource | Path | str,
     output: Path | str,
-    *,
-    dtype: str = "fp32",
-    prepack: bool = True,
-    block_size: int = 128,
-    max_kld: float | None = None,
-    tokenizer: Tokenizer | None = None,
-    verify: bool = True,
-    force: bool = False,
-    threads: int | None = None,
-    progress: Progress | None = None,
+    options: TorchScriptOptions | None = None,
+    **changes: Any,
 ) -> ExportResult:
-    """Export ``source`` as a TorchScript bundle at ``output``, and prove it.
+    """Export ``weights`` as a TorchScript bundle at ``output``, and prove it.
 
     Args:
-        source: from :func:`open_weights`.
+        weights: what :func:`open_weights` takes or returns.
         output: the folder to create, or a bundle of the same weights to add the archive to.
-        dtype: element type of weights and cache: ``fp32``, ``bf16`` or ``fp16``; ``int8`` for
-            matrices in 8-bit blocks and all else in bf16.
-        prepack: let the archive lay out its matrices for the CPU when it is loaded.
-        block_size: inputs of an ``int8`` matrix that share a scale.
-        max_kld: the divergence from full precision, mean nats a token, at which the export fails;
-            None is 0.01.
-        tokenizer: None takes the one that came with the weights, if any.
-        verify: check parity; without it the manifest says that the archive is unproven.
-        force: replace an existing folder.
-        threads: threads inside one operator, of torch and ONNX Runtime; None is all processors, and
-            one for models of fewer than 20 million parameters.
-        progress: told the stage, and how far it is.
+        options: how to export.
+        changes: fields of :class:`TorchScriptOptions`.
 
     Raises:
         Gemma3ExportError: as :func:`export_onnx`.
@@ -172,41 +199,29 @@ def export_torchscript(
     require_packages()
     from gemma3_export.exporters.torch.torchscript import TorchScriptWriter
 
-    return _export(
-        TorchScriptWriter(dtype=dtype, prepack=prepack, block_size=block_size, max_kld=max_kld),
-        source,
-        output,
-        tokenizer=tokenizer,
-        verify=verify,
-        force=force,
-        threads=threads,
-        progress=progress,
+    chosen = merged(TorchScriptOptions, options, changes)
+    writer = TorchScriptWriter(
+        dtype=chosen.dtype,
+        prepack=chosen.prepack,
+        block_size=chosen.block_size,
+        max_kld=chosen.max_kld,
     )
+    return _export(writer, weights, output, chosen)
 
 
 def export_pt2(
-    source: WeightSource,
+    weights: WeightSource | Path | str,
     output: Path | str,
-    *,
-    dtype: str = "fp32",
-    tokenizer: Tokenizer | None = None,
-    verify: bool = True,
-    force: bool = False,
-    threads: int | None = None,
-    progress: Progress | None = None,
+    options: Pt2Options | None = None,
+    **changes: Any,
 ) -> ExportResult:
-    """Export ``source`` as a ``torch.export`` program, and prove it.
+    """Export ``weights`` as a ``torch.export`` program, and prove it.
 
     Args:
-        source: from :func:`open_weights`.
+        weights: what :func:`open_weights` takes or returns.
         output: the folder to create, or a bundle of the same weights to add the program to.
-        dtype: element type of weights and cache: ``fp32``, ``bf16`` or ``fp16``.
-        tokenizer: None takes the one that came with the weights, if any.
-        verify: check parity; without it the manifest says that the program is unproven.
-        force: replace an existing folder.
-        threads: threads inside one operator, of torch and ONNX Runtime; None is all processors, and
-            one for models of fewer than 20 million parameters.
-        progress: told the stage, and how far it is.
+        options: how to export.
+        changes: fields of :class:`Pt2Options`.
 
     Raises:
         Gemma3ExportError: as :func:`export_onnx`.
@@ -214,40 +229,33 @@ def export_pt2(
     require_packages()
     from gemma3_export.exporters.torch.pt2 import Pt2Writer
 
-    return _export(
-        Pt2Writer(dtype=dtype),
-        source,
-        output,
-        tokenizer=tokenizer,
-        verify=verify,
-        force=force,
-        threads=threads,
-        progress=progress,
-    )
+    chosen = merged(Pt2Options, options, changes)
+    return _export(Pt2Writer(dtype=chosen.dtype), weights, output, chosen)
 
 
 def _export(
     writer: GraphWriter,
-    source: WeightSource,
+    weights: WeightSource | Path | str,
     output: Path | str,
-    *,
-    tokenizer: Tokenizer | None,
-    verify: bool,
-    force: bool,
-    threads: int | None,
-    progress: Progress | None,
+    options: ExportOptions,
 ) -> ExportResult:
     from gemma3_export.exporters.bundle_writer import export_bundle
     from gemma3_export.parity.options import threads_for, torch_threads
 
-    check = ParityCheck(runtime=writer.runtime, progress=progress, threads=threads)
-    with torch_threads(threads_for(source.config, threads)):
+    check = ParityCheck(runtime=writer.runtime, progress=options.progress, threads=options.threads)
+    tokenizer = options.tokenizer
+    if isinstance(tokenizer, Path | str):
+        tokenizer = load_tokenizer(tokenizer)
+    opened: AbstractContextManager[WeightSource] = (
+        open_weights(str(weights)) if isinstance(weights, Path | str) else nullcontext(weights)
+    )
+    with opened as source, torch_threads(threads_for(source.config, options.threads)):
         return export_bundle(
             source,
             Path(output),
             writer,
             tokenizer=tokenizer,
-            force=force,
-            verification=check if verify else None,
-            progress=progress,
+            force=options.force,
+            verification=check if options.verify else None,
+            progress=options.progress,
         )

@@ -1,9 +1,8 @@
-"""Check a bundle in one call: what ``gemma3-export verify`` and the end of every export run.
+"""Check a bundle's parity, as ``gemma3-export verify`` and the end of every export do.
 
-    from gemma3_export.api.verification import verify_bundle
+    import gemma3_export
 
-    report = verify_bundle("gemma-3-270m")
-    assert report.passed
+    assert gemma3_export.verify("gemma-3-270m").passed
 
 Importing this module imports nothing heavy; calling it needs the extra ``export``.
 """
@@ -12,14 +11,16 @@ from __future__ import annotations
 
 import importlib.util
 import tempfile
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from gemma3_export.api.model import bundle_tokenizer
 from gemma3_export.api.opening import open_runtime
+from gemma3_export.api.options import merged
 from gemma3_export.bundle import MANIFEST, RUNTIMES, Bundle
 from gemma3_export.errors import InputError, ParityError, UnavailableError
-from gemma3_export.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
     from gemma3_export.parity import ParityReport, VerifyOptions
@@ -28,113 +29,126 @@ if TYPE_CHECKING:
     from gemma3_export.reference.weights import WeightSource
     from gemma3_export.runtimes.onnx.session import CudaOptions
     from gemma3_export.runtimes.protocol import Runtime
-    from gemma3_export.tokenizer import Tokenizer
 
-__all__ = ["ParityCheck", "bundle_tokenizer", "require_packages", "verify_bundle"]
+__all__ = ["ParityCheck", "VerifyRequest", "require_packages", "verify"]
 
 PACKAGES = ("torch", "onnx", "onnx_ir", "onnxscript")
 TRANSFORMERS = "transformers"
 
 
-def verify_bundle(
-    bundle: Bundle | Path | str,
-    *,
-    runtime: str = "onnx",
-    device: str = "auto",
-    threads: int | None = None,
-    cuda: CudaOptions | None = None,
-    source: WeightSource | None = None,
-    against: str | None = None,
-    seed: int = 0,
-    max_kld: float | None = None,
-    progress: Progress | None = None,
-) -> ParityReport:
-    """Hold a runtime of ``bundle`` against the reference, or against another runtime.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class VerifyRequest:
+    """A parity check to run.
 
     Args:
-        bundle: an opened bundle, or its folder; all its files are hashed first.
         runtime: which runtime of the bundle to check.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
-        threads: threads inside one operator, of torch and ONNX Runtime; None is all processors,
-            and one for models of fewer than 20 million parameters.
+        threads: intra-op threads of torch and ONNX Runtime; None is all cores, or 1 for models
+            with fewer than 20 million parameters.
         cuda: what may be done on a GPU; ignored on the CPU.
-        source: the weights it was made from; None takes those in the bundle, which leaves a
-            quantised bundle without gate B.
+        weights: the weights that the bundle was made from, as :func:`open_weights` takes or
+            returns them; None takes those in the bundle, which leaves a quantised bundle without
+            gate B.
         against: another runtime of this bundle by its name, another bundle's folder,
             ``transformers`` (which gets the bundle's weights) or a Hugging Face folder; None is the
             reference in float64.
         seed: of the random token ids.
-        max_kld: gate B's budget, mean nats a token; None is what the bundle was exported with.
-        progress: told the stage, and how far it is.
+        max_kld: gate B's budget, in mean nats per token; None is what the bundle was exported with.
+        progress: callback that receives (stage, done, total).
+    """
+
+    runtime: str = "onnx"
+    device: str = "auto"
+    threads: int | None = None
+    cuda: CudaOptions | None = None
+    weights: WeightSource | Path | str | None = None
+    against: str | None = None
+    seed: int = 0
+    max_kld: float | None = None
+    progress: Progress | None = None
+
+
+def verify(
+    bundle: Bundle | Path | str, request: VerifyRequest | None = None, **changes: Any
+) -> ParityReport:
+    """Hold a runtime of ``bundle`` against the reference, or against another runtime.
+
+    Every file of the bundle is hashed first.
+
+    Args:
+        bundle: an opened bundle, or its folder.
+        request: what to hold it against, and how.
+        changes: fields of :class:`VerifyRequest`, such as ``against="transformers"``.
+
+    Returns:
+        The report; ``passed`` is the verdict.
 
     Raises:
         InputError: the bundle is not what was exported, the two are different models, or the budget
-            is no positive number.
+            is not a positive number.
         UnavailableError: a package or the device is missing.
     """
     require_packages()
     from gemma3_export.parity import VerifyOptions
     from gemma3_export.parity.options import threads_for, torch_threads
 
+    request = merged(VerifyRequest, request, changes)
     if not isinstance(bundle, Bundle):
         bundle = Bundle(Path(bundle))
-    budget = bundle.max_kld(runtime) if max_kld is None else max_kld
-    options = VerifyOptions.for_budget(budget, seed=seed)
-    threads = threads_for(bundle.config, threads)
+    budget = bundle.max_kld(request.runtime) if request.max_kld is None else request.max_kld
+    options = VerifyOptions.for_budget(budget, seed=request.seed)
+    request = replace(request, threads=threads_for(bundle.config, request.threads))
     bundle.check_files()
-    with torch_threads(threads):
-        return _compared(
+    with ExitStack() as stack:
+        stack.enter_context(torch_threads(request.threads))
+        source = request.weights
+        if isinstance(source, Path | str):
+            from gemma3_export.reference.weights import open_weights
+
+            source = stack.enter_context(open_weights(str(source)))
+        candidate = open_runtime(
             bundle,
-            open_runtime(bundle, runtime, device=device, threads=threads, cuda=cuda),
-            source,
-            against,
-            options,
-            progress,
-            runtime=runtime,
-            device=device,
-            threads=threads,
-            cuda=cuda,
+            request.runtime,
+            device=request.device,
+            threads=request.threads,
+            cuda=request.cuda,
         )
+        return _compared(bundle, candidate, source, request, options)
 
 
 def _compared(
     bundle: Bundle,
     candidate: Runtime,
     source: WeightSource | None,
-    against: str | None,
+    request: VerifyRequest,
     options: VerifyOptions,
-    progress: Progress | None,
-    *,
-    runtime: str,
-    device: str,
-    threads: int | None,
-    cuda: CudaOptions | None,
 ) -> ParityReport:
-    """The report on ``candidate``; see :func:`verify_bundle`."""
-    from gemma3_export.parity import compare, verify
+    """Return the report on ``candidate``; see :func:`verify`."""
+    from gemma3_export.parity import compare
+    from gemma3_export.parity import verify as hold_against_reference
     from gemma3_export.reference.weights.bundle_weights import open_bundle_weights
 
     tokenizer = bundle_tokenizer(bundle)
     full_source = None
-    if source is None or bundle.is_quantized(runtime):  # such a graph has other weights
-        full_source, source = source, open_bundle_weights(bundle, runtime)
+    if source is None or bundle.is_quantized(request.runtime):  # such a graph has other weights
+        full_source, source = source, open_bundle_weights(bundle, request.runtime)
     files = {name: record.sha256 for name, record in bundle.manifest.files.items()}
-    if against is None:
-        return verify(
+    if request.against is None:
+        return hold_against_reference(
             candidate,
             source,
             options=options,
             tokenizer=tokenizer,
             full_source=full_source,
             files=files,
-            progress=progress,
+            progress=request.progress,
         )
-    if against in RUNTIMES:
-        baseline = open_runtime(bundle, against, device=device, threads=threads)
+    if request.against in RUNTIMES:
+        baseline = open_runtime(
+            bundle, request.against, device=request.device, threads=request.threads
+        )
     else:
-        baseline = open_baseline(
-            against, source, runtime, device=device, threads=threads, cuda=cuda
-        )
+        baseline = open_baseline(request.against, source, request)
     return compare(
         candidate,
         baseline,
@@ -142,7 +156,7 @@ def _compared(
         options=options,
         tokenizer=tokenizer,
         files=files,
-        progress=progress,
+        progress=request.progress,
     )
 
 
@@ -156,7 +170,7 @@ class ParityCheck:
 
     runtime: str
     progress: Progress | None = None
-    threads: int | None = None  # as for :func:`verify_bundle`
+    threads: int | None = None  # as for :class:`VerifyRequest`
 
     def __call__(self, folder: Path, source: WeightSource, ranges: HalfRanges | None = None) -> str:
         """Return the text of ``parity.json``.
@@ -215,30 +229,12 @@ def _why_it_failed(report: ParityReport, budget: float) -> str:
     )
 
 
-def bundle_tokenizer(bundle: Bundle) -> Tokenizer | None:
-    """The tokenizer of ``bundle``, checked against its model, or None.
-
-    Raises:
-        InputError: it is damaged, or another model's.
-    """
-    path = bundle.file("tokenizer.json")
-    if not path.is_file():
-        return None
-    tokenizer = load_tokenizer(path)
-    tokenizer.check_vocab_size(bundle.config.vocab_size)
-    return tokenizer
-
-
 def open_baseline(
     against: str,
     source: WeightSource,
-    runtime: str,
-    *,
-    device: str,
-    threads: int | None,
-    cuda: CudaOptions | None,
+    request: VerifyRequest,
 ) -> Runtime:
-    """The runtime that ``against`` names: see :func:`verify_bundle`.
+    """Open the runtime that ``against`` names.
 
     Raises:
         InputError: it is neither a bundle nor a Hugging Face folder.
@@ -248,7 +244,13 @@ def open_baseline(
     if (folder / MANIFEST).is_file():
         other = Bundle(folder)
         other.check_files()
-        return open_runtime(other, runtime, device=device, threads=threads, cuda=cuda)
+        return open_runtime(
+            other,
+            request.runtime,
+            device=request.device,
+            threads=request.threads,
+            cuda=request.cuda,
+        )
     from gemma3_export.parity.transformers_runtime import TransformersRuntime
 
     if (folder / "config.json").is_file():

@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-import secrets
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from gemma3_export.bundle import RUNTIMES
-from gemma3_export.cli.options import CudaRequest, cuda_options
-from gemma3_export.cli.prefixes import cache_size
+from gemma3_export.cli.options import CudaRequest, cache_size, cuda_options
 
 if TYPE_CHECKING:
     from gemma3_export.cli.generated_text import Printer
     from gemma3_export.runtimes.generation.loop import Generation
-    from gemma3_export.tokenizer import StreamingDecoder, Tokenizer
 
 __all__ = ["generate"]
 
-END_OF_TURN = "<end_of_turn>"
 EPILOG = """\b
 Examples:
   gemma3-export generate gemma-3-270m --prompt "The sea is"
@@ -142,78 +137,35 @@ def generate(
     if sampling["logprobs"] is not None and not as_json:
         raise click.UsageError("--logprobs needs --json")
 
-    from gemma3_export.api.opening import open_runtime
-    from gemma3_export.api.verification import bundle_tokenizer
-    from gemma3_export.bundle import Bundle
-    from gemma3_export.cli import drafters
+    from gemma3_export.api.model import GenerateOptions, Model
     from gemma3_export.cli.generated_text import printer_for
-    from gemma3_export.cli.prefixes import may_share, prefix_cache_for
-    from gemma3_export.cli.prompts import encode_prompts, read_prompt, read_prompt_file
-    from gemma3_export.runtimes.generation.loop import generate as start_generation
-    from gemma3_export.runtimes.generation.sampling import SamplingParams
-    from gemma3_export.runtimes.generation.speculation import MAX_DRAFT_TOKENS
+    from gemma3_export.cli.prompts import read_prompt, read_prompt_file, to_prompts
 
-    if sampling["seed"] is None:
-        sampling["seed"] = secrets.randbits(32)  # one for all prompts, printed, so repeatable
-    params = SamplingParams(**sampling)
-    bundle = Bundle(bundle_path)
-    tokenizer = bundle_tokenizer(bundle)
-    texts = [*map(read_prompt, prompts), *map(read_prompt_file, prompt_files)]
-    asked = encode_prompts(tokenizer, texts, id_lists, chat=chat, system=system)
     device, cuda_options = cuda.settle(device, runtime)
-    started = time.perf_counter()
-    loading: dict[str, Any] = {"device": device, "threads": threads, "trust": trust}
-    loading["cuda"] = cuda_options
-    token_ids = [prompt.token_ids for prompt in asked]
-    sizes = {"max_bytes": prefix_cache_bytes, "prefill_chunk": prefill_chunk}
-    # Longer drafts than a window could not be taken back, and no prefix be taken from the middle.
-    needs_all = (prompt_lookup or 0) >= bundle.config.sliding_window or may_share(
-        bundle, runtime, token_ids, **sizes
-    )
-    backend = open_runtime(
-        bundle,
-        runtime,
-        **loading,
-        windowed=False if needs_all else None,
+    model = Model(
+        bundle_path,
+        runtime=runtime,
+        device=device,
+        threads=threads,
+        trust=trust,
+        cuda=cuda_options,
         shares_weights=share_weights,
     )
-    if prompt_lookup is None:
-        device_used = backend.describe()["device"]
-        prompt_lookup = drafters.default_draft_tokens(bundle, runtime, device_used)
-    drafter = drafters.prompt_lookup(prompt_lookup)
-    if draft_path is not None:
-        longest = max(len(prompt.token_ids) for prompt in asked)
-        loading |= {"runtime": runtime, "capacity": longest + max_new_tokens}
-        drafter = drafters.draft_model(draft_path, backend, tokenizer, **loading)
-    load_s = time.perf_counter() - started
-    generation = start_generation(
-        backend,
-        token_ids,
-        params,
+    options = GenerateOptions(
         max_new_tokens=max_new_tokens,
-        stop_token_ids=_stop_ids(bundle.config.eos_token_id, tokenizer, chat=chat),
-        stop_texts=stop_texts,
-        detokenize=_detokenizer(tokenizer),
-        drafter=drafter,
-        max_draft_tokens=prompt_lookup or MAX_DRAFT_TOKENS,
+        stop=stop_texts,
+        prompt_lookup=prompt_lookup,
+        draft_model=draft_path,
+        prefix_cache_bytes=prefix_cache_bytes,
         prefill_chunk=prefill_chunk,
-        prefix_cache=prefix_cache_for(backend, bundle, token_ids, **sizes),
+        **sampling,
     )
-    _print_generation(generation, printer_for(asked, tokenizer, as_json, load_s))
-
-
-def _stop_ids(
-    eos_token_ids: tuple[int, ...], tokenizer: Tokenizer | None, *, chat: bool
-) -> tuple[int, ...]:
-    """A conversation also ends where the turn does, which base models' configs do not say."""
-    end_of_turn = tokenizer.token_id(END_OF_TURN) if chat and tokenizer is not None else None
-    return eos_token_ids if end_of_turn is None else (*eos_token_ids, end_of_turn)
-
-
-def _detokenizer(tokenizer: Tokenizer | None) -> Callable[[], StreamingDecoder] | None:
-    from gemma3_export.tokenizer import StreamingDecoder
-
-    return None if tokenizer is None else lambda: StreamingDecoder(tokenizer)
+    texts = [*map(read_prompt, prompts), *map(read_prompt_file, prompt_files)]
+    asked = to_prompts(model.tokenizer, texts, id_lists, chat=chat, system=system)
+    started = time.perf_counter()
+    generation = model.start([prompt.value for prompt in asked], options)
+    load_s = time.perf_counter() - started
+    _print_generation(generation, printer_for(asked, model.tokenizer, as_json, load_s))
 
 
 def _print_generation(generation: Generation, printer: Printer) -> None:

@@ -86,7 +86,7 @@ class TextPrinter:
 
     def _label(self) -> str:
         prompt = self.prompts[self.current]
-        shown = ",".join(map(str, prompt.token_ids)) if prompt.text is None else prompt.text
+        shown = ",".join(map(str, prompt.value)) if prompt.text is None else prompt.text
         shown = " ".join(shown.split())
         cut = LABEL_CHARACTERS
         return shown if len(shown) <= cut else shown[: cut - 3] + "..."

@@ -245,6 +245,15 @@ def memory_size(text: str) -> int:
     return size
 
 
+def cache_size(text: str) -> int:
+    """Return the bytes in a size such as ``256MB``; 0 is allowed.
+
+    Raises:
+        click.BadParameter: it is not a size.
+    """
+    return 0 if text.strip() == "0" else memory_size(text)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CudaRequest:
     """What was asked for on the command line."""

@@ -8,22 +8,22 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gemma3_export.errors import InputError
-from gemma3_export.tokenizer import Tokenizer
+from gemma3_export.tokenizer import ChatMessage, Tokenizer
 
-__all__ = ["Prompt", "encode_prompts", "read_prompt", "read_prompt_file"]
+__all__ = ["Prompt", "read_prompt", "read_prompt_file", "to_prompts"]
 
 STDIN = "-"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Prompt:
-    """What was asked, and what the model sees of it."""
+    """A prompt as it was given, and as the model takes it."""
 
     text: str | None  # None for token ids
-    token_ids: list[int]
+    value: str | list[int] | list[ChatMessage]
 
 
-def encode_prompts(
+def to_prompts(
     tokenizer: Tokenizer | None,
     texts: Sequence[str],
     id_lists: Sequence[str],
@@ -31,10 +31,11 @@ def encode_prompts(
     chat: bool,
     system: str | None,
 ) -> list[Prompt]:
-    """Texts first, then token ids, in the order in which they were given.
+    """Return the texts and then the token ids, in the order in which they were given.
 
     Raises:
-        InputError: a prompt is empty or cannot be encoded, or there is no tokenizer for it.
+        InputError: a prompt is empty or is not a list of token ids, or there is no tokenizer for
+            text.
     """
     prompts = []
     for number, text in enumerate(texts, 1):
@@ -45,10 +46,17 @@ def encode_prompts(
             )
         if not text.strip():
             raise InputError(f"prompt {number} is empty; give some text, or --prompt-ids 2")
-        ids = _encode_chat(tokenizer, text, system) if chat else tokenizer.encode(text)
-        prompts.append(Prompt(text=text, token_ids=ids))
-    prompts += [Prompt(text=None, token_ids=_parse_ids(ids)) for ids in id_lists]
+        prompts.append(Prompt(text=text, value=conversation(text, system) if chat else text))
+    prompts += [Prompt(text=None, value=_parse_ids(ids)) for ids in id_lists]
     return prompts
+
+
+def conversation(text: str, system: str | None) -> list[ChatMessage]:
+    """Return a conversation that begins with the user's ``text``."""
+    messages = [ChatMessage(role="user", content=text)]
+    if system is not None:
+        messages.insert(0, ChatMessage(role="system", content=system))
+    return messages
 
 
 def read_prompt(text: str) -> str:
@@ -81,15 +89,6 @@ def _decode(data: bytes, where: str) -> str:
     except UnicodeDecodeError as error:
         raise InputError(f"{where} is not UTF-8 text ({error}); convert it first") from error
     return text.removesuffix("\n").removesuffix("\r")
-
-
-def _encode_chat(tokenizer: Tokenizer, text: str, system: str | None) -> list[int]:
-    from gemma3_export.tokenizer import ChatMessage
-
-    messages = [ChatMessage(role="user", content=text)]
-    if system is not None:
-        messages.insert(0, ChatMessage(role="system", content=system))
-    return tokenizer.encode_chat(messages)
 
 
 def _parse_ids(text: str) -> list[int]:

@@ -72,21 +72,19 @@ def verify(
     With --cuda-graph, the session is set up for graph capture, but the compared steps return all
     logits and therefore run without replaying the captured graph.
     """
-    from gemma3_export.api.exporting import open_weights
-    from gemma3_export.api.verification import verify_bundle
+    from gemma3_export.api.verification import verify as verify_parity
     from gemma3_export.bundle import Bundle
 
     bundle = Bundle(bundle_path)
     device, allowed = cuda.settle(device, runtime)
-    source = None if weights is None else open_weights(weights)
     with ProgressBars() as progress:
-        report = verify_bundle(
+        report = verify_parity(
             bundle,
             runtime=runtime,
             device=device,
             cuda=allowed,
             threads=threads,
-            source=source,
+            weights=weights,
             against=against,
             seed=seed,
             progress=progress,

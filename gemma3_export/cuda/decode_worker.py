@@ -20,7 +20,7 @@ import onnxruntime
 
 from gemma3_export.cuda.placement import COUNTERS
 from gemma3_export.runtimes.generation import candidates
-from gemma3_export.runtimes.generation.loop import TokenEvent, generate
+from gemma3_export.runtimes.generation.loop import GenerationOptions, TokenEvent, generate
 from gemma3_export.runtimes.generation.sampling import SamplingParams
 from gemma3_export.runtimes.onnx import runtime as onnx_runtime
 from gemma3_export.runtimes.onnx.session import CudaOptions, choose_device
@@ -64,9 +64,9 @@ def decode(bundle: Path, plan: dict[str, Any]) -> dict[str, Any]:
         runtime,
         [[1] * (plan["prompt_tokens"] + row) for row in range(rows)],
         SamplingParams(top_k=plan["top_k"], seed=0),
-        max_new_tokens=1 + plan["steps"],
-        stop_token_ids=(),
-        capacity=plan["capacity"],
+        GenerationOptions(
+            max_new_tokens=1 + plan["steps"], stop_token_ids=(), capacity=plan["capacity"]
+        ),
     )
     found: dict[str, Any] = {"load": meter.since(), "described": runtime.describe(), "steps": []}
     tokens = 0

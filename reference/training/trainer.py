@@ -48,7 +48,7 @@ from gemma3_export.reference.training.token_data import (
     TokenData,
     Windows,
 )
-from gemma3_export.runtimes.generation.loop import generate
+from gemma3_export.runtimes.generation.loop import GenerationOptions, generate
 from gemma3_export.runtimes.generation.sampling import SamplingParams
 from gemma3_export.signals import StopSignals
 from gemma3_export.tokenizer import StreamingDecoder, Tokenizer
@@ -330,7 +330,7 @@ def sample_text(
         ReferenceRuntime(model),
         [ids],
         SamplingParams(temperature=TEMPERATURE, top_k=TOP_K, seed=seed),
-        max_new_tokens=max_new_tokens,
+        GenerationOptions(max_new_tokens=max_new_tokens),
         detokenize=lambda: StreamingDecoder(tokenizer),
     )
     text = generation.collect()[0].text

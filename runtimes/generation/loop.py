@@ -19,6 +19,7 @@ from gemma3_export.runtimes.generation.candidates import (
     ChoosesCandidates,
     candidates_needed,
 )
+from gemma3_export.runtimes.generation.kept_cache import KeptCache
 from gemma3_export.runtimes.generation.prefix_cache import PrefixCache
 from gemma3_export.runtimes.generation.request import (
     Completion,
@@ -46,6 +47,7 @@ __all__ = [
     "Event",
     "FinishReason",
     "Generation",
+    "GenerationOptions",
     "RequestState",
     "StopTexts",
     "StreamingDecoder",
@@ -73,11 +75,25 @@ class DecodingLoop:
     prefill_progress: Callable[[int, int], None] | None
     speculations: Sequence[Speculation | None]  # one a request
     prefix_cache: PrefixCache | None
+    kept_cache: KeptCache | None
 
     def run(self) -> Generator[Event, None, None]:
-        """All events, in the order in which they happen."""
+        """Yield all events in the order in which they happen."""
+        kept = self.kept_cache
+        if kept is None:
+            yield from self._run(self.runtime.new_cache(len(self.requests), self.capacity))
+            return
+        (request,) = self.requests
+        cache = kept.take(self.runtime, request.prompt_ids, self.capacity)
+        try:
+            yield from self._run(cache)
+        except GeneratorExit:  # between two events, where the cache is consistent
+            kept.give_back(cache, request)
+            raise
+        kept.give_back(cache, request)
+
+    def _run(self, cache: KVCache) -> Generator[Event, None, None]:
         started = perf_counter()
-        cache = self.runtime.new_cache(len(self.requests), self.capacity)
         for request in self.requests:
             logits = self._prefill(request, cache)
             if logits is None:
@@ -108,7 +124,9 @@ class DecodingLoop:
         """
         sizes = [other.prompt_ids.size for other in self.requests]
         row = request.index if len(self.requests) > 1 else None
-        fed = self._load_prefix(request, cache)
+        fed = request.reused_tokens = int(cache.lengths[request.index])  # of a kept cache
+        if not fed:
+            fed = self._load_prefix(request, cache)
         while True:
             if self._is_cancelled():
                 return None
@@ -264,94 +282,119 @@ class Generation(Iterator[Event]):
         return [request.completion() for request in self._requests]
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GenerationOptions:
+    """Limits of a generation, the same for all of its prompts.
+
+    Args:
+        max_new_tokens: the most tokens to generate per prompt. Generation also ends, with the
+            finish reason ``length``, where the cache or the model's context is full.
+        stop_token_ids: tokens that end a prompt's generation; None is the config's
+            ``eos_token_id``, empty is none.
+        stop_texts: texts that end a prompt's generation; they need a tokenizer.
+        prefill_chunk: prompt tokens to process per step.
+        capacity: tokens of prompt and answer that a row of the cache holds; None is what the
+            longest prompt needs, within the model's context.
+        max_draft_tokens: the most tokens to draft at once; sliding-window caches, which cannot
+            take back more, draft less than a window.
+
+    Raises:
+        InputError: a value is out of range.
+    """
+
+    max_new_tokens: int
+    stop_token_ids: tuple[int, ...] | None = None
+    stop_texts: tuple[str, ...] = ()
+    prefill_chunk: int = 512
+    capacity: int | None = None
+    max_draft_tokens: int = MAX_DRAFT_TOKENS
+
+    def __post_init__(self) -> None:
+        for name in ("max_new_tokens", "prefill_chunk", "max_draft_tokens"):
+            value = getattr(self, name)
+            if value < 1:
+                raise InputError(f"{name} is {value}; it must be at least 1")
+        if isinstance(self.stop_texts, str) or not all(self.stop_texts):
+            raise InputError(
+                f"stop_texts is {self.stop_texts!r}; give a list of texts that are not empty"
+            )
+
+
 def generate(
     runtime: Runtime,
     prompts: Sequence[Sequence[int] | IntArray],
     sampling: SamplingParams | Sequence[SamplingParams],
+    options: GenerationOptions,
     *,
-    max_new_tokens: int,
-    stop_token_ids: Sequence[int] | None = None,
-    stop_texts: Sequence[str] = (),
     detokenize: Callable[[], StreamingDecoder] | None = None,
-    prefill_chunk: int = 512,
-    capacity: int | None = None,
+    drafter: Callable[[], Drafter] | None = None,
+    prefix_cache: PrefixCache | None = None,
+    kept_cache: KeptCache | None = None,
     cancel: Cancel | None = None,
     prefill_progress: Callable[[int, int], None] | None = None,
-    drafter: Callable[[], Drafter] | None = None,
-    max_draft_tokens: int = MAX_DRAFT_TOKENS,
-    prefix_cache: PrefixCache | None = None,
 ) -> Generation:
-    """Continue every prompt; the inputs are checked at once, the work is done by iterating.
+    """Continue every prompt. Inputs are checked here; iterating the result does the work.
 
-    Each prompt gives its tokens as ``TokenEvent`` and ends with one ``Completion``. A prompt's
-    result does not depend on the other prompts, nor (but for rounding) on ``prefill_chunk``.
+    Each prompt yields one ``TokenEvent`` per token and ends with one ``Completion``. A prompt's
+    result does not depend on the other prompts, nor (up to rounding) on the size of the prefill
+    chunks.
 
     Args:
         runtime: the backend.
-        prompts: B token sequences, of any lengths.
-        sampling: one for each prompt, or one for all. One for all gives prompt i the
-            ``request_index`` of ``sampling`` plus i, so that equal prompts differ; with one for
-            each, every prompt is sampled as if it were alone.
-        max_new_tokens: the most tokens to generate for a prompt. Generation also ends, with the
-            reason ``length``, where the cache or the model's context is full.
-        stop_token_ids: instead of the config's ``eos_token_id``; empty for none.
-        stop_texts: texts that end a prompt's generation; they need ``detokenize``.
-        detokenize: makes a fresh decoder for each prompt; without it all text is empty.
-        prefill_chunk: tokens of a prompt to process at once.
-        capacity: tokens of prompt and answer that a row of the cache holds; by default what the
-            longest prompt needs, within the model's context.
-        cancel: an event or a function, looked at before every prefill chunk and decoding step.
-        prefill_progress: called with the prompt tokens processed and their total.
-        drafter: makes a fresh drafter for each prompt, such as ``PromptLookup``, for speculative
-            decoding; in float32 it changes the speed and, but for rounding, nothing else.
-            Drafts are verified
-            while one prompt alone is being continued.
-        max_draft_tokens: the most tokens to draft at once; with windowed caches, which could not
-            take back more, less than a window.
-        prefix_cache: prompts begin with what it knows of them, and are added to it once they are
-            prefilled, so that prompts of one call share too. The same ``prefill_chunk`` as before
-            is needed to find them again. It is this runtime's own.
+        prompts: B token sequences of any length.
+        sampling: one per prompt, or one for all. One for all gives prompt i the ``request_index``
+            of ``sampling`` plus i, so that equal prompts differ; with one per prompt, each is
+            sampled as if it were alone.
+        options: limits and stop conditions.
+        detokenize: makes a fresh decoder per prompt; None leaves all text empty.
+        drafter: makes a fresh drafter per prompt, such as ``PromptLookup``, for speculative
+            decoding; in float32 it changes the speed and, up to rounding, nothing else. Drafts are
+            verified while only one prompt is still being continued.
+        prefix_cache: this runtime's cache of prompt prefixes. Prompts start from what it holds and
+            are added to it once they are prefilled, so that prompts of one call share too. It finds
+            only prefixes that were computed with the same ``prefill_chunk``.
+        kept_cache: continue the cache of an earlier generation with a single prompt, such as the
+            next turn of a conversation; only tokens that it does not hold are computed.
+        cancel: an event or a function, checked before every prefill chunk and decoding step.
+        prefill_progress: called with the number of prompt tokens processed and their total.
 
     Raises:
         InputError: an argument is impossible, or a prompt does not fit.
     """
     if prefix_cache is not None:
         prefix_cache.require_runtime(runtime)
-    for name, value in (
-        ("max_new_tokens", max_new_tokens),
-        ("prefill_chunk", prefill_chunk),
-        ("max_draft_tokens", max_draft_tokens),
-    ):
-        if value < 1:
-            raise InputError(f"{name} is {value}; it must be at least 1")
-    if isinstance(stop_texts, str) or not all(stop_texts):
-        raise InputError(f"stop_texts is {stop_texts!r}; give a list of texts that are not empty")
-    if stop_texts and detokenize is None:
+    if options.stop_texts and detokenize is None:
         raise InputError("stop_texts need a tokenizer to see the text; give detokenize")
     prompt_ids = _check_prompts(prompts, runtime.config)
-    capacity = _check_capacity(prompt_ids, max_new_tokens, capacity, runtime.config)
+    if kept_cache is not None and len(prompt_ids) != 1:
+        raise InputError(
+            f"a kept cache continues one prompt, and there are {len(prompt_ids)}; generate them "
+            "one after the other"
+        )
+    capacity = _check_capacity(prompt_ids, options, runtime.config)
+    stop_token_ids = options.stop_token_ids
     requests = [
         RequestState(
             index,
             ids,
             params,
-            max_new_tokens=min(max_new_tokens, capacity - ids.size + 1),  # the last is never fed
+            max_new_tokens=min(options.max_new_tokens, capacity - ids.size + 1),  # the last: unfed
             stop_token_ids=runtime.config.eos_token_id
             if stop_token_ids is None
             else stop_token_ids,
-            stop_texts=stop_texts,
+            stop_texts=options.stop_texts,
             decoder=detokenize() if detokenize else None,
         )
         for index, (ids, params) in enumerate(
             zip(prompt_ids, _params_per_prompt(sampling, len(prompt_ids)), strict=True)
         )
     ]
-    longest_draft = _longest_draft(runtime, max_draft_tokens)
+    longest_draft = _longest_draft(runtime, options.max_draft_tokens)
     loop = DecodingLoop(
         runtime=runtime,
         requests=requests,
         capacity=capacity,
-        prefill_chunk=prefill_chunk,
+        prefill_chunk=options.prefill_chunk,
         cancel=cancel.is_set if isinstance(cancel, threading.Event) else cancel,
         prefill_progress=prefill_progress,
         speculations=[
@@ -361,6 +404,7 @@ def generate(
             for request in requests
         ],
         prefix_cache=prefix_cache,
+        kept_cache=kept_cache,
     )
     return Generation(requests, loop.run())
 
@@ -398,9 +442,10 @@ def _check_prompts(
 
 
 def _check_capacity(
-    prompt_ids: Sequence[IntArray], max_new_tokens: int, capacity: int | None, config: Gemma3Config
+    prompt_ids: Sequence[IntArray], options: GenerationOptions, config: Gemma3Config
 ) -> int:
-    """The capacity to use, which every prompt fits."""
+    """Return the capacity to use, which every prompt fits."""
+    capacity = options.capacity
     limit = config.max_position_embeddings
     if capacity is not None and not 1 <= capacity <= limit:
         raise InputError(f"capacity is {capacity}; it must be from 1 to the model's {limit} tokens")
@@ -412,7 +457,7 @@ def _check_capacity(
             f"prompt {lengths.index(longest) + 1} has {longest} tokens, more than {what} of "
             f"{capacity or limit}; shorten the prompt"
         )
-    return capacity or min(longest + max_new_tokens, limit)
+    return capacity or min(longest + options.max_new_tokens, limit)
 
 
 def _longest_draft(runtime: Runtime, max_draft_tokens: int) -> int:

@@ -26,13 +26,13 @@ from gemma3_export.reference.loading import load_reference
 from gemma3_export.reference.runtime import ReferenceRuntime
 from gemma3_export.reference.weights.bundle_weights import open_bundle_weights
 from gemma3_export.runtimes.generation.candidates import Candidates
-from gemma3_export.runtimes.generation.loop import generate
 from gemma3_export.runtimes.generation.sampling import SamplingParams
 from gemma3_export.runtimes.onnx.session import CudaOptions
 from gemma3_export.runtimes.protocol import KVCache, Logits
 from tests.runtimes.test_device_decoding import FILTERED, GREEDY
 from tests.support.cuda_formats import FORMATS, ONNX_FORMATS, CudaFormat
 from tests.support.exported_bundles import exported_bundle
+from tests.support.generation import generate
 from tests.support.tiny_models import TINY
 
 OPTIONS = VerifyOptions(decode_steps=12, greedy_steps=6)

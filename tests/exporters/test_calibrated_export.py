@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from gemma3_export.api.opening import open_runtime
-from gemma3_export.api.verification import ParityCheck, verify_bundle
+from gemma3_export.api.verification import ParityCheck
+from gemma3_export.api.verification import verify as verify_bundle
 from gemma3_export.bundle import BlockFormat, Bundle
 from gemma3_export.dtypes import EXPORT_DTYPES
 from gemma3_export.errors import InputError, ParityError

@@ -30,12 +30,12 @@ from gemma3_export.parity import VerifyOptions, verify
 from gemma3_export.reference.weights import open_weights
 from gemma3_export.reference.weights.block_matrix import pack_codes, quantize
 from gemma3_export.runtimes.generation.candidates import Candidates
-from gemma3_export.runtimes.generation.loop import generate
 from gemma3_export.runtimes.generation.sampling import SamplingParams
 from gemma3_export.runtimes.generation.speculation import PromptLookup
 from gemma3_export.runtimes.onnx import decode_steps as screened_steps
 from gemma3_export.runtimes.onnx.runtime import OnnxRuntime
 from tests.support.exported_bundles import exported_bundle, source_of
+from tests.support.generation import generate
 from tests.support.tiny_models import tiny_config, write_hf_folder
 
 CONFIG = tiny_config(vocab_size=2_500)

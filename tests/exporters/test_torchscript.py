@@ -21,10 +21,10 @@ from gemma3_export.dtypes import FLOAT_DTYPES, torch_dtype
 from gemma3_export.errors import InputError, UnavailableError
 from gemma3_export.exporters.bundle_writer import export_bundle
 from gemma3_export.exporters.torch.torchscript import TorchScriptWriter
-from gemma3_export.runtimes.generation.loop import generate
 from gemma3_export.runtimes.generation.sampling import SamplingParams
 from gemma3_export.runtimes.torch import runtime as torchscript_support
 from gemma3_export.runtimes.torch.runtime import TorchScriptRuntime
+from tests.support.generation import generate
 from tests.support.observed_runs import VARIANTS, errors, observe, reference, source_of
 
 PROMPT = [2, 30, 31, 32, 33, 34, 35, 36, 37]  # longer than the window of 6

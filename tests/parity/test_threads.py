@@ -13,7 +13,7 @@ from click.testing import CliRunner
 
 from gemma3_export.api import verification as verifying
 from gemma3_export.api.exporting import export_onnx
-from gemma3_export.api.verification import verify_bundle
+from gemma3_export.api.verification import verify as verify_bundle
 from gemma3_export.cli import command_line
 from gemma3_export.config import preset
 from gemma3_export.errors import InputError

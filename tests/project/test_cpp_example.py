@@ -12,9 +12,9 @@ import torch
 from gemma3_export.exporters.bundle_writer import export_bundle
 from gemma3_export.exporters.torch.torchscript import TorchScriptWriter
 from gemma3_export.reference.weights.source import RandomSource
-from gemma3_export.runtimes.generation.loop import generate
 from gemma3_export.runtimes.generation.sampling import SamplingParams
 from gemma3_export.runtimes.torch.runtime import TorchScriptRuntime
+from tests.support.generation import generate
 from tests.support.tiny_models import tiny_config
 
 SOURCE = Path(__file__).parents[2] / "examples" / "cpp"

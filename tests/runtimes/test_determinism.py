@@ -9,9 +9,9 @@ import pytest
 
 from gemma3_export.api.exporting import export_torchscript, open_weights
 from gemma3_export.api.opening import open_runtime
-from gemma3_export.runtimes.generation.loop import generate
 from gemma3_export.runtimes.generation.sampling import SamplingParams
 from gemma3_export.runtimes.protocol import Runtime
+from tests.support.generation import generate
 
 PROMPTS = ([2, 7, 41, 300, 12, 9, 9, 77, 120, 31], [2, 55, 8])
 SEEDS = range(6)

@@ -24,7 +24,6 @@ from gemma3_export.runtimes.generation.candidates import (
     from_largest,
     most_needed,
 )
-from gemma3_export.runtimes.generation.loop import generate
 from gemma3_export.runtimes.generation.sampling import Sampler, SamplingParams
 from gemma3_export.runtimes.onnx.graphs import (
     COPY_GRAPH,
@@ -38,6 +37,7 @@ from tests.exporters.test_half_precision import exported as half_bundle
 from tests.support.cuda_formats import ONNX_FORMATS, CudaFormat
 from tests.support.cuda_python import REPOSITORY, cuda_python
 from tests.support.exported_bundles import exported_bundle
+from tests.support.generation import generate
 from tests.support.tiny_models import TINY
 
 WORKER = REPOSITORY / "gemma3_export" / "placement" / "decode_worker.py"

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from gemma3_export.errors import Gemma3ExportError, InputError
-from gemma3_export.runtimes.generation.loop import Completion, StopTexts, TokenEvent, generate
+from gemma3_export.runtimes.generation.loop import Completion, StopTexts, TokenEvent
 from gemma3_export.runtimes.generation.sampling import SamplingParams, report_logprobs
 from tests.support.fake_runtime import FAKE_CONFIG, ByteDecoder, FakeRuntime, ScriptedRuntime
+from tests.support.generation import generate
 
 GREEDY = SamplingParams()
 SAMPLED = SamplingParams(temperature=1.0, top_k=64, top_p=0.95, seed=7)

@@ -12,14 +12,14 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from gemma3_export.api.model import shared_length
 
 from gemma3_export.api.exporting import export_torchscript, open_weights
 from gemma3_export.cli import command_line
-from gemma3_export.cli.prefixes import shared_length
 from gemma3_export.errors import InputError
 from gemma3_export.reference.loading import load_reference
 from gemma3_export.reference.runtime import ReferenceRuntime
-from gemma3_export.runtimes.generation.loop import Completion, generate
+from gemma3_export.runtimes.generation.loop import Completion
 from gemma3_export.runtimes.generation.prefix_cache import PrefixCache
 from gemma3_export.runtimes.generation.sampling import SamplingParams
 from gemma3_export.runtimes.generation.speculation import PromptLookup
@@ -30,6 +30,7 @@ from tests.exporters.test_half_precision import exported as half_bundle
 from tests.exporters.test_quantized_export import int8_bundle
 from tests.support.exported_bundles import exported_bundle, source_of
 from tests.support.fake_runtime import FakeRuntime
+from tests.support.generation import generate
 from tests.support.tiny_models import TINY
 
 GREEDY = SamplingParams(seed=3)

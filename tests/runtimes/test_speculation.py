@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from gemma3_export.errors import InputError
-from gemma3_export.runtimes.generation.loop import Completion, Event, generate
+from gemma3_export.runtimes.generation.loop import Completion, Event
 from gemma3_export.runtimes.generation.sampling import SamplingParams
 from gemma3_export.runtimes.generation.speculation import (
     ALLOWANCE,
@@ -21,6 +21,7 @@ from gemma3_export.runtimes.generation.speculation import (
     StepCosts,
 )
 from tests.support.fake_runtime import FAKE_CONFIG, ByteDecoder, FakeRuntime, ScriptedRuntime
+from tests.support.generation import generate
 
 GREEDY = SamplingParams(seed=3)
 SAMPLED = SamplingParams(temperature=1.0, top_k=64, seed=7, repetition_penalty=1.2, logprobs=2)

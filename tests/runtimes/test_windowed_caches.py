@@ -12,13 +12,14 @@ import pytest
 from gemma3_export.bundle import Bundle
 from gemma3_export.errors import InputError
 from gemma3_export.parity import VerifyOptions, verify
-from gemma3_export.runtimes.generation.loop import Completion, generate
+from gemma3_export.runtimes.generation.loop import Completion
 from gemma3_export.runtimes.generation.sampling import SamplingParams
 from gemma3_export.runtimes.generation.speculation import Drafter, PromptLookup
 from gemma3_export.runtimes.onnx.caches import WindowedCache
 from gemma3_export.runtimes.onnx.runtime import OnnxRuntime
 from gemma3_export.runtimes.protocol import KVCache
 from tests.support.exported_bundles import exported_bundle, source_of
+from tests.support.generation import generate
 from tests.support.tiny_models import TINY
 
 TOLERANCE = 1e-5  # absolute; logits are about 1, and two correct float32 runs differ by 1e-6

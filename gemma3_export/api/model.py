@@ -1,0 +1,531 @@
+"""Load a bundle and generate text with it.
+
+    import gemma3_export
+
+    model = gemma3_export.load("gemma-3-270m")
+    print(model.generate("The sea is", max_new_tokens=64).text)
+
+Everything that a generation needs beyond its prompt is decided here, for Python and the command
+line alike: which caches the runtime opens, whether tokens are drafted, whether prompts share a
+computed prefix, and which tokens end a turn.
+"""
+
+from __future__ import annotations
+
+import secrets
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from itertools import pairwise
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self, TypeGuard, overload
+
+import numpy as np
+
+from gemma3_export.api.opening import LoadOptions, open_runtime
+from gemma3_export.api.options import merged
+from gemma3_export.bundle import Bundle
+from gemma3_export.config import Gemma3Config
+from gemma3_export.errors import InputError
+from gemma3_export.runtimes.generation.loop import (
+    Cancel,
+    Completion,
+    Generation,
+    GenerationOptions,
+    TokenEvent,
+)
+from gemma3_export.runtimes.generation.loop import generate as start_generation
+from gemma3_export.runtimes.generation.prefix_cache import PrefixCache
+from gemma3_export.runtimes.generation.sampling import SamplingParams
+from gemma3_export.runtimes.generation.speculation import (
+    MAX_DRAFT_TOKENS,
+    Drafter,
+    DraftModel,
+    PromptLookup,
+    relative_cost,
+)
+from gemma3_export.runtimes.protocol import CacheForms, IntArray, Logits, Runtime
+from gemma3_export.tokenizer import END_OF_TURN, ChatMessage, StreamingDecoder, Tokenizer
+
+if TYPE_CHECKING:
+    from gemma3_export.api.chat import Chat
+    from gemma3_export.runtimes.generation.kept_cache import KeptCache
+
+__all__ = ["GenerateOptions", "Model", "Prompt", "TextStream", "load", "shared_length"]
+
+Prompt = str | Sequence[int] | IntArray | Sequence[ChatMessage]
+PREFIX_CACHE_BYTES = 256_000_000
+FEWEST_SHARED_TOKENS = 16  # fewer are computed sooner than they are copied
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GenerateOptions(SamplingParams):
+    """How to continue prompts; the defaults are greedy. Includes every sampling parameter.
+
+    Args:
+        max_new_tokens: the most tokens to generate per prompt.
+        stop: texts that end a generation; they are cut off the result.
+        prompt_lookup: the most tokens to draft by looking up what followed the same words before;
+            0 is off, None is 16 on the CPU and off for quantised bundles and on CUDA.
+        draft_model: a smaller bundle that drafts tokens instead.
+        prefix_cache_bytes: memory for prefixes that the prompts of one call share; 0 is off.
+        prefill_chunk: prompt tokens to process per step.
+
+    Raises:
+        InputError: a value is out of range.
+    """
+
+    max_new_tokens: int = 128
+    stop: str | tuple[str, ...] = ()
+    prompt_lookup: int | None = None
+    draft_model: Path | str | None = None
+    prefix_cache_bytes: int = PREFIX_CACHE_BYTES
+    prefill_chunk: int = 512
+
+    def __post_init__(self) -> None:
+        SamplingParams.__post_init__(self)
+        for name in ("prompt_lookup", "prefix_cache_bytes"):
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise InputError(f"{name} is {value}; it must be 0 or more")
+
+    @property
+    def stop_texts(self) -> tuple[str, ...]:
+        """The stop texts as a tuple."""
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+
+    def sampling(self) -> SamplingParams:
+        """Return the sampling parameters, with a seed drawn where none was given."""
+        names = [field.name for field in fields(SamplingParams)]
+        values = {name: getattr(self, name) for name in names}
+        if values["seed"] is None:
+            values["seed"] = secrets.randbits(32)
+        return SamplingParams(**values)
+
+
+class TextStream(Iterator[str]):
+    """The text of one generation, piece by piece.
+
+    Iterate it for text as it is certain; ``completion`` is the result so far, complete once the
+    iteration has ended. ``close`` stops early.
+    """
+
+    def __init__(
+        self, generation: Generation, on_end: Callable[[Completion], None] | None = None
+    ) -> None:
+        self._generation = generation
+        self._on_end = on_end
+
+    def __next__(self) -> str:
+        for event in self._generation:
+            if isinstance(event, TokenEvent) and event.text:
+                return event.text
+        self._end()
+        raise StopIteration
+
+    def close(self) -> None:
+        """Stop generating; ``completion`` keeps the text so far."""
+        self._generation.close()
+        self._end()
+
+    @property
+    def completion(self) -> Completion:
+        """The result so far; its finish reason is ``cancelled`` until the end."""
+        return self._generation.completions[0]
+
+    def _end(self) -> None:
+        on_end, self._on_end = self._on_end, None
+        if on_end is not None:
+            on_end(self.completion)
+
+
+def load(path: Path | str | Bundle, options: LoadOptions | None = None, **changes: Any) -> Model:
+    """Load a bundle, ready to generate.
+
+    Args:
+        path: the folder of an exported bundle.
+        options: which runtime to open, and on which device.
+        changes: fields of :class:`LoadOptions`, such as ``device="cpu"``.
+
+    Raises:
+        InputError: the folder is not a bundle, is damaged, or has no such graph.
+        UnavailableError: a package or the device is missing.
+    """
+    model = Model(path, options, **changes)
+    model.open()
+    return model
+
+
+class Model:
+    """A bundle that generates text; safe to share between threads.
+
+    Constructing it reads the bundle's manifest, config and tokenizer. The runtime opens with
+    :meth:`open`, or with the first generation, which then picks the caches that suit its prompts.
+
+    Args:
+        path: the folder of an exported bundle.
+        options: which runtime to open, and on which device.
+        changes: fields of :class:`LoadOptions`.
+
+    Raises:
+        InputError: the folder is not a bundle, or its tokenizer is not its model's.
+    """
+
+    def __init__(
+        self, path: Path | str | Bundle, options: LoadOptions | None = None, **changes: Any
+    ) -> None:
+        self.options = merged(LoadOptions, options, changes)
+        self.bundle = path if isinstance(path, Bundle) else Bundle(Path(path))
+        self.tokenizer = bundle_tokenizer(self.bundle)
+        self._runtime: Runtime | None = None
+        self._prefixes: PrefixCache | None = None  # kept between calls
+        self._drafts: dict[Path, Runtime] = {}
+        self._opening = threading.Lock()
+
+    @property
+    def config(self) -> Gemma3Config:
+        """The model's shapes and constants."""
+        return self.bundle.config
+
+    @property
+    def runtime(self) -> Runtime:
+        """The runtime; opens it if it is not open yet."""
+        return self.open()
+
+    def open(self) -> Runtime:
+        """Open the runtime unless it is open, and return it.
+
+        Raises:
+            InputError: the bundle is damaged or has no graph for the runtime.
+            UnavailableError: a package or the device is missing.
+        """
+        return self._open(needs_every_token=self.options.kept_prefix_bytes > 0)
+
+    def close(self) -> None:
+        """Release the runtime and its memory; the next generation opens it again."""
+        with self._opening:
+            self._runtime = self._prefixes = None
+            self._drafts.clear()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    @overload
+    def generate(
+        self,
+        prompt: str | Sequence[ChatMessage] | Sequence[int] | IntArray,
+        options: GenerateOptions | None = None,
+        **changes: Any,
+    ) -> Completion: ...
+
+    @overload
+    def generate(
+        self,
+        prompt: Sequence[str] | Sequence[Sequence[int]] | Sequence[Sequence[ChatMessage]],
+        options: GenerateOptions | None = None,
+        **changes: Any,
+    ) -> list[Completion]: ...
+
+    def generate(
+        self,
+        prompt: Any,
+        options: GenerateOptions | None = None,
+        **changes: Any,
+    ) -> Completion | list[Completion]:
+        """Continue a prompt, or a list of prompts as one batch.
+
+        Args:
+            prompt: a text, token ids, or the messages of a conversation; or a list of these.
+            options: how to sample, when to stop, and so on.
+            changes: fields of :class:`GenerateOptions`, such as ``max_new_tokens=64``.
+
+        Returns:
+            One completion, or for a list of prompts a list of them in the same order.
+
+        Raises:
+            InputError: a prompt is empty, does not fit, or needs a tokenizer that the bundle lacks;
+                or an option is out of range.
+        """
+        if is_one_prompt(prompt):
+            return self.start([prompt], options, **changes).collect()[0]
+        return self.start(prompt, options, **changes).collect()
+
+    def stream(
+        self, prompt: Prompt, options: GenerateOptions | None = None, **changes: Any
+    ) -> TextStream:
+        """Continue one prompt and yield its text as it is generated.
+
+        Raises:
+            InputError: as :meth:`generate`; or there is a list of prompts.
+        """
+        if not is_one_prompt(prompt):
+            raise InputError("stream takes one prompt; generate takes a list of them")
+        return TextStream(self.start([prompt], options, **changes))
+
+    def chat(
+        self, system: str | None = None, options: GenerateOptions | None = None, **changes: Any
+    ) -> Chat:
+        """Start a conversation, whose history and cache are kept between its turns.
+
+        Args:
+            system: a system message.
+            options: for every turn.
+            changes: fields of :class:`GenerateOptions`.
+
+        Raises:
+            InputError: the bundle's tokenizer has no turn tokens.
+        """
+        from gemma3_export.api.chat import Chat
+
+        return Chat(self, system, merged(GenerateOptions, options, changes))
+
+    def logits(self, token_ids: Sequence[int] | IntArray) -> Logits:
+        """Return the logits [T, V], float32, that follow each of the T tokens.
+
+        Raises:
+            InputError: there are no tokens, or more than the model's context holds.
+        """
+        ids = np.asarray(token_ids, np.int64)
+        if ids.ndim != 1 or not ids.size:
+            raise InputError(f"token_ids has the shape {list(ids.shape)}; give a list of token ids")
+        if not 0 <= int(ids.min()) <= int(ids.max()) < self.config.vocab_size:
+            raise InputError(
+                f"token ids must be from 0 to {self.config.vocab_size - 1}, and these are from "
+                f"{ids.min()} to {ids.max()}"
+            )
+        cache = self.runtime.new_cache(1, ids.size)
+        size = GenerateOptions().prefill_chunk
+        chunks = [ids[None, start : start + size] for start in range(0, ids.size, size)]
+        parts = [self.runtime.step(chunk, cache, num_logits=0)[0] for chunk in chunks]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def start(
+        self,
+        prompts: Sequence[Prompt],
+        options: GenerateOptions | None = None,
+        *,
+        cancel: Cancel | None = None,
+        kept_cache: KeptCache | None = None,
+        **changes: Any,
+    ) -> Generation:
+        """Start a generation of events, which gives more than :meth:`generate` and :meth:`stream`.
+
+        Args:
+            prompts: texts, token ids or conversations.
+            options: how to sample, when to stop, and so on.
+            cancel: an event or a function, checked before every step.
+            kept_cache: the cache of an earlier generation to continue, for a single prompt.
+            changes: fields of :class:`GenerateOptions`.
+
+        Raises:
+            InputError: as :meth:`generate`.
+        """
+        options = merged(GenerateOptions, options, changes)
+        token_ids = [self.encode(prompt) for prompt in prompts]
+        runtime = self._open(self._needs_every_token(token_ids, options))
+        draft_tokens = options.prompt_lookup
+        if draft_tokens is None:
+            draft_tokens = 0 if self._is_inexact(runtime) else MAX_DRAFT_TOKENS
+        tokenizer = self.tokenizer
+        return start_generation(
+            runtime,
+            token_ids,
+            options.sampling(),
+            GenerationOptions(
+                max_new_tokens=options.max_new_tokens,
+                stop_token_ids=self.stop_token_ids(is_chat=any(map(is_conversation, prompts))),
+                stop_texts=options.stop_texts,
+                prefill_chunk=options.prefill_chunk,
+                max_draft_tokens=draft_tokens or MAX_DRAFT_TOKENS,
+            ),
+            detokenize=None if tokenizer is None else lambda: StreamingDecoder(tokenizer),
+            drafter=self._drafter(runtime, token_ids, options, draft_tokens),
+            prefix_cache=self._prefix_cache(runtime, token_ids, options),
+            kept_cache=kept_cache,
+            cancel=cancel,
+        )
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        """Return the token ids of a prompt.
+
+        Raises:
+            InputError: the bundle has no tokenizer for it, or it cannot be encoded.
+        """
+        if not isinstance(prompt, str) and not is_conversation(prompt):
+            return [int(token_id) for token_id in prompt]  # type: ignore[arg-type]
+        if self.tokenizer is None:
+            raise InputError(
+                f"{self.bundle.path} has no tokenizer, so it takes no text; give token ids, or "
+                "export it again with a tokenizer"
+            )
+        if isinstance(prompt, str):
+            return self.tokenizer.encode(prompt)
+        return self.tokenizer.encode_chat(prompt)
+
+    def stop_token_ids(self, *, is_chat: bool) -> tuple[int, ...]:
+        """Return the tokens that end a generation.
+
+        A conversation also ends where the model's turn does, which the configs of base models
+        do not say.
+        """
+        eos = self.config.eos_token_id
+        end = self.tokenizer.token_id(END_OF_TURN) if is_chat and self.tokenizer else None
+        return eos if end is None or end in eos else (*eos, end)
+
+    def _open(self, needs_every_token: bool) -> Runtime:
+        """Open the runtime, again if its sliding-window caches evict tokens that are needed."""
+        with self._opening:
+            evicts = isinstance(self._runtime, CacheForms) and self._runtime.is_windowed
+            is_free = self.options.windowed is None
+            if self._runtime is None or (evicts and needs_every_token and is_free):
+                self._runtime = None  # release its memory first
+                windowed = False if needs_every_token and is_free else self.options.windowed
+                self._runtime = open_runtime(
+                    self.bundle,
+                    self.options.runtime,
+                    device=self.options.device,
+                    threads=self.options.threads,
+                    trust=self.options.trust,
+                    cuda=self.options.cuda,
+                    windowed=windowed,
+                    shares_weights=self.options.shares_weights,
+                )
+            return self._runtime
+
+    def _needs_every_token(self, prompts: Sequence[list[int]], options: GenerateOptions) -> bool:
+        """Return whether caches must hold every token rather than a sliding window.
+
+        Drafts longer than a window could not be taken back, and no prefix could be copied from the
+        middle of a text.
+        """
+        if self.options.kept_prefix_bytes:
+            return True
+        if (options.prompt_lookup or 0) >= self.config.sliding_window:
+            return True
+        is_quantized = self.bundle.is_quantized(self.options.runtime)
+        fewest = options.prefill_chunk if is_quantized else FEWEST_SHARED_TOKENS
+        return bool(options.prefix_cache_bytes) and shared_length(prompts) >= max(
+            fewest, FEWEST_SHARED_TOKENS
+        )
+
+    def _is_inexact(self, runtime: Runtime) -> bool:
+        """Return whether several tokens at once may give other bits than one at a time.
+
+        Quantised products amplify the rounding between one division into steps and another, and on
+        CUDA it has not been measured. There, drafts are off and only whole prefill chunks are
+        reused, which changes no bit.
+        """
+        is_on_cpu = str(runtime.describe()["device"]) == "cpu"
+        return self.bundle.is_quantized(self.options.runtime) or not is_on_cpu
+
+    def _prefix_cache(
+        self, runtime: Runtime, prompts: Sequence[list[int]], options: GenerateOptions
+    ) -> PrefixCache | None:
+        """Return the cache of prefixes to use, if it is worth one."""
+        granularity = options.prefill_chunk if self._is_inexact(runtime) else FEWEST_SHARED_TOKENS
+        if size := self.options.kept_prefix_bytes:
+            if self._prefixes is None:
+                self._prefixes = PrefixCache(runtime, max_bytes=size, granularity=granularity)
+            return self._prefixes
+        fewest = max(granularity, FEWEST_SHARED_TOKENS)
+        if not options.prefix_cache_bytes or shared_length(prompts) < fewest:
+            return None
+        return PrefixCache(runtime, max_bytes=options.prefix_cache_bytes, granularity=granularity)
+
+    def _drafter(
+        self,
+        runtime: Runtime,
+        prompts: Sequence[list[int]],
+        options: GenerateOptions,
+        draft_tokens: int,
+    ) -> Callable[[], Drafter] | None:
+        """Return what makes a drafter per prompt, if tokens are to be drafted."""
+        if options.draft_model is None:
+            return PromptLookup if draft_tokens else None
+        draft = self._draft_runtime(Path(options.draft_model))
+        token_cost = relative_cost(draft, runtime)
+        capacity = max(map(len, prompts), default=0) + options.max_new_tokens
+        return lambda: DraftModel(draft, capacity=capacity, token_cost=token_cost)
+
+    def _draft_runtime(self, path: Path) -> Runtime:
+        """Open the draft model at ``path``, once.
+
+        Raises:
+            InputError: it is damaged, or has another tokenizer.
+        """
+        with self._opening:
+            if path not in self._drafts:
+                bundle = Bundle(path)
+                own = bundle_tokenizer(bundle)
+                if self.tokenizer and own and not own.has_tokens_of(self.tokenizer):
+                    raise InputError(
+                        f"the draft model in {path} has another tokenizer than the model; give "
+                        "one of the same family"
+                    )
+                self._drafts[path] = open_runtime(
+                    bundle,
+                    self.options.runtime,
+                    device=self.options.device,
+                    threads=self.options.threads,
+                    trust=self.options.trust,
+                    cuda=self.options.cuda,
+                    windowed=False,  # wrong drafts are cut off as far back as they go
+                )
+            return self._drafts[path]
+
+
+def is_conversation(prompt: object) -> TypeGuard[Sequence[ChatMessage]]:
+    """Return whether ``prompt`` is a list of chat messages."""
+    is_list = isinstance(prompt, Sequence) and not isinstance(prompt, str | bytes)
+    return is_list and bool(prompt) and isinstance(prompt[0], Mapping)  # type: ignore[index]
+
+
+def is_one_prompt(prompt: object) -> bool:
+    """Return whether ``prompt`` is a text, token ids or a conversation, and not a list of these.
+
+    Raises:
+        InputError: it is none of them.
+    """
+    if isinstance(prompt, str):
+        return True
+    if isinstance(prompt, bytes | Mapping) or not isinstance(prompt, Sequence | np.ndarray):
+        raise InputError(
+            f"a prompt is a text, a list of token ids or a list of messages, not "
+            f"{type(prompt).__name__}"
+        )
+    if not len(prompt):
+        raise InputError("the prompt is empty; give some text, or at least one token id")
+    return isinstance(prompt[0], int | np.integer | Mapping)
+
+
+def bundle_tokenizer(bundle: Bundle) -> Tokenizer | None:
+    """Return the tokenizer of ``bundle``, checked against its model, or None.
+
+    Raises:
+        InputError: it is damaged, or belongs to another model.
+    """
+    path = bundle.file("tokenizer.json")
+    if not path.is_file():
+        return None
+    tokenizer = Tokenizer.from_file(path)
+    tokenizer.check_vocab_size(bundle.config.vocab_size)
+    return tokenizer
+
+
+def shared_length(prompts: Sequence[Sequence[int]]) -> int:
+    """Return the length of the longest prefix that two of the prompts share."""
+    longest = 0
+    for one, other in pairwise(sorted(map(list, prompts))):  # neighbours share the most
+        ends = min(len(one), len(other))
+        same = next((at for at in range(ends) if one[at] != other[at]), ends)
+        longest = max(longest, same)
+    return longest
