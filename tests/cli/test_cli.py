@@ -17,7 +17,6 @@ from click.testing import CliRunner, Result
 from gemma3_export import __version__
 from gemma3_export.bundle import ONNX_TARGETS, Bundle
 from gemma3_export.cli import command_line
-from gemma3_export.cli.drafters import default_draft_tokens
 from gemma3_export.cli.generate_command import RUNTIMES
 from gemma3_export.progress import ProgressBars
 from gemma3_export.tokenizer import Tokenizer
@@ -185,15 +184,32 @@ def test_drafts_change_no_token_and_are_counted(ort_bundle):
 
 
 def test_drafts_are_made_by_default_only_where_they_change_no_text(monkeypatch, ort_bundle):
-    bundle = Bundle(ort_bundle)
-    assert default_draft_tokens(bundle, "onnx", "cpu") == 16
-    assert default_draft_tokens(bundle, "onnx", "cuda:0") == 0
-    monkeypatch.setattr(Bundle, "is_quantized", lambda self, runtime: runtime == "onnx")
-    assert default_draft_tokens(bundle, "onnx", "cpu") == 0
-    assert default_draft_tokens(bundle, "torchscript", "cpu") == 16
     repeated = "2," + ",".join(["11,12,13,14,15"] * 8)
-    result = run_ok("generate", ort_bundle, "--prompt-ids", repeated, "--max-new-tokens", 60)
-    assert "drafted" not in result.stderr
+    arguments = ("generate", ort_bundle, "--prompt-ids", repeated, "--max-new-tokens", 60)
+    plain = run_ok(*arguments, "--json", "--prompt-lookup", 0)
+    drafts = [
+        run_ok(*arguments, "--json"),
+        run_ok(*arguments, "--json", "--draft-model", ort_bundle),
+        run_ok(*arguments, "--json", "--runtime", "reference", "--prompt-lookup", 4),
+    ]
+    assert objects(plain)[0]["timings"]["drafted_tokens"] == 0
+    assert "drafted" not in plain.stderr
+    for drafted in drafts:
+        (found,) = objects(drafted)
+        assert found["token_ids"] == objects(plain)[0]["token_ids"]
+        counts = found["timings"]["accepted_tokens"], found["timings"]["drafted_tokens"]
+        assert 0 < counts[0] <= counts[1]
+        assert f"{counts[0]} of {counts[1]} drafted tokens were right" in drafted.stderr
+    timings = objects(drafts[1])[0]["timings"]  # the model itself is never wrong
+    assert timings["accepted_tokens"] == timings["drafted_tokens"]
+
+
+def test_drafts_are_made_by_default_only_where_they_change_no_text(monkeypatch, ort_bundle):
+    repeated = "2," + ",".join(["11,12,13,14,15"] * 8)
+    arguments = ("generate", ort_bundle, "--prompt-ids", repeated, "--max-new-tokens", 60)
+    assert "drafted tokens were right" in run_ok(*arguments, "--device", "cpu").stderr
+    monkeypatch.setattr(Bundle, "is_quantized", lambda self, runtime: runtime == "onnx")
+    assert "drafted" not in run_ok(*arguments, "--device", "cpu").stderr
 
 
 def test_a_draft_model_must_have_the_same_tokens(ort_bundle, one_layer, tmp_path):

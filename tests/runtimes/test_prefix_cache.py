@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from gemma3_export.api.model import shared_length
 
 from gemma3_export.api.exporting import export_torchscript, open_weights
+from gemma3_export.api.model import shared_length
 from gemma3_export.cli import command_line
 from gemma3_export.errors import InputError
 from gemma3_export.reference.loading import load_reference

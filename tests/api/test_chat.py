@@ -1,0 +1,170 @@
+"""Conversations: the history that the model sees, and the cache that its turns share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import gemma3_export
+from gemma3_export import InputError, Model
+from gemma3_export.runtimes.generation.kept_cache import KeptCache
+from gemma3_export.runtimes.generation.sampling import SamplingParams
+from gemma3_export.runtimes.protocol import IntArray, KVCache, Logits, Runtime
+from tests.support.exported_bundles import exported_bundle
+from tests.support.generation import generate
+
+
+@pytest.fixture(scope="module")
+def model(ort_bundle: Path) -> Model:
+    return gemma3_export.load(ort_bundle, device="cpu", threads=1)
+
+
+def fresh(model: Model, messages: list[dict[str, str]], **options: object) -> str:
+    return model.generate(messages, **options).text
+
+
+class TestTurns:
+    def test_each_turn_is_what_the_whole_conversation_gives(self, model: Model) -> None:
+        chat = model.chat(system="Be brief.", max_new_tokens=10)
+        said = [{"role": "system", "content": "Be brief."}]
+        for text in ("Who wrote Faust?", "And when?", "Where?"):
+            said.append({"role": "user", "content": text})
+            answer = chat.send(text)
+            assert answer.text == fresh(model, said, max_new_tokens=10)
+            said.append({"role": "assistant", "content": answer.text})
+            assert chat.messages == said
+
+    def test_a_turn_computes_only_what_is_new(self, model: Model) -> None:
+        chat = model.chat(max_new_tokens=6)
+        first = chat.send("A rather long first message, which should not be computed twice.")
+        second = chat.send("More")
+        assert first.reused_tokens == 0
+        assert second.reused_tokens >= first.prompt_tokens
+        assert second.prompt_tokens - second.reused_tokens < 30
+
+    def test_a_stream_joins_the_conversation_when_it_ends(self, model: Model) -> None:
+        chat = model.chat(max_new_tokens=6)
+        stream = chat.stream("Hello")
+        assert chat.messages == []
+        text = "".join(stream)
+        assert chat.messages[-1] == {"role": "assistant", "content": text}
+
+    def test_a_closed_stream_joins_with_what_it_has(self, model: Model) -> None:
+        chat = model.chat(max_new_tokens=50)
+        stream = chat.stream("Hello")
+        next(stream)
+        stream.close()
+        partial = stream.completion.text
+        assert chat.messages[-1]["content"] == partial
+        said = [*chat.messages, {"role": "user", "content": "Go on"}]
+        assert chat.send("Go on", max_new_tokens=8).text == fresh(model, said, max_new_tokens=8)
+
+    def test_a_turn_that_cannot_be_is_not_part_of_it(self, model: Model) -> None:
+        chat = model.chat(max_new_tokens=4)
+        chat.send("Hello")
+        before = list(chat.messages)
+        limit = model.config.max_position_embeddings
+        with pytest.raises(InputError, match="shorten the prompt"):
+            chat.send("word " * limit)
+        with pytest.raises(InputError, match="temperature"):
+            chat.send("Hello", temperature=-1.0)
+        assert chat.messages == before
+        assert chat.send("Hello again").reused_tokens > 0
+
+    def test_conversations_do_not_mix(self, model: Model) -> None:
+        one, two = model.chat(max_new_tokens=5), model.chat(max_new_tokens=5)
+        one.send("First")
+        two.send("Second")
+        said = [*two.messages, {"role": "user", "content": "More"}]
+        assert two.send("More").text == fresh(model, said, max_new_tokens=5)
+
+    def test_a_conversation_outlives_the_runtime_that_it_began_with(self, ort_bundle: Path) -> None:
+        model = gemma3_export.load(ort_bundle, device="cpu", threads=1)
+        chat = model.chat(max_new_tokens=5)
+        chat.send("First")
+        model.close()
+        said = [*chat.messages, {"role": "user", "content": "More"}]
+        assert chat.send("More").text == fresh(model, said, max_new_tokens=5)
+
+    def test_a_bundle_without_turn_tokens_has_no_chat(self) -> None:
+        bare = gemma3_export.load(exported_bundle("ort"), device="cpu")
+        with pytest.raises(InputError, match="turn tokens"):
+            bare.chat()
+
+
+class TestKeptCache:
+    @pytest.fixture(params=["windowed", "full", "portable"])
+    def runtime(self, request: pytest.FixtureRequest) -> Runtime:
+        target = "portable" if request.param == "portable" else "ort"
+        return gemma3_export.open_runtime(
+            exported_bundle(target),
+            device="cpu",
+            threads=1,
+            windowed=request.param == "windowed" or None,
+        )
+
+    def continued(self, runtime: Runtime, kept: KeptCache, prompt: list[int]) -> tuple[int, ...]:
+        done = generate(
+            runtime, [prompt], SamplingParams(), max_new_tokens=5, kept_cache=kept
+        ).collect()[0]
+        return done.token_ids
+
+    def alone(self, runtime: Runtime, prompt: list[int]) -> tuple[int, ...]:
+        done = generate(runtime, [prompt], SamplingParams(), max_new_tokens=5).collect()[0]
+        return done.token_ids
+
+    def test_any_next_prompt_gives_what_it_gives_alone(self, runtime: Runtime) -> None:
+        generator = np.random.default_rng(3)
+        kept = KeptCache(runtime)
+        prompt = [2, 5, 9]
+        for turn in range(12):
+            assert self.continued(runtime, kept, prompt) == self.alone(runtime, prompt), turn
+            cut = int(generator.integers(1, len(prompt) + 1))  # far back, across the window too
+            new = generator.integers(3, 60, int(generator.integers(1, 9))).tolist()
+            prompt = [*prompt[: cut if turn % 3 == 2 else len(prompt)], *new]
+
+    def test_the_same_prompt_again_computes_one_token(self, runtime: Runtime) -> None:
+        kept = KeptCache(runtime)
+        prompt = [2, 5, 9, 11, 13]
+        self.continued(runtime, kept, prompt)
+        done = generate(
+            runtime, [prompt], SamplingParams(), max_new_tokens=1, kept_cache=kept
+        ).collect()[0]
+        assert done.reused_tokens == len(prompt) - 1
+
+    def test_an_error_loses_the_cache_and_not_its_truth(self, runtime: Runtime) -> None:
+        class Failing:
+            """The runtime, whose third step fails after it has computed."""
+
+            def __init__(self) -> None:
+                self.steps = 0
+                self.config = runtime.config
+
+            def new_cache(self, batch_size: int, capacity: int) -> KVCache:
+                return runtime.new_cache(batch_size, capacity)
+
+            def step(
+                self, input_ids: IntArray, cache: KVCache, *, num_logits: int, row: int | None
+            ) -> Logits:
+                self.steps += 1
+                logits = runtime.step(input_ids, cache, num_logits=num_logits, row=row)
+                if self.steps == 3:
+                    raise KeyboardInterrupt
+                return logits
+
+        failing = Failing()
+        kept = KeptCache(failing)
+        with pytest.raises(KeyboardInterrupt):
+            self.continued(failing, kept, [2, 5, 9])
+        assert self.continued(failing, kept, [2, 5, 9]) == self.alone(runtime, [2, 5, 9])
+
+    def test_it_is_one_runtimes_and_one_prompts(self, runtime: Runtime, model: Model) -> None:
+        kept = KeptCache(runtime)
+        with pytest.raises(InputError, match="one prompt"):
+            generate(runtime, [[2], [3]], SamplingParams(), max_new_tokens=1, kept_cache=kept)
+        with pytest.raises(InputError, match="another runtime"):
+            generate(
+                model.runtime, [[2]], SamplingParams(), max_new_tokens=1, kept_cache=kept
+            ).collect()

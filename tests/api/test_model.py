@@ -1,0 +1,275 @@
+"""`gemma3_export.load` and what it returns: the one door for Python and the command line."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import gemma3_export
+from gemma3_export import GenerateOptions, InputError, LoadOptions, Model
+from gemma3_export.api import model as model_module
+from gemma3_export.reference.loading import load_reference
+from gemma3_export.reference.weights.bundle_weights import open_bundle_weights
+from gemma3_export.runtimes.generation.sampling import SamplingParams
+from gemma3_export.tokenizer import StreamingDecoder
+from tests.support.exported_bundles import exported_bundle
+from tests.support.generation import generate
+
+USER = [{"role": "user", "content": "The sea is wide."}]
+LONG = [2, *range(10, 57)]  # a multiple of the 16 tokens that prefixes are shared in
+
+
+@pytest.fixture(scope="module")
+def model(ort_bundle: Path) -> Model:
+    return gemma3_export.load(ort_bundle, device="cpu", threads=1)
+
+
+def opened(bundle: Path, **changes: object) -> Model:
+    return Model(bundle, device="cpu", threads=1, **changes)
+
+
+class TestPrompts:
+    def test_a_text_gives_what_the_loop_gives(self, model: Model) -> None:
+        tokenizer = model.tokenizer
+        assert tokenizer is not None
+        (expected,) = generate(
+            model.runtime,
+            [tokenizer.encode("The sea is")],
+            SamplingParams(),
+            max_new_tokens=12,
+            detokenize=lambda: StreamingDecoder(tokenizer),
+        ).collect()
+        found = model.generate("The sea is", max_new_tokens=12)
+        assert found.token_ids == expected.token_ids
+        assert found.text == expected.text
+
+    def test_a_list_gives_a_list_in_order(self, model: Model) -> None:
+        one, two = model.generate(["One", "Two words"], max_new_tokens=5)
+        assert one.token_ids == model.generate("One", max_new_tokens=5).token_ids
+        assert two.token_ids == model.generate("Two words", max_new_tokens=5).token_ids
+
+    @pytest.mark.parametrize("ids", [[2, 7, 11], (2, 7, 11), np.array([2, 7, 11])])
+    def test_token_ids_are_one_prompt(self, model: Model, ids: object) -> None:
+        assert model.generate(ids, max_new_tokens=4).prompt_tokens == 3
+
+    def test_lists_of_token_ids_are_many(self, model: Model) -> None:
+        found = model.generate([[2, 7], [2, 7, 11]], max_new_tokens=4)
+        assert [done.prompt_tokens for done in found] == [2, 3]
+
+    def test_a_conversation_is_encoded_by_the_template(self, model: Model) -> None:
+        assert model.tokenizer is not None
+        assert model.encode(USER) == model.tokenizer.encode_chat(USER)
+        assert model.generate(USER, max_new_tokens=3).prompt_tokens == len(model.encode(USER))
+
+    def test_a_conversation_ends_with_the_models_turn(self, model: Model) -> None:
+        assert model.tokenizer is not None
+        end = model.tokenizer.token_id("<end_of_turn>")
+        assert end in model.stop_token_ids(is_chat=True)
+        assert end not in model.stop_token_ids(is_chat=False)
+
+    @pytest.mark.parametrize("prompt", [b"bytes", {"role": "user"}, 7, None])
+    def test_what_is_not_a_prompt_is_rejected(self, model: Model, prompt: object) -> None:
+        with pytest.raises(InputError, match="a prompt is"):
+            model.generate(prompt)
+
+    @pytest.mark.parametrize("prompt", [[], ()])
+    def test_nothing_is_rejected(self, model: Model, prompt: object) -> None:
+        with pytest.raises(InputError, match="empty"):
+            model.generate(prompt)
+
+    def test_text_without_a_tokenizer_is_rejected(self) -> None:
+        bare = opened(exported_bundle("ort"))
+        with pytest.raises(InputError, match=r"no tokenizer.*token ids"):
+            bare.generate("The sea is")
+        assert bare.generate([2, 3], max_new_tokens=2).text == ""
+
+
+class TestOptions:
+    def test_keywords_are_fields_of_the_options(self, model: Model) -> None:
+        options = GenerateOptions(max_new_tokens=9, temperature=0.9, seed=5)
+        by_options = model.generate("A", options)
+        assert (
+            by_options.token_ids
+            == model.generate("A", max_new_tokens=9, temperature=0.9, seed=5).token_ids
+        )
+        assert len(model.generate("A", options, max_new_tokens=2).token_ids) == 2
+
+    def test_a_mistyped_option_is_named_with_the_nearest(self, model: Model) -> None:
+        with pytest.raises(TypeError, match=r"max_new_token'.*did you mean 'max_new_tokens'"):
+            model.generate("A", max_new_token=5)
+        with pytest.raises(TypeError, match="did you mean 'device'"):
+            gemma3_export.load(model.bundle, devise="cpu")
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            {"max_new_tokens": 0},
+            {"temperature": -1.0},
+            {"prompt_lookup": -1},
+            {"prefix_cache_bytes": -1},
+            {"prefill_chunk": 0},
+            {"stop": ("",)},
+        ],
+    )
+    def test_an_impossible_value_is_named(self, model: Model, change: dict[str, object]) -> None:
+        with pytest.raises(InputError, match=next(iter(change))):
+            model.generate("A", **change)
+
+    @pytest.mark.parametrize("change", [{"threads": 0}, {"kept_prefix_bytes": -1}])
+    def test_an_impossible_way_to_load_is_named(
+        self, ort_bundle: Path, change: dict[str, object]
+    ) -> None:
+        with pytest.raises(InputError, match=next(iter(change))):
+            gemma3_export.load(ort_bundle, **change)
+
+    def test_a_drawn_seed_repeats_the_text(self, model: Model) -> None:
+        drawn = model.generate("A", max_new_tokens=16, temperature=1.5)
+        again = model.generate("A", max_new_tokens=16, temperature=1.5, seed=drawn.seed)
+        assert again.token_ids == drawn.token_ids
+
+    def test_one_stop_text_may_stand_alone(self, model: Model) -> None:
+        text = model.generate("A", max_new_tokens=24).text
+        cut = text[3:6]
+        assert model.generate("A", max_new_tokens=24, stop=cut).text == text[: text.index(cut)]
+
+
+class TestStream:
+    def test_pieces_add_up_to_the_text(self, model: Model) -> None:
+        stream = model.stream("The sea is", max_new_tokens=12)
+        pieces = list(stream)
+        assert len(pieces) > 1
+        assert "".join(pieces) == stream.completion.text
+        assert stream.completion.text == model.generate("The sea is", max_new_tokens=12).text
+        assert stream.completion.finish_reason == "length"
+
+    def test_closing_keeps_what_there_is(self, model: Model) -> None:
+        stream = model.stream("The sea is", max_new_tokens=200)
+        first = next(stream)
+        stream.close()
+        assert stream.completion.finish_reason == "cancelled"
+        assert stream.completion.text.startswith(first)
+
+    def test_a_list_is_rejected(self, model: Model) -> None:
+        with pytest.raises(InputError, match="stream takes one prompt"):
+            model.stream(["One", "Two"])
+
+
+class TestLogits:
+    def test_they_are_the_references(self, model: Model) -> None:
+        ids = LONG[:30]
+        reference = load_reference(open_bundle_weights(model.bundle))
+        with torch.inference_mode():
+            expected = reference(torch.tensor([ids])).logits[0].numpy()
+        found = model.logits(ids)
+        assert found.shape == (30, model.config.vocab_size)
+        assert found.dtype == np.float32
+        np.testing.assert_allclose(found, expected, atol=2e-4)
+
+    def test_chunks_give_the_same(self, model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+        whole = model.logits(LONG)
+        small = GenerateOptions(prefill_chunk=7)
+        monkeypatch.setattr(model_module, "GenerateOptions", lambda: small)
+        np.testing.assert_allclose(model.logits(LONG), whole, atol=2e-4)
+
+    @pytest.mark.parametrize("ids", [[], [[2, 3]], [-1], [2, 400]])
+    def test_what_is_not_a_list_of_tokens_is_rejected(self, model: Model, ids: object) -> None:
+        with pytest.raises(InputError, match="token"):
+            model.logits(ids)
+
+
+class TestWhatIsDecidedHere:
+    def test_the_runtime_opens_with_the_first_generation(self, ort_bundle: Path) -> None:
+        lazy = opened(ort_bundle)
+        assert lazy._runtime is None
+        lazy.generate("A", max_new_tokens=1)
+        assert lazy._runtime is not None
+        lazy.close()
+        assert lazy._runtime is None
+
+    def test_prompts_that_share_a_prefix_share_its_computation(self, ort_bundle: Path) -> None:
+        shared = opened(ort_bundle)
+        prompts = [[*LONG, 5], [*LONG, 6], [*LONG, 7]]
+        together = shared.generate(prompts, max_new_tokens=6)
+        assert [done.reused_tokens for done in together] == [0, len(LONG), len(LONG)]
+        alone = [shared.generate(prompt, max_new_tokens=6) for prompt in prompts]
+        assert [done.token_ids for done in together] == [done.token_ids for done in alone]
+        off = shared.generate(prompts, max_new_tokens=6, prefix_cache_bytes=0)
+        assert [done.reused_tokens for done in off] == [0, 0, 0]
+
+    def test_an_open_window_makes_way_for_a_shared_prefix_and_no_longer(
+        self, ort_bundle: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        asked: list[object] = []
+        real = model_module.open_runtime
+
+        def noting(*arguments: object, **options: object) -> object:
+            asked.append(options["windowed"])
+            return real(*arguments, **options) if len(asked) > 1 else Windowed()
+
+        class Windowed:
+            is_windowed = True
+
+            def with_other_caches(self) -> None:
+                raise AssertionError
+
+        monkeypatch.setattr(model_module, "open_runtime", noting)
+        model = opened(ort_bundle)
+        model.open()
+        prompts = [[*LONG, 5], [*LONG, 6]]
+        assert model.generate(prompts, max_new_tokens=2)[1].reused_tokens == len(LONG)
+        model.generate("A", max_new_tokens=2)
+        assert asked == [None, False]
+
+    def test_prefixes_are_kept_between_calls_on_request(self, ort_bundle: Path) -> None:
+        model = gemma3_export.load(
+            ort_bundle, LoadOptions(device="cpu", threads=1, kept_prefix_bytes=10**7)
+        )
+        assert model.generate([*LONG, 5], max_new_tokens=2).reused_tokens == 0
+        assert model.generate([*LONG, 6], max_new_tokens=2).reused_tokens == len(LONG)
+
+    def test_a_draft_model_is_opened_once(
+        self, ort_bundle: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        model = opened(ort_bundle)
+        plain = model.generate(LONG, max_new_tokens=20, prompt_lookup=0)
+        opened_drafts: list[object] = []
+        real = model_module.open_runtime
+
+        def counted(bundle: object, *arguments: object, **options: object) -> object:
+            opened_drafts.append(bundle)
+            return real(bundle, *arguments, **options)
+
+        monkeypatch.setattr(model_module, "open_runtime", counted)
+        for _ in range(2):
+            drafted = model.generate(LONG, max_new_tokens=20, draft_model=ort_bundle)
+            assert drafted.token_ids == plain.token_ids
+            assert drafted.accepted_tokens == drafted.drafted_tokens > 0
+        assert len(opened_drafts) == 1
+
+
+def test_models_are_shared_between_threads(model: Model) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    prompts = [f"Prompt {number}" for number in range(8)]
+    expected = [model.generate(prompt, max_new_tokens=6).token_ids for prompt in prompts]
+    with ThreadPoolExecutor(4) as pool:
+        found = pool.map(lambda p: model.generate(p, max_new_tokens=6).token_ids, prompts)
+        assert list(found) == expected
+
+
+def test_importing_the_package_is_light_and_offers_all_names() -> None:
+    code = (
+        "import sys, gemma3_export; loaded = set(sys.modules); "
+        "print({'torch', 'onnxruntime', 'onnx', 'numpy', 'tokenizers'} & loaded); "
+        "print([n for n in gemma3_export.__all__ if getattr(gemma3_export, n, None) is None]); "
+        "print({'torch', 'onnxruntime', 'onnx'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split("\n")[:3] == ["set()", "[]", "set()"]
+    with pytest.raises(AttributeError, match="nothing"):
+        gemma3_export.nothing  # noqa: B018
