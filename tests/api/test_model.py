@@ -248,7 +248,7 @@ class TestWhatIsDecidedHere:
         for _ in range(2):
             drafted = model.generate(LONG, max_new_tokens=20, draft_model=ort_bundle)
             assert drafted.token_ids == plain.token_ids
-            assert drafted.accepted_tokens == drafted.drafted_tokens > 0
+            assert 0 < drafted.accepted_tokens <= drafted.drafted_tokens
         assert len(opened_drafts) == 1
 
 
