@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 from gemma3_export.errors import Gemma3ExportError, InputError, ParityError, UnavailableError
 
 if TYPE_CHECKING:
-    from gemma3_export.api.chat import Chat
     from gemma3_export.api.exporting import (
         OnnxOptions,
         Pt2Options,
@@ -24,8 +23,9 @@ if TYPE_CHECKING:
         export_torchscript,
         open_weights,
     )
-    from gemma3_export.api.model import GenerateOptions, Model, TextStream, load
-    from gemma3_export.api.opening import LoadOptions, open_runtime
+    from gemma3_export.api.model import Chat, Model, TextStream, load
+    from gemma3_export.api.opening import open_runtime
+    from gemma3_export.api.options import GenerateOptions, LoadOptions
     from gemma3_export.api.verification import VerifyRequest, verify
     from gemma3_export.bundle import Bundle
     from gemma3_export.config import Gemma3Config
@@ -64,11 +64,11 @@ __version__ = "0.1.0"
 # Imported on first use, so that `import gemma3_export` stays fast and light.
 _HOMES = {
     "Bundle": "bundle",
-    "Chat": "api.chat",
+    "Chat": "api.model",
     "Completion": "runtimes.generation.loop",
     "Gemma3Config": "config",
-    "GenerateOptions": "api.model",
-    "LoadOptions": "api.opening",
+    "GenerateOptions": "api.options",
+    "LoadOptions": "api.options",
     "Model": "api.model",
     "OnnxOptions": "api.exporting",
     "Pt2Options": "api.exporting",

@@ -12,22 +12,21 @@ computed prefix, and which tokens end a turn.
 
 from __future__ import annotations
 
-import secrets
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
 from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self, TypeGuard, overload
+from typing import Any, Self, TypeGuard, overload
 
 import numpy as np
 
-from gemma3_export.api.opening import LoadOptions, open_runtime
-from gemma3_export.api.options import merged
+from gemma3_export.api.opening import open_runtime
+from gemma3_export.api.options import GenerateOptions, LoadOptions, merged
 from gemma3_export.bundle import Bundle
 from gemma3_export.config import Gemma3Config
 from gemma3_export.errors import InputError
+from gemma3_export.runtimes.generation.kept_cache import KeptCache
 from gemma3_export.runtimes.generation.loop import (
     Cancel,
     Completion,
@@ -37,7 +36,6 @@ from gemma3_export.runtimes.generation.loop import (
 )
 from gemma3_export.runtimes.generation.loop import generate as start_generation
 from gemma3_export.runtimes.generation.prefix_cache import PrefixCache
-from gemma3_export.runtimes.generation.sampling import SamplingParams
 from gemma3_export.runtimes.generation.speculation import (
     MAX_DRAFT_TOKENS,
     Drafter,
@@ -48,60 +46,11 @@ from gemma3_export.runtimes.generation.speculation import (
 from gemma3_export.runtimes.protocol import CacheForms, IntArray, Logits, Runtime
 from gemma3_export.tokenizer import END_OF_TURN, ChatMessage, StreamingDecoder, Tokenizer
 
-if TYPE_CHECKING:
-    from gemma3_export.api.chat import Chat
-    from gemma3_export.runtimes.generation.kept_cache import KeptCache
-
-__all__ = ["GenerateOptions", "Model", "Prompt", "TextStream", "load", "shared_length"]
+__all__ = ["Chat", "Model", "Prompt", "TextStream", "bundle_tokenizer", "load", "shared_length"]
 
 Prompt = str | Sequence[int] | IntArray | Sequence[ChatMessage]
-PREFIX_CACHE_BYTES = 256_000_000
+CHAT_CAPACITY = 4096  # tokens that a conversation starts with room for; it doubles as needed
 FEWEST_SHARED_TOKENS = 16  # fewer are computed sooner than they are copied
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class GenerateOptions(SamplingParams):
-    """How to continue prompts; the defaults are greedy. Includes every sampling parameter.
-
-    Args:
-        max_new_tokens: the most tokens to generate per prompt.
-        stop: texts that end a generation; they are cut off the result.
-        prompt_lookup: the most tokens to draft by looking up what followed the same words before;
-            0 is off, None is 16 on the CPU and off for quantised bundles and on CUDA.
-        draft_model: a smaller bundle that drafts tokens instead.
-        prefix_cache_bytes: memory for prefixes that the prompts of one call share; 0 is off.
-        prefill_chunk: prompt tokens to process per step.
-
-    Raises:
-        InputError: a value is out of range.
-    """
-
-    max_new_tokens: int = 128
-    stop: str | tuple[str, ...] = ()
-    prompt_lookup: int | None = None
-    draft_model: Path | str | None = None
-    prefix_cache_bytes: int = PREFIX_CACHE_BYTES
-    prefill_chunk: int = 512
-
-    def __post_init__(self) -> None:
-        SamplingParams.__post_init__(self)
-        for name in ("prompt_lookup", "prefix_cache_bytes"):
-            value = getattr(self, name)
-            if value is not None and value < 0:
-                raise InputError(f"{name} is {value}; it must be 0 or more")
-
-    @property
-    def stop_texts(self) -> tuple[str, ...]:
-        """The stop texts as a tuple."""
-        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
-
-    def sampling(self) -> SamplingParams:
-        """Return the sampling parameters, with a seed drawn where none was given."""
-        names = [field.name for field in fields(SamplingParams)]
-        values = {name: getattr(self, name) for name in names}
-        if values["seed"] is None:
-            values["seed"] = secrets.randbits(32)
-        return SamplingParams(**values)
 
 
 class TextStream(Iterator[str]):
@@ -284,8 +233,6 @@ class Model:
         Raises:
             InputError: the bundle's tokenizer has no turn tokens.
         """
-        from gemma3_export.api.chat import Chat
-
         return Chat(self, system, merged(GenerateOptions, options, changes))
 
     def logits(self, token_ids: Sequence[int] | IntArray) -> Logits:
@@ -481,6 +428,81 @@ class Model:
                     windowed=False,  # wrong drafts are cut off as far back as they go
                 )
             return self._drafts[path]
+
+
+class Chat:
+    """A conversation. Each turn computes only the tokens that are new to its cache.
+
+    A turn is not safe to share between threads; separate conversations of one model are.
+
+    Args:
+        model: answers.
+        system: a system message.
+        options: for every turn; a turn may change them.
+
+    Raises:
+        InputError: the bundle's tokenizer has no turn tokens.
+    """
+
+    def __init__(
+        self, model: Model, system: str | None = None, options: GenerateOptions | None = None
+    ) -> None:
+        if model.tokenizer is None or not model.tokenizer.is_gemma:
+            raise InputError(
+                f"{model.bundle.path} has no tokenizer with Gemma's turn tokens, so it cannot hold "
+                "a conversation; use generate, or an instruction model's tokenizer"
+            )
+        self.model = model
+        self.options = options or GenerateOptions()
+        self.messages: list[ChatMessage] = []
+        if system is not None:
+            self.messages.append(ChatMessage(role="system", content=system))
+        self._kept: KeptCache | None = None
+
+    def send(self, text: str, **changes: Any) -> Completion:
+        """Send a message and return the model's answer.
+
+        Args:
+            text: the user's message.
+            changes: fields of :class:`GenerateOptions`, for this turn.
+
+        Raises:
+            InputError: the conversation no longer fits the model's context, or an option is out of
+                range; the message is then not part of the conversation.
+        """
+        stream = self.stream(text, **changes)
+        for _ in stream:
+            pass
+        return stream.completion
+
+    def stream(self, text: str, **changes: Any) -> TextStream:
+        """Send a message and yield the answer's text as it is generated.
+
+        The answer becomes part of the conversation when the stream ends or is closed.
+
+        Raises:
+            InputError: as :meth:`send`.
+        """
+        messages = [*self.messages, ChatMessage(role="user", content=text)]
+        generation = self.model.start(
+            [messages],
+            merged(GenerateOptions, self.options, changes),
+            kept_cache=self._cache(),
+        )
+        return TextStream(generation, on_end=self._append_to(messages))
+
+    def _append_to(self, messages: list[ChatMessage]) -> Callable[[Completion], None]:
+        def append(completion: Completion) -> None:
+            answer = ChatMessage(role="assistant", content=completion.text)
+            self.messages = [*messages, answer]
+
+        return append
+
+    def _cache(self) -> KeptCache:
+        runtime = self.model.runtime
+        if self._kept is None or not self._kept.belongs_to(runtime):
+            self._kept = KeptCache(runtime, capacity=CHAT_CAPACITY)
+        return self._kept
 
 
 def is_conversation(prompt: object) -> TypeGuard[Sequence[ChatMessage]]:

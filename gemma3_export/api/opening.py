@@ -7,7 +7,6 @@ never imports torch.
 from __future__ import annotations
 
 import importlib.util
-from dataclasses import dataclass
 from pathlib import Path
 
 from gemma3_export.bundle import RUNTIMES, Bundle
@@ -15,44 +14,7 @@ from gemma3_export.errors import InputError, UnavailableError
 from gemma3_export.runtimes.onnx.session import CudaOptions
 from gemma3_export.runtimes.protocol import Runtime
 
-__all__ = ["LoadOptions", "open_runtime"]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class LoadOptions:
-    """Which runtime of a bundle to open, and how.
-
-    Args:
-        runtime: ``onnx``, ``torchscript``, ``pt2`` or ``reference``.
-        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
-        threads: intra-op threads; None lets the backend choose.
-        cuda: what may be done on a GPU; ignored on the CPU.
-        trust: load a torch archive although it is not the one that was exported.
-        windowed: whether sliding layers cache only their window; None is whatever suits the
-            prompts. Generation opens the runtime again, once, where prompts share a prefix that
-            such caches could not copy.
-        shares_weights: share an fp32 bundle's weights between all processes that run it on the CPU.
-        kept_prefix_bytes: memory for prompt prefixes that are kept between calls; 0 keeps none.
-    """
-
-    runtime: str = "onnx"
-    device: str = "auto"
-    threads: int | None = None
-    cuda: CudaOptions | None = None
-    trust: bool = False
-    windowed: bool | None = None
-    shares_weights: bool = False
-    kept_prefix_bytes: int = 0
-
-    def __post_init__(self) -> None:
-        if self.threads is not None and self.threads < 1:
-            raise InputError(f"threads is {self.threads}; it must be at least 1")
-        if self.kept_prefix_bytes < 0:
-            raise InputError(f"kept_prefix_bytes is {self.kept_prefix_bytes}; it must be 0 or more")
-        if self.kept_prefix_bytes and self.windowed:
-            raise InputError(
-                "kept_prefix_bytes needs caches that hold every token; leave windowed out"
-            )
+__all__ = ["open_runtime"]
 
 
 def open_runtime(

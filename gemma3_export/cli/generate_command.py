@@ -137,7 +137,8 @@ def generate(
     if sampling["logprobs"] is not None and not as_json:
         raise click.UsageError("--logprobs needs --json")
 
-    from gemma3_export.api.model import GenerateOptions, Model
+    from gemma3_export.api.model import Model
+    from gemma3_export.api.options import GenerateOptions
     from gemma3_export.cli.generated_text import printer_for
     from gemma3_export.cli.prompts import read_prompt, read_prompt_file, to_prompts
 
