@@ -18,12 +18,14 @@ ROOMS := build/rooms
 PEERS ?= optimum-onnx onnxruntime-genai:fp32 onnxruntime-genai:int4 llama.cpp:Q8_0 llama.cpp:Q4_0 \
 	openvino:int8
 AGAINST = --against transformers $(addprefix --against ,$(PEERS))
+# The browser that renders the picture in the README.
+CHROMIUM ?= chromium
 # More arguments for pip, such as an index with CPU wheels of torch (see CONTRIBUTING.md).
 PIP_ARGS ?=
 PYTEST_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup weights tokenizer demo demo-270m train-demo test test-full test-cuda gpu placement lint lint-docker docs \
+.PHONY: help setup weights tokenizer demo demo-270m train-demo test test-full test-cuda gpu placement lint lint-docker docs picture \
 	bench bench-peers bench-cuda peers clean
 
 help: ## Show what there is
@@ -129,8 +131,14 @@ $(CUDA_VENV)/.installed: pyproject.toml constraints.txt | $(INSTALLED)
 	$(CUDA_VENV)/bin/python -m pip install --quiet $(PIP_ARGS) -c constraints.txt -e . onnxruntime-gpu
 	@touch $@
 
-docs: $(INSTALLED) ## Write docs/cli.md anew from --help
+docs: $(INSTALLED) ## Regenerate docs/cli.md from --help
 	$(BIN)/python docs/generate_cli.py
+
+picture: $(INSTALLED) ## Regenerate docs/parity.png, the picture in the README (needs Chromium)
+	$(BIN)/gemma3-export onnx --weights demo -o build/picture --force --no-verify
+	$(BIN)/gemma3-export verify build/picture --html build/picture.html
+	$(CHROMIUM) --headless --no-sandbox --disable-gpu --hide-scrollbars --window-size=1240,606 \
+		--force-device-scale-factor=1.5 --screenshot=docs/parity.png "file://$(CURDIR)/build/picture.html"
 
 bench: demo-270m ## Measure the real 270M against transformers
 	$(BIN)/gemma3-export bench $(DEMO_270M) --against transformers

@@ -1,7 +1,8 @@
-"""The documents say what is."""
+"""Documents are current: generated pages, links between them, and examples that run."""
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 import runpy
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from gemma3_export.api.exporting import open_weights
+import gemma3_export
 from gemma3_export.config import config_to_json
 from gemma3_export.reference.loading import load_reference
 
@@ -31,7 +32,7 @@ DOCUMENTS = sorted(
 
 
 def anchors(document: Path) -> set[str]:
-    """What ``#...`` may name in a document: its headings, as GitHub spells them in addresses."""
+    """Return the anchors of a document: its headings, as GitHub spells them in URLs."""
     text = re.sub(r"```.*?```", "", document.read_text(encoding="utf-8"), flags=re.DOTALL)
     headings = re.findall(r"^#+ (.*)$", text, flags=re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
@@ -47,53 +48,125 @@ def test_links_between_documents_lead_somewhere(document):
         assert not anchor or anchor in anchors(target), f"{link}#{anchor}"
 
 
-def example(document: str, beginning: str) -> str:
-    """The Python example of ``document`` that contains ``beginning``."""
+def python_examples(document: str) -> list[str]:
+    """Return the Python blocks of a document."""
     text = (REPOSITORY / document).read_text(encoding="utf-8")
-    blocks = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
-    (block,) = [block for block in blocks if beginning in block]
+    return re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+
+
+def example(document: str, part: str) -> str:
+    """Return the only Python block of ``document`` that contains ``part``."""
+    (block,) = [block for block in python_examples(document) if part in block]
     return block
 
 
-def readme_example(beginning: str) -> str:
-    return example("README.md", beginning)
+# The matrices of the tiny model do not divide into the default blocks.
+SMALLER_BLOCKS = {'dtype="int8"': 'dtype="int8", block_size=16'}
 
 
-@pytest.mark.parametrize("beginning", ["onnxruntime.InferenceSession", "open_runtime"])
-def test_readme_examples_of_inference_run(tiny_bundle, beginning, capsys):
-    code = readme_example(beginning).replace("gemma-3-270m", str(tiny_bundle))
-    exec(compile(code, "README.md", "exec"), {})
+def run_example(code: str, document: str, **replacements: str) -> None:
+    """Run a block of ``document`` with some names replaced; each must occur."""
+    for old, new in replacements.items():
+        assert old in code, old
+        code = code.replace(old, new)
+    exec(compile(code, document, "exec"), {})
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_python_examples_import_what_exists(document):
+    for block in python_examples(document):
+        tree = ast.parse(block, document)
+        imports = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
+        names: dict[str, object] = {}
+        exec(compile(ast.Module(imports, []), document, "exec"), names)
+        attributes = [node for node in ast.walk(tree) if isinstance(node, ast.Attribute)]
+        for node in attributes:
+            if isinstance(node.value, ast.Name) and node.value.id == "gemma3_export":
+                assert hasattr(gemma3_export, node.attr), node.attr
+
+
+GENERATING = [
+    (document, block)
+    for document in ("README.md", "docs/python.md")
+    for block in python_examples(document)
+    if ".load(" in block
+]
+
+
+@pytest.mark.parametrize(
+    ("document", "code"),
+    GENERATING,
+    ids=[f"{document}-{index}" for index, (document, _) in enumerate(GENERATING)],
+)
+def test_examples_of_generation_run(tiny_bundle, document, code, capsys):
+    code = code.replace('"gemma-3-270m"', repr(str(tiny_bundle)))
+    # The tiny model has 400 tokens and a context of 256.
+    code = code.replace("[2, 818, 5275]", "[2, 18, 75]").replace("=64", "=8")
+    code = re.sub(r"chat\((system=[^,)]*)\)", r"chat(\1, max_new_tokens=8)", code)
+    run_example(code, document)
+    assert capsys.readouterr().out.strip() or "generate" not in code
+
+
+def test_the_example_with_onnxruntime_alone_writes_the_same_text(ort_bundle, capsys):
+    code = example("docs/bundle.md", "onnxruntime.InferenceSession")
+    run_example(code, "docs/bundle.md", **{"gemma-3-270m": str(ort_bundle)})
+    printed = capsys.readouterr().out
+    text = gemma3_export.load(ort_bundle).generate("The sea is", max_new_tokens=20).text
+    assert ascii_part(printed) == ascii_part(text)
+    assert ascii_part(text).strip()
+
+
+def ascii_part(text: str) -> str:
+    """Return printable ASCII only: the two show bytes that are not UTF-8 differently."""
+    return re.sub(r"[^ -~]", "", text)
+
+
+def test_the_example_with_onnxruntime_alone_runs_a_portable_bundle(portable_bundle, capsys):
+    code = example("docs/bundle.md", "onnxruntime.InferenceSession")
+    run_example(code, "docs/bundle.md", **{"gemma-3-270m": str(portable_bundle)})
     assert capsys.readouterr().out.strip()
 
 
-def test_the_two_inference_examples_give_the_same_text(ort_bundle, capsys):
-    printed = []
-    for beginning in ("onnxruntime.InferenceSession", "open_runtime"):
-        code = readme_example(beginning).replace("gemma-3-270m", str(ort_bundle))
-        code = code.replace("temperature=0.8, top_k=64, seed=7", "")
-        code = code.replace("max_new_tokens=64", "max_new_tokens=20")
-        exec(compile(code, "README.md", "exec"), {})
-        # the two show bytes that are no UTF-8 differently
-        printed.append(re.sub(r"[^ -~]", "", capsys.readouterr().out))
-    assert printed[0] == printed[1]
+def test_readme_example_of_export_runs(tiny_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    code = example("README.md", "export_onnx(")
+    replacements = SMALLER_BLOCKS | {"google/gemma-3-270m": str(tiny_folder)}
+    run_example(code, "README.md", **replacements)
+    assert capsys.readouterr().out == "True\n"
 
 
-def test_readme_example_of_export_runs(one_layer, tmp_path, capsys):
-    code = readme_example("export_onnx(")
-    code = code.replace('open_weights("google/gemma-3-270m")', "SOURCE")
-    code = code.replace('"gemma-3-270m"', repr(str(tmp_path / "out")))
-    source = open_weights(config_path=one_layer, random_seed=0)
-    exec(compile(code, "README.md", "exec"), {"SOURCE": source})
+def test_examples_of_export_run(tiny_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    run_example(
+        example("docs/python.md", 'export_onnx("google'),
+        "docs/python.md",
+        **{"google/gemma-3-270m": str(tiny_folder)},
+    )
     assert "True" in capsys.readouterr().out
+    run_example(
+        example("docs/python.md", "open_weights("),
+        "docs/python.md",
+        **SMALLER_BLOCKS
+        | {
+            'size="1b", revision="main"': repr(str(tiny_folder)),
+            'dtype="bf16"': 'dtype="bf16", verify=False',  # proven in tests/exporters
+        },
+    )
+
+
+def test_the_example_of_verification_runs(ort_bundle, capsys):
+    code = example("docs/python.md", "gemma3_export.verify(")
+    run_example(code, "docs/python.md", **{"gemma-3-270m": str(ort_bundle)})
+    assert capsys.readouterr().out == "True\n"
 
 
 def test_the_example_of_a_service_reuses_a_system_prompt(ort_bundle, capsys):
-    code = example("docs/decoding.md", "PrefixCache").replace("gemma-3-270m", str(ort_bundle))
-    assert "windowed=False" in code  # nothing else for the tiny model, and an error for real ones
-    # The tiny model's context is shorter than a prefill chunk.
-    code = code.replace("max_bytes=2**30", "max_bytes=2**30, granularity=1").replace("* 120", "* 2")
-    code = code.replace("max_new_tokens=64", "max_new_tokens=2")
-    exec(compile(code, "decoding.md", "exec"), {})
+    run_example(
+        example("docs/decoding.md", "kept_prefix_bytes"),
+        "docs/decoding.md",
+        # The tiny model's context is short.
+        **{"gemma-3-270m": str(ort_bundle), "* 120": "* 2", "=64": "=2"},
+    )
     first, second = map(int, capsys.readouterr().out.split())
     assert first == 0 < second
 
@@ -102,10 +175,10 @@ def test_the_example_of_own_training_ends_in_weights_to_export(tmp_path, monkeyp
     monkeypatch.chdir(tmp_path)
     scope = {}
     exec(compile(example("docs/training.md", "load_reference"), "training.md", "exec"), scope)
-    with open_weights("demo") as before:
+    with gemma3_export.open_weights("demo") as before:
         config = tmp_path / "config.json"
         config.write_text(json.dumps(config_to_json(before.config)), encoding="utf-8")
-    with open_weights("model.pt", config_path=config) as source:
+    with gemma3_export.open_weights("model.pt", config_path=config) as source:
         after = load_reference(source).state_dict()
     trained = scope["model"].state_dict()
     assert all(torch.equal(after[name], trained[name]) for name in trained)

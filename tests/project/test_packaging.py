@@ -165,7 +165,7 @@ def test_documented_commands_exist(document):
 def test_documented_make_targets_exist():
     makefile = (REPOSITORY / "Makefile").read_text(encoding="utf-8")
     targets = set(re.findall(r"^([a-z-]+):", makefile, flags=re.MULTILINE))
-    for document in ("README.md", "CONTRIBUTING.md"):
+    for document in DOCUMENTS:
         text = (REPOSITORY / document).read_text(encoding="utf-8")
         assert set(re.findall(r"`?make ([a-z-]+)`", text)) <= targets
 
