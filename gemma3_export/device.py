@@ -1,4 +1,4 @@
-"""Device names as every backend and the command line spell them, and whether there is a GPU."""
+"""Devices as every backend and the command line name them, GPU detection and GPU options."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ __all__ = [
     "DRIVER_LIBRARY",
     "GPU_PACKAGE",
     "REINSTALL",
+    "CudaOptions",
     "Device",
     "count_gpus",
     "gpu_count",
@@ -31,7 +32,7 @@ BOTH_INSTALLED = "onnxruntime and onnxruntime-gpu are both installed and the for
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """Where tensors live: ``cpu``, or ``cuda`` with an index."""
+    """A device that holds tensors: ``cpu``, or ``cuda`` with an index."""
 
     kind: str
     index: int = 0
@@ -40,8 +41,28 @@ class Device:
         return self.kind if self.kind == "cpu" else f"{self.kind}:{self.index}"
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CudaOptions:
+    """Options for running on an NVIDIA GPU; all but ``graph`` apply to ONNX Runtime only.
+
+    Raises:
+        InputError: ``memory_limit_bytes`` is not positive.
+    """
+
+    graph: bool = False  # capture decode steps as a CUDA graph, one per cache
+    tf32: bool = False  # let float32 products round their inputs to a 10-bit mantissa
+    memory_limit_bytes: int | None = None  # of the provider's arena; caches are allocated on top
+    grows_exactly: bool = True  # the arena grows by what is requested, not to a power of two
+
+    def __post_init__(self) -> None:
+        if self.memory_limit_bytes is not None and self.memory_limit_bytes < 1:
+            raise InputError(
+                f"the GPU memory limit is {self.memory_limit_bytes}; give at least 1 byte"
+            )
+
+
 def parse_device(text: str) -> Device | None:
-    """``cpu``, ``cuda`` or ``cuda:N``; ``auto`` is None.
+    """Parse ``cpu``, ``cuda`` or ``cuda:N``; return None for ``auto``.
 
     Raises:
         InputError: anything else.

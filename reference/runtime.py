@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from gemma3_export.config import Gemma3Config
 from gemma3_export.reference.model import Gemma3
-from gemma3_export.runtimes.protocol import IntArray, KVCache, Logits, check_step
-from gemma3_export.runtimes.torch.cache import TorchCache, as_numpy
+from gemma3_export.runtimes.protocol import (
+    IntArray,
+    KVCache,
+    Logits,
+    PaddingSide,
+    RuntimeInfo,
+    check_step,
+)
+from gemma3_export.runtimes.torch.cache import (
+    TorchCache,
+    as_numpy,
+    device_of,
+    dtype_of,
+    to_device,
+)
 
 __all__ = ["ReferenceRuntime"]
 
@@ -18,23 +33,39 @@ class ReferenceRuntime:
     Logits and caches come out in float32, or in float64 when the model is float64.
     """
 
-    name = "reference"
-
     def __init__(self, model: Gemma3) -> None:
         self.model = model.eval()
         self.config: Gemma3Config = model.config
         weight = model.model.embed_tokens.weight
         self.dtype, self.device = weight.dtype, weight.device
 
-    def describe(self) -> dict[str, object]:
-        """Versions and device really used."""
-        return {
-            "runtime": self.name,
-            "torch": torch.__version__,
-            "dtype": str(self.dtype).removeprefix("torch."),
-            "device": str(self.device),
-            "threads": torch.get_num_threads(),
-        }
+    @property
+    def info(self) -> RuntimeInfo:
+        """See :class:`gemma3_export.runtimes.protocol.Runtime`."""
+        dtype = dtype_of(self.dtype)
+        return RuntimeInfo(
+            name="reference",
+            versions={"torch": torch.__version__},
+            dtype=dtype,
+            compute_dtype=dtype,
+            device=device_of(self.device),
+            threads=torch.get_num_threads(),
+        )
+
+    @property
+    def padding_side(self) -> PaddingSide:
+        """See :class:`gemma3_export.runtimes.protocol.PaddedBatches`."""
+        return "left"
+
+    @torch.inference_mode()
+    def run_padded(
+        self, input_ids: IntArray, attention_mask: IntArray
+    ) -> tuple[Logits, list[NDArray[np.float32]]]:
+        """See :class:`gemma3_export.runtimes.protocol.PaddedBatches`."""
+        ids, mask = (to_device(array, self.device) for array in (input_ids, attention_mask))
+        output = self.model(ids, mask)
+        present = [as_numpy(tensor) for pair in output.past_key_values for tensor in pair]
+        return as_numpy(output.logits), present
 
     def new_cache(self, batch_size: int, capacity: int) -> TorchCache:
         """See :class:`gemma3_export.runtimes.protocol.Runtime`."""

@@ -8,24 +8,31 @@ Shapes: B batch rows, T new tokens, V vocabulary, K key-value heads, L cached to
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gemma3_export.config import Gemma3Config
+from gemma3_export.device import CudaOptions, Device
+from gemma3_export.dtypes import DType
 from gemma3_export.errors import InputError
 
 __all__ = [
     "CacheForms",
+    "CacheKind",
     "FloatProducts",
     "IntArray",
     "KVCache",
     "LayerKV",
     "Logits",
+    "PaddedBatches",
+    "PaddingSide",
     "Runtime",
+    "RuntimeInfo",
+    "RuntimeName",
     "SharesTokens",
     "StoredTokens",
     "check_capacity",
@@ -40,6 +47,51 @@ __all__ = [
 IntArray = NDArray[np.int64]
 Logits = NDArray[np.float32]
 LayerKV = tuple[NDArray[np.float32], NDArray[np.float32]]  # key and value, each [K, L, H]
+
+RuntimeName = Literal["onnx", "torchscript", "pt2", "reference", "transformers", "dry-run"]
+CacheKind = Literal["full", "windowed"]  # windowed: sliding layers keep their newest tokens only
+PaddingSide = Literal["left", "right"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RuntimeInfo:
+    """Facts about a loaded runtime: decisions read its fields, reports print :meth:`to_json`."""
+
+    name: RuntimeName
+    dtype: str  # export dtype of an ONNX graph ("int8"), otherwise the weights' element type
+    compute_dtype: DType  # precision of activations; its rounding is the noise floor of parity
+    device: Device
+    versions: Mapping[str, str] = field(default_factory=dict)  # by distribution
+    residual_dtype: DType | None = None  # of residual stream and norms; None: compute_dtype
+    activation_dtype: DType | None = None  # 16-bit activations around quantised matrices
+    is_quantized: bool = False  # matrices are stored in blocks of integers
+    rounds_activations: bool = False  # products of quantised matrices round their inputs
+    computed_in: str | None = None  # precision of the kernels, in words
+    target: str | None = None  # export target of the graph
+    cache: CacheKind | None = None
+    has_screened_head: bool = False
+    shares_weights: bool = False  # float matrices stay in the memory-mapped file
+    providers: tuple[str, ...] = ()  # ONNX Runtime's execution providers, in order
+    cuda: CudaOptions | None = None
+    threads: int | None = None  # intra-op; None: the backend's default
+
+    def to_json(self) -> dict[str, object]:
+        """Return what reports print; facts that do not apply are left out."""
+        optional: dict[str, object] = {
+            "target": self.target,
+            "cache": self.cache,
+            "head": "screened" if self.has_screened_head else None,
+            "weights": "shared" if self.shares_weights else None,
+            "dtype": self.dtype,
+            "activations": self.activation_dtype,
+            "residual": self.residual_dtype,
+            "computed_in": self.computed_in,
+            "device": str(self.device),
+            "providers": list(self.providers) or None,
+            "cuda": asdict(self.cuda) if self.cuda else None,
+        }
+        known = {key: value for key, value in optional.items() if value is not None}
+        return {"runtime": self.name, **self.versions, **known, "threads": self.threads}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -90,15 +142,12 @@ class Runtime(Protocol):
     """One backend with one loaded model."""
 
     @property
-    def name(self) -> str:
-        """``onnx``, ``torchscript`` or ``reference``."""
-
-    @property
     def config(self) -> Gemma3Config:
         """The model's shapes and constants."""
 
-    def describe(self) -> dict[str, object]:
-        """Versions, device and providers really used, for reports."""
+    @property
+    def info(self) -> RuntimeInfo:
+        """Versions, precision, device and providers in use."""
 
     def new_cache(self, batch_size: int, capacity: int) -> KVCache:
         """An empty cache of ``batch_size`` rows with room for ``capacity`` tokens each.
@@ -256,6 +305,28 @@ class SharesTokens(KVCache, Protocol):
 
         Raises:
             InputError: they are of another layout, there are not so many, or there is no room.
+        """
+
+
+@runtime_checkable
+class PaddedBatches(Protocol):
+    """A runtime that can run a padded batch, as consumers other than our own loop do."""
+
+    @property
+    def padding_side(self) -> PaddingSide | None:
+        """The side on which the graph takes padding; None if it takes no empty past."""
+
+    def run_padded(
+        self, input_ids: IntArray, attention_mask: IntArray
+    ) -> tuple[Logits, list[NDArray[np.float32]]]:
+        """Run a padded batch with an empty past.
+
+        Args:
+            input_ids: [B, T], padded on ``padding_side``.
+            attention_mask: [B, T], 0 for padding.
+
+        Returns:
+            Logits [B, T, V], and the present key and value [B, K, T, H] of each layer in turn.
         """
 
 

@@ -103,7 +103,7 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         """Whether the bundle is loaded, which it is."""
         if self.path == "/health":
-            self.reply(200, {"status": "ok", **self.server.engine.runtime.describe()})
+            self.reply(200, {"status": "ok", **self.server.engine.runtime.info.to_json()})
         else:
             self.reply(404, {"error": "there are GET /health and POST /generate"})
 

@@ -371,8 +371,7 @@ class Model:
         CUDA it has not been measured. There, drafts are off and only whole prefill chunks are
         reused, which changes no bit.
         """
-        is_on_cpu = str(runtime.describe()["device"]) == "cpu"
-        return self.bundle.is_quantized(self.options.runtime) or not is_on_cpu
+        return runtime.info.is_quantized or runtime.info.device.kind != "cpu"
 
     def _prefix_cache(
         self, runtime: Runtime, prompts: Sequence[list[int]], options: GenerateOptions

@@ -10,8 +10,8 @@ import importlib.util
 from pathlib import Path
 
 from gemma3_export.bundle import RUNTIMES, Bundle
+from gemma3_export.device import CudaOptions
 from gemma3_export.errors import InputError, UnavailableError
-from gemma3_export.runtimes.onnx.session import CudaOptions
 from gemma3_export.runtimes.protocol import Runtime
 
 __all__ = ["open_runtime"]

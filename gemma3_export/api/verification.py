@@ -23,11 +23,11 @@ from gemma3_export.bundle import MANIFEST, RUNTIMES, Bundle
 from gemma3_export.errors import InputError, ParityError, UnavailableError
 
 if TYPE_CHECKING:
+    from gemma3_export.device import CudaOptions
     from gemma3_export.parity import ParityReport, VerifyOptions
     from gemma3_export.parity.report.model import HalfRanges
     from gemma3_export.progress import Progress
     from gemma3_export.reference.weights import WeightSource
-    from gemma3_export.runtimes.onnx.session import CudaOptions
     from gemma3_export.runtimes.protocol import Runtime
 
 __all__ = ["ParityCheck", "VerifyRequest", "require_packages", "verify"]

@@ -29,8 +29,8 @@ from gemma3_export.bench.process import Worker, own_worker, peer_worker
 from gemma3_export.bench.report import describe_case, spread
 from gemma3_export.bundle import RUNTIMES, Bundle
 from gemma3_export.config import Gemma3Config
+from gemma3_export.device import CudaOptions
 from gemma3_export.errors import InputError, UnavailableError
-from gemma3_export.runtimes.onnx.session import CudaOptions
 
 __all__ = ["BenchmarkOptions", "run_benchmark"]
 

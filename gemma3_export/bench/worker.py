@@ -15,11 +15,11 @@ import numpy as np
 from gemma3_export.api.opening import open_runtime
 from gemma3_export.bench.serving import Candidate, Load, serve
 from gemma3_export.bundle import Bundle
+from gemma3_export.device import CudaOptions
 from gemma3_export.dtypes import ELEMENT_TYPES, EXPORT_DTYPES
 from gemma3_export.runtimes.generation.candidates import Candidates, ChoosesCandidates
 from gemma3_export.runtimes.generation.sampling import SamplingParams
 from gemma3_export.runtimes.onnx.runtime import OnnxRuntime
-from gemma3_export.runtimes.onnx.session import CudaOptions
 from gemma3_export.runtimes.protocol import IntArray, KVCache, Logits, Runtime
 
 __all__ = ["open_candidate"]
@@ -38,7 +38,7 @@ class RuntimeCandidate:
 
     def describe(self) -> dict[str, object]:
         """See :class:`Candidate`."""
-        return self.runtime.describe() | {"bytes_per_token": self.bytes_per_token}
+        return self.runtime.info.to_json() | {"bytes_per_token": self.bytes_per_token}
 
     def run(self, prompt: IntArray, new_tokens: int) -> tuple[float, float, IntArray]:
         """See :class:`Candidate`."""

@@ -17,9 +17,9 @@ from click.core import ParameterSource
 from gemma3_export.progress import Progress, ProgressBars
 
 if TYPE_CHECKING:
+    from gemma3_export.device import CudaOptions
     from gemma3_export.exporters.bundle_writer import ExportResult
     from gemma3_export.reference.weights import WeightSource
-    from gemma3_export.runtimes.onnx.session import CudaOptions
     from gemma3_export.tokenizer import Tokenizer
 
 __all__ = [
@@ -272,8 +272,7 @@ class CudaRequest:
             click.UsageError: an option could have no effect.
             InputError: the device's name is unknown.
         """
-        from gemma3_export.device import parse_device
-        from gemma3_export.runtimes.onnx.session import CudaOptions
+        from gemma3_export.device import CudaOptions, parse_device
 
         wanted = parse_device(device)
         given = self._given()

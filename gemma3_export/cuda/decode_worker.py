@@ -19,11 +19,12 @@ import numpy as np
 import onnxruntime
 
 from gemma3_export.cuda.placement import COUNTERS
+from gemma3_export.device import CudaOptions
 from gemma3_export.runtimes.generation import candidates
 from gemma3_export.runtimes.generation.loop import GenerationOptions, TokenEvent, generate
 from gemma3_export.runtimes.generation.sampling import SamplingParams
 from gemma3_export.runtimes.onnx import runtime as onnx_runtime
-from gemma3_export.runtimes.onnx.session import CudaOptions, choose_device
+from gemma3_export.runtimes.onnx.session import choose_device
 
 
 class Meter:
@@ -68,7 +69,11 @@ def decode(bundle: Path, plan: dict[str, Any]) -> dict[str, Any]:
             max_new_tokens=1 + plan["steps"], stop_token_ids=(), capacity=plan["capacity"]
         ),
     )
-    found: dict[str, Any] = {"load": meter.since(), "described": runtime.describe(), "steps": []}
+    found: dict[str, Any] = {
+        "load": meter.since(),
+        "described": runtime.info.to_json(),
+        "steps": [],
+    }
     tokens = 0
     for event in events:
         tokens += isinstance(event, TokenEvent)

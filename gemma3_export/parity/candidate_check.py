@@ -15,7 +15,14 @@ import numpy as np
 from gemma3_export.config import Gemma3Config
 from gemma3_export.runtimes.generation.candidates import SPARE, Candidates, ChoosesCandidates
 from gemma3_export.runtimes.generation.sampling import SamplingParams
-from gemma3_export.runtimes.protocol import IntArray, KVCache, LayerKV, Logits, Runtime
+from gemma3_export.runtimes.protocol import (
+    IntArray,
+    KVCache,
+    LayerKV,
+    Logits,
+    Runtime,
+    RuntimeInfo,
+)
 
 __all__ = ["ChosenLogits", "chosen_logits"]
 
@@ -73,13 +80,13 @@ class ChosenLogits:
         assert isinstance(runtime, ChoosesCandidates)
         self.runtime: Runtime = runtime
         self.chooser: ChoosesCandidates = runtime
-        self.name = runtime.name
         self.config: Gemma3Config = runtime.config
         self.steps = 0
 
-    def describe(self) -> dict[str, object]:
+    @property
+    def info(self) -> RuntimeInfo:
         """See :class:`Runtime`."""
-        return self.runtime.describe()
+        return self.runtime.info
 
     def new_cache(self, batch_size: int, capacity: int) -> KVCache:
         """See :class:`Runtime`."""

@@ -8,12 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import numpy as np
-import torch
 
 from gemma3_export.config import Gemma3Config
+from gemma3_export.device import Device
 from gemma3_export.parity.options import VerifyOptions
 from gemma3_export.parity.sequences import (
     CacheRead,
@@ -24,14 +23,20 @@ from gemma3_export.parity.sequences import (
     decode_start,
     least_tokens,
 )
-from gemma3_export.runtimes.onnx.session import as_float32, run_graph, zeros
-from gemma3_export.runtimes.protocol import IntArray, KVCache, LayerKV, Logits, Runtime
-from gemma3_export.runtimes.torch.cache import as_numpy
+from gemma3_export.runtimes.protocol import (
+    IntArray,
+    KVCache,
+    LayerKV,
+    Logits,
+    PaddedBatches,
+    PaddingSide,
+    Runtime,
+    RuntimeInfo,
+)
 
 __all__ = [
     "Case",
     "PlanningRuntime",
-    "accepts_padding",
     "cases_for",
     "chunk_size",
     "needed_positions",
@@ -56,6 +61,9 @@ class Case:
     title: str  # for people
     run: Callable[[Runtime], Iterator[Seen]]
     is_text: bool = False
+    checks_variants: bool = False  # repeated on other variants of the graph
+    checks_candidates: bool = False  # repeated with candidates in place of all logits
+    padded_sequences: tuple[int, ...] = ()  # fed as one padded batch, all positions compared
 
 
 def cases_for(
@@ -78,16 +86,21 @@ def cases_for(
             "chunked",
             f"{lengths[-1]} tokens in chunks of {chunk}, the last few one by one",
             partial(chunked, sequences=sequences, length=lengths[-1], chunk=chunk, window=window),
+            checks_variants=True,
         ),
         Case(
             "decode",
             f"{steps} cached steps after {start} tokens, across the window",
             partial(decode, sequences=sequences, start=start, steps=steps),
+            checks_variants=True,
+            checks_candidates=True,
         ),
         Case(
             "ragged-batch",
             "three rows of different length, decoded together",
             partial(ragged_batch, sequences=sequences, window=window),
+            checks_variants=True,
+            checks_candidates=True,
         ),
         Case(
             "batch",
@@ -100,9 +113,15 @@ def cases_for(
             partial(kept_logits, sequences=sequences),
         ),
     ]
-    if accepts_padding(runtime):
+    if isinstance(runtime, PaddedBatches) and runtime.padding_side is not None:
         cases.append(
-            Case("padded", "two rows in one padded batch", partial(padded, sequences=sequences))
+            Case(
+                "padded",
+                "two rows in one padded batch",
+                partial(padded, sequences=sequences),
+                checks_variants=True,
+                padded_sequences=SHORT,
+            )
         )
     for index, sequence in enumerate(sequences):
         if sequence.is_text:
@@ -206,32 +225,23 @@ def text(runtime: Runtime, *, sequences: Sequences, index: int) -> Iterator[Seen
     yield from walk.read()
 
 
-# Padded batches, fed to a backend below the protocol (which never pads).
+# Padded batches, which our own loop never makes.
 #
 # Consumers other than our own runtime pad: on the left where positions come from the mask, on the
 # right where GroupQueryAttention takes lengths from the mask's sums.
 #
 # Shapes: B rows, T padded length, V vocabulary, K key-value heads, H head size.
 
-FloatArray = np.ndarray[Any, np.dtype[np.floating[Any]]]
-
-
-def accepts_padding(runtime: Runtime) -> bool:
-    """Whether this module knows how to feed padding to ``runtime``.
-
-    A windowed ONNX graph takes no empty past; its sibling, which others consume, does.
-    """
-    is_windowed = getattr(runtime, "is_windowed", False)
-    return runtime.name in ("onnx", "torchscript", "reference") and not is_windowed
-
 
 def padded_batch(
     runtime: Runtime, sequences: Sequence[TokenSequence], rows: Sequence[int]
 ) -> list[Seen]:
     """Prefill whole sequences of different length in one padded batch with an empty past."""
-    pads_right = getattr(runtime, "target", None) == "ort"
-    ids, mask = pad([sequences[row].ids for row in rows], runtime.config.pad_token_id, pads_right)
-    logits, present = _forward(runtime, ids, mask)
+    assert isinstance(runtime, PaddedBatches)
+    side = runtime.padding_side
+    assert side is not None
+    ids, mask = pad([sequences[row].ids for row in rows], runtime.config.pad_token_id, side)
+    logits, present = runtime.run_padded(ids, mask)
     seen: list[Seen] = []
     for index, row in enumerate(rows):
         keep = np.flatnonzero(mask[index])
@@ -246,44 +256,15 @@ def padded_batch(
     return seen
 
 
-def pad(rows: Sequence[IntArray], token_id: int, pads_right: bool) -> tuple[IntArray, IntArray]:
+def pad(rows: Sequence[IntArray], token_id: int, side: PaddingSide) -> tuple[IntArray, IntArray]:
     """Ids and mask [B, T]."""
     longest = max(len(row) for row in rows)
     ids = np.full((len(rows), longest), token_id, np.int64)
     mask = np.zeros_like(ids)
     for index, row in enumerate(rows):
-        part = slice(0, len(row)) if pads_right else slice(longest - len(row), longest)
+        part = slice(0, len(row)) if side == "right" else slice(longest - len(row), longest)
         ids[index, part], mask[index, part] = row, 1
     return ids, mask
-
-
-def _forward(runtime: Any, ids: IntArray, mask: IntArray) -> tuple[FloatArray, list[FloatArray]]:
-    """Logits [B, T, V], and keys and values [B, K, T, H] in turn."""
-    if runtime.name == "onnx":
-        signature = runtime.signature
-        empty = (ids.shape[0], runtime.config.num_key_value_heads, 0, runtime.config.head_dim)
-        feeds: dict[str, Any] = {
-            signature.input_ids.name: ids,
-            signature.attention_mask.name: mask,
-        }
-        for spec in signature.past:
-            feeds[spec.name] = zeros(empty, spec.dtype)
-        names = [spec.name for spec in signature.outputs]
-        logits, *present = map(as_float32, run_graph(runtime.session, names, feeds))
-        return logits, present
-    tokens, ones = (torch.from_numpy(array).to(runtime.device) for array in (ids, mask))
-    with torch.inference_mode():
-        if runtime.name == "torchscript":
-            shape = (ids.shape[0], runtime.config.num_key_value_heads, 0, runtime.config.head_dim)
-            past = [
-                torch.zeros(shape, dtype=runtime.dtype, device=runtime.device)
-                for _ in range(2 * runtime.config.num_hidden_layers)
-            ]
-            logits, *tensors = runtime.module(tokens, ones, past, torch.tensor([0]))
-        else:
-            output = runtime.model(tokens, ones)
-            logits, tensors = output.logits, [t for pair in output.past_key_values for t in pair]
-    return as_numpy(logits), [as_numpy(tensor) for tensor in tensors]
 
 
 # A dry run of the cases: which logits they will look at, and how many steps they take.
@@ -309,14 +290,12 @@ class PlanningCache:
 class PlanningRuntime:
     """A :class:`gemma3_export.runtimes.protocol.Runtime` that computes nothing."""
 
-    name = "planning"
+    info = RuntimeInfo(
+        name="dry-run", dtype="float32", compute_dtype="float32", device=Device("cpu")
+    )
 
     def __init__(self, config: Gemma3Config) -> None:
         self.config = config
-
-    def describe(self) -> dict[str, object]:
-        """Its name."""
-        return {"runtime": self.name}
 
     def new_cache(self, batch_size: int, capacity: int) -> KVCache:
         """A cache that holds nothing."""
@@ -338,8 +317,10 @@ def needed_positions(
     runtime = PlanningRuntime(config)
     needed: dict[int, set[int]] = {}
     for case in cases:
-        if case.name == "padded":  # goes below the protocol, and compares all of two sequences
-            needed |= {index: set(range(len(sequences[index].ids))) for index in SHORT}
+        if case.padded_sequences:
+            needed |= {
+                index: set(range(len(sequences[index].ids))) for index in case.padded_sequences
+            }
             continue
         for seen in case.run(runtime):
             if isinstance(seen, Observation):

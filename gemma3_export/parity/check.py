@@ -30,7 +30,7 @@ from gemma3_export.parity.graph_variants import (
 from gemma3_export.parity.judge import Limits, SeenLogits, judge_case
 from gemma3_export.parity.locate import locate
 from gemma3_export.parity.noise_floor import Yardstick
-from gemma3_export.parity.options import HalfPrecision, VerifyOptions, compute_dtype
+from gemma3_export.parity.options import HalfPrecision, VerifyOptions, floor_dtype
 from gemma3_export.parity.quality import (
     held_out_sequences,
     judge_quality,
@@ -75,11 +75,10 @@ def make_yardstick(
     Raises:
         InputError: see :class:`gemma3_export.parity.noise_floor.Yardstick`.
     """
-    described = runtime.describe()
-    half = HalfPrecision.of_runtime(described)
+    half = HalfPrecision.of_runtime(runtime.info)
     return Yardstick(
         source,
-        compute_dtype(described),
+        floor_dtype(runtime.info),
         options or VerifyOptions(),
         tokenizer,
         has_wide_residual=half is not None and not half.holds_residual,
@@ -205,7 +204,7 @@ def _check(
         outcome.cases += run_chosen_cases(candidate, yardstick, limits, report)
         seconds["candidates"] = time.perf_counter() - started
     gates = [implementation_gate(outcome.cases), judge_quality(outcome.quality, options)]
-    half = HalfPrecision.of_runtime(candidate.describe())
+    half = HalfPrecision.of_runtime(candidate.info)
     if half is not None and ranges is None:
         started = time.perf_counter()
         sequences = calibration_sequences(source.config, yardstick.tokenizer)
@@ -300,8 +299,8 @@ def assemble(
     config = source.config
     reference: dict[str, object] = {"runtime": "reference", "dtype": "float64"}
     return ParityReport(
-        candidate=candidate.describe(),
-        baseline=reference if baseline is None else baseline.describe(),
+        candidate=candidate.info.to_json(),
+        baseline=reference if baseline is None else baseline.info.to_json(),
         model={
             "num_hidden_layers": config.num_hidden_layers,
             "hidden_size": config.hidden_size,

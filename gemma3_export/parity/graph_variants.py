@@ -23,9 +23,6 @@ from gemma3_export.runtimes.protocol import CacheForms, FloatProducts, Runtime
 
 __all__ = ["prepare_floor", "run_chosen_cases", "run_float_cases", "run_sibling_cases"]
 
-CASES = ("chunked", "decode", "ragged-batch", "padded")
-STEP_CASES = ("decode", "ragged-batch")
-
 
 def run_float_cases(
     candidate: Runtime, yardstick: Yardstick, limits: Limits, progress: Progress
@@ -39,7 +36,7 @@ def run_float_cases(
     options = replace(yardstick.options, decode_steps=min(6, yardstick.options.decode_steps))
     every = cases_for(exact, yardstick.config, yardstick.sequences, options)
     form = Form("float", "float products", yardstick.float_truth, yardstick.float_floor)
-    return run_form(form, exact, every, limits, progress)
+    return run_form(form, exact, variant_cases(every), limits, progress)
 
 
 def run_sibling_cases(
@@ -50,9 +47,10 @@ def run_sibling_cases(
     if sibling is None:
         return []
     every = cases_for(sibling, yardstick.config, yardstick.sequences, yardstick.options)
-    kind = str(sibling.describe()["cache"])
+    kind = sibling.info.cache
+    assert kind is not None
     form = Form(kind, f"{kind} caches", yardstick.truth, yardstick.floor)
-    return run_form(form, sibling, every, limits, progress)
+    return run_form(form, sibling, variant_cases(every), limits, progress)
 
 
 def run_chosen_cases(
@@ -63,8 +61,9 @@ def run_chosen_cases(
     if chosen is None:
         return []
     every = cases_for(chosen, yardstick.config, yardstick.sequences, yardstick.options)
-    form = Form("chosen", "candidates only", yardstick.truth, yardstick.floor, STEP_CASES)
-    return run_form(form, chosen, every, limits, progress)
+    form = Form("chosen", "candidates only", yardstick.truth, yardstick.floor)
+    steps = [case for case in every if case.checks_candidates]
+    return run_form(form, chosen, steps, limits, progress)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,17 +74,20 @@ class Form:
     description: str
     truth: Truth
     floor: NoiseFloor
-    cases: tuple[str, ...] = CASES
+
+
+def variant_cases(cases: Sequence[Case]) -> list[Case]:
+    """Return the cases that feed and read the cache in every way."""
+    return [case for case in cases if case.checks_variants]
 
 
 def run_form(
     form: Form, runtime: Runtime, cases: Sequence[Case], limits: Limits, progress: Progress
 ) -> list[CaseResult]:
-    """Those of ``cases`` that a form needs, judged."""
+    """Run ``cases`` on another form of the graph and judge them."""
     results = []
-    chosen = [case for case in cases if case.name in form.cases]
-    for index, case in enumerate(chosen):
-        progress(f"comparing {case.name}, {form.description}", index, len(chosen))
+    for index, case in enumerate(cases):
+        progress(f"comparing {case.name}, {form.description}", index, len(cases))
         prepare_floor(case, runtime.config, form.floor)
         result, _ = judge_case(case, case.run(runtime), form.truth, form.floor, limits)
         name, title = f"{form.prefix}-{case.name}", f"{case.title}, {form.description}"

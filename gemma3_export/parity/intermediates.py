@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from gemma3_export.errors import UnavailableError
 from gemma3_export.reference.model import Gemma3, KeyValue
+from gemma3_export.runtimes.onnx.runtime import OnnxRuntime
 from gemma3_export.runtimes.onnx.session import (
     WEIGHTS_FOLDER,
     as_float32,
@@ -94,9 +95,7 @@ def tap_model(model: Gemma3, ids: IntArray, past: list[KeyValue] | None = None) 
 
 def tapped_step(runtime: Runtime) -> Callable[[IntArray, IntArray], Taps] | None:
     """A function of (tokens before, new tokens), or None when this backend cannot be opened."""
-    if runtime.name == "onnx":
-        from gemma3_export.parity.intermediates import OnnxTaps
-
+    if isinstance(runtime, OnnxRuntime):
         return OnnxTaps(runtime)
     model = getattr(runtime, "model", None)
     if isinstance(model, Gemma3):

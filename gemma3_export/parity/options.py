@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 
 from gemma3_export.config import Gemma3Config
-from gemma3_export.dtypes import require_max_kld
+from gemma3_export.dtypes import require_max_kld, torch_dtype
 from gemma3_export.errors import InputError
+from gemma3_export.runtimes.protocol import RuntimeInfo
 
 __all__ = [
     "SMALL_PARAMETERS",
     "HalfPrecision",
     "VerifyOptions",
-    "compute_dtype",
     "floor_dtype",
     "threads_for",
     "torch_threads",
@@ -79,52 +79,24 @@ class HalfPrecision:
     holds_matrices: bool = True  # else they are quantised
 
     @classmethod
-    def of_runtime(cls, described: Mapping[str, object]) -> HalfPrecision | None:
-        """From what a runtime says of itself; None when it computes in a wider type."""
-        dtype = compute_dtype(described)
+    def of_runtime(cls, info: RuntimeInfo) -> HalfPrecision | None:
+        """Return what a runtime holds in 16 bits; None if it computes in a wider type."""
+        dtype = floor_dtype(info)
         if dtype.itemsize != 2:
             return None
         return cls(
             dtype=dtype,
-            holds_residual=described.get("residual") != "float32",
-            holds_matrices="activations" not in described,
+            holds_residual=info.residual_dtype in (None, info.compute_dtype),
+            holds_matrices=info.activation_dtype is None,
         )
 
 
-def compute_dtype(described: Mapping[str, object]) -> torch.dtype:
-    """The precision whose rounding is a runtime's noise floor, from what it says of itself.
+def floor_dtype(info: RuntimeInfo) -> torch.dtype:
+    """Return the precision whose own rounding is a runtime's noise floor.
 
-    Raises:
-        InputError: the type is unknown.
+    A float64 runtime is held to the floor of float32: no better ground truth exists for it.
     """
-    return floor_dtype(described.get("activations", described.get("dtype", "float32")))
-
-
-def floor_dtype(declared: object) -> torch.dtype:
-    """The precision whose own rounding is the noise floor of a runtime of type ``declared``.
-
-    A float64 runtime is held to float32's floor: there is no better truth to measure it against.
-
-    Raises:
-        InputError: the type is unknown.
-    """
-    names = {
-        "fp16": torch.float16,
-        "float16": torch.float16,
-        "bf16": torch.bfloat16,
-        "bfloat16": torch.bfloat16,
-        "fp32": torch.float32,
-        "float32": torch.float32,
-        "fp64": torch.float32,
-        "float64": torch.float32,
-    }
-    try:
-        return names[str(declared)]
-    except KeyError:
-        # Quantised graphs (int8, keep ...) compute in float32 around dequantised weights.
-        if str(declared).startswith(("int", "keep", "mixed")):
-            return torch.float32
-        raise InputError(f"a runtime declares the unknown element type {declared!r}") from None
+    return torch.float32 if info.compute_dtype == "float64" else torch_dtype(info.compute_dtype)
 
 
 # How many threads an export and its parity check use, in torch and in ONNX Runtime.

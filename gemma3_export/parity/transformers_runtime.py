@@ -18,10 +18,12 @@ from gemma3_export.runtimes.protocol import (
     KVCache,
     LayerKV,
     Logits,
+    RuntimeInfo,
     check_step,
     check_truncation,
     empty_lengths,
 )
+from gemma3_export.runtimes.torch.cache import device_of, dtype_of
 
 __all__ = ["TransformersRuntime"]
 
@@ -65,8 +67,6 @@ class TransformersRuntime:
         InputError: it cannot load the folder.
     """
 
-    name = "transformers"
-
     def __init__(self, folder: Path, dtype: torch.dtype = torch.float32) -> None:
         try:
             import transformers
@@ -83,15 +83,21 @@ class TransformersRuntime:
             raise InputError(f"transformers cannot load {folder}: {error}") from error
         self.model.eval()
 
-    def describe(self) -> dict[str, object]:
-        """Versions and device really used."""
-        return {
-            "runtime": self.name,
-            "transformers": self.transformers.__version__,
-            "torch": torch.__version__,
-            "dtype": str(self.dtype).removeprefix("torch."),
-            "device": str(self.model.device),
-        }
+    @property
+    def info(self) -> RuntimeInfo:
+        """See :class:`gemma3_export.runtimes.protocol.Runtime`."""
+        dtype = dtype_of(self.dtype)
+        return RuntimeInfo(
+            name="transformers",
+            versions={
+                "transformers": self.transformers.__version__,
+                "torch": torch.__version__,
+            },
+            dtype=dtype,
+            compute_dtype=dtype,
+            device=device_of(self.model.device),
+            threads=torch.get_num_threads(),
+        )
 
     def new_cache(self, batch_size: int, capacity: int) -> KVCache:
         """See :class:`gemma3_export.runtimes.protocol.Runtime`."""

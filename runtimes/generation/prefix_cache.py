@@ -100,8 +100,9 @@ class PrefixCache:
         """
         if runtime is not self.runtime:
             raise InputError(
-                f"the prefix cache was made for another runtime ({self.runtime.name}) than the one "
-                f"that generates ({runtime.name}); make a PrefixCache for each loaded model"
+                f"the prefix cache was made for another runtime ({self.runtime.info.name}) than "
+                f"the one that generates ({runtime.info.name}); make a PrefixCache for each "
+                "loaded model"
             )
 
     def clear(self) -> None:

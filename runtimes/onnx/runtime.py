@@ -9,15 +9,15 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from gemma3_export.bundle import WINDOW_MARGIN, Bundle, Graph, Signature
 from gemma3_export.config import Gemma3Config
-from gemma3_export.device import Device
+from gemma3_export.device import CudaOptions, Device
 from gemma3_export.errors import Gemma3ExportError, InputError
 from gemma3_export.runtimes.generation.candidates import SPARE, Candidates, most_needed
 from gemma3_export.runtimes.generation.sampling import SamplingParams
@@ -31,20 +31,30 @@ from gemma3_export.runtimes.onnx.decode_steps import (
 )
 from gemma3_export.runtimes.onnx.session import (
     WEIGHTS_FOLDER,
-    CudaOptions,
+    as_float32,
     check_interface,
     choose_device,
     drop_mapped_pages,
     first_line,
     import_onnxruntime,
     open_session,
+    run_graph,
+    zeros,
 )
 from gemma3_export.runtimes.onnx.upcast import (
     upcast_to_float32,
     weights_folder,
     with_float_products,
 )
-from gemma3_export.runtimes.protocol import IntArray, KVCache, Logits, check_capacity, check_step
+from gemma3_export.runtimes.protocol import (
+    IntArray,
+    KVCache,
+    Logits,
+    PaddingSide,
+    RuntimeInfo,
+    check_capacity,
+    check_step,
+)
 
 __all__ = [
     "OnnxRuntime",
@@ -80,8 +90,6 @@ class OnnxRuntime:
         UnavailableError: ONNX Runtime or the device is missing.
     """
 
-    name = "onnx"
-
     def __init__(
         self,
         bundle: Bundle | Path,
@@ -103,10 +111,6 @@ class OnnxRuntime:
         self.is_windowed = chooses_windows(bundle, self.device, windowed)
         self.signature: Signature = bundle.signature(graph, is_windowed=self.is_windowed)
         self.target = graph.target
-        self.dtype = graph.dtype
-        # In half precision, of a graph whose matrices are quantised; as the cache.
-        has_half_activations = bundle.is_quantized(self.name) and graph.cache_dtype != "float32"
-        self.activations = graph.cache_dtype if has_half_activations else None
         path = graph.windowed_path if self.is_windowed else graph.path
         assert path is not None
         bundle.check_files([path, "config.json"])  # small files; verify hashes them all
@@ -147,37 +151,65 @@ class OnnxRuntime:
         self._counts: dict[int, Any] = {}
         self.threads = threads
         check_interface(self.session, self.signature, self.path)
+        is_quantized = bundle.is_quantized("onnx")
+        has_half_activations = is_quantized and graph.cache_dtype != "float32"
+        activation_dtype = graph.cache_dtype if has_half_activations else None
+        self.info = RuntimeInfo(
+            name="onnx",
+            versions={"onnxruntime": import_onnxruntime().__version__},
+            target=graph.target,
+            cache="windowed" if self.is_windowed else "full",
+            has_screened_head=self.is_screened,
+            shares_weights=shares_weights,
+            dtype=graph.dtype,
+            compute_dtype=graph.cache_dtype,
+            residual_dtype="float32",
+            activation_dtype=activation_dtype,
+            is_quantized=is_quantized,
+            rounds_activations=is_quantized and not has_half_activations and not float_products,
+            computed_in="float32, rounded to bfloat16"
+            if self.is_upcast
+            else activation_dtype or graph.dtype,
+            device=self.device,
+            providers=tuple(self.session.get_providers()),
+            cuda=self.cuda,
+            threads=threads,
+        )
 
     @property
     def chooses_candidates(self) -> bool:
         """See :class:`gemma3_export.runtimes.generation.candidates.ChoosesCandidates`."""
         return self.has_fixed_steps or self.is_screened
 
-    def describe(self) -> dict[str, object]:
-        """Versions, device and providers really used."""
-        return {
-            "runtime": self.name,
-            "onnxruntime": import_onnxruntime().__version__,
-            "target": self.target,
-            "cache": "windowed" if self.is_windowed else "full",
-            **({"head": "screened"} if self.is_screened else {}),
-            **({"weights": "shared"} if self.shares_weights else {}),
-            "dtype": self.dtype,
-            **({"activations": self.activations} if self.activations else {}),
-            "residual": "float32",
-            "computed_in": "float32, rounded to bfloat16"
-            if self.is_upcast
-            else self.activations or self.dtype,
-            "device": str(self.device),
-            "providers": self.session.get_providers(),
-            **({"cuda": asdict(self.cuda)} if self.cuda else {}),
-            "threads": self.threads,
+    @property
+    def padding_side(self) -> PaddingSide | None:
+        """See :class:`gemma3_export.runtimes.protocol.PaddedBatches`.
+
+        GroupQueryAttention takes each row's length from the sum of its mask, so padding is on the
+        right; with sliding-window caches it takes no empty past.
+        """
+        if self.is_windowed:
+            return None
+        return "right" if self.target == "ort" else "left"
+
+    def run_padded(
+        self, input_ids: IntArray, attention_mask: IntArray
+    ) -> tuple[Logits, list[NDArray[np.float32]]]:
+        """See :class:`gemma3_export.runtimes.protocol.PaddedBatches`."""
+        signature, config = self.signature, self.config
+        empty = (len(input_ids), config.num_key_value_heads, 0, config.head_dim)
+        feeds: dict[str, Any] = {
+            signature.input_ids.name: input_ids,
+            signature.attention_mask.name: attention_mask,
+            **{spec.name: zeros(empty, spec.dtype) for spec in signature.past},
         }
+        names = [spec.name for spec in signature.outputs]
+        logits, *present = map(as_float32, run_graph(self.session, names, feeds))
+        return logits, present
 
     def with_float_products(self) -> OnnxRuntime | None:
         """See :class:`gemma3_export.runtimes.protocol.FloatProducts`."""
-        is_rounding = self.bundle.is_quantized(self.name) and self.activations is None
-        if self.device.kind != "cpu" or not is_rounding:
+        if self.device.kind != "cpu" or not self.info.rounds_activations:
             return None
         return OnnxRuntime(
             self.bundle,

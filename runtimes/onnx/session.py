@@ -6,7 +6,6 @@ import ctypes
 import mmap
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +19,7 @@ from gemma3_export.device import (
     CUDA_EXTRA,
     GPU_PACKAGE,
     REINSTALL,
+    CudaOptions,
     Device,
     gpu_count,
     is_installed,
@@ -34,10 +34,10 @@ if TYPE_CHECKING:
 __all__ = [
     "DOCTOR",
     "ONNX_BFLOAT16",
-    "CudaOptions",
     "as_float32",
     "check_interface",
     "choose_device",
+    "cuda_provider_options",
     "drop_mapped_pages",
     "open_session",
     "run_graph",
@@ -51,40 +51,6 @@ CUDA_FAILURE = re.compile(r"\b(CUDA|CUDNN|CUBLAS) (failure|error)", re.IGNORECAS
 DOCTOR = "`gemma3-export doctor` shows what is missing and the command that gets it"
 # Where the external data of a graph in memory lies.
 WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class CudaOptions:
-    """What ONNX Runtime's CUDA provider may do.
-
-    Raises:
-        InputError: the memory limit is impossible.
-    """
-
-    graph: bool = False  # capture decode steps as a CUDA graph, one for each cache
-    tf32: bool = False  # let float32 products round their inputs to 10 bits of mantissa
-    memory_limit_bytes: int | None = None  # of the provider's arena; caches come on top
-    grows_exactly: bool = True  # the arena takes what is asked for, not the next power of two
-
-    def __post_init__(self) -> None:
-        if self.memory_limit_bytes is not None and self.memory_limit_bytes < 1:
-            raise InputError(
-                f"the GPU memory limit is {self.memory_limit_bytes}; give at least 1 byte"
-            )
-
-    def provider_options(self, device_index: int) -> dict[str, str]:
-        """In ONNX Runtime's names."""
-        options = {
-            "device_id": str(device_index),
-            "enable_cuda_graph": str(int(self.graph)),
-            "use_tf32": str(int(self.tf32)),
-            "arena_extend_strategy": "kSameAsRequested"
-            if self.grows_exactly
-            else "kNextPowerOfTwo",
-        }
-        if self.memory_limit_bytes is not None:
-            options["gpu_mem_limit"] = str(self.memory_limit_bytes)
-        return options
 
 
 def choose_device(name: str) -> Device:
@@ -144,7 +110,7 @@ def open_session(
         options.add_session_config_entry(key, value)
     providers: list[Any] = [CPU_PROVIDER]
     if device.kind == "cuda":
-        providers.insert(0, (CUDA_PROVIDER, cuda.provider_options(device.index)))
+        providers.insert(0, (CUDA_PROVIDER, cuda_provider_options(cuda, device)))
     try:
         session = ort.InferenceSession(
             str(source) if isinstance(source, Path) else source, options, providers=providers
@@ -164,6 +130,19 @@ def open_session(
             f"its CUDA libraries or the driver did not load; {DOCTOR}, or pass --device cpu"
         )
     return session
+
+
+def cuda_provider_options(cuda: CudaOptions, device: Device) -> dict[str, str]:
+    """Return ``cuda`` as the options of ONNX Runtime's CUDA provider."""
+    options = {
+        "device_id": str(device.index),
+        "enable_cuda_graph": str(int(cuda.graph)),
+        "use_tf32": str(int(cuda.tf32)),
+        "arena_extend_strategy": "kSameAsRequested" if cuda.grows_exactly else "kNextPowerOfTwo",
+    }
+    if cuda.memory_limit_bytes is not None:
+        options["gpu_mem_limit"] = str(cuda.memory_limit_bytes)
+    return options
 
 
 def import_onnxruntime() -> Any:

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from gemma3_export.config import Gemma3Config
+from gemma3_export.device import Device
+from gemma3_export.dtypes import DType, element_type
 from gemma3_export.runtimes.protocol import (
     IntArray,
     LayerKV,
@@ -23,7 +25,7 @@ from gemma3_export.runtimes.protocol import (
     empty_lengths,
 )
 
-__all__ = ["TorchCache", "as_numpy", "to_device"]
+__all__ = ["TorchCache", "as_numpy", "device_of", "dtype_of", "to_device"]
 
 
 class TorchCache:
@@ -103,8 +105,9 @@ class TorchCache:
         """See :class:`gemma3_export.runtimes.protocol.SharesTokens`."""
         buffer = self.buffers[0]
         _, heads, _, size = buffer.shape
-        dtype = str(buffer.dtype).removeprefix("torch.")
-        return describe_layout(len(self.buffers), (heads, size), dtype, str(buffer.device))
+        return describe_layout(
+            len(self.buffers), (heads, size), dtype_of(buffer.dtype), str(buffer.device)
+        )
 
     @property
     def token_bytes(self) -> int:
@@ -155,6 +158,16 @@ class TorchCache:
                 buffer[row, :, : int(length)] = kept
             self.filled[row] = np.arange(self.capacity) < length
         self.ends[:] = self.lengths
+
+
+def dtype_of(dtype: torch.dtype) -> DType:
+    """Return the element type that torch calls ``dtype``."""
+    return element_type(str(dtype).removeprefix("torch.")).name
+
+
+def device_of(device: torch.device) -> Device:
+    """Return ``device`` as the command line names it; CUDA without an index is the first GPU."""
+    return Device(device.type, device.index or 0)
 
 
 def to_device(array: IntArray, device: torch.device) -> Tensor:

@@ -11,24 +11,37 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.export.passes import move_to_device_pass
 
 from gemma3_export.bundle import Bundle
 from gemma3_export.config import Gemma3Config
-from gemma3_export.device import parse_device
+from gemma3_export.device import CudaOptions, parse_device
 from gemma3_export.errors import Gemma3ExportError, InputError, UnavailableError
 from gemma3_export.runtimes.generation.candidates import SPARE, Candidates, most_needed
 from gemma3_export.runtimes.generation.sampling import SamplingParams
-from gemma3_export.runtimes.onnx.session import CudaOptions
-from gemma3_export.runtimes.protocol import IntArray, KVCache, Logits, check_capacity, check_step
-from gemma3_export.runtimes.torch.cache import TorchCache, as_numpy, to_device
+from gemma3_export.runtimes.protocol import (
+    IntArray,
+    KVCache,
+    Logits,
+    PaddingSide,
+    RuntimeInfo,
+    RuntimeName,
+    check_capacity,
+    check_step,
+)
+from gemma3_export.runtimes.torch.cache import (
+    TorchCache,
+    as_numpy,
+    device_of,
+    dtype_of,
+    to_device,
+)
 from gemma3_export.runtimes.torch.decode_steps import TorchDecodeSteps
-
-if TYPE_CHECKING:
-    import torch
 
 __all__ = [
     "ArchiveRuntime",
@@ -57,7 +70,7 @@ class ArchiveRuntime:
         UnavailableError: the device, or what the format needs, is missing.
     """
 
-    name: ClassVar[str]
+    name: ClassVar[RuntimeName]
     can_capture: ClassVar[bool]  # whether a step can become a CUDA graph
 
     def __init__(
@@ -77,6 +90,7 @@ class ArchiveRuntime:
         self.config: Gemma3Config = bundle.config
         self.dtype = getattr(torch, graph.cache_dtype)
         self.target = graph.target
+        self.is_quantized = bundle.is_quantized(self.name)
         self.device = torch_device(device)
         if threads is not None:
             torch.set_num_threads(threads)
@@ -106,16 +120,41 @@ class ArchiveRuntime:
         """What surrounds every step."""
         return nullcontext()
 
-    def describe(self) -> dict[str, object]:
-        """Versions and device really used."""
-        return {
-            "runtime": self.name,
-            "torch": torch.__version__,
-            "target": self.target,
-            "dtype": str(self.dtype).removeprefix("torch."),
-            "device": str(self.device),
-            "threads": torch.get_num_threads(),
-        }
+    @property
+    def info(self) -> RuntimeInfo:
+        """See :class:`gemma3_export.runtimes.protocol.Runtime`."""
+        dtype = dtype_of(self.dtype)
+        return RuntimeInfo(
+            name=self.name,
+            versions={"torch": torch.__version__},
+            target=self.target,
+            dtype=dtype,
+            compute_dtype=dtype,
+            is_quantized=self.is_quantized,
+            device=device_of(self.device),
+            threads=torch.get_num_threads(),
+        )
+
+    @property
+    def padding_side(self) -> PaddingSide:
+        """See :class:`gemma3_export.runtimes.protocol.PaddedBatches`."""
+        return "left"
+
+    @torch.inference_mode()
+    def run_padded(
+        self, input_ids: IntArray, attention_mask: IntArray
+    ) -> tuple[Logits, list[NDArray[np.float32]]]:
+        """See :class:`gemma3_export.runtimes.protocol.PaddedBatches`."""
+        config = self.config
+        shape = (len(input_ids), config.num_key_value_heads, 0, config.head_dim)
+        past = [
+            torch.zeros(shape, dtype=self.dtype, device=self.device)
+            for _ in range(2 * config.num_hidden_layers)
+        ]
+        ids, mask = (to_device(array, self.device) for array in (input_ids, attention_mask))
+        with self.executing():
+            logits, *present = self.module(ids, mask, past, self.count(0))
+        return as_numpy(logits), [as_numpy(tensor) for tensor in present]
 
     def new_cache(self, batch_size: int, capacity: int) -> TorchCache:
         """See :class:`gemma3_export.runtimes.protocol.Runtime`."""
@@ -269,7 +308,7 @@ def executor_for(device: torch.device) -> AbstractContextManager[None]:
 class TorchScriptRuntime(ArchiveRuntime):
     """A bundle's TorchScript archive; see :class:`ArchiveRuntime`."""
 
-    name = "torchscript"
+    name: ClassVar[RuntimeName] = "torchscript"
     can_capture = True
 
     def load(self, path: Path) -> Any:
@@ -296,7 +335,7 @@ class TorchScriptRuntime(ArchiveRuntime):
 class Pt2Runtime(ArchiveRuntime):
     """A bundle's exported program; see :class:`ArchiveRuntime`."""
 
-    name = "pt2"
+    name: ClassVar[RuntimeName] = "pt2"
     can_capture = False  # the chosen tokens' number is read from a mask
 
     def count(self, num_logits: int) -> torch.Tensor:

@@ -21,13 +21,14 @@ import torch
 from gemma3_export.api.opening import open_runtime
 from gemma3_export.bundle import Bundle
 from gemma3_export.cuda.placement import PlacementReport, judge
+from gemma3_export.device import CudaOptions, Device
 from gemma3_export.parity import VerifyOptions, verify
 from gemma3_export.reference.loading import load_reference
 from gemma3_export.reference.runtime import ReferenceRuntime
 from gemma3_export.reference.weights.bundle_weights import open_bundle_weights
 from gemma3_export.runtimes.generation.candidates import Candidates
 from gemma3_export.runtimes.generation.sampling import SamplingParams
-from gemma3_export.runtimes.onnx.session import CudaOptions
+from gemma3_export.runtimes.onnx.session import cuda_provider_options
 from gemma3_export.runtimes.protocol import KVCache, Logits
 from tests.runtimes.test_device_decoding import FILTERED, GREEDY
 from tests.support.cuda_formats import FORMATS, ONNX_FORMATS, CudaFormat
@@ -232,7 +233,8 @@ def placement_of(bundle: Bundle) -> PlacementReport:
     from gemma3_export.cuda.partition_worker import partition
 
     graph = bundle.graph("onnx").path
-    return judge(graph, partition(str(bundle.file(graph)), **CudaOptions().provider_options(0)))
+    options = cuda_provider_options(CudaOptions(), Device("cuda"))
+    return judge(graph, partition(str(bundle.file(graph)), **options))
 
 
 @pytest.mark.cuda

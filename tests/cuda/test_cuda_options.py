@@ -24,9 +24,8 @@ from gemma3_export.cuda import doctor
 from gemma3_export.cuda.doctor import Report
 from gemma3_export.cuda.facts import Driver, Facts, Gpu, Machine, Packages, Problem, Trial
 from gemma3_export.cuda.placement import cuda_environment
-from gemma3_export.device import gpu_count
+from gemma3_export.device import CudaOptions, gpu_count
 from gemma3_export.runtimes.onnx.runtime import OnnxRuntime
-from gemma3_export.runtimes.onnx.session import CudaOptions
 from tests.support.cuda_python import REPOSITORY, cuda_python
 
 COMMANDS = {

@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 import torch
 
+from gemma3_export.device import CudaOptions
 from gemma3_export.dtypes import torch_dtype
 from gemma3_export.errors import InputError, UnavailableError
 from gemma3_export.exporters.bundle_writer import export_bundle
 from gemma3_export.exporters.torch.pt2 import Pt2Writer
-from gemma3_export.runtimes.onnx.session import CudaOptions
+from gemma3_export.parity import verify
 from gemma3_export.runtimes.torch import runtime as archive_runtime
 from gemma3_export.runtimes.torch.runtime import Pt2Runtime
 from tests.support.observed_runs import VARIANTS, observe, reference, source_of
@@ -60,8 +61,13 @@ class TestComputation:
         for found, exact in zip(observe(runtime), expected, strict=True):
             np.testing.assert_array_equal(found, exact)
 
+    def test_padded_batches_are_part_of_parity(self, bundle):
+        report = verify(Pt2Runtime(bundle), source_of("one sliding layer"))
+        assert report.passed
+        assert "padded" in {case.name for case in report.cases}
+
     def test_describes_itself(self, bundle):
-        found = Pt2Runtime(bundle).describe()
+        found = Pt2Runtime(bundle).info.to_json()
         assert (found["runtime"], found["dtype"], found["device"]) == ("pt2", "float32", "cpu")
 
 

@@ -86,7 +86,7 @@ class TestComputation:
         assert not half.is_packed
 
     def test_describes_itself(self):
-        found = TorchScriptRuntime(exported(dtype="bf16"), device="cpu").describe()
+        found = TorchScriptRuntime(exported(dtype="bf16"), device="cpu").info.to_json()
         assert found["runtime"] == "torchscript"
         assert found["dtype"] == "bfloat16"
         assert found["target"] == "prepacked"

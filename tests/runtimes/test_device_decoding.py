@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from gemma3_export.cuda.placement import cuda_environment
+from gemma3_export.device import CudaOptions, Device
 from gemma3_export.errors import InputError
 from gemma3_export.runtimes.generation.candidates import (
     SPARE,
@@ -32,7 +33,7 @@ from gemma3_export.runtimes.onnx.graphs import (
     SELECTION_GRAPH,
 )
 from gemma3_export.runtimes.onnx.runtime import OnnxRuntime
-from gemma3_export.runtimes.onnx.session import CudaOptions
+from gemma3_export.runtimes.onnx.session import cuda_provider_options
 from tests.exporters.test_half_precision import exported as half_bundle
 from tests.support.cuda_formats import ONNX_FORMATS, CudaFormat
 from tests.support.cuda_python import REPOSITORY, cuda_python
@@ -147,8 +148,10 @@ def test_the_side_graphs_are_what_their_program_writes() -> None:
 
 
 def test_cuda_options_are_checked() -> None:
-    assert CudaOptions().provider_options(2)["device_id"] == "2"
-    assert CudaOptions().provider_options(0)["use_tf32"] == "0", "parity needs whole float32"
+    assert cuda_provider_options(CudaOptions(), Device("cuda", 2))["device_id"] == "2"
+    assert cuda_provider_options(CudaOptions(), Device("cuda", 0))["use_tf32"] == "0", (
+        "parity needs whole float32"
+    )
     with pytest.raises(InputError, match="at least 1 byte"):
         CudaOptions(memory_limit_bytes=0)
 

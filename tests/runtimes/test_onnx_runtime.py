@@ -199,10 +199,14 @@ def test_impossible_caches_are_refused(target: str, rows: int, capacity: int) ->
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_the_runtime_says_what_it_uses(target: str) -> None:
-    found = onnx_runtime(target).describe()
+    found = onnx_runtime(target).info.to_json()
     assert found["target"] == target
     assert found["providers"] == ["CPUExecutionProvider"]
     assert found["onnxruntime"] == ort.__version__
+    assert list(found) == [
+        *("runtime", "onnxruntime", "target", "cache", "dtype", "residual", "computed_in"),
+        *("device", "providers", "threads"),
+    ]
 
 
 # --- the graph without this package -----------------------------------------------------------

@@ -46,8 +46,8 @@ class Recording:
 
     def __init__(self, runtime: Runtime) -> None:
         self.runtime = runtime
-        self.name, self.config = runtime.name, runtime.config
-        self.describe, self.new_cache = runtime.describe, runtime.new_cache
+        self.info, self.config = runtime.info, runtime.config
+        self.new_cache = runtime.new_cache
         self.computed: list[int] = []  # tokens of every step
         self.logits: list[Logits] = []
 

@@ -34,7 +34,7 @@ def test_shared_weights_give_the_same_logits(target: str, monkeypatch: pytest.Mo
         logits.append(runtime.step(ids, runtime.new_cache(1, 20), num_logits=0))
     np.testing.assert_allclose(*logits, rtol=0, atol=1e-5)
     assert seen == [{}, {NO_PACKING: "1"}]
-    assert runtime.describe()["weights"] == "shared"
+    assert runtime.info.to_json()["weights"] == "shared"
 
 
 def test_quantised_weights_are_not_shared(tmp_path: Path) -> None:

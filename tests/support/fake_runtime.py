@@ -12,10 +12,12 @@ from collections.abc import Sequence
 import numpy as np
 
 from gemma3_export.config import Gemma3Config
+from gemma3_export.device import Device
 from gemma3_export.runtimes.protocol import (
     IntArray,
     LayerKV,
     Logits,
+    RuntimeInfo,
     StoredTokens,
     check_capacity,
     check_export,
@@ -82,15 +84,14 @@ class FakeRuntime:
         self.cache: FakeCache | None = None
 
     @property
-    def name(self) -> str:
-        return "fake"
-
-    @property
     def config(self) -> Gemma3Config:
         return self._config
 
-    def describe(self) -> dict[str, object]:
-        return {}
+    @property
+    def info(self) -> RuntimeInfo:
+        return RuntimeInfo(
+            name="dry-run", dtype="float32", compute_dtype="float32", device=Device("cpu")
+        )
 
     def new_cache(self, batch_size: int, capacity: int) -> FakeCache:
         assert capacity <= self.config.max_position_embeddings
