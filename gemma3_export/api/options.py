@@ -9,9 +9,9 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from gemma3_export.device import CudaOptions
 from gemma3_export.errors import InputError
 from gemma3_export.runtimes.generation.sampling import SamplingParams
-from gemma3_export.runtimes.onnx.session import CudaOptions
 
 __all__ = ["GenerateOptions", "LoadOptions", "merged"]
 
