@@ -26,7 +26,7 @@ import numpy as np
 
 from gemma3_export.bundle import Bundle
 from gemma3_export.config import preset
-from gemma3_export.runtimes.onnx.caches import SharedCache
+from gemma3_export.runtimes.onnx.caches import InPlaceCache
 from gemma3_export.runtimes.onnx.runtime import OnnxRuntime
 
 LENGTHS = (16, 512, 1024, 2048, 4096, 8192, 16384, 32000)
@@ -39,10 +39,10 @@ def main() -> None:
     """Measure, and draw what was measured."""
 
 
-def filled_cache(runtime: OnnxRuntime, length: int, capacity: int) -> SharedCache:
+def filled_cache(runtime: OnnxRuntime, length: int, capacity: int) -> InPlaceCache:
     """A cache of one row that claims to hold ``length`` tokens."""
     cache = runtime.new_cache(1, capacity)
-    assert isinstance(cache, SharedCache)
+    assert isinstance(cache, InPlaceCache)
     generator = np.random.default_rng(length)
     for array in cache.arrays:
         array[:] = generator.standard_normal(array.shape, np.float32) * 0.1
@@ -50,7 +50,7 @@ def filled_cache(runtime: OnnxRuntime, length: int, capacity: int) -> SharedCach
     return cache
 
 
-def decode_ms(runtime: OnnxRuntime, cache: SharedCache, length: int) -> float:
+def decode_ms(runtime: OnnxRuntime, cache: InPlaceCache, length: int) -> float:
     """Median milliseconds of a token after ``length`` others."""
     times = []
     cache.lengths[0] = length
@@ -75,7 +75,7 @@ def decode(bundle: Path, threads: int | None, rounds: int, report: Path | None) 
     for _ in range(rounds):
         for kind in KINDS:  # one at a time: of two in memory, the second runs faster
             runtime = OnnxRuntime(
-                bundle, device="cpu", threads=threads, windowed=kind == "windowed"
+                bundle, device="cpu", threads=threads, sliding_window_cache=kind == "windowed"
             )
             for length in lengths:
                 cache = filled_cache(runtime, length, length + STEPS)

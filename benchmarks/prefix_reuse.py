@@ -65,7 +65,7 @@ def main(
     repeat: int,
 ) -> None:
     """Measure and print ratios."""
-    runtime = open_runtime(bundle, name, threads=threads, windowed=False)
+    runtime = open_runtime(bundle, name, threads=threads, sliding_window_cache=False)
     generator = np.random.default_rng(0)
 
     def tokens(count: int) -> list[int]:

@@ -21,11 +21,12 @@ from gemma3_export.dtypes import DType
 from gemma3_export.errors import InputError
 
 __all__ = [
-    "CacheForms",
     "CacheKind",
-    "FloatProducts",
+    "CacheVariants",
+    "Float32MatMul",
     "IntArray",
     "KVCache",
+    "KVSegment",
     "LayerKV",
     "Logits",
     "PaddedBatches",
@@ -33,12 +34,11 @@ __all__ = [
     "Runtime",
     "RuntimeInfo",
     "RuntimeName",
-    "SharesTokens",
-    "StoredTokens",
+    "TransferableCache",
     "check_capacity",
     "check_export",
+    "check_segment",
     "check_step",
-    "check_stored",
     "check_truncation",
     "describe_layout",
     "empty_lengths",
@@ -65,7 +65,7 @@ class RuntimeInfo:
     residual_dtype: DType | None = None  # of residual stream and norms; None: compute_dtype
     activation_dtype: DType | None = None  # 16-bit activations around quantised matrices
     is_quantized: bool = False  # matrices are stored in blocks of integers
-    rounds_activations: bool = False  # products of quantised matrices round their inputs
+    quantizes_activations: bool = False  # products of quantised matrices round their inputs
     computed_in: str | None = None  # precision of the kernels, in words
     target: str | None = None  # export target of the graph
     cache: CacheKind | None = None
@@ -95,7 +95,7 @@ class RuntimeInfo:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class StoredTokens:
+class KVSegment:
     """Keys and values of consecutive tokens, apart from any cache.
 
     They lie where their cache's lie and in its type, as the backend's own tensors [K, n, H] (or
@@ -241,7 +241,7 @@ def check_export(cache: KVCache, row: int, start: int, stop: int) -> None:
         raise InputError(f"row {row} holds {held} tokens; [{start}, {stop}) cannot be copied")
 
 
-def check_stored(cache: SharesTokens, row: int, stored: StoredTokens, count: int) -> None:
+def check_segment(cache: TransferableCache, row: int, stored: KVSegment, count: int) -> None:
     """Refuse tokens that do not fit a cache, before anything is copied.
 
     Raises:
@@ -280,7 +280,7 @@ def empty_lengths(config: Gemma3Config, batch_size: int, capacity: int) -> IntAr
 
 
 @runtime_checkable
-class SharesTokens(KVCache, Protocol):
+class TransferableCache(KVCache, Protocol):
     """A cache that can give tokens away and take them over."""
 
     @property
@@ -288,17 +288,17 @@ class SharesTokens(KVCache, Protocol):
         """Tensors, their shape and type, and where they lie, of caches that can share tokens."""
 
     @property
-    def token_bytes(self) -> int:
+    def kv_bytes_per_token(self) -> int:
         """Size of one token's keys and values."""
 
-    def export_tokens(self, row: int, start: int, stop: int) -> StoredTokens:
+    def export_tokens(self, row: int, start: int, stop: int) -> KVSegment:
         """Copy the tokens [``start``, ``stop``) of ``row``, bit by bit and on the device.
 
         Raises:
             InputError: the row does not hold them.
         """
 
-    def load_tokens(self, row: int, stored: StoredTokens, count: int) -> None:
+    def load_tokens(self, row: int, stored: KVSegment, count: int) -> None:
         """Append copies of the first ``count`` of ``stored`` to ``row``, as a step would.
 
         Keys carry their position, so they must be put where they were, and after the same tokens.
@@ -331,20 +331,20 @@ class PaddedBatches(Protocol):
 
 
 @runtime_checkable
-class FloatProducts(Protocol):
+class Float32MatMul(Protocol):
     """A runtime whose quantised products can also be computed in float32, slowly."""
 
-    def with_float_products(self) -> Runtime | None:
+    def with_float32_matmul(self) -> Runtime | None:
         """The same graph without rounding of activations; None if it does not round them."""
 
 
 @runtime_checkable
-class CacheForms(Protocol):
+class CacheVariants(Protocol):
     """A runtime whose graph may have a sibling with another kind of cache."""
 
     @property
-    def is_windowed(self) -> bool:
+    def uses_sliding_window_cache(self) -> bool:
         """Whether sliding layers' caches let go of old tokens."""
 
-    def with_other_caches(self) -> Runtime | None:
+    def with_other_cache(self) -> Runtime | None:
         """The sibling, with windowed caches if this one's are full; None if there is none."""

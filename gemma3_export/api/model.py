@@ -43,7 +43,7 @@ from gemma3_export.runtimes.generation.speculation import (
     PromptLookup,
     relative_cost,
 )
-from gemma3_export.runtimes.protocol import CacheForms, IntArray, Logits, Runtime
+from gemma3_export.runtimes.protocol import CacheVariants, IntArray, Logits, Runtime
 from gemma3_export.tokenizer import END_OF_TURN, ChatMessage, StreamingDecoder, Tokenizer
 
 __all__ = ["Chat", "Model", "Prompt", "TextStream", "bundle_tokenizer", "load", "shared_length"]
@@ -331,11 +331,15 @@ class Model:
     def _open(self, needs_every_token: bool) -> Runtime:
         """Open the runtime, again if its sliding-window caches evict tokens that are needed."""
         with self._opening:
-            evicts = isinstance(self._runtime, CacheForms) and self._runtime.is_windowed
-            is_free = self.options.windowed is None
+            evicts = (
+                isinstance(self._runtime, CacheVariants) and self._runtime.uses_sliding_window_cache
+            )
+            is_free = self.options.sliding_window_cache is None
             if self._runtime is None or (evicts and needs_every_token and is_free):
                 self._runtime = None  # release its memory first
-                windowed = False if needs_every_token and is_free else self.options.windowed
+                sliding_window_cache = (
+                    False if needs_every_token and is_free else self.options.sliding_window_cache
+                )
                 self._runtime = open_runtime(
                     self.bundle,
                     self.options.runtime,
@@ -343,7 +347,7 @@ class Model:
                     threads=self.options.threads,
                     trust=self.options.trust,
                     cuda=self.options.cuda,
-                    windowed=windowed,
+                    sliding_window_cache=sliding_window_cache,
                     shares_weights=self.options.shares_weights,
                 )
             return self._runtime
@@ -424,7 +428,7 @@ class Model:
                     threads=self.options.threads,
                     trust=self.options.trust,
                     cuda=self.options.cuda,
-                    windowed=False,  # wrong drafts are cut off as far back as they go
+                    sliding_window_cache=False,  # wrong drafts are cut off as far back as they go
                 )
             return self._drafts[path]
 

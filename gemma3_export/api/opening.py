@@ -25,7 +25,7 @@ def open_runtime(
     threads: int | None = None,
     trust: bool = False,
     cuda: CudaOptions | None = None,
-    windowed: bool | None = None,
+    sliding_window_cache: bool | None = None,
     shares_weights: bool = False,
 ) -> Runtime:
     """Load one of a bundle's runtimes.
@@ -38,8 +38,8 @@ def open_runtime(
         threads: threads inside one operator; None lets the backend choose.
         trust: load a torch archive although it is not the one that was exported.
         cuda: what may be done on a GPU; ignored on the CPU.
-        windowed: see :class:`gemma3_export.runtimes.onnx.runtime.OnnxRuntime`; other runtimes keep
-            everything.
+        sliding_window_cache: see :class:`gemma3_export.runtimes.onnx.runtime.OnnxRuntime`; other
+            runtimes keep everything.
         shares_weights: see there too.
 
     Raises:
@@ -56,7 +56,7 @@ def open_runtime(
             device=device,
             threads=threads,
             cuda=cuda,
-            windowed=windowed,
+            sliding_window_cache=sliding_window_cache,
             shares_weights=shares_weights,
         )
     if shares_weights:

@@ -29,9 +29,9 @@ class LoadOptions:
         threads: intra-op threads; None lets the backend choose.
         cuda: what may be done on a GPU; ignored on the CPU.
         trust: load a torch archive although it is not the one that was exported.
-        windowed: whether sliding layers cache only their window; None is whatever suits the
-            prompts. Generation opens the runtime again, once, where prompts share a prefix that
-            such caches could not copy.
+        sliding_window_cache: whether sliding layers cache only their window; None is whatever
+            suits the prompts. Generation opens the runtime again, once, where prompts share a
+            prefix that such caches could not copy.
         shares_weights: share an fp32 bundle's weights between all processes that run it on the CPU.
         kept_prefix_bytes: memory for prompt prefixes that are kept between calls; 0 keeps none.
     """
@@ -41,7 +41,7 @@ class LoadOptions:
     threads: int | None = None
     cuda: CudaOptions | None = None
     trust: bool = False
-    windowed: bool | None = None
+    sliding_window_cache: bool | None = None
     shares_weights: bool = False
     kept_prefix_bytes: int = 0
 
@@ -50,9 +50,10 @@ class LoadOptions:
             raise InputError(f"threads is {self.threads}; it must be at least 1")
         if self.kept_prefix_bytes < 0:
             raise InputError(f"kept_prefix_bytes is {self.kept_prefix_bytes}; it must be 0 or more")
-        if self.kept_prefix_bytes and self.windowed:
+        if self.kept_prefix_bytes and self.sliding_window_cache:
             raise InputError(
-                "kept_prefix_bytes needs caches that hold every token; leave windowed out"
+                "kept_prefix_bytes needs caches that hold every token; leave "
+                "sliding_window_cache out"
             )
 
 

@@ -17,7 +17,7 @@ from gemma3_export.bench.serving import Candidate, Load, serve
 from gemma3_export.bundle import Bundle
 from gemma3_export.device import CudaOptions
 from gemma3_export.dtypes import ELEMENT_TYPES, EXPORT_DTYPES
-from gemma3_export.runtimes.generation.candidates import Candidates, ChoosesCandidates
+from gemma3_export.runtimes.generation.candidates import Candidates, SelectsCandidates
 from gemma3_export.runtimes.generation.sampling import SamplingParams
 from gemma3_export.runtimes.onnx.runtime import OnnxRuntime
 from gemma3_export.runtimes.protocol import IntArray, KVCache, Logits, Runtime
@@ -56,7 +56,7 @@ class RuntimeCandidate:
 
     def next_tokens(self, tokens: IntArray, cache: KVCache) -> IntArray:
         """Return the most likely tokens [B, 1] after ``tokens`` [B, 1]."""
-        if isinstance(self.runtime, ChoosesCandidates):
+        if isinstance(self.runtime, SelectsCandidates):
             greedy = [SamplingParams()] * len(tokens)
             chosen = self.runtime.step_candidates(tokens, cache, greedy)
             if chosen is not None:

@@ -45,7 +45,7 @@ class Meter:
 
 
 def as_they_are(values: Any, ids: Any, total: float, needed: int) -> candidates.Candidates:
-    """Stands in for ``from_largest``, to which the stub's zeros are a tie that decides nothing."""
+    """Stand in for ``candidates_from_top_k``, which would find the stub's zeros all equal."""
     del total, needed
     return candidates.Candidates(ids.astype(np.int64), values.copy())
 
@@ -53,7 +53,7 @@ def as_they_are(values: Any, ids: Any, total: float, needed: int) -> candidates.
 def decode(bundle: Path, plan: dict[str, Any]) -> dict[str, Any]:
     """Prefill every row, then decode them together, as every caller of the package does."""
     meter = Meter()
-    vars(candidates)["from_largest"] = as_they_are
+    vars(candidates)["candidates_from_top_k"] = as_they_are
     onnxruntime.preload_dlls = lambda: None  # real libraries would take the stub's place
     # a graph that falls back is refused there; here it shall show what it would cost
     vars(onnx_runtime)["device_for"] = lambda graph, device: choose_device(device)

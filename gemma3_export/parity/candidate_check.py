@@ -13,7 +13,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from gemma3_export.config import Gemma3Config
-from gemma3_export.runtimes.generation.candidates import SPARE, Candidates, ChoosesCandidates
+from gemma3_export.runtimes.generation.candidates import (
+    SPARE_CANDIDATES,
+    Candidates,
+    SelectsCandidates,
+)
 from gemma3_export.runtimes.generation.sampling import SamplingParams
 from gemma3_export.runtimes.protocol import (
     IntArray,
@@ -31,7 +35,7 @@ TOP_KS = (1, 40)  # in turns
 
 def chosen_logits(runtime: Runtime) -> Runtime | None:
     """``runtime`` with its choice in place of logits; None where it never chooses."""
-    if isinstance(runtime, ChoosesCandidates) and runtime.chooses_candidates:
+    if isinstance(runtime, SelectsCandidates) and runtime.selects_candidates:
         return ChosenLogits(runtime)
     return None
 
@@ -77,9 +81,9 @@ class ChosenLogits:
     """
 
     def __init__(self, runtime: Runtime) -> None:
-        assert isinstance(runtime, ChoosesCandidates)
+        assert isinstance(runtime, SelectsCandidates)
         self.runtime: Runtime = runtime
-        self.chooser: ChoosesCandidates = runtime
+        self.chooser: SelectsCandidates = runtime
         self.config: Gemma3Config = runtime.config
         self.steps = 0
 
@@ -112,7 +116,9 @@ class ChosenLogits:
 
     def _top_k(self) -> int:
         self.steps += 1
-        return min(TOP_KS[self.steps % len(TOP_KS)], max(1, self.config.vocab_size - SPARE - 1))
+        return min(
+            TOP_KS[self.steps % len(TOP_KS)], max(1, self.config.vocab_size - SPARE_CANDIDATES - 1)
+        )
 
 
 def overlaid(logits: Logits, chosen: Logits | Candidates) -> Logits:

@@ -19,7 +19,7 @@ from gemma3_export.parity.judge import Limits, judge_case
 from gemma3_export.parity.noise_floor import NoiseFloor, Yardstick
 from gemma3_export.parity.report.model import CaseResult
 from gemma3_export.progress import Progress
-from gemma3_export.runtimes.protocol import CacheForms, FloatProducts, Runtime
+from gemma3_export.runtimes.protocol import CacheVariants, Float32MatMul, Runtime
 
 __all__ = ["prepare_floor", "run_chosen_cases", "run_float_cases", "run_sibling_cases"]
 
@@ -30,7 +30,7 @@ def run_float_cases(
     """A few cases of a quantised graph with float products: see activations.py."""
     if yardstick.float_truth is None or yardstick.float_floor is None:
         return []
-    exact = candidate.with_float_products() if isinstance(candidate, FloatProducts) else None
+    exact = candidate.with_float32_matmul() if isinstance(candidate, Float32MatMul) else None
     if exact is None:
         return []
     options = replace(yardstick.options, decode_steps=min(6, yardstick.options.decode_steps))
@@ -43,7 +43,7 @@ def run_sibling_cases(
     candidate: Runtime, yardstick: Yardstick, limits: Limits, progress: Progress
 ) -> list[CaseResult]:
     """A few cases of the graph's sibling with another kind of cache, if it has one."""
-    sibling = candidate.with_other_caches() if isinstance(candidate, CacheForms) else None
+    sibling = candidate.with_other_cache() if isinstance(candidate, CacheVariants) else None
     if sibling is None:
         return []
     every = cases_for(sibling, yardstick.config, yardstick.sequences, yardstick.options)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from gemma3_export.errors import UnavailableError
 from gemma3_export.reference.model import Gemma3, KeyValue
+from gemma3_export.runtimes.onnx.graph_rewrites import read_graph
 from gemma3_export.runtimes.onnx.runtime import OnnxRuntime
 from gemma3_export.runtimes.onnx.session import (
     WEIGHTS_FOLDER,
@@ -25,7 +26,6 @@ from gemma3_export.runtimes.onnx.session import (
     run_graph,
     zeros,
 )
-from gemma3_export.runtimes.onnx.upcast import read_graph
 from gemma3_export.runtimes.protocol import IntArray, Runtime
 
 __all__ = [
@@ -176,8 +176,8 @@ class OnnxTaps:
             raise UnavailableError(
                 'naming the diverging layer needs onnx; run: pip install "gemma3-export[export]"'
             ) from error
-        if runtime.is_windowed:  # the same nodes, with a cache that may be empty
-            runtime = runtime.with_other_caches()
+        if runtime.uses_sliding_window_cache:  # the same nodes, with a cache that may be empty
+            runtime = runtime.with_other_cache()
         self.runtime = runtime
         model = (
             onnx.load_model_from_string(runtime.graph)

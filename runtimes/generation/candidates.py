@@ -2,7 +2,7 @@
 
 A quarter of a million logits a token are a megabyte; greedy and top-k sampling look at a handful.
 What the sampler makes of candidates is what it would make of all logits, or they are not offered:
-:func:`from_largest` returns None when it cannot be sure.
+:func:`candidates_from_top_k` returns None when it cannot be sure.
 
 Shapes: V vocabulary, k fetched, C candidates.
 """
@@ -20,17 +20,19 @@ from gemma3_export.runtimes.generation.sampling import SamplingParams
 from gemma3_export.runtimes.protocol import IntArray, KVCache, Logits
 
 __all__ = [
-    "SPARE",
+    "SPARE_CANDIDATES",
     "Candidates",
-    "ChoosesCandidates",
+    "SelectsCandidates",
+    "batch_candidates_needed",
+    "candidates_from_top_k",
     "candidates_needed",
-    "candidates_of_rows",
-    "from_largest",
-    "most_needed",
+    "candidates_per_row",
 ]
 
 TOP_K_LIMIT = 256  # beyond, all logits are fetched
-SPARE = 32  # candidates fetched beyond those needed, since all equals of the last one count
+SPARE_CANDIDATES = (
+    32  # candidates fetched beyond those needed, since all equals of the last one count
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,11 +44,11 @@ class Candidates:
 
 
 @runtime_checkable
-class ChoosesCandidates(Protocol):
+class SelectsCandidates(Protocol):
     """A runtime that can choose candidates where the logits are."""
 
     @property
-    def chooses_candidates(self) -> bool:
+    def selects_candidates(self) -> bool:
         """Whether it ever does, as it is."""
 
     def step_candidates(
@@ -74,7 +76,7 @@ def candidates_needed(params: SamplingParams) -> int | None:
     return params.top_k if params.top_k and params.top_k <= TOP_K_LIMIT else None
 
 
-def most_needed(requests: Sequence[SamplingParams], vocab_size: int) -> int | None:
+def batch_candidates_needed(requests: Sequence[SamplingParams], vocab_size: int) -> int | None:
     """:func:`candidates_needed` by a batch; None also when few are left beyond them."""
     most = 0
     for params in requests:
@@ -82,10 +84,10 @@ def most_needed(requests: Sequence[SamplingParams], vocab_size: int) -> int | No
         if count is None:
             return None
         most = max(most, count)
-    return most if most + SPARE < vocab_size else None
+    return most if most + SPARE_CANDIDATES < vocab_size else None
 
 
-def from_largest(
+def candidates_from_top_k(
     values: NDArray[np.float32], ids: NDArray[Any], total: float, needed: int
 ) -> Candidates | None:
     """Candidates out of the k largest logits of a position.
@@ -106,7 +108,7 @@ def from_largest(
     return Candidates(ids[order].astype(np.int64), values[order])
 
 
-def candidates_of_rows(
+def candidates_per_row(
     packed: Logits, fetched: int, needed: int, fetch: Callable[[], Logits]
 ) -> list[Candidates | Logits]:
     """What each row's next token is chosen from: the largest logits, or all [V] of them.
@@ -121,7 +123,7 @@ def candidates_of_rows(
     everything: Logits | None = None
     for index, row in enumerate(packed):
         values, ids, total = row[:fetched], row[fetched:-1], float(row[-1])
-        chosen = from_largest(values, ids, total, needed)
+        chosen = candidates_from_top_k(values, ids, total, needed)
         if chosen is None:
             everything = fetch() if everything is None else everything
             found.append(everything[index])

@@ -16,7 +16,7 @@ from gemma3_export.config import Gemma3Config
 from gemma3_export.errors import InputError
 from gemma3_export.runtimes.generation.candidates import (
     Candidates,
-    ChoosesCandidates,
+    SelectsCandidates,
     candidates_needed,
 )
 from gemma3_export.runtimes.generation.kept_cache import KeptCache
@@ -31,14 +31,14 @@ from gemma3_export.runtimes.generation.request import (
 )
 from gemma3_export.runtimes.generation.sampling import SamplingParams
 from gemma3_export.runtimes.generation.speculation import (
-    CHOSEN_COSTS,
+    CANDIDATE_COSTS,
     MAX_DRAFT_TOKENS,
     PLAIN_COSTS,
     Drafter,
     Speculation,
     StepCosts,
 )
-from gemma3_export.runtimes.protocol import CacheForms, IntArray, KVCache, Logits, Runtime
+from gemma3_export.runtimes.protocol import CacheVariants, IntArray, KVCache, Logits, Runtime
 
 __all__ = [
     "Cancel",
@@ -191,7 +191,7 @@ class DecodingLoop:
         self, active: Sequence[RequestState], cache: KVCache
     ) -> Sequence[Logits | Candidates] | None:
         """What the backend chose for each request; None where logits are needed."""
-        if not isinstance(self.runtime, ChoosesCandidates):
+        if not isinstance(self.runtime, SelectsCandidates):
             return None
         params = [request.params for request in active]
         chosen = self.runtime.step_candidates(self._newest(active), cache, params)
@@ -411,8 +411,8 @@ def generate(
 
 def _step_costs(runtime: Runtime, params: SamplingParams) -> StepCosts:
     """What verifying a draft costs where the plain steps of a request fetch candidates, or not."""
-    chooses = isinstance(runtime, ChoosesCandidates) and runtime.chooses_candidates
-    return CHOSEN_COSTS if chooses and candidates_needed(params) is not None else PLAIN_COSTS
+    chooses = isinstance(runtime, SelectsCandidates) and runtime.selects_candidates
+    return CANDIDATE_COSTS if chooses and candidates_needed(params) is not None else PLAIN_COSTS
 
 
 def _check_prompts(
@@ -462,7 +462,7 @@ def _check_capacity(
 
 def _longest_draft(runtime: Runtime, max_draft_tokens: int) -> int:
     """What can be taken back: with the token before it, a draft fits into a window."""
-    if isinstance(runtime, CacheForms) and runtime.is_windowed:
+    if isinstance(runtime, CacheVariants) and runtime.uses_sliding_window_cache:
         return min(max_draft_tokens, runtime.config.sliding_window - 1)
     return max_draft_tokens
 

@@ -20,12 +20,12 @@ import numpy as np
 
 from gemma3_export.errors import InputError
 from gemma3_export.runtimes.protocol import (
-    CacheForms,
+    CacheVariants,
     IntArray,
     KVCache,
+    KVSegment,
     Runtime,
-    SharesTokens,
-    StoredTokens,
+    TransferableCache,
 )
 
 __all__ = ["PrefixCache"]
@@ -37,7 +37,7 @@ class Segment:
 
     start: int
     token_ids: IntArray
-    stored: StoredTokens
+    stored: KVSegment
     parent: Segment | None  # holds the token before; None at the start of a prompt
     siblings: list[Segment]  # where it is listed itself
     last_use: int = 0
@@ -75,10 +75,10 @@ class PrefixCache:
         for name, value in (("max_bytes", max_bytes), ("granularity", granularity)):
             if value is not None and value < 1:
                 raise InputError(f"{name} of a prefix cache is {value}; it must be at least 1")
-        if isinstance(runtime, CacheForms) and runtime.is_windowed:
+        if isinstance(runtime, CacheVariants) and runtime.uses_sliding_window_cache:
             raise InputError(
                 "a prefix cache needs caches that keep every token; open the runtime with "
-                "windowed=False"
+                "sliding_window_cache=False"
             )
         self.runtime = runtime
         self.max_bytes = max_bytes
@@ -145,8 +145,8 @@ class PrefixCache:
             path = segment.path(start) if segment is not None else []
             self._touch(path)
             parent = path[-1] if path else None
-            self._make_room((wanted - start) * cache.token_bytes, parent)
-            room = (self.max_bytes - self._used_bytes) // cache.token_bytes
+            self._make_room((wanted - start) * cache.kv_bytes_per_token, parent)
+            room = (self.max_bytes - self._used_bytes) // cache.kv_bytes_per_token
             stop = start + min(wanted - start, room) // step * step
             if stop <= start:
                 return
@@ -210,13 +210,13 @@ def common_length(a: IntArray, b: IntArray) -> int:
     return int(different[0]) if different.size else size
 
 
-def require_sharing(cache: KVCache) -> SharesTokens:
+def require_sharing(cache: KVCache) -> TransferableCache:
     """The cache, if tokens can be copied from it and to it.
 
     Raises:
         InputError: they cannot.
     """
-    if not isinstance(cache, SharesTokens):
+    if not isinstance(cache, TransferableCache):
         raise InputError(
             "this runtime's caches cannot share prompt prefixes; generate without a prefix cache"
         )

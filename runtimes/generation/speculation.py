@@ -25,7 +25,7 @@ from gemma3_export.runtimes.generation.request import RequestState
 from gemma3_export.runtimes.protocol import KVCache, Logits, Runtime
 
 __all__ = [
-    "CHOSEN_COSTS",
+    "CANDIDATE_COSTS",
     "MAX_DRAFT_TOKENS",
     "PLAIN_COSTS",
     "DraftBudget",
@@ -57,7 +57,7 @@ class StepCosts:
 
 PLAIN_COSTS = StepCosts()
 # A plain step that fetches candidates reads less of the head, and samples from fewer logits.
-CHOSEN_COSTS = StepCosts(draft=0.7, token=0.15)
+CANDIDATE_COSTS = StepCosts(draft=0.7, token=0.15)
 
 
 class Drafter(Protocol):

@@ -18,22 +18,22 @@ from gemma3_export.config import Gemma3Config
 from gemma3_export.device import Device
 from gemma3_export.errors import Gemma3ExportError, InputError
 from gemma3_export.runtimes.onnx.session import ONNX_BFLOAT16, import_onnxruntime, widened
-from gemma3_export.runtimes.onnx.token_copies import HeadMemory, SharesByCopies, TokenCopies
+from gemma3_export.runtimes.onnx.token_transfer import HeadBuffer, SharesByCopies, TokenTransfer
 from gemma3_export.runtimes.protocol import (
     IntArray,
+    KVSegment,
     LayerKV,
-    StoredTokens,
     check_export,
-    check_stored,
+    check_segment,
     check_truncation,
     empty_lengths,
 )
 
 __all__ = [
-    "GrowingCache",
+    "DynamicCache",
+    "InPlaceCache",
     "OnnxCache",
-    "SharedCache",
-    "WindowedCache",
+    "SlidingWindowCache",
     "copies_of",
 ]
 
@@ -72,14 +72,14 @@ class OnnxCache(Protocol):
 
 def copies_of(
     config: Gemma3Config, signature: Signature, device: Device, dtype: np.dtype[Any]
-) -> TokenCopies:
+) -> TokenTransfer:
     """How a cache with tensors of ``dtype`` in memory gives and takes tokens."""
     name = signature.past_keys[0].dtype
     heads, size = config.num_key_value_heads, config.head_dim
-    return TokenCopies(device, dtype, name, len(signature.past), heads, size)
+    return TokenTransfer(device, dtype, name, len(signature.past), heads, size)
 
 
-class SharedCache(SharesByCopies):
+class InPlaceCache(SharesByCopies):
     """Preallocated buffers [B, K, C, H] that the graph reads as past and extends in place.
 
     GroupQueryAttention appends to a buffer when past and present are the same memory. Rows may be
@@ -112,7 +112,7 @@ class SharedCache(SharesByCopies):
         self.buffers = [self._allocate(shape) for shape in self.shapes]
         self.bindings: dict[int | None, Any] = {}
         self.steps: Any = (
-            None  # gemma3_export.runtimes.onnx.decode_steps.DecodeSteps, if it has any
+            None  # gemma3_export.runtimes.onnx.decode_steps.DeviceDecodeSteps, if it has any
         )
 
     @property
@@ -195,21 +195,21 @@ class SharedCache(SharesByCopies):
         check_truncation(self, row, length)
         self.lengths[row] = length
 
-    def export_tokens(self, row: int, start: int, stop: int) -> StoredTokens:
-        """See :class:`gemma3_export.runtimes.protocol.SharesTokens`."""
+    def export_tokens(self, row: int, start: int, stop: int) -> KVSegment:
+        """See :class:`gemma3_export.runtimes.protocol.TransferableCache`."""
         check_export(self, row, start, stop)
         return self.copies.take(self._memory(row), start, stop)
 
-    def load_tokens(self, row: int, stored: StoredTokens, count: int) -> None:
-        """See :class:`gemma3_export.runtimes.protocol.SharesTokens`."""
-        check_stored(self, row, stored, count)
+    def load_tokens(self, row: int, stored: KVSegment, count: int) -> None:
+        """See :class:`gemma3_export.runtimes.protocol.TransferableCache`."""
+        check_segment(self, row, stored, count)
         self.copies.give(stored, self._memory(row), int(self.lengths[row]), count)
         self.lengths[row] += count
 
-    def _memory(self, row: int) -> list[HeadMemory]:
+    def _memory(self, row: int) -> list[HeadBuffer]:
         row_bytes = self.dtype.itemsize * math.prod(self.shapes[0][1:])
         offset = row * row_bytes
-        return [HeadMemory(buffer.data_ptr() + offset, self.capacity) for buffer in self.buffers]
+        return [HeadBuffer(buffer.data_ptr() + offset, self.capacity) for buffer in self.buffers]
 
     def _rows(self, row: int | None) -> IntArray:
         return self.lengths if row is None else self.lengths[row : row + 1]
@@ -220,7 +220,7 @@ class SharedCache(SharesByCopies):
 # Shapes: B rows, K key-value heads, L cached tokens, T new tokens, H head size.
 
 
-class GrowingCache(SharesByCopies):
+class DynamicCache(SharesByCopies):
     """Tensors that the graph returns longer by the new tokens, on the device all the while.
 
     Rows are kept apart while they are prefilled one by one, and joined at the first batched step:
@@ -314,21 +314,21 @@ class GrowingCache(SharesByCopies):
             ]
         self.lengths[row] = length
 
-    def export_tokens(self, row: int, start: int, stop: int) -> StoredTokens:
-        """See :class:`gemma3_export.runtimes.protocol.SharesTokens`; splits joined rows."""
+    def export_tokens(self, row: int, start: int, stop: int) -> KVSegment:
+        """See :class:`gemma3_export.runtimes.protocol.TransferableCache`; splits joined rows."""
         check_export(self, row, start, stop)
         held = int(self.lengths[row])
-        sources = [HeadMemory(value.data_ptr(), held) for value in self._split()[row]]
+        sources = [HeadBuffer(value.data_ptr(), held) for value in self._split()[row]]
         return self.copies.take(sources, start, stop)
 
-    def load_tokens(self, row: int, stored: StoredTokens, count: int) -> None:
-        """See :class:`gemma3_export.runtimes.protocol.SharesTokens`; splits joined rows."""
-        check_stored(self, row, stored, count)
+    def load_tokens(self, row: int, stored: KVSegment, count: int) -> None:
+        """See :class:`gemma3_export.runtimes.protocol.TransferableCache`; splits joined rows."""
+        check_segment(self, row, stored, count)
         rows, held = self._split(), int(self.lengths[row])
         longer = [self.copies.allocate(held + count) for _ in stored.tensors]
-        targets = [HeadMemory(value.data_ptr(), held + count) for value in longer]
+        targets = [HeadBuffer(value.data_ptr(), held + count) for value in longer]
         for value, target in zip(rows[row], targets, strict=True):
-            self.copies.copy(HeadMemory(value.data_ptr(), held), target, held)
+            self.copies.copy(HeadBuffer(value.data_ptr(), held), target, held)
         self.copies.give(stored, targets, held, count)
         rows[row] = longer
         self.lengths[row] += count
@@ -373,11 +373,11 @@ class GrowingCache(SharesByCopies):
 #            T - G * ceil((T - C) / G)  otherwise
 #
 # of them, in order, from the start of its buffer. Full layers keep everything, as in
-# ``SharedCache``.
+# ``InPlaceCache``.
 
 
 @dataclass(frozen=True, slots=True)
-class LetGo:
+class EvictedTokens:
     """What a step pushed out of one row's windows, for a cut that wants it back."""
 
     first: int  # position of the first token
@@ -385,7 +385,7 @@ class LetGo:
     tensors: dict[int, Any]  # buffer -> [K, until - first, H]
 
 
-class WindowedCache(SharedCache):
+class SlidingWindowCache(InPlaceCache):
     """Preallocated buffers, those of sliding layers no longer than a window and a margin.
 
     Tokens can be cut off as far back as a row's last step began, if that step was of its own and
@@ -405,11 +405,11 @@ class WindowedCache(SharedCache):
         self.is_sliding = [
             config.is_sliding(layer) for layer in range(config.num_hidden_layers) for _ in "kv"
         ]
-        self.let_go: dict[int, LetGo] = {}  # by row, of the last step
+        self.evicted: dict[int, EvictedTokens] = {}  # by row, of the last step
         super().__init__(config, signature, device, batch_size, capacity)
 
     def tensor_capacity(self, index: int) -> int:
-        """See :class:`SharedCache`."""
+        """See :class:`InPlaceCache`."""
         return self.window_capacity if self.is_sliding[index] else self.capacity
 
     def first_held(self, length: int) -> int:
@@ -420,10 +420,10 @@ class WindowedCache(SharedCache):
     def begin(self, new_tokens: int, row: int | None) -> None:
         """Keep what a draft's step will push out, since the draft may be wrong."""
         if row is None and self.batch_size > 1:
-            self.let_go.clear()
+            self.evicted.clear()
             return
         row = row or 0
-        self.let_go.pop(row, None)
+        self.evicted.pop(row, None)
         length = int(self.lengths[row])
         first, until = self.first_held(length), self.first_held(length + new_tokens)
         if first < until <= length and new_tokens > 1:
@@ -432,7 +432,7 @@ class WindowedCache(SharedCache):
                 for index, sliding in enumerate(self.is_sliding)
                 if sliding
             }
-            self.let_go[row] = LetGo(first, until, tensors)
+            self.evicted[row] = EvictedTokens(first, until, tensors)
 
     def truncate(self, row: int, length: int) -> None:
         """See :class:`gemma3_export.runtimes.protocol.KVCache`.
@@ -443,18 +443,18 @@ class WindowedCache(SharedCache):
         check_truncation(self, row, length)
         held, wanted = self.first_held(int(self.lengths[row])), self.first_held(length)
         if length and held != wanted:
-            self._bring_back(row, held, wanted, length)
+            self._restore(row, held, wanted, length)
         self.lengths[row] = length
-        self.let_go.pop(row, None)
+        self.evicted.pop(row, None)
 
-    def _bring_back(self, row: int, held: int, wanted: int, length: int) -> None:
+    def _restore(self, row: int, held: int, wanted: int, length: int) -> None:
         """Let the windows begin at ``wanted`` again instead of ``held``."""
-        lost = self.let_go.get(row)
+        lost = self.evicted.get(row)
         if lost is None or lost.until != held or lost.first > wanted:
             raise InputError(
                 f"row {row} holds {self.lengths[row]} tokens, and its sliding layers no longer "
-                f"hold what a cut to {length} needs; open the runtime with windowed=False to cut "
-                "as far back as you like"
+                f"hold what a cut to {length} needs; open the runtime with "
+                "sliding_window_cache=False to cut as far back as you like"
             )
         for index, tensor in lost.tensors.items():
             buffer = self.arrays[index][row]

@@ -16,23 +16,23 @@ from numpy.typing import NDArray
 
 from gemma3_export.bundle import Signature
 from gemma3_export.device import Device
-from gemma3_export.runtimes.generation.candidates import Candidates, candidates_of_rows
-from gemma3_export.runtimes.onnx.caches import SharedCache
+from gemma3_export.runtimes.generation.candidates import Candidates, candidates_per_row
+from gemma3_export.runtimes.onnx.caches import InPlaceCache
 from gemma3_export.runtimes.onnx.graphs import PREPARATION_GRAPH, SELECTION_GRAPH
 from gemma3_export.runtimes.onnx.session import import_onnxruntime, open_session
 from gemma3_export.runtimes.protocol import IntArray, Logits
 
 __all__ = [
-    "DecodeSteps",
-    "ScreenedSteps",
-    "SideSessions",
-    "has_known_grid",
+    "DeviceDecodeSteps",
+    "HelperSessions",
+    "ScreenedDecodeSteps",
+    "has_known_rounding",
 ]
 
 GRAPH_ID = "gpu_graph_id"  # a run option: which captured CUDA graph to replay
 
 
-class SideSessions:
+class HelperSessions:
     """The tiny graphs that write masks and choose candidates, opened on one device."""
 
     def __init__(self, device: Device) -> None:
@@ -41,7 +41,7 @@ class SideSessions:
         self.selection = open_session(SELECTION_GRAPH, device, threads=1)
 
 
-class DecodeSteps:
+class DeviceDecodeSteps:
     """One token for each row of one cache, again and again.
 
     Args:
@@ -49,7 +49,7 @@ class DecodeSteps:
         signature: of the model's graph.
         cache: its buffers never move.
         vocab_size: V.
-        sides: the tiny graphs' sessions.
+        helpers: the tiny graphs' sessions.
         graph_id: of the CUDA graph to capture in the first step; None runs without one.
     """
 
@@ -57,13 +57,13 @@ class DecodeSteps:
         self,
         session: Any,
         signature: Signature,
-        cache: SharedCache,
+        cache: InPlaceCache,
         vocab_size: int,
-        sides: SideSessions,
+        helpers: HelperSessions,
         graph_id: int | None,
     ) -> None:
         ort = import_onnxruntime()
-        device, rows = sides.device, cache.batch_size
+        device, rows = helpers.device, cache.batch_size
         self.session = session  # not the cache, which owns its steps
 
         def place(array: np.ndarray[Any, Any]) -> Any:
@@ -84,15 +84,15 @@ class DecodeSteps:
         self.options = ort.RunOptions()
         if graph_id is not None:
             self.options.add_run_config_entry(GRAPH_ID, str(graph_id))
-        self.preparation = sides.preparation
-        self.prepared = sides.preparation.io_binding()
+        self.preparation = helpers.preparation
+        self.prepared = helpers.preparation.io_binding()
         self.prepared.bind_ortvalue_input("state", self.state)
         self.prepared.bind_ortvalue_input("columns", self.columns)
         self.prepared.bind_ortvalue_output("input_ids", self.ids)
         self.prepared.bind_ortvalue_output("attention_mask", self.mask)
-        self.selection = Selection(sides.selection, self.logits, rows)
+        self.selection = Selection(helpers.selection, self.logits, rows)
 
-    def run(self, input_ids: IntArray, cache: SharedCache) -> None:
+    def run(self, input_ids: IntArray, cache: InPlaceCache) -> None:
         """Compute the logits that follow ``input_ids`` [B, 1]; they stay on the device."""
         state = np.concatenate((input_ids, cache.lengths[:, None] + 1), axis=1)
         self.state.update_inplace(state)
@@ -106,8 +106,8 @@ class DecodeSteps:
         return logits
 
     def candidates(self, fetched: int, needed: int) -> list[Candidates | Logits]:
-        """See :func:`gemma3_export.runtimes.generation.candidates.candidates_of_rows`."""
-        return candidates_of_rows(self.selection.run(fetched), fetched, needed, self.fetch)
+        """See :func:`gemma3_export.runtimes.generation.candidates.candidates_per_row`."""
+        return candidates_per_row(self.selection.run(fetched), fetched, needed, self.fetch)
 
 
 class Selection:
@@ -149,12 +149,12 @@ KNOWN_MACHINES = ("x86_64", "AMD64")
 FIRST_PAUSE, LONGEST_PAUSE = 4, 256  # steps without screening after one that was of no use
 
 
-def has_known_grid() -> bool:
+def has_known_rounding() -> bool:
     """Whether this processor's kernels round as the screened head takes for granted."""
     return platform.machine() in KNOWN_MACHINES
 
 
-class ScreenedSteps:
+class ScreenedDecodeSteps:
     """One token for each row of one cache, again and again.
 
     Where a model's logits lie so close together that screening leaves too many, it is given up for
@@ -166,7 +166,7 @@ class ScreenedSteps:
         cache: its buffers never move.
     """
 
-    def __init__(self, session: Any, signature: Signature, cache: SharedCache) -> None:
+    def __init__(self, session: Any, signature: Signature, cache: InPlaceCache) -> None:
         assert signature.num_candidates is not None
         self.session, self.signature = session, signature
         self.binding = session.io_binding()
@@ -193,7 +193,7 @@ class ScreenedSteps:
         return self.paused > 0
 
     def run(
-        self, input_ids: IntArray, cache: SharedCache, needed: int
+        self, input_ids: IntArray, cache: InPlaceCache, needed: int
     ) -> list[Candidates | Logits]:
         """Feed ``input_ids`` [B, 1]; for each row candidates, or [V] where they do not suffice.
 

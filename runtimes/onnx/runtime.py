@@ -19,15 +19,29 @@ from gemma3_export.bundle import WINDOW_MARGIN, Bundle, Graph, Signature
 from gemma3_export.config import Gemma3Config
 from gemma3_export.device import CudaOptions, Device
 from gemma3_export.errors import Gemma3ExportError, InputError
-from gemma3_export.runtimes.generation.candidates import SPARE, Candidates, most_needed
+from gemma3_export.runtimes.generation.candidates import (
+    SPARE_CANDIDATES,
+    Candidates,
+    batch_candidates_needed,
+)
 from gemma3_export.runtimes.generation.sampling import SamplingParams
-from gemma3_export.runtimes.onnx.caches import GrowingCache, OnnxCache, SharedCache, WindowedCache
+from gemma3_export.runtimes.onnx.caches import (
+    DynamicCache,
+    InPlaceCache,
+    OnnxCache,
+    SlidingWindowCache,
+)
 from gemma3_export.runtimes.onnx.decode_steps import (
     GRAPH_ID,
-    DecodeSteps,
-    ScreenedSteps,
-    SideSessions,
-    has_known_grid,
+    DeviceDecodeSteps,
+    HelperSessions,
+    ScreenedDecodeSteps,
+    has_known_rounding,
+)
+from gemma3_export.runtimes.onnx.graph_rewrites import (
+    upcast_to_float32,
+    weights_folder,
+    without_activation_quantization,
 )
 from gemma3_export.runtimes.onnx.session import (
     WEIGHTS_FOLDER,
@@ -41,11 +55,6 @@ from gemma3_export.runtimes.onnx.session import (
     run_graph,
     zeros,
 )
-from gemma3_export.runtimes.onnx.upcast import (
-    upcast_to_float32,
-    weights_folder,
-    with_float_products,
-)
 from gemma3_export.runtimes.protocol import (
     IntArray,
     KVCache,
@@ -58,10 +67,10 @@ from gemma3_export.runtimes.protocol import (
 
 __all__ = [
     "OnnxRuntime",
-    "chooses_windows",
     "device_for",
-    "require_shareable",
-    "window_problem",
+    "require_shareable_weights",
+    "sliding_window_problem",
+    "use_sliding_window_cache",
 ]
 
 SCREENED_ROWS = 8  # of a batch; more of them share what is read, and the copy saves nothing
@@ -77,12 +86,12 @@ class OnnxRuntime:
             attention on CUDA.
         threads: threads inside one operator; None lets ONNX Runtime choose.
         cuda: what the CUDA provider may do; ignored on the CPU.
-        windowed: whether sliding layers' caches let go of old tokens, which saves time and memory
-            in long texts but does not allow to cut a text far back; None is wherever the bundle
-            and ONNX Runtime can, on the CPU.
+        sliding_window_cache: evict old tokens from the caches of sliding layers, which saves time
+            and memory in long texts, but limits how far a text can be cut back; None does so on the
+            CPU if the bundle and ONNX Runtime support it.
         shares_weights: leave float matrices as they lie in the file, so that all processes that
             run the bundle hold them once and load at once; longer prompts and batches take longer.
-        float_products: multiply quantised matrices in float32, slowly, for the parity check.
+        float32_matmul: multiply quantised matrices in float32, slowly, for the parity check.
 
     Raises:
         InputError: the bundle is damaged or has no ONNX graph, or its graph cannot do what
@@ -97,9 +106,9 @@ class OnnxRuntime:
         device: str = "auto",
         threads: int | None = None,
         cuda: CudaOptions | None = None,
-        windowed: bool | None = None,
+        sliding_window_cache: bool | None = None,
         shares_weights: bool = False,
-        float_products: bool = False,
+        float32_matmul: bool = False,
     ) -> None:
         if isinstance(bundle, Path):
             bundle = Bundle(bundle)
@@ -108,10 +117,14 @@ class OnnxRuntime:
         bundle.check_sizes()
         self.config: Gemma3Config = bundle.config
         self.device = device_for(graph, device)
-        self.is_windowed = chooses_windows(bundle, self.device, windowed)
-        self.signature: Signature = bundle.signature(graph, is_windowed=self.is_windowed)
+        self.uses_sliding_window_cache = use_sliding_window_cache(
+            bundle, self.device, sliding_window_cache
+        )
+        self.signature: Signature = bundle.signature(
+            graph, is_windowed=self.uses_sliding_window_cache
+        )
         self.target = graph.target
-        path = graph.windowed_path if self.is_windowed else graph.path
+        path = graph.windowed_path if self.uses_sliding_window_cache else graph.path
         assert path is not None
         bundle.check_files([path, "config.json"])  # small files; verify hashes them all
         self.path = bundle.file(path)
@@ -119,9 +132,9 @@ class OnnxRuntime:
         self.is_upcast = self.device.kind == "cpu" and graph.cache_dtype == "bfloat16"
         if self.is_upcast:
             self.graph = upcast_to_float32(self.path)
-            self.signature = Signature.of(self.config, is_windowed=self.is_windowed)
-        if float_products:
-            self.graph = with_float_products(self.path)
+            self.signature = Signature.of(self.config, is_windowed=self.uses_sliding_window_cache)
+        if float32_matmul:
+            self.graph = without_activation_quantization(self.path)
         self.cuda = (cuda or CudaOptions()) if self.device.kind == "cuda" else None
         if self.cuda and self.cuda.graph and self.target != "ort":
             raise InputError(
@@ -133,20 +146,20 @@ class OnnxRuntime:
         if isinstance(self.graph, bytes):
             entries[WEIGHTS_FOLDER] = str(self.weights_folder)
         if shares_weights:
-            require_shareable(bundle, self.device)
+            require_shareable_weights(bundle, self.device)
             entries[NO_PACKING] = "1"
         self.shares_weights = shares_weights
         # Blocks that are not packed are multiplied far more slowly.
         has_screen = self.signature.num_candidates is not None
-        self.is_screened = has_screen and not shares_weights and has_known_grid()
+        self.is_screened = has_screen and not shares_weights and has_known_rounding()
         self.session = open_session(
             self.graph, self.device, threads=threads, entries=entries, cuda=self.cuda
         )
         for file in {graph.path, path}:
             drop_mapped_pages(bundle.file(f"{file}_data"))
         # Decode steps at fixed addresses pay where the host and the logits are far apart.
-        self.has_fixed_steps = self.cuda is not None and self.target == "ort"
-        self._sides: SideSessions | None = None
+        self.decodes_on_device = self.cuda is not None and self.target == "ort"
+        self._helpers: HelperSessions | None = None
         self._graph_ids = itertools.count(1)  # 0 is ONNX Runtime's default
         self._counts: dict[int, Any] = {}
         self.threads = threads
@@ -158,7 +171,7 @@ class OnnxRuntime:
             name="onnx",
             versions={"onnxruntime": import_onnxruntime().__version__},
             target=graph.target,
-            cache="windowed" if self.is_windowed else "full",
+            cache="windowed" if self.uses_sliding_window_cache else "full",
             has_screened_head=self.is_screened,
             shares_weights=shares_weights,
             dtype=graph.dtype,
@@ -166,7 +179,7 @@ class OnnxRuntime:
             residual_dtype="float32",
             activation_dtype=activation_dtype,
             is_quantized=is_quantized,
-            rounds_activations=is_quantized and not has_half_activations and not float_products,
+            quantizes_activations=is_quantized and not has_half_activations and not float32_matmul,
             computed_in="float32, rounded to bfloat16"
             if self.is_upcast
             else activation_dtype or graph.dtype,
@@ -177,9 +190,9 @@ class OnnxRuntime:
         )
 
     @property
-    def chooses_candidates(self) -> bool:
-        """See :class:`gemma3_export.runtimes.generation.candidates.ChoosesCandidates`."""
-        return self.has_fixed_steps or self.is_screened
+    def selects_candidates(self) -> bool:
+        """See :class:`gemma3_export.runtimes.generation.candidates.SelectsCandidates`."""
+        return self.decodes_on_device or self.is_screened
 
     @property
     def padding_side(self) -> PaddingSide | None:
@@ -188,7 +201,7 @@ class OnnxRuntime:
         GroupQueryAttention takes each row's length from the sum of its mask, so padding is on the
         right; with sliding-window caches it takes no empty past.
         """
-        if self.is_windowed:
+        if self.uses_sliding_window_cache:
             return None
         return "right" if self.target == "ort" else "left"
 
@@ -207,38 +220,41 @@ class OnnxRuntime:
         logits, *present = map(as_float32, run_graph(self.session, names, feeds))
         return logits, present
 
-    def with_float_products(self) -> OnnxRuntime | None:
-        """See :class:`gemma3_export.runtimes.protocol.FloatProducts`."""
-        if self.device.kind != "cpu" or not self.info.rounds_activations:
+    def with_float32_matmul(self) -> OnnxRuntime | None:
+        """See :class:`gemma3_export.runtimes.protocol.Float32MatMul`."""
+        if self.device.kind != "cpu" or not self.info.quantizes_activations:
             return None
         return OnnxRuntime(
             self.bundle,
             device="cpu",
             threads=self.threads,
-            windowed=self.is_windowed,
-            float_products=True,
+            sliding_window_cache=self.uses_sliding_window_cache,
+            float32_matmul=True,
         )
 
-    def with_other_caches(self) -> OnnxRuntime | None:
-        """See :class:`gemma3_export.runtimes.protocol.CacheForms`."""
-        if window_problem(self.bundle, self.device):
+    def with_other_cache(self) -> OnnxRuntime | None:
+        """See :class:`gemma3_export.runtimes.protocol.CacheVariants`."""
+        if sliding_window_problem(self.bundle, self.device):
             return None
         return OnnxRuntime(
-            self.bundle, device="cpu", threads=self.threads, windowed=not self.is_windowed
+            self.bundle,
+            device="cpu",
+            threads=self.threads,
+            sliding_window_cache=not self.uses_sliding_window_cache,
         )
 
     def new_cache(self, batch_size: int, capacity: int) -> KVCache:
         """See :class:`gemma3_export.runtimes.protocol.Runtime`."""
-        kind: type[SharedCache | GrowingCache] = GrowingCache
+        kind: type[InPlaceCache | DynamicCache] = DynamicCache
         if self.target == "ort":
-            kind = WindowedCache if self.is_windowed else SharedCache
+            kind = SlidingWindowCache if self.uses_sliding_window_cache else InPlaceCache
         return kind(self.config, self.signature, self.device, batch_size, capacity)
 
     def step(
         self, input_ids: IntArray, cache: KVCache, *, num_logits: int, row: int | None = None
     ) -> Logits:
         """See :class:`gemma3_export.runtimes.protocol.Runtime`."""
-        assert isinstance(cache, SharedCache | GrowingCache)
+        assert isinstance(cache, InPlaceCache | DynamicCache)
         check_step(cache, input_ids, num_logits, row)
         rows, new = input_ids.shape
         if self.target == "ort" and row is None and rows > 1 and new > 1:
@@ -259,41 +275,41 @@ class OnnxRuntime:
     def step_candidates(
         self, input_ids: IntArray, cache: KVCache, requests: Sequence[SamplingParams]
     ) -> Sequence[Logits | Candidates] | None:
-        """See :class:`gemma3_export.runtimes.generation.candidates.ChoosesCandidates`."""
-        needed = most_needed(requests, self.config.vocab_size)
-        if needed is None or not isinstance(cache, SharedCache):
+        """See :class:`gemma3_export.runtimes.generation.candidates.SelectsCandidates`."""
+        needed = batch_candidates_needed(requests, self.config.vocab_size)
+        if needed is None or not isinstance(cache, InPlaceCache):
             return None
         check_capacity(cache, 1)
-        if self.has_fixed_steps:
+        if self.decodes_on_device:
             fixed = self.decode_steps(cache)
             with self._explained(1, cache):
                 fixed.run(input_ids, cache)
-                return fixed.candidates(needed + SPARE, needed)
+                return fixed.candidates(needed + SPARE_CANDIDATES, needed)
         if not self.is_screened or cache.batch_size > SCREENED_ROWS:
             return None
         if cache.steps is None:
-            cache.steps = ScreenedSteps(self.session, self.signature, cache)
-        screened: ScreenedSteps = cache.steps
+            cache.steps = ScreenedDecodeSteps(self.session, self.signature, cache)
+        screened: ScreenedDecodeSteps = cache.steps
         if screened.is_paused():
             return None
         with self._explained(1, cache):
             return screened.run(input_ids, cache, needed)
 
-    def decode_steps(self, cache: SharedCache) -> DecodeSteps:
+    def decode_steps(self, cache: InPlaceCache) -> DeviceDecodeSteps:
         """The decode steps of ``cache``, made when they are first asked for."""
         if cache.steps is None:
-            if self._sides is None:
-                self._sides = SideSessions(self.device)
+            if self._helpers is None:
+                self._helpers = HelperSessions(self.device)
             graph_id = next(self._graph_ids) if self.cuda and self.cuda.graph else None
-            cache.steps = DecodeSteps(
+            cache.steps = DeviceDecodeSteps(
                 self.session,
                 self.signature,
                 cache,
                 self.config.vocab_size,
-                self._sides,
+                self._helpers,
                 graph_id,
             )
-        steps: DecodeSteps = cache.steps
+        steps: DeviceDecodeSteps = cache.steps
         return steps
 
     @contextmanager
@@ -337,7 +353,7 @@ class OnnxRuntime:
 
 # Which of a bundle's ONNX graphs to run, and on which device.
 
-WINDOWS_SINCE = (1, 31)  # ONNX Runtime's sliding_window_cache on the CPU
+SLIDING_WINDOW_SINCE = (1, 31)  # ONNX Runtime's sliding_window_cache on the CPU
 
 
 def device_for(graph: Graph, name: str) -> Device:
@@ -366,13 +382,13 @@ def device_for(graph: Graph, name: str) -> Device:
     )
 
 
-def chooses_windows(bundle: Bundle, device: Device, wanted: bool | None) -> bool:
+def use_sliding_window_cache(bundle: Bundle, device: Device, wanted: bool | None) -> bool:
     """Whether to run the graph whose sliding layers keep their window only.
 
     Raises:
         InputError: it is wanted and not to be had.
     """
-    problem = window_problem(bundle, device)
+    problem = sliding_window_problem(bundle, device)
     if wanted and problem:
         raise InputError(f"windowed caches were asked for, but {problem}")
     if wanted is None:  # windows shorter than their margin save nothing
@@ -380,7 +396,7 @@ def chooses_windows(bundle: Bundle, device: Device, wanted: bool | None) -> bool
     return wanted
 
 
-def window_problem(bundle: Bundle, device: Device) -> str | None:
+def sliding_window_problem(bundle: Bundle, device: Device) -> str | None:
     """Why the graph with windowed caches cannot run; None if it can.
 
     On CUDA its caches must have exactly the window's size, which nobody here has seen run.
@@ -396,13 +412,13 @@ def window_problem(bundle: Bundle, device: Device) -> str | None:
     if device.kind != "cpu":
         return "they are for the CPU; pass --device cpu"
     version = import_onnxruntime().__version__
-    if tuple(int(part) for part in version.split(".")[:2]) < WINDOWS_SINCE:
-        needed = ".".join(map(str, WINDOWS_SINCE))
+    if tuple(int(part) for part in version.split(".")[:2]) < SLIDING_WINDOW_SINCE:
+        needed = ".".join(map(str, SLIDING_WINDOW_SINCE))
         return f"they need onnxruntime {needed} and this is {version}; upgrade it"
     return None
 
 
-def require_shareable(bundle: Bundle, device: Device) -> None:
+def require_shareable_weights(bundle: Bundle, device: Device) -> None:
     """Refuse to run matrices as they lie in the file where that is no use.
 
     Raises:

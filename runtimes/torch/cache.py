@@ -16,10 +16,10 @@ from gemma3_export.device import Device
 from gemma3_export.dtypes import DType, element_type
 from gemma3_export.runtimes.protocol import (
     IntArray,
+    KVSegment,
     LayerKV,
-    StoredTokens,
     check_export,
-    check_stored,
+    check_segment,
     check_truncation,
     describe_layout,
     empty_lengths,
@@ -102,7 +102,7 @@ class TorchCache:
 
     @property
     def layout(self) -> str:
-        """See :class:`gemma3_export.runtimes.protocol.SharesTokens`."""
+        """See :class:`gemma3_export.runtimes.protocol.TransferableCache`."""
         buffer = self.buffers[0]
         _, heads, _, size = buffer.shape
         return describe_layout(
@@ -110,24 +110,24 @@ class TorchCache:
         )
 
     @property
-    def token_bytes(self) -> int:
-        """See :class:`gemma3_export.runtimes.protocol.SharesTokens`."""
+    def kv_bytes_per_token(self) -> int:
+        """See :class:`gemma3_export.runtimes.protocol.TransferableCache`."""
         return sum(buffer[0, :, 0].nbytes for buffer in self.buffers)
 
-    def export_tokens(self, row: int, start: int, stop: int) -> StoredTokens:
-        """See :class:`gemma3_export.runtimes.protocol.SharesTokens`."""
+    def export_tokens(self, row: int, start: int, stop: int) -> KVSegment:
+        """See :class:`gemma3_export.runtimes.protocol.TransferableCache`."""
         check_export(self, row, start, stop)
         keep = torch.from_numpy(np.flatnonzero(self.filled[row])[start:stop])
         keep = keep.to(self.buffers[0].device)
         tensors = [buffer[row].index_select(1, keep) for buffer in self.buffers]
         size_bytes = sum(tensor.nbytes for tensor in tensors)
-        return StoredTokens(
+        return KVSegment(
             tensors=tensors, length=stop - start, layout=self.layout, size_bytes=size_bytes
         )
 
-    def load_tokens(self, row: int, stored: StoredTokens, count: int) -> None:
-        """See :class:`gemma3_export.runtimes.protocol.SharesTokens`."""
-        check_stored(self, row, stored, count)
+    def load_tokens(self, row: int, stored: KVSegment, count: int) -> None:
+        """See :class:`gemma3_export.runtimes.protocol.TransferableCache`."""
+        check_segment(self, row, stored, count)
         if int(self.ends[row]) + count > self.capacity:
             self.close_holes()
         start = int(self.ends[row])

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gemma3_export.runtimes.generation.candidates import Candidates, candidates_of_rows
+from gemma3_export.runtimes.generation.candidates import Candidates, candidates_per_row
 from gemma3_export.runtimes.protocol import IntArray, Logits
 from gemma3_export.runtimes.torch.cache import TorchCache, as_numpy
 
@@ -81,7 +81,7 @@ class TorchDecodeSteps:
         values, ids = self.logits.topk(fetched)
         total = self.logits.sum(-1, keepdim=True)
         packed = torch.cat((values, ids.to(values.dtype), total), dim=-1)  # [B, 2k + 1]
-        return candidates_of_rows(as_numpy(packed), fetched, needed, self.fetch)
+        return candidates_per_row(as_numpy(packed), fetched, needed, self.fetch)
 
     def fetch(self) -> Logits:
         """[B, V] all logits of the last step."""

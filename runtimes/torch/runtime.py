@@ -22,7 +22,11 @@ from gemma3_export.bundle import Bundle
 from gemma3_export.config import Gemma3Config
 from gemma3_export.device import CudaOptions, parse_device
 from gemma3_export.errors import Gemma3ExportError, InputError, UnavailableError
-from gemma3_export.runtimes.generation.candidates import SPARE, Candidates, most_needed
+from gemma3_export.runtimes.generation.candidates import (
+    SPARE_CANDIDATES,
+    Candidates,
+    batch_candidates_needed,
+)
 from gemma3_export.runtimes.generation.sampling import SamplingParams
 from gemma3_export.runtimes.protocol import (
     IntArray,
@@ -95,8 +99,8 @@ class ArchiveRuntime:
         if threads is not None:
             torch.set_num_threads(threads)
         # Steps of equal shapes pay where the host is far away.
-        self.has_fixed_steps = self.device.type == "cuda"
-        self.captures = self.has_fixed_steps and cuda is not None and cuda.graph
+        self.decodes_on_device = self.device.type == "cuda"
+        self.captures = self.decodes_on_device and cuda is not None and cuda.graph
         if self.captures and not self.can_capture:
             raise InputError(
                 f"steps of the {self.name} runtime ask the host for a size, so they cannot become "
@@ -176,17 +180,17 @@ class ArchiveRuntime:
         return as_numpy(logits)
 
     @property
-    def chooses_candidates(self) -> bool:
-        """See :class:`gemma3_export.runtimes.generation.candidates.ChoosesCandidates`."""
-        return self.has_fixed_steps
+    def selects_candidates(self) -> bool:
+        """See :class:`gemma3_export.runtimes.generation.candidates.SelectsCandidates`."""
+        return self.decodes_on_device
 
     @torch.inference_mode()
     def step_candidates(
         self, input_ids: IntArray, cache: KVCache, requests: Sequence[SamplingParams]
     ) -> Sequence[Logits | Candidates] | None:
-        """See :class:`gemma3_export.runtimes.generation.candidates.ChoosesCandidates`."""
-        needed = most_needed(requests, self.config.vocab_size)
-        if needed is None or not self.has_fixed_steps:
+        """See :class:`gemma3_export.runtimes.generation.candidates.SelectsCandidates`."""
+        needed = batch_candidates_needed(requests, self.config.vocab_size)
+        if needed is None or not self.decodes_on_device:
             return None
         check_capacity(cache, 1)
         assert isinstance(cache, TorchCache)
@@ -197,7 +201,7 @@ class ArchiveRuntime:
         steps: TorchDecodeSteps = cache.steps
         with self._explained(1, cache):
             steps.run(input_ids, cache)
-        return steps.candidates(needed + SPARE, needed)
+        return steps.candidates(needed + SPARE_CANDIDATES, needed)
 
     @contextmanager
     def _explained(self, new: int, cache: KVCache) -> Iterator[None]:

@@ -102,7 +102,7 @@ class TestKeptCache:
             exported_bundle(target),
             device="cpu",
             threads=1,
-            windowed=request.param == "windowed" or None,
+            sliding_window_cache=request.param == "windowed" or None,
         )
 
     def continued(self, runtime: Runtime, kept: KeptCache, prompt: list[int]) -> tuple[int, ...]:

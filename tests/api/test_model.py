@@ -208,13 +208,13 @@ class TestWhatIsDecidedHere:
         real = model_module.open_runtime
 
         def noting(*arguments: object, **options: object) -> object:
-            asked.append(options["windowed"])
+            asked.append(options["sliding_window_cache"])
             return real(*arguments, **options) if len(asked) > 1 else Windowed()
 
         class Windowed:
             is_windowed = True
 
-            def with_other_caches(self) -> None:
+            def with_other_cache(self) -> None:
                 raise AssertionError
 
         monkeypatch.setattr(model_module, "open_runtime", noting)

@@ -132,9 +132,9 @@ def test_bundle_of_links_is_verified_and_extended(linked_bundle, tmp_path):
 
 
 def test_rewritten_graphs_find_weights_behind_links(linked_bundle):
-    runtime = OnnxRuntime(linked_bundle, device="cpu", threads=1, windowed=False)
+    runtime = OnnxRuntime(linked_bundle, device="cpu", threads=1, sliding_window_cache=False)
     OnnxTaps(runtime)
-    OnnxRuntime(linked_bundle, device="cpu", threads=1, float_products=True)
+    OnnxRuntime(linked_bundle, device="cpu", threads=1, float32_matmul=True)
 
 
 def test_graph_that_names_a_file_outside_of_the_bundle(copied_bundle):

@@ -79,7 +79,7 @@ def opened(form: CudaFormat, device: str, graph: bool) -> Any:
     options = CudaOptions(graph=graph)
     runtime = open_runtime(form.bundle(), form.runtime, device=device, threads=1, cuda=options)
     if form.runtime != "onnx" or form.is_fused:
-        runtime.has_fixed_steps = True  # as on a GPU
+        runtime.decodes_on_device = True  # as on a GPU
     return runtime
 
 

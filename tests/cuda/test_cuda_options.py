@@ -245,7 +245,7 @@ def test_bench_decodes_as_generate_does(ort_bundle: Path, monkeypatch: pytest.Mo
     assert isinstance(candidate, RuntimeCandidate)
     _, _, expected = candidate.run(prompt, 12)
     assert isinstance(candidate.runtime, OnnxRuntime)
-    candidate.runtime.has_fixed_steps = True
+    candidate.runtime.decodes_on_device = True
     chosen = []
     original = benchmark_worker.likeliest
     monkeypatch.setattr(

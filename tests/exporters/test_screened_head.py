@@ -45,7 +45,9 @@ GREEDY = SamplingParams()
 
 @functools.cache
 def runtime() -> OnnxRuntime:
-    return OnnxRuntime(exported_bundle("ort", "screened"), device="cpu", threads=1, windowed=True)
+    return OnnxRuntime(
+        exported_bundle("ort", "screened"), device="cpu", threads=1, sliding_window_cache=True
+    )
 
 
 def ids_of(*shape: int, seed: int = 1) -> np.ndarray:
@@ -270,7 +272,7 @@ class TestRuntime:
             str(tmp_path / "flat.pt"), config_path=tmp_path / "flat" / "config.json"
         )
         bundle = export_bundle(source, tmp_path / "bundle", OnnxWriter(screen=True)).path
-        flat_runtime = OnnxRuntime(bundle, device="cpu", threads=1, windowed=True)
+        flat_runtime = OnnxRuntime(bundle, device="cpu", threads=1, sliding_window_cache=True)
         plain, choosing = (flat_runtime.new_cache(1, 200) for _ in range(2))
         screened = []
         for step in range(60):
@@ -294,7 +296,7 @@ class TestRuntime:
         raw = bytearray(data.read_bytes())
         raw[entries["offset"] : entries["offset"] + 4] = np.float32(np.nan).tobytes()
         data.write_bytes(raw)
-        damaged = OnnxRuntime(tmp_path / "nan", device="cpu", threads=1, windowed=True)
+        damaged = OnnxRuntime(tmp_path / "nan", device="cpu", threads=1, sliding_window_cache=True)
         events = generate(damaged, [ids_of(3)], GREEDY, max_new_tokens=4)
         with pytest.raises(Gemma3ExportError, match="no token can be chosen"):
             events.collect()
@@ -303,12 +305,12 @@ class TestRuntime:
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         bundle = exported_bundle("ort", "screened")
-        assert runtime().chooses_candidates
-        shared = OnnxRuntime(bundle, device="cpu", windowed=True, shares_weights=True)
-        assert not shared.chooses_candidates
+        assert runtime().selects_candidates
+        shared = OnnxRuntime(bundle, device="cpu", sliding_window_cache=True, shares_weights=True)
+        assert not shared.selects_candidates
         assert shared.step_candidates(ids_of(1, 1), shared.new_cache(1, 4), [GREEDY]) is None
         monkeypatch.setattr(screened_steps.platform, "machine", lambda: "riscv64")
-        assert not OnnxRuntime(bundle, device="cpu", windowed=True).chooses_candidates
+        assert not OnnxRuntime(bundle, device="cpu", sliding_window_cache=True).selects_candidates
 
 
 class TestParity:
@@ -326,7 +328,7 @@ class TestParity:
         codes = raw[: ROWS * COLUMNS].reshape(ROWS, COLUMNS)
         codes[: ROWS // 2] = codes[ROWS // 2 :].copy()
         data.write_bytes(raw.tobytes())
-        other = OnnxRuntime(tmp_path / "other", device="cpu", threads=1, windowed=True)
+        other = OnnxRuntime(tmp_path / "other", device="cpu", threads=1, sliding_window_cache=True)
         report = verify(other, source_of("screened"), options=self.OPTIONS)
         failed = {case.name for case in report.cases if not case.passed}
         assert failed == {"chosen-decode", "chosen-ragged-batch"}

@@ -151,7 +151,7 @@ def test_graphs_equal_the_reference_at_prefill_chunks_and_cached_steps(
 ) -> None:
     bundle = export_bundle(source, tmp_path / target, OnnxWriter(target=target)).path
     for windowed in (False, True) if target == "ort" else (False,):
-        runtime = OnnxRuntime(bundle, device="cpu", windowed=windowed)
+        runtime = OnnxRuntime(bundle, device="cpu", sliding_window_cache=windowed)
         for name, run in RUNS.items():
             seen = run(runtime, ids)
             least = WINDOW if windowed else truth[name][1][0].shape[1]

@@ -19,11 +19,11 @@ from gemma3_export.cuda.placement import cuda_environment
 from gemma3_export.device import CudaOptions, Device
 from gemma3_export.errors import InputError
 from gemma3_export.runtimes.generation.candidates import (
-    SPARE,
+    SPARE_CANDIDATES,
     Candidates,
+    batch_candidates_needed,
+    candidates_from_top_k,
     candidates_needed,
-    from_largest,
-    most_needed,
 )
 from gemma3_export.runtimes.generation.sampling import Sampler, SamplingParams
 from gemma3_export.runtimes.onnx.graphs import (
@@ -70,7 +70,7 @@ def test_candidates_give_the_text_that_all_logits_give(
     dtype: str, params: SamplingParams, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = completed(dtype, params)
-    monkeypatch.setattr(runtime(dtype), "has_fixed_steps", True)
+    monkeypatch.setattr(runtime(dtype), "decodes_on_device", True)
     fetched = []
     original = OnnxRuntime.step_candidates
 
@@ -94,8 +94,8 @@ def test_a_sampler_chooses_the_same_from_candidates(params: SamplingParams, leve
     decided = 0
     for _ in range(40):
         logits = generator.integers(0, levels, size).astype(np.float32) / 100
-        order = np.argsort(-logits, kind="stable")[: needed + SPARE]
-        found = from_largest(logits[order], order, float(logits.sum()), needed)
+        order = np.argsort(-logits, kind="stable")[: needed + SPARE_CANDIDATES]
+        found = candidates_from_top_k(logits[order], order, float(logits.sum()), needed)
         expected = all_logits.sample(logits).token_id
         if found is None:
             candidates.position += 1
@@ -108,8 +108,8 @@ def test_a_sampler_chooses_the_same_from_candidates(params: SamplingParams, leve
 @pytest.mark.parametrize("total", [np.nan, np.inf, -np.inf])
 def test_logits_that_are_not_finite_are_left_to_the_sampler(total: float) -> None:
     values = np.array([3, 2, 1], np.float32)
-    assert from_largest(values, np.arange(3), 6.0, 1) is not None
-    assert from_largest(values, np.arange(3), total, 1) is None
+    assert candidates_from_top_k(values, np.arange(3), 6.0, 1) is not None
+    assert candidates_from_top_k(values, np.arange(3), total, 1) is None
 
 
 @pytest.mark.parametrize(
@@ -124,12 +124,12 @@ def test_logits_that_are_not_finite_are_left_to_the_sampler(total: float) -> Non
 )
 def test_what_needs_all_logits_gets_them(params: SamplingParams) -> None:
     assert candidates_needed(params) is None
-    assert most_needed([GREEDY, params], 10_000) is None
+    assert batch_candidates_needed([GREEDY, params], 10_000) is None
 
 
 def test_a_batch_fetches_what_its_neediest_request_needs() -> None:
-    assert most_needed([GREEDY, SamplingParams(top_k=40)], 10_000) == 40
-    assert most_needed([GREEDY], 1 + SPARE) is None, "as many as there are"
+    assert batch_candidates_needed([GREEDY, SamplingParams(top_k=40)], 10_000) == 40
+    assert batch_candidates_needed([GREEDY], 1 + SPARE_CANDIDATES) is None, "as many as there are"
 
 
 def test_the_side_graphs_are_what_their_program_writes() -> None:
@@ -188,7 +188,7 @@ def assert_stays_on_the_device(
     found: dict[str, Any], *, rows: int, graph: bool, top_k: int | None
 ) -> None:
     """A step takes the tokens to the device, and what decides of the next ones back."""
-    fetched = (top_k or 1) + SPARE
+    fetched = (top_k or 1) + SPARE_CANDIDATES
     for step in found["steps"][2:]:  # two steps warm up: arena, shapes, capture
         assert step["device_allocations"] == step["pinned_allocations"] == 0
         assert step["host_to_device_copies"] == step["device_to_host_copies"] == 1

@@ -26,7 +26,9 @@ def runtime(request: pytest.FixtureRequest, tiny_folder: Path) -> Runtime:
         return ReferenceRuntime(load_reference(source_of()))
     if request.param == "transformers":
         return TransformersRuntime(tiny_folder)
-    return OnnxRuntime(exported_bundle(request.param), device="cpu", threads=1, windowed=False)
+    return OnnxRuntime(
+        exported_bundle(request.param), device="cpu", threads=1, sliding_window_cache=False
+    )
 
 
 def random_ids(rows: int, length: int, seed: int) -> np.ndarray:

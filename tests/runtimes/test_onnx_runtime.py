@@ -404,7 +404,7 @@ def test_config_edited_with_its_hash_is_refused_at_opening(
 ) -> None:
     edit_config(copied, **changes)
     with pytest.raises(InputError, match=complaint):
-        OnnxRuntime(copied, windowed=windowed)
+        OnnxRuntime(copied, sliding_window_cache=windowed)
 
 
 def test_the_type_of_the_cache_must_be_the_declared_one(copied: Path) -> None:
@@ -423,21 +423,21 @@ def test_windowed_and_full_graph_cannot_take_each_others_place(
     shutil.copy(copied / "onnx" / wrong, copied / "onnx" / right)
     write_manifest(copied, Bundle(copied).manifest, {})
     with pytest.raises(InputError, match=rf"{right} does not have .*window_capacity"):
-        OnnxRuntime(copied, windowed=windowed)
+        OnnxRuntime(copied, sliding_window_cache=windowed)
 
 
 def test_windows_as_long_as_the_context_need_no_windowed_caches(copied: Path) -> None:
     edit_config(copied, sliding_window=2**31 - 1)
     runtime = OnnxRuntime(copied, device="cpu", threads=1)
-    assert not runtime.is_windowed
+    assert not runtime.uses_sliding_window_cache
     runtime.step(random_ids(1, 3), runtime.new_cache(1, 3), num_logits=1)
     with pytest.raises(InputError, match="as long as the context of 256"):
-        OnnxRuntime(copied, windowed=True)
+        OnnxRuntime(copied, sliding_window_cache=True)
 
 
 def test_a_cache_that_does_not_fit_into_memory_is_one_error(copied: Path) -> None:
     edit_config(copied, max_position_embeddings=2**31 - 1)
-    runtime = OnnxRuntime(copied, device="cpu", threads=1, windowed=False)
+    runtime = OnnxRuntime(copied, device="cpu", threads=1, sliding_window_cache=False)
     with pytest.raises(Gemma3ExportError, match=r"needs about .* GB.*fewer"):
         runtime.new_cache(2**20, 2**30)
 

@@ -183,17 +183,17 @@ def test_bfloat16_memory_is_copied_as_it_is() -> None:
     """The cache of a bf16 graph on a GPU, in host memory: no session of this machine has one."""
     from gemma3_export.bundle import Signature
     from gemma3_export.device import Device
-    from gemma3_export.runtimes.onnx.caches import SharedCache
+    from gemma3_export.runtimes.onnx.caches import InPlaceCache
 
     signature = Signature.of(TINY, cache_dtype="bfloat16")
-    caches = [SharedCache(TINY, signature, Device("cpu"), 2, capacity) for capacity in (12, 9)]
+    caches = [InPlaceCache(TINY, signature, Device("cpu"), 2, capacity) for capacity in (12, 9)]
     generator = np.random.default_rng(0)
     for buffer in caches[0].buffers:
         shape = tuple(buffer.shape())
         buffer.update_inplace(generator.integers(0, 2**16, shape).astype(np.uint16))
     caches[0].lengths[:] = 12
     stored = caches[0].export_tokens(1, 2, 10)
-    assert stored.size_bytes == 8 * caches[0].token_bytes == 8 * 2 * 5 * 2 * 16 * 2
+    assert stored.size_bytes == 8 * caches[0].kv_bytes_per_token == 8 * 2 * 5 * 2 * 16 * 2
     caches[1].load_tokens(1, stored, 7)
     for one, other in zip(caches[0].buffers, caches[1].buffers, strict=True):
         np.testing.assert_array_equal(one.numpy()[1, :, 2:9], other.numpy()[1, :, :7])
@@ -204,8 +204,8 @@ def test_bfloat16_memory_is_copied_as_it_is() -> None:
 @pytest.mark.parametrize("name", BACKENDS)
 def test_the_bound_holds_and_the_bytes_are_those_of_the_tensors(name: str) -> None:
     runtime = backend(name)
-    token_bytes = runtime.new_cache(1, 1).token_bytes
-    cache = PrefixCache(runtime, max_bytes=50 * token_bytes + 1, granularity=1)
+    kv_bytes_per_token = runtime.new_cache(1, 1).kv_bytes_per_token
+    cache = PrefixCache(runtime, max_bytes=50 * kv_bytes_per_token + 1, granularity=1)
     generator = np.random.default_rng(0)
     sizes = set()
     for seed in range(12):
@@ -218,7 +218,7 @@ def test_the_bound_holds_and_the_bytes_are_those_of_the_tensors(name: str) -> No
         )
         assert held == cache.used_bytes <= cache.max_bytes
         sizes.add(cache.used_bytes)
-    assert max(sizes) > 40 * token_bytes
+    assert max(sizes) > 40 * kv_bytes_per_token
     cache.clear()
     assert cache.used_bytes == 0
 
@@ -349,8 +349,8 @@ class TestBound:
 
     def test_threads_share_one(self) -> None:
         runtime = backend("ort")
-        token_bytes = runtime.new_cache(1, 1).token_bytes
-        cache = PrefixCache(runtime, max_bytes=100 * token_bytes, granularity=1)
+        kv_bytes_per_token = runtime.new_cache(1, 1).kv_bytes_per_token
+        cache = PrefixCache(runtime, max_bytes=100 * kv_bytes_per_token, granularity=1)
         prompts = [random_ids(30, seed % 3) + random_ids(6, seed) for seed in range(8)]
         options = {"max_new_tokens": 4}
         expected = [run(runtime, [p], None, **options)[0][0].token_ids for p in prompts]
@@ -488,6 +488,10 @@ class TestCommandLine:
 
 
 def test_caches_that_let_go_of_tokens_are_refused() -> None:
-    runtime = OnnxRuntime(exported_bundle("ort"), device="cpu", threads=1, windowed=True)
-    with pytest.raises(InputError, match=r"needs caches that keep every token.*windowed=False"):
+    runtime = OnnxRuntime(
+        exported_bundle("ort"), device="cpu", threads=1, sliding_window_cache=True
+    )
+    with pytest.raises(
+        InputError, match=r"needs caches that keep every token.*sliding_window_cache=False"
+    ):
         PrefixCache(runtime, max_bytes=1)

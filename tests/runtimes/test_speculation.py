@@ -13,7 +13,7 @@ from gemma3_export.runtimes.generation.loop import Completion, Event
 from gemma3_export.runtimes.generation.sampling import SamplingParams
 from gemma3_export.runtimes.generation.speculation import (
     ALLOWANCE,
-    CHOSEN_COSTS,
+    CANDIDATE_COSTS,
     FIRST_TOKENS,
     PLAIN_COSTS,
     DraftBudget,
@@ -184,7 +184,7 @@ class TestBudget:
 
     @pytest.mark.parametrize("token_cost", [0.0, 0.2])
     @pytest.mark.parametrize("max_tokens", [1, 4, 16])
-    @pytest.mark.parametrize("costs", [PLAIN_COSTS, CHOSEN_COSTS])
+    @pytest.mark.parametrize("costs", [PLAIN_COSTS, CANDIDATE_COSTS])
     @pytest.mark.parametrize("seed", range(20))
     def test_the_loss_stays_under_the_allowance(
         self, seed: int, max_tokens: int, token_cost: float, costs: StepCosts

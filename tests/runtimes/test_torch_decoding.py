@@ -31,7 +31,7 @@ TOLERANCE = 1e-5  # absolute; values are about 1, and two correct float32 runs d
 
 def open_fixed() -> TorchScriptRuntime:
     runtime = TorchScriptRuntime(exported(), device="cpu")
-    runtime.has_fixed_steps = True  # as on a GPU
+    runtime.decodes_on_device = True  # as on a GPU
     return runtime
 
 

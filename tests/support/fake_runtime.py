@@ -15,13 +15,13 @@ from gemma3_export.config import Gemma3Config
 from gemma3_export.device import Device
 from gemma3_export.runtimes.protocol import (
     IntArray,
+    KVSegment,
     LayerKV,
     Logits,
     RuntimeInfo,
-    StoredTokens,
     check_capacity,
     check_export,
-    check_stored,
+    check_segment,
     check_truncation,
 )
 from tests.support.tiny_models import tiny_config
@@ -60,18 +60,18 @@ class FakeCache:
         return "tokens"
 
     @property
-    def token_bytes(self) -> int:
+    def kv_bytes_per_token(self) -> int:
         return 8
 
-    def export_tokens(self, row: int, start: int, stop: int) -> StoredTokens:
+    def export_tokens(self, row: int, start: int, stop: int) -> KVSegment:
         check_export(self, row, start, stop)
         tokens = np.array(self.histories[row][start:stop])
-        return StoredTokens(
+        return KVSegment(
             tensors=[tokens], length=tokens.size, layout=self.layout, size_bytes=tokens.nbytes
         )
 
-    def load_tokens(self, row: int, stored: StoredTokens, count: int) -> None:
-        check_stored(self, row, stored, count)
+    def load_tokens(self, row: int, stored: KVSegment, count: int) -> None:
+        check_segment(self, row, stored, count)
         self.histories[row] += stored.tensors[0][:count].tolist()
 
 

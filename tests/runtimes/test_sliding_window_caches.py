@@ -15,7 +15,7 @@ from gemma3_export.parity import VerifyOptions, verify
 from gemma3_export.runtimes.generation.loop import Completion
 from gemma3_export.runtimes.generation.sampling import SamplingParams
 from gemma3_export.runtimes.generation.speculation import Drafter, PromptLookup
-from gemma3_export.runtimes.onnx.caches import WindowedCache
+from gemma3_export.runtimes.onnx.caches import SlidingWindowCache
 from gemma3_export.runtimes.onnx.runtime import OnnxRuntime
 from gemma3_export.runtimes.protocol import KVCache
 from tests.support.exported_bundles import exported_bundle, source_of
@@ -28,8 +28,10 @@ SLIDING = [layer for layer in range(TINY.num_hidden_layers) if TINY.is_sliding(l
 
 
 @functools.cache
-def runtime(*, windowed: bool) -> OnnxRuntime:
-    return OnnxRuntime(exported_bundle("ort"), device="cpu", threads=1, windowed=windowed)
+def runtime(*, sliding_window_cache: bool) -> OnnxRuntime:
+    return OnnxRuntime(
+        exported_bundle("ort"), device="cpu", threads=1, sliding_window_cache=sliding_window_cache
+    )
 
 
 def ids_of(length: int, seed: int = 1) -> np.ndarray:
@@ -50,12 +52,15 @@ def assert_same(windowed: KVCache, full: KVCache, row: int = 0) -> None:
 
 def test_steps_of_any_size_give_what_full_caches_give() -> None:
     ids = ids_of(9 * W)
-    caches = {windowed: runtime(windowed=windowed).new_cache(1, 60) for windowed in (True, False)}
+    caches = {
+        windowed: runtime(sliding_window_cache=windowed).new_cache(1, 60)
+        for windowed in (True, False)
+    }
     start = 0
     for size in (3, W + 1, 1, 1, 2 * W + 5, 1, 2, W - 1, 1, 1):
         part = ids[:, start : start + size]
         logits = [
-            runtime(windowed=windowed).step(part, cache, num_logits=0)
+            runtime(sliding_window_cache=windowed).step(part, cache, num_logits=0)
             for windowed, cache in caches.items()
         ]
         np.testing.assert_allclose(*logits, atol=TOLERANCE)
@@ -66,9 +71,9 @@ def test_steps_of_any_size_give_what_full_caches_give() -> None:
 
 
 def test_memory_does_not_grow_with_the_text_but_for_full_layers() -> None:
-    short, long = (runtime(windowed=True).new_cache(2, size) for size in (2 * W, 60))
-    assert isinstance(short, WindowedCache)
-    assert isinstance(long, WindowedCache)
+    short, long = (runtime(sliding_window_cache=True).new_cache(2, size) for size in (2 * W, 60))
+    assert isinstance(short, SlidingWindowCache)
+    assert isinstance(long, SlidingWindowCache)
     for index, (few, many) in enumerate(zip(short.arrays, long.arrays, strict=True)):
         if index // 2 in SLIDING:
             assert few.shape == many.shape
@@ -78,7 +83,7 @@ def test_memory_does_not_grow_with_the_text_but_for_full_layers() -> None:
 
 
 def test_rows_of_different_length_let_go_each_at_its_own_time() -> None:
-    both = [runtime(windowed=windowed) for windowed in (True, False)]
+    both = [runtime(sliding_window_cache=windowed) for windowed in (True, False)]
     caches = [each.new_cache(3, 60) for each in both]
     for row, length in enumerate((W - 2, 2 * W + 1, 4)):
         for each, cache in zip(both, caches, strict=True):
@@ -100,29 +105,31 @@ def test_any_part_of_a_step_can_be_taken_back(before: int, drafted: int) -> None
     for kept in range(before, before + drafted + 1):
         caches = []
         for windowed in (True, False):
-            cache = runtime(windowed=windowed).new_cache(1, 60)
-            runtime(windowed=windowed).step(ids[:, :before], cache, num_logits=1)
-            runtime(windowed=windowed).step(ids[:, before:], cache, num_logits=1)
+            cache = runtime(sliding_window_cache=windowed).new_cache(1, 60)
+            runtime(sliding_window_cache=windowed).step(ids[:, :before], cache, num_logits=1)
+            runtime(sliding_window_cache=windowed).step(ids[:, before:], cache, num_logits=1)
             cache.truncate(0, kept)
             caches.append(cache)
         assert_same(caches[0], caches[1])
         logits = [
-            runtime(windowed=windowed).step(other, cache, num_logits=0)
+            runtime(sliding_window_cache=windowed).step(other, cache, num_logits=0)
             for windowed, cache in zip((True, False), caches, strict=True)
         ]
         np.testing.assert_allclose(*logits, atol=TOLERANCE)
 
 
 def test_what_is_gone_cannot_be_brought_back() -> None:
-    cache = runtime(windowed=True).new_cache(1, 60)
-    runtime(windowed=True).step(ids_of(3 * W), cache, num_logits=1)
-    with pytest.raises(InputError, match=rf"no longer hold what a cut to {W} .*windowed=False"):
+    cache = runtime(sliding_window_cache=True).new_cache(1, 60)
+    runtime(sliding_window_cache=True).step(ids_of(3 * W), cache, num_logits=1)
+    with pytest.raises(
+        InputError, match=rf"no longer hold what a cut to {W} .*sliding_window_cache=False"
+    ):
         cache.truncate(0, W)
     assert cache.lengths.tolist() == [3 * W]
     cache.truncate(0, 0)
-    again = runtime(windowed=False).new_cache(1, 60)
+    again = runtime(sliding_window_cache=False).new_cache(1, 60)
     for windowed, each in ((True, cache), (False, again)):
-        runtime(windowed=windowed).step(ids_of(W + 2, seed=3), each, num_logits=1)
+        runtime(sliding_window_cache=windowed).step(ids_of(W + 2, seed=3), each, num_logits=1)
     assert_same(cache, again)
 
 
@@ -131,7 +138,7 @@ def test_drafts_change_nothing() -> None:
     pairs = functools.partial(PromptLookup, min_ngram=2)
     texts = [
         generate(
-            runtime(windowed=windowed),
+            runtime(sliding_window_cache=windowed),
             [prompt],
             SamplingParams(temperature=0.7, seed=5),
             max_new_tokens=40,
@@ -163,7 +170,7 @@ class RightAtFirst:
 def test_no_draft_is_longer_than_what_can_be_taken_back(length: int) -> None:
     def answer(drafter: Callable[[], Drafter] | None) -> Completion:
         return generate(
-            runtime(windowed=True),
+            runtime(sliding_window_cache=True),
             [ids_of(length)[0]],
             SamplingParams(),
             max_new_tokens=30,
@@ -181,22 +188,22 @@ def test_no_draft_is_longer_than_what_can_be_taken_back(length: int) -> None:
 
 def test_verify_proves_both_graphs() -> None:
     options = VerifyOptions(decode_steps=2 * W + 4, greedy_steps=6)
-    report = verify(runtime(windowed=True), source_of(), options=options)
+    report = verify(runtime(sliding_window_cache=True), source_of(), options=options)
     assert report.passed, report.to_json()
     names = {case.name for case in report.cases}
     assert {"decode", "full-decode", "full-chunked", "full-ragged-batch", "full-padded"} <= names
-    report = verify(runtime(windowed=False), source_of(), options=options)
+    report = verify(runtime(sliding_window_cache=False), source_of(), options=options)
     assert {"windowed-decode", "windowed-chunked"} <= {case.name for case in report.cases}
     assert report.passed, report.to_json()
 
 
 def test_verify_notices_a_cache_that_lost_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
-    held = WindowedCache.first_held
+    held = SlidingWindowCache.first_held
     monkeypatch.setattr(
-        WindowedCache, "first_held", lambda cache, length: min(length, held(cache, length) + W)
+        SlidingWindowCache, "first_held", lambda cache, length: min(length, held(cache, length) + W)
     )
     options = VerifyOptions(decode_steps=2 * W + 4, greedy_steps=6)
-    report = verify(runtime(windowed=True), source_of(), options=options)
+    report = verify(runtime(sliding_window_cache=True), source_of(), options=options)
     assert not report.passed
 
 
@@ -220,8 +227,8 @@ def test_the_bundle_names_both_graphs_over_one_file_of_weights() -> None:
 )
 def test_windows_that_are_not_there_are_refused(bundle: tuple[str, str], problem: str) -> None:
     with pytest.raises(InputError, match=problem):
-        OnnxRuntime(exported_bundle(*bundle), device="cpu", windowed=True)
-    assert not OnnxRuntime(exported_bundle(*bundle), device="cpu").is_windowed
+        OnnxRuntime(exported_bundle(*bundle), device="cpu", sliding_window_cache=True)
+    assert not OnnxRuntime(exported_bundle(*bundle), device="cpu").uses_sliding_window_cache
 
 
 def test_an_older_onnxruntime_runs_the_full_graph(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -229,8 +236,8 @@ def test_an_older_onnxruntime_runs_the_full_graph(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(onnxruntime, "__version__", "1.30.2")
     with pytest.raises(InputError, match=r"they need onnxruntime 1\.31 and this is 1\.30\.2"):
-        OnnxRuntime(exported_bundle("ort"), device="cpu", windowed=True)
-    assert not OnnxRuntime(exported_bundle("ort"), device="cpu").is_windowed
+        OnnxRuntime(exported_bundle("ort"), device="cpu", sliding_window_cache=True)
+    assert not OnnxRuntime(exported_bundle("ort"), device="cpu").uses_sliding_window_cache
 
 
 def test_an_older_bundle_has_no_windowed_graph(tmp_path) -> None:  # type: ignore[no-untyped-def]
@@ -240,4 +247,4 @@ def test_an_older_bundle_has_no_windowed_graph(tmp_path) -> None:  # type: ignor
     manifest = json.loads((tmp_path / "old" / "manifest.json").read_text())
     del manifest["graphs"][0]["windowed_path"]
     (tmp_path / "old" / "manifest.json").write_text(json.dumps(manifest))
-    assert not OnnxRuntime(tmp_path / "old", device="cpu").is_windowed
+    assert not OnnxRuntime(tmp_path / "old", device="cpu").uses_sliding_window_cache

@@ -15,13 +15,13 @@ import numpy as np
 from gemma3_export.device import Device
 from gemma3_export.runtimes.onnx.graphs import COPY_GRAPH
 from gemma3_export.runtimes.onnx.session import import_onnxruntime, open_session
-from gemma3_export.runtimes.protocol import StoredTokens, describe_layout
+from gemma3_export.runtimes.protocol import KVSegment, describe_layout
 
-__all__ = ["HeadMemory", "SharesByCopies", "TokenCopies", "copy_tokens"]
+__all__ = ["HeadBuffer", "SharesByCopies", "TokenTransfer", "copy_tokens"]
 
 
 @dataclass(frozen=True, slots=True)
-class HeadMemory:
+class HeadBuffer:
     """K runs of C tokens in a row: where one tensor of one row lies."""
 
     address: int
@@ -30,8 +30,8 @@ class HeadMemory:
 
 def copy_tokens(
     device: Device,
-    source: HeadMemory,
-    target: HeadMemory,
+    source: HeadBuffer,
+    target: HeadBuffer,
     *,
     heads: int,
     head_bytes: int,
@@ -65,7 +65,7 @@ def copier(device: Device) -> Callable[[int, int, int], None]:
 
 
 @dataclass(frozen=True, slots=True)
-class TokenCopies:
+class TokenTransfer:
     """What the ONNX caches have in common when they give and take tokens."""
 
     device: Device
@@ -77,7 +77,7 @@ class TokenCopies:
 
     @property
     def layout(self) -> str:
-        """See :class:`gemma3_export.runtimes.protocol.SharesTokens`."""
+        """See :class:`gemma3_export.runtimes.protocol.TransferableCache`."""
         shape = (self.heads, self.head_dim)
         return describe_layout(self.tensors, shape, self.dtype_name, str(self.device))
 
@@ -87,8 +87,8 @@ class TokenCopies:
         return self.head_dim * self.dtype.itemsize
 
     @property
-    def token_bytes(self) -> int:
-        """See :class:`gemma3_export.runtimes.protocol.SharesTokens`."""
+    def kv_bytes_per_token(self) -> int:
+        """See :class:`gemma3_export.runtimes.protocol.TransferableCache`."""
         return self.tensors * self.heads * self.head_bytes
 
     def allocate(self, length: int) -> Any:
@@ -97,27 +97,23 @@ class TokenCopies:
             [1, self.heads, length, self.head_dim], self.dtype, self.device.kind, self.device.index
         )
 
-    def take(self, sources: Sequence[HeadMemory], start: int, stop: int) -> StoredTokens:
+    def take(self, sources: Sequence[HeadBuffer], start: int, stop: int) -> KVSegment:
         """The tokens [``start``, ``stop``) of one row."""
         length = stop - start
         tensors = [self.allocate(length) for _ in sources]
         for source, tensor in zip(sources, tensors, strict=True):
-            moved = HeadMemory(source.address + start * self.head_bytes, source.capacity)
-            self.copy(moved, HeadMemory(tensor.data_ptr(), length), length)
+            moved = HeadBuffer(source.address + start * self.head_bytes, source.capacity)
+            self.copy(moved, HeadBuffer(tensor.data_ptr(), length), length)
         size_bytes = sum(tensor.tensor_size_in_bytes() for tensor in tensors)
-        return StoredTokens(
-            tensors=tensors, length=length, layout=self.layout, size_bytes=size_bytes
-        )
+        return KVSegment(tensors=tensors, length=length, layout=self.layout, size_bytes=size_bytes)
 
-    def give(
-        self, stored: StoredTokens, targets: Sequence[HeadMemory], at: int, count: int
-    ) -> None:
+    def give(self, stored: KVSegment, targets: Sequence[HeadBuffer], at: int, count: int) -> None:
         """Write the first ``count`` tokens at ``at`` of one row."""
         for tensor, target in zip(stored.tensors, targets, strict=True):
-            moved = HeadMemory(target.address + at * self.head_bytes, target.capacity)
-            self.copy(HeadMemory(tensor.data_ptr(), stored.length), moved, count)
+            moved = HeadBuffer(target.address + at * self.head_bytes, target.capacity)
+            self.copy(HeadBuffer(tensor.data_ptr(), stored.length), moved, count)
 
-    def copy(self, source: HeadMemory, target: HeadMemory, count: int) -> None:
+    def copy(self, source: HeadBuffer, target: HeadBuffer, count: int) -> None:
         """Copy tokens of every head of one tensor."""
         copy_tokens(
             self.device, source, target, heads=self.heads, head_bytes=self.head_bytes, count=count
@@ -125,16 +121,16 @@ class TokenCopies:
 
 
 class SharesByCopies:
-    """The part of :class:`gemma3_export.runtimes.protocol.SharesTokens` that ``copies`` knows."""
+    """The part of a ``TransferableCache`` that ``copies`` knows."""
 
-    copies: TokenCopies
+    copies: TokenTransfer
 
     @property
     def layout(self) -> str:
-        """See :class:`gemma3_export.runtimes.protocol.SharesTokens`."""
+        """See :class:`gemma3_export.runtimes.protocol.TransferableCache`."""
         return self.copies.layout
 
     @property
-    def token_bytes(self) -> int:
-        """See :class:`gemma3_export.runtimes.protocol.SharesTokens`."""
-        return self.copies.token_bytes
+    def kv_bytes_per_token(self) -> int:
+        """See :class:`gemma3_export.runtimes.protocol.TransferableCache`."""
+        return self.copies.kv_bytes_per_token

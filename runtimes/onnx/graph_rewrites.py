@@ -13,7 +13,7 @@ from typing import Any
 
 from gemma3_export.errors import InputError, UnavailableError
 
-__all__ = ["read_graph", "upcast_to_float32", "weights_folder", "with_float_products"]
+__all__ = ["read_graph", "upcast_to_float32", "weights_folder", "without_activation_quantization"]
 
 # These hand numbers on; a result of any other operator is a new number, to be rounded.
 MOVES = {"Concat", "Expand", "Gather", "Identity", "Reshape", "Slice", "Split", "Transpose"}
@@ -131,7 +131,7 @@ class Upcast:
         self.nodes.append(node)
 
 
-def with_float_products(path: Path) -> bytes:
+def without_activation_quantization(path: Path) -> bytes:
     """The graph at ``path`` whose quantised products take their inputs as they are.
 
     Raises:
