@@ -23,7 +23,7 @@ from gemma3_export.progress import ProgressBars
 from gemma3_export.reference.training.checkpoints import checkpoint_steps
 from gemma3_export.reference.training.documents import PythonLibrary
 from gemma3_export.reference.training.initialization import DEMO
-from gemma3_export.reference.training.metrics_log import LOG
+from gemma3_export.reference.training.metrics import LOG
 from gemma3_export.reference.training.model_folder import export_hf_folder
 from gemma3_export.reference.training.options import TrainOptions
 from gemma3_export.reference.training.preparation import prepare_tokens, train_bpe
@@ -70,7 +70,7 @@ def retrain_demo(folder: Path) -> float:
             bpe = train_bpe(source, DEMO_VOCAB_SIZE)
             prepare_tokens(source, bpe, tokens, force=True, progress=progress)
         result = train(tokens, run, DEMO_OPTIONS, size=DEMO, force=True, report=click.echo)
-    return result.progress.best_validation_loss
+    return result.state.best_validation_loss
 
 
 def _is_interrupted(run: Path) -> bool:

@@ -14,7 +14,7 @@ import click
 import torch
 
 from gemma3_export.config import preset
-from gemma3_export.reference.training.initialization import fresh_model
+from gemma3_export.reference.training.initialization import model_from_config
 from gemma3_export.reference.training.loss import LossModule
 from gemma3_export.reference.training.optimizer import make_optimizer
 from gemma3_export.reference.training.options import TrainOptions
@@ -37,7 +37,7 @@ def main(
 ) -> None:
     """Make one update and print the peak."""
     config = preset(size).config
-    model = fresh_model(config, 0)
+    model = model_from_config(config, 0)
     module = LossModule(
         model,
         compute_dtype=torch.float32,

@@ -27,7 +27,7 @@ from torch import nn
 
 from gemma3_export.config import Gemma3Config
 from gemma3_export.reference.model import Gemma3
-from gemma3_export.reference.training.initialization import DEMO_CONFIG, fresh_model
+from gemma3_export.reference.training.initialization import DEMO_CONFIG, model_from_config
 from gemma3_export.reference.training.loss import IGNORED_LABEL, LossModule
 from gemma3_export.reference.training.optimizer import learning_rate, make_optimizer
 from gemma3_export.reference.training.options import TrainOptions
@@ -35,7 +35,7 @@ from gemma3_export.reference.training.token_data import (
     TRAIN_STREAM,
     VALIDATION_STREAM,
     TokenData,
-    Windows,
+    WindowSampler,
     open_token_data,
 )
 
@@ -102,7 +102,7 @@ def main(
 
 def ours(config: Gemma3Config, options: TrainOptions) -> Recipe:
     """Float32 weights, N(0, 0.02), tied head, decay of matrices, schedule in updates."""
-    model = fresh_model(config, options.seed)
+    model = model_from_config(config, options.seed)
     return Recipe(
         label=f"this trainer, rate {options.learning_rate:g}",
         model=model,
@@ -115,7 +115,7 @@ def ancestor(config: Gemma3Config, options: TrainOptions) -> Recipe:
     """See the module's text."""
     rate = options.learning_rate
     torch.manual_seed(options.seed)
-    model = fresh_model(replace(config, tie_word_embeddings=False), options.seed)
+    model = model_from_config(replace(config, tie_word_embeddings=False), options.seed)
     for weight in model.parameters():
         weight.data.zero_()  # norms
     model.model.embed_tokens.weight.data.normal_(0.0, 1.0)
@@ -154,7 +154,7 @@ def run(recipe: Recipe, data: TokenData, options: TrainOptions) -> list[tuple[in
     assert data.validation is not None
     text = without_separators(data) if recipe.is_ancestor else data.train
     train, held = (
-        Windows(
+        WindowSampler(
             ids,
             context_length=options.context_length,
             batch_size=options.batch_size,
@@ -187,7 +187,7 @@ def without_separators(data: TokenData) -> NDArray[np.unsignedinteger[Any]]:
 
 
 @torch.no_grad()
-def judge(module: LossModule, held: Windows, data: TokenData) -> float:
+def judge(module: LossModule, held: WindowSampler, data: TokenData) -> float:
     """Mean loss of what both recipes were taught to predict: everything but separators."""
     losses = []
     for index in range(16):

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
 from gemma3_export.config import Gemma3Config, config_to_json, preset
-from gemma3_export.reference.training.initialization import DEMO_CONFIG, fresh_model
+from gemma3_export.reference.training.initialization import DEMO_CONFIG, model_from_config
 from gemma3_export.reference.training.loss import LossModule
 from gemma3_export.reference.training.optimizer import make_optimizer
 from gemma3_export.reference.training.options import TrainOptions
@@ -65,7 +65,7 @@ def main(
 def our_step(config: Gemma3Config) -> Step:
     """One update as the trainer makes it."""
     module = LossModule(
-        fresh_model(config, 0),
+        model_from_config(config, 0),
         compute_dtype=torch.float32,
         loss_chunk_tokens=1024,
         gradient_checkpointing=False,
@@ -79,7 +79,7 @@ def their_step(config: Gemma3Config) -> Step:
     hf_config._attn_implementation = "sdpa"
     hf_config.use_cache = False
     model = Gemma3ForCausalLM(hf_config).train()
-    model.load_state_dict(fresh_model(config, 0).state_dict(), strict=False)
+    model.load_state_dict(model_from_config(config, 0).state_dict(), strict=False)
     model.tie_weights()
 
     def loss_of(inputs: Tensor, labels: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM end a command the same way: by an exception that lets it clean up."""
+"""Handle SIGINT (Ctrl-C) and SIGTERM: raise an exception, or defer the signal to a safe point."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ from types import FrameType, TracebackType
 from typing import Any, Self
 
 __all__ = [
-    "StopSignals",
+    "DeferredSignals",
     "Terminated",
-    "exit_code_of",
-    "handle_signals",
+    "install_signal_handlers",
+    "interrupt_exit_code",
 ]
 
-PATIENCE_S = 2.0
+REPEAT_SECONDS = 2.0  # after a signal, ignore others for this long
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM arrived."""
+    """The exception that SIGTERM raises."""
 
 
-def handle_signals() -> None:
-    """Raise on SIGINT and SIGTERM, but not twice in a row.
+def install_signal_handlers() -> None:
+    """Raise ``KeyboardInterrupt`` on SIGINT and :class:`Terminated` on SIGTERM.
 
-    A second Ctrl-C within two seconds is ignored: it would interrupt the removal of half-written
-    files, which is what the first one asked for.
+    A signal within two seconds of the previous one is ignored, because it would interrupt the
+    cleanup of partial output that the first one started.
     """
     last = float("-inf")
 
@@ -34,7 +34,7 @@ def handle_signals() -> None:
         nonlocal last
         del frame
         now = time.monotonic()
-        if now - last < PATIENCE_S:
+        if now - last < REPEAT_SECONDS:
             return
         last = now
         raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
@@ -43,29 +43,27 @@ def handle_signals() -> None:
     signal.signal(signal.SIGTERM, interrupt)
 
 
-def exit_code_of(interruption: KeyboardInterrupt) -> int:
-    """128 + the number of the signal, as shells have it."""
-    kind = signal.SIGTERM if isinstance(interruption, Terminated) else signal.SIGINT
-    return 128 + int(kind)
+def interrupt_exit_code(interruption: KeyboardInterrupt) -> int:
+    """Return 128 plus the signal number, the exit code by shell convention."""
+    number = signal.SIGTERM if isinstance(interruption, Terminated) else signal.SIGINT
+    return 128 + int(number)
 
 
-# SIGTERM and Ctrl-C wait for the end of a step, so that what is saved is whole.
+class DeferredSignals:
+    """A context manager that records SIGINT and SIGTERM instead of letting them interrupt.
 
-
-class StopSignals:
-    """Notes the first signal instead of letting it interrupt; a second Ctrl-C interrupts at once.
-
-    Outside the main thread, where Python delivers no signals, it does nothing.
+    The caller polls :attr:`received` at points where it can stop. A second Ctrl-C interrupts at
+    once. Outside the main thread, where Python delivers no signals, nothing is recorded.
     """
 
     def __init__(self) -> None:
-        self.received = 0  # number of the signal, 0 for none
-        self._before: dict[int, Any] = {}
+        self.received = 0  # signal number, or 0
+        self._previous_handlers: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGINT):
-                self._before[number] = signal.signal(number, self._note)
+                self._previous_handlers[number] = signal.signal(number, self._record)
         return self
 
     def __exit__(
@@ -74,15 +72,15 @@ class StopSignals:
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        for number, handler in self._before.items():
+        for number, handler in self._previous_handlers.items():
             signal.signal(number, handler)
 
-    def deliver(self) -> None:
-        """Let the signal do, after this block, what it would have done before it."""
+    def raise_received(self) -> None:
+        """Raise the recorded signal again, for the handlers outside of this block."""
         if self.received:
             signal.raise_signal(self.received)
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
+    def _record(self, number: int, frame: FrameType | None) -> None:
         del frame
         if self.received == signal.SIGINT == number:
             raise KeyboardInterrupt

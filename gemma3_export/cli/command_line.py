@@ -14,7 +14,7 @@ import click
 
 from gemma3_export import __version__
 from gemma3_export.errors import Gemma3ExportError
-from gemma3_export.signals import exit_code_of, handle_signals
+from gemma3_export.signals import install_signal_handlers, interrupt_exit_code
 
 __all__ = ["command_line", "main"]
 
@@ -70,7 +70,7 @@ class CommandLine(click.Group):
             ctx.exit(error.exit_code)
         except KeyboardInterrupt as interruption:
             click.echo("interrupted", err=True)
-            ctx.exit(exit_code_of(interruption))
+            ctx.exit(interrupt_exit_code(interruption))
         except OSError as error:
             if error.errno != errno.EPIPE:
                 raise
@@ -108,6 +108,6 @@ def command_line(debug: bool) -> None:
 
 def main() -> NoReturn:
     """Run ``gemma3-export`` or ``python -m gemma3_export``."""
-    handle_signals()
+    install_signal_handlers()
     command_line(prog_name="gemma3-export")
     raise AssertionError("click ends the process")

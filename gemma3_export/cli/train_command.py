@@ -162,7 +162,7 @@ def _resume(run: Path, data_path: Path | None) -> None:
 
 
 def _print_end(result: Any) -> None:
-    progress = result.progress
+    progress = result.state
     if progress.best_step:
         click.echo(
             f"best validation loss {progress.best_validation_loss:.4f}, after step "

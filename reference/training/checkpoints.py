@@ -1,8 +1,8 @@
-"""Checkpoints that are whole or not there: atomic, checksummed, rotated, with a way back.
+"""Save and load checkpoints atomically, with checksums and rotation.
 
-A checkpoint is a file of tensors and a small JSON record of its size and SHA-256, written after it.
-Only both together count, so a killed process, a full disk or a truncated copy is noticed, and the
-one before it is taken.
+A checkpoint is a file of tensors plus a small JSON record with its size and SHA-256, written last.
+A checkpoint without a matching record is ignored, so after a kill, a full disk or a truncated copy
+the run resumes from the one before it.
 """
 
 from __future__ import annotations
@@ -10,26 +10,34 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from gemma3_export.errors import Gemma3ExportError, InputError
 from gemma3_export.staging import write_text_atomically
 
-__all__ = ["checkpoint_steps", "load_latest_checkpoint", "save_checkpoint"]
+__all__ = [
+    "checkpoint_steps",
+    "get_rng_states",
+    "load_latest_checkpoint",
+    "save_checkpoint",
+    "set_rng_states",
+]
 
 FOLDER = "checkpoints"
 HASH_BYTES = 2**20
 
 
 def save_checkpoint(run: Path, step: int, state: dict[str, Any], *, keep: int) -> Path:
-    """Write ``state`` as the checkpoint of ``step`` and drop all but the newest ``keep``.
+    """Write ``state`` as the checkpoint of ``step`` and delete all but the newest ``keep``.
 
     Raises:
-        Gemma3ExportError: the disk is full or cannot be written; older checkpoints are untouched.
+        Gemma3ExportError: the disk is full or not writable; older checkpoints are kept.
     """
     folder = run / FOLDER
     path = folder / f"step-{step:08d}.pt"
@@ -44,11 +52,11 @@ def save_checkpoint(run: Path, step: int, state: dict[str, Any], *, keep: int) -
         _record_of(path).unlink(missing_ok=True)
         partial.replace(path)
         write_text_atomically(_record_of(path), json.dumps(record) + "\n")
-    # torch's writer reports a full disk as a RuntimeError.
+    # torch reports a full disk as a RuntimeError.
     except (OSError, RuntimeError) as error:
         raise Gemma3ExportError(
-            f"cannot write the checkpoint of step {step}: {error}; older checkpoints are kept, "
-            "free some space and resume"
+            f"cannot write the checkpoint of step {step}: {error}; older checkpoints are kept: "
+            "free some disk space and resume"
         ) from error
     finally:
         partial.unlink(missing_ok=True)
@@ -59,16 +67,16 @@ def save_checkpoint(run: Path, step: int, state: dict[str, Any], *, keep: int) -
 
 
 def checkpoint_steps(run: Path) -> list[int]:
-    """Steps of which there is a checkpoint, damaged or not, in rising order."""
+    """Return the steps that have a checkpoint, damaged or not, in ascending order."""
     found = (run / FOLDER).glob("step-*.pt")
     return sorted(int(path.stem.removeprefix("step-")) for path in found)
 
 
 def load_latest_checkpoint(run: Path, report: Callable[[str], None]) -> dict[str, Any]:
-    """The newest checkpoint that is whole; ``report`` is told of those that are not.
+    """Load the newest intact checkpoint; pass a line about each damaged one to ``report``.
 
     Raises:
-        InputError: there is none.
+        InputError: there is no intact checkpoint.
     """
     steps = checkpoint_steps(run)
     for step in reversed(steps):
@@ -76,9 +84,33 @@ def load_latest_checkpoint(run: Path, report: Callable[[str], None]) -> dict[str
         try:
             return _load(path)
         except InputError as error:
-            report(f"{error}; falling back to the checkpoint before it")
-    what = "no whole checkpoint" if steps else "no checkpoint"
+            report(f"{error}; falling back to the previous checkpoint")
+    what = "no intact checkpoint" if steps else "no checkpoint"
     raise InputError(f"{run} has {what} to resume from; start a new run, or pass --force")
+
+
+def get_rng_states(device: torch.device) -> dict[str, Any]:
+    """Return all random states of this process, in types that ``weights_only`` loading accepts."""
+    name, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
+    states: dict[str, Any] = {
+        "torch": torch.get_rng_state(),
+        "python": random.getstate(),
+        "numpy": (name, torch.from_numpy(np.asarray(keys, np.int64)), position, has_gauss, gauss),
+    }
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    return states
+
+
+def set_rng_states(states: dict[str, Any], device: torch.device) -> None:
+    """Restore the result of :func:`get_rng_states`."""
+    torch.set_rng_state(states["torch"])
+    version, keys, gauss = states["python"]
+    random.setstate((version, tuple(keys), gauss))
+    name, numbers, *rest = states["numpy"]
+    np.random.set_state((name, numbers.numpy().astype(np.uint32), *rest))
+    if device.type == "cuda" and "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"], device)
 
 
 def _load(path: Path) -> dict[str, Any]:
@@ -88,13 +120,13 @@ def _load(path: Path) -> dict[str, Any]:
         if size != expected:
             raise InputError(f"checkpoint {path.name} is truncated: {size} of {expected} bytes")
         if _sha256(path) != record["sha256"]:
-            raise InputError(f"checkpoint {path.name} is damaged: its checksum is wrong")
+            raise InputError(f"checkpoint {path.name} is damaged: its checksum does not match")
         state = torch.load(path, map_location="cpu", weights_only=True)
     except InputError:
         raise
     except FileNotFoundError:
-        raise InputError(f"checkpoint {path.name} was not written to its end") from None
-    except Exception as error:  # a damaged file fails anywhere inside json or torch
+        raise InputError(f"checkpoint {path.name} is incomplete") from None
+    except Exception as error:  # a damaged file can fail anywhere in json or torch
         raise InputError(f"checkpoint {path.name} cannot be read: {str(error)[:200]}") from error
     assert isinstance(state, dict)
     return state

@@ -1,4 +1,8 @@
-"""The processes of one training: one alone, or those that torchrun started."""
+"""Distributed training: process group, DDP and FSDP2 wrapping, and layout-independent state.
+
+A checkpoint holds full tensors whatever the layout, so a run can resume with another number of
+processes, and the trained model is always the same folder.
+"""
 
 from __future__ import annotations
 
@@ -24,73 +28,80 @@ from gemma3_export.errors import InputError, UnavailableError
 from gemma3_export.reference.training.loss import LossModule
 
 __all__ = [
-    "Ranks",
-    "clip_gradients",
-    "distribute",
-    "join_ranks",
-    "load_state",
-    "synchronised_only",
-    "whole_model",
-    "whole_optimizer",
+    "ProcessGroup",
+    "clip_grad_norm",
+    "full_model_state_dict",
+    "full_optimizer_state_dict",
+    "gradient_sync",
+    "init_process_group",
+    "load_full_state_dicts",
+    "parallelize",
 ]
+
+_FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Ranks:
-    """This process among its peers."""
+class ProcessGroup:
+    """The rank of this process, the number of processes, and the device of this process."""
 
     rank: int
     world_size: int
     device: torch.device
 
     @property
-    def is_first(self) -> bool:
-        """Whether this process writes and prints."""
+    def is_main_process(self) -> bool:
+        """Return True in the process that writes files and reports progress."""
         return self.rank == 0
 
     @property
-    def is_alone(self) -> bool:
-        """Whether there are no peers."""
-        return self.world_size == 1
+    def is_distributed(self) -> bool:
+        """Return True if there is more than one process."""
+        return self.world_size > 1
 
-    def mean(self, value: Tensor) -> float:
-        """The mean of a scalar over all processes."""
+    def all_reduce_mean(self, value: Tensor) -> float:
+        """Return the mean of a scalar over all processes."""
         value = value.detach().double()
-        if not self.is_alone:
+        if self.is_distributed:
             distributed.all_reduce(value)
             value = value / self.world_size
         return float(value)
 
-    def highest(self, value: int) -> int:
-        """The highest of the processes' numbers: how they agree to stop together."""
-        if self.is_alone:
+    def all_reduce_max(self, value: int) -> int:
+        """Return the maximum of a number over all processes."""
+        if not self.is_distributed:
             return value
         tensor = torch.tensor(value, device=self.device)
         distributed.all_reduce(tensor, op=distributed.ReduceOp.MAX)
         return int(tensor)
 
-    def wait(self) -> None:
-        """Wait for all peers."""
-        if not self.is_alone:
+    def barrier(self) -> None:
+        """Wait for all processes to reach this point."""
+        if self.is_distributed:
             distributed.barrier()
 
 
 @contextmanager
-def join_ranks(device: str) -> Iterator[Ranks]:
-    """This process's place, as torchrun's environment variables tell it.
+def init_process_group(device: str) -> Iterator[ProcessGroup]:
+    """Join the process group that torchrun's environment variables describe, and leave it after.
+
+    Without torchrun, yield a group of one process.
+
+    Args:
+        device: auto, cpu, cuda or cuda:N.
 
     Raises:
-        UnavailableError: the device does not exist here.
-        InputError: the device's name is unknown.
+        UnavailableError: the device does not exist on this machine.
+        InputError: the device name is unknown.
     """
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    place = _device(device, int(os.environ.get("LOCAL_RANK", "0")))
+    local_device = _device(device, int(os.environ.get("LOCAL_RANK", "0")))
     if world_size == 1:
-        yield Ranks(rank=0, world_size=1, device=place)
+        yield ProcessGroup(rank=0, world_size=1, device=local_device)
         return
-    distributed.init_process_group("nccl" if place.type == "cuda" else "gloo")
+    distributed.init_process_group("nccl" if local_device.type == "cuda" else "gloo")
     try:
-        yield Ranks(rank=distributed.get_rank(), world_size=world_size, device=place)
+        yield ProcessGroup(rank=distributed.get_rank(), world_size=world_size, device=local_device)
     finally:
         distributed.destroy_process_group()
 
@@ -107,77 +118,87 @@ def _device(name: str, local_rank: int) -> torch.device:
     if device.type == "cuda":
         index = local_rank if device.index is None else device.index
         if not torch.cuda.is_available() or index >= torch.cuda.device_count():
-            raise UnavailableError(f"there is no CUDA device {index} here; use --device cpu")
+            raise UnavailableError(f"CUDA device {index} is not available; use --device cpu")
         device = torch.device("cuda", index)
         torch.cuda.set_device(device)
     return device
 
 
-# One model on several processes: replicated (DDP) or in shards (FSDP2), and its state as one.
-#
-# Whatever the layout, a checkpoint holds whole tensors, so a run may go on with another number of
-# processes, and the trained model is the same folder.
+def parallelize(module: LossModule, group: ProcessGroup, sharding: str) -> nn.Module:
+    """Wrap ``module`` with DDP or FSDP2; return it unchanged in a single process.
 
-_WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
-
-
-def distribute(module: LossModule, ranks: Ranks, sharding: str) -> nn.Module:
-    """Wrap ``module`` for its processes; alone, it stays as it is.
-
-    With ``fsdp`` each layer is a group of its own, and the embedding, which is also the head, stays
-    in the root's, so that it is gathered once for both.
+    With ``fsdp`` each layer is sharded separately. The embedding, which is usually also the head,
+    belongs to the root module, so it is gathered once for both uses.
     """
-    if ranks.is_alone:
+    if not group.is_distributed:
         return module
     if sharding == "fsdp":
         for layer in module.model.model.layers:
             fully_shard(layer)
-        # The root is needed from the first operation to the last: no point in resharding it.
+        # The root's parameters are used from the first operation to the last: keep them gathered.
         fully_shard(module, reshard_after_forward=False)
         return module
-    devices = [ranks.device] if ranks.device.type == "cuda" else None
+    devices = [group.device] if group.device.type == "cuda" else None
     return DistributedDataParallel(module, device_ids=devices)
 
 
 @contextmanager
-def synchronised_only(wrapped: nn.Module, *, last: bool) -> Iterator[None]:
-    """Exchange gradients in the ``last`` micro-batch of a step only."""
-    if isinstance(wrapped, DistributedDataParallel) and not last:
+def gradient_sync(wrapped: nn.Module, *, enabled: bool) -> Iterator[None]:
+    """Enable or disable the exchange of gradients in the backward passes within the block.
+
+    Gradient accumulation needs the exchange in the last micro-batch of a step only.
+    """
+    if isinstance(wrapped, DistributedDataParallel) and not enabled:
         with wrapped.no_sync():
             yield
         return
     if isinstance(wrapped, FSDPModule):
-        wrapped.set_requires_gradient_sync(last)
+        wrapped.set_requires_gradient_sync(enabled)
     yield
 
 
-def clip_gradients(module: nn.Module, clip_norm: float) -> Tensor:
-    """Scale gradients down to ``clip_norm`` (0: never); return their norm, as it was."""
+def clip_grad_norm(module: nn.Module, clip_norm: float) -> Tensor:
+    """Clip the total gradient norm to ``clip_norm`` (0 disables); return the norm before."""
     norm = nn.utils.clip_grad_norm_(module.parameters(), clip_norm or float("inf"))
     return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
 
 
-def whole_model(module: LossModule) -> dict[str, Tensor]:
-    """Canonical name to tensor; with FSDP every process must call this, and the first gets it."""
+def full_model_state_dict(module: LossModule) -> dict[str, Tensor]:
+    """Return full tensors by canonical name.
+
+    With FSDP every process must call this, and only the main process receives the tensors.
+    """
     if isinstance(module, FSDPModule):
-        state = get_model_state_dict(module, options=_WHOLE)
+        state = get_model_state_dict(module, options=_FULL)
         tensors = cast("dict[str, Tensor]", state)
         return {name.removeprefix("model."): value for name, value in tensors.items()}
     return dict(module.model.state_dict())
 
 
-def whole_optimizer(module: LossModule, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """The optimiser's state by name of weight, in whole tensors; calls as :func:`whole_model`."""
-    return dict(get_optimizer_state_dict(module, optimizer, options=_WHOLE))
+def full_optimizer_state_dict(
+    module: LossModule, optimizer: torch.optim.Optimizer
+) -> dict[str, Any]:
+    """Return the optimizer state in full tensors, by weight name.
+
+    The rules of :func:`full_model_state_dict` apply.
+    """
+    return dict(get_optimizer_state_dict(module, optimizer, options=_FULL))
 
 
-def load_state(
+def load_full_state_dicts(
     module: LossModule,
     optimizer: torch.optim.Optimizer | None,
     model_state: dict[str, Tensor],
     optimizer_state: dict[str, Any] | None,
 ) -> None:
-    """Put back what :func:`whole_model` and :func:`whole_optimizer` gave, into any layout."""
+    """Load full tensors into ``module`` and ``optimizer``, however they are sharded.
+
+    Args:
+        module: receives ``model_state``.
+        optimizer: receives ``optimizer_state``; None loads the model only.
+        model_state: result of :func:`full_model_state_dict`.
+        optimizer_state: result of :func:`full_optimizer_state_dict`; None keeps the optimizer's.
+    """
     options = StateDictOptions(full_state_dict=True)
     named: dict[str, Any] = {f"model.{name}": value for name, value in model_state.items()}
     set_model_state_dict(module, named, options=options)

@@ -1,7 +1,7 @@
-"""Where training text comes from: local files, Hugging Face datasets, or Python itself.
+"""Read training text from local files, Hugging Face datasets, or Python's standard library.
 
-A source is iterated for documents and can be iterated again with the same result; long documents
-come in pieces, so that no text has to fit in memory as tokens.
+A source yields the same documents on every iteration. It splits long documents into pieces, so
+that no text has to fit in memory as tokens.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ TEXT_SUFFIXES = frozenset(
         *(".py", ".rs", ".rst", ".sh", ".tex", ".toml", ".ts", ".txt", ".xml", ".yaml", ".yml"),
     }
 )
-# Left out of Python's library: tests, tables that are no text to learn from, and what is installed.
+# Excluded from the standard library: tests, data tables, and installed packages.
 _SKIPPED_FOLDERS = frozenset(
     {
         *("__pycache__", "encodings", "ensurepip", "idlelib", "lib-dynload", "lib2to3"),
@@ -49,36 +49,36 @@ _SKIPPED_FOLDERS = frozenset(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Document:
-    """A text, or a piece of one."""
+    """A document, or a piece of a long one."""
 
     text: str
-    is_start: bool = True  # nothing of the same document came before
-    is_end: bool = True  # nothing of it follows
-    split: Split | None = None  # set when the source has its own validation part
+    is_start: bool = True  # the first piece of its document
+    is_end: bool = True  # the last piece of its document
+    split: Split | None = None  # set if the source has a validation split of its own
 
 
 class DocumentSource(Protocol):
-    """Texts in a fixed order."""
+    """Documents in a fixed order."""
 
     @property
     def description(self) -> dict[str, Any]:
-        """What the texts are, in JSON; two equal descriptions yield equal documents."""
+        """Return JSON that identifies the documents: sources with equal descriptions are equal."""
 
     @property
     def size_bytes(self) -> int | None:
-        """About how much text there is, for progress bars, when it is known."""
+        """Return the approximate size of the text for progress bars, or None if unknown."""
 
     def __iter__(self) -> Iterator[Document]:
-        """The documents, from the first."""
+        """Iterate over the documents from the first one."""
 
 
 class LocalFiles:
     """UTF-8 text files, and folders of them.
 
-    Of a folder, the files with the suffix of a text format are taken, in sorted order.
+    In a folder, only files with the suffix of a text format count, in sorted order.
 
     Raises:
-        InputError: a path does not exist, a named file is empty, or there is no text at all.
+        InputError: a path does not exist, a given file is empty, or there is no text at all.
     """
 
     def __init__(self, paths: Sequence[Path]) -> None:
@@ -87,14 +87,14 @@ class LocalFiles:
         if not any(sizes):
             shown = ", ".join(map(str, paths))
             raise InputError(
-                f"{shown} holds no text; give files or folders with "
-                f"{', '.join(sorted(TEXT_SUFFIXES)[:6])} ... files that are not empty"
+                f"no text in {shown}; give files, or folders with non-empty "
+                f"{', '.join(sorted(TEXT_SUFFIXES)[:6])} ... files"
             )
         self.size_bytes: int | None = sum(sizes)
 
     @property
     def description(self) -> dict[str, Any]:
-        """File names, sizes and times of change stand for the texts."""
+        """Return a hash of the file names, sizes and modification times."""
         digest = hashlib.sha256()
         for file in self.files:
             status = file.stat()
@@ -106,7 +106,7 @@ class LocalFiles:
 
 
 class PythonLibrary:
-    """The standard library's documentation topics and sources: text that is always there."""
+    """The documentation topics and sources of Python's standard library, always available."""
 
     def __init__(self) -> None:
         root = Path(sysconfig.get_path("stdlib"))
@@ -114,12 +114,12 @@ class PythonLibrary:
         self.size_bytes: int | None = sum(file.stat().st_size for file in self.files)
         if not self.files:
             raise UnavailableError(
-                f"this Python has no sources of its library below {root}; give text files instead"
+                f"this Python has no standard library sources in {root}; give text files instead"
             )
 
     @property
     def description(self) -> dict[str, Any]:
-        """The version of Python says it all."""
+        """Return the Python version, which determines the text."""
         version = ".".join(map(str, sys.version_info[:3]))
         return {"kind": "python-library", "python": version, "files": len(self.files)}
 
@@ -132,11 +132,16 @@ class PythonLibrary:
 
 
 class HubDataset:
-    """A Hugging Face dataset; its validation split, if any, stays the validation part.
+    """A Hugging Face dataset; its validation split, if any, is used for validation.
+
+    Args:
+        name: repository id.
+        column: name of the text column.
+        limit: maximum number of rows per split; None takes all of them.
 
     Raises:
-        UnavailableError: ``datasets`` is not installed, or the Hub cannot be reached.
-        InputError: the dataset has no such column.
+        UnavailableError: ``datasets`` is not installed, or the dataset cannot be loaded.
+        InputError: the dataset has no train split or no such column.
     """
 
     size_bytes: int | None = None
@@ -147,14 +152,14 @@ class HubDataset:
         self.name, self.column, self.limit = name, column, limit
         self._splits = _load_dataset(name)
         if "train" not in self._splits:
-            raise InputError(f"the dataset {name} has no split 'train', only {[*self._splits]}")
+            raise InputError(f"dataset {name} has no split 'train', only {[*self._splits]}")
         columns = self._splits["train"].column_names
         if column not in columns:
-            raise InputError(f"the dataset {name} has no column {column!r}, only {columns}")
+            raise InputError(f"dataset {name} has no column {column!r}, only {columns}")
 
     @property
     def description(self) -> dict[str, Any]:
-        """Name and fingerprints as ``datasets`` gives them."""
+        """Return the name, the options, and the fingerprints that ``datasets`` computes."""
         prints = {split: data._fingerprint for split, data in self._splits.items()}
         return {
             "kind": "dataset",
@@ -185,15 +190,15 @@ def _load_dataset(name: str) -> dict[str, Any]:
         import datasets
     except ImportError as error:
         raise UnavailableError(
-            f"the dataset {name} needs the package datasets; run: "
+            f"dataset {name} needs the package datasets; run: "
             'pip install "gemma3-export[train]", or give text files'
         ) from error
     try:
         return dict(datasets.load_dataset(name))
-    # It fails in as many ways as there are networks, caches and dataset formats.
+    # It can fail with any exception of the network, cache and dataset libraries.
     except Exception as error:
         raise UnavailableError(
-            f"the dataset {name} cannot be loaded ({type(error).__name__}: {str(error)[:200]}); "
+            f"dataset {name} cannot be loaded ({type(error).__name__}: {str(error)[:200]}); "
             "check its name and the network, or give text files"
         ) from error
 
@@ -205,7 +210,7 @@ def _files_of(path: Path) -> Iterable[Path]:
     if not path.is_file():
         raise InputError(f"{path} does not exist; give text files or folders of them")
     if path.stat().st_size == 0:
-        raise InputError(f"{path} is empty; give a file with text in it")
+        raise InputError(f"{path} is empty; give a file that contains text")
     return [path]
 
 
@@ -230,17 +235,17 @@ def _read_utf8(file: Path) -> str:
     except UnicodeDecodeError as error:
         raise InputError(
             f"{file} is not UTF-8 text ({error.reason} at byte {error.start}); convert it or "
-            "leave it out"
+            "exclude it"
         ) from error
 
 
 def _read_python(file: Path) -> str:
-    with tokenize.open(file) as opened:  # honours the coding line
+    with tokenize.open(file) as opened:  # honors the coding line
         return opened.read()
 
 
 def _pieces(text: str) -> Iterator[Document]:
-    """``text`` in pieces that end with a line, where that is possible; nothing for blank text."""
+    """Split ``text`` into pieces, at line ends where possible; yield nothing for blank text."""
     if not text.strip():
         return
     start = 0

@@ -1,4 +1,4 @@
-"""What a run begins with: a config that fits the data, and weights drawn or taken over."""
+"""Create the initial model of a run: from a config that fits the data, or from weights."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from gemma3_export.reference.training.token_data import TokenData, tokenizer_fin
 from gemma3_export.reference.weights import WeightSource
 from gemma3_export.tokenizer import load_tokenizer
 
-__all__ = ["DEMO", "DEMO_CONFIG", "fresh_config", "fresh_model", "model_from_weights"]
+__all__ = ["DEMO", "DEMO_CONFIG", "config_for_data", "model_from_config", "model_from_pretrained"]
 
 DEMO = "demo"
-# What a sublayer passes through on its way into the residual stream.
+# The last norms of the sublayers, before their outputs are added to the residual stream.
 SUBLAYER_NORMS = ("post_attention_layernorm.weight", "post_feedforward_layernorm.weight")
 DEMO_CONFIG = Gemma3Config(
     vocab_size=2048,
@@ -35,16 +35,16 @@ DEMO_CONFIG = Gemma3Config(
 )
 
 
-def fresh_config(data: TokenData, size: str | None, config_path: Path | None) -> Gemma3Config:
-    """The shapes of a size or a file, with the vocabulary and special ids of the data.
+def config_for_data(data: TokenData, size: str | None, config_path: Path | None) -> Gemma3Config:
+    """Return the config of a size or a file, with the special token ids of the data.
 
     Args:
-        data: decides over ids.
-        size: ``demo``, about 1.4M parameters, or a published size.
+        data: determines the special token ids, and the vocabulary size of a named size.
+        size: ``demo`` (about 1.4M parameters) or a published size.
         config_path: a ``config.json`` instead.
 
     Raises:
-        InputError: both or none are given, or the config's vocabulary is too small.
+        InputError: both or neither are given, or the config's vocabulary is too small.
     """
     if (size is None) == (config_path is None):
         raise InputError(f"give one of --size ({DEMO}, {', '.join(SIZES)}) and --config")
@@ -52,20 +52,20 @@ def fresh_config(data: TokenData, size: str | None, config_path: Path | None) ->
         config = load_config(config_path)
         if config.vocab_size < data.meta.vocab_size:
             raise InputError(
-                f"{config_path} has a vocabulary of {config.vocab_size}, the data needs "
-                f"{data.meta.vocab_size}; raise vocab_size or prepare the data anew"
+                f"{config_path} has a vocabulary of {config.vocab_size}, but the data needs "
+                f"{data.meta.vocab_size}; raise vocab_size or prepare the data again"
             )
-        return _with_ids_of(config, data)
+        return _with_token_ids_of(config, data)
     config = DEMO_CONFIG if size == DEMO else preset(str(size)).config
-    return replace(_with_ids_of(config, data), vocab_size=data.meta.vocab_size)
+    return replace(_with_token_ids_of(config, data), vocab_size=data.meta.vocab_size)
 
 
-def fresh_model(config: Gemma3Config, seed: int) -> Gemma3:
-    """Float32 weights drawn from ``seed``; sublayers begin quietly.
+def model_from_config(config: Gemma3Config, seed: int) -> Gemma3:
+    """Create a float32 model with random weights and small initial sublayer gains.
 
-    Each sublayer ends in a norm, so with a gain of one it adds unit variance from the first step,
-    whatever its weights are: noise that drowns embeddings of ``initializer_range``. The gains begin
-    where all sublayers together add as much variance as the embeddings have.
+    Each sublayer ends in a norm. With a gain of one it adds unit variance to the residual stream
+    whatever its weights are, which drowns embeddings of scale ``initializer_range``. The initial
+    gains make all sublayers together add as much variance as the embeddings have.
     """
     model = Gemma3(config)
     model.initialize(torch.Generator().manual_seed(seed))
@@ -78,28 +78,28 @@ def fresh_model(config: Gemma3Config, seed: int) -> Gemma3:
     return model
 
 
-def model_from_weights(source: WeightSource, data: TokenData) -> Gemma3:
-    """The model of any source of weights, to be trained on; float32 whatever they were.
+def model_from_pretrained(source: WeightSource, data: TokenData) -> Gemma3:
+    """Load pretrained weights in float32, in training mode.
 
     Raises:
-        InputError: the data was made with another tokenizer than the weights'.
+        InputError: the data was tokenized with another tokenizer than that of the weights.
     """
     file = source.tokenizer_file()
     if file is not None:
         if tokenizer_fingerprint(load_tokenizer(file)) != data.meta.tokenizer_fingerprint:
             raise InputError(
-                f"{data.path} was made with another tokenizer than that of {source.origin}; "
+                f"{data.path} was tokenized with another tokenizer than that of {source.origin}; "
                 f"prepare the data with: gemma3-export data ... --tokenizer {file}"
             )
     elif source.config.vocab_size < data.meta.vocab_size:
         raise InputError(
-            f"{data.path} has a vocabulary of {data.meta.vocab_size}, {source.origin} only "
-            f"{source.config.vocab_size}; prepare the data with the weights' tokenizer"
+            f"{data.path} has a vocabulary of {data.meta.vocab_size}, but {source.origin} has only "
+            f"{source.config.vocab_size} tokens; prepare the data with the tokenizer of the weights"
         )
     return load_reference(source, torch.float32).train().requires_grad_(True)
 
 
-def _with_ids_of(config: Gemma3Config, data: TokenData) -> Gemma3Config:
+def _with_token_ids_of(config: Gemma3Config, data: TokenData) -> Gemma3Config:
     meta = data.meta
     bos = meta.eos_token_id if meta.bos_token_id is None else meta.bos_token_id
     tokenizer = data.tokenizer()

@@ -1,8 +1,8 @@
-"""Cross-entropy of a large vocabulary without ever holding all logits.
+"""Compute cross-entropy over a large vocabulary without materializing all logits.
 
-32 windows of 128 tokens over 262,144 words would be 4 GB of float32 logits, and as much of their
-gradients. Here both exist for one chunk of tokens at a time, and the gradients of hidden states
-and head are formed in the forward pass, so nothing is computed twice.
+For 32 sequences of 128 tokens and a vocabulary of 262,144, float32 logits take 4 GB, and so do
+their gradients. Here both exist for one chunk of tokens at a time. The gradients of hidden states
+and head are computed in the forward pass, so nothing is computed twice.
 
 Shape suffixes: N tokens, C tokens of one chunk, D hidden size, V vocabulary.
 """
@@ -35,18 +35,18 @@ def chunked_cross_entropy(
     chunk_tokens: int,
     compute_dtype: torch.dtype,
 ) -> Tensor:
-    """Mean of ``-log softmax(x @ weight.T)[label]`` over tokens whose label is not -100.
+    """Return the mean of ``-log softmax(x @ weight.T)[label]`` over tokens with a label.
 
     Args:
         x_ND: hidden states after the final norm.
-        weight_VD: the head.
-        labels_N: int64 token ids.
-        chunk_tokens: tokens whose logits exist at a time.
-        compute_dtype: of the matrix products; softmax and sums are float32 or wider.
+        weight_VD: weight of the head.
+        labels_N: int64 token ids; -100 is ignored.
+        chunk_tokens: tokens whose logits are in memory at once.
+        compute_dtype: dtype of the matrix products; softmax and sums use float32 or wider.
     """
-    # Inside the function gradients are always off, so whether they are wanted is asked here.
+    # Grad mode is always off inside the autograd function, so it is read here.
     needs_gradient = torch.is_grad_enabled() and (x_ND.requires_grad or weight_VD.requires_grad)
-    loss = _ChunkedCrossEntropy.apply(  # type: ignore[no-untyped-call]  # torch has no types
+    loss = _ChunkedCrossEntropy.apply(  # type: ignore[no-untyped-call]  # untyped in torch
         x_ND, weight_VD, labels_N, chunk_tokens, compute_dtype, needs_gradient
     )
     return cast("Tensor", loss)
@@ -80,8 +80,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 total = total + (losses_C * kept_C).sum()
                 if grad_x_ND is None or grad_VD is None:
                     continue
-                # The gradient of the sum is softmax minus one-hot. Its values fit half precision;
-                # those of the mean would not, so the division waits for the backward pass.
+                # The gradient of the sum is softmax minus one-hot, which fits half precision. That
+                # of the mean may underflow, so the division happens in the backward pass.
                 grad_CV = (logits_CV.sub_(normaliser_C1)).exp_()
                 grad_CV.scatter_add_(1, target_C1, -torch.ones_like(normaliser_C1))
                 grad_CV = (grad_CV * kept_C[:, None]).to(compute_dtype)
@@ -102,17 +102,14 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return (*grads, None, None, None, None)
 
 
-# What is trained: the reference model from token windows to one number.
-
-
 class LossModule(nn.Module):
-    """The model's mean cross-entropy over full windows; DDP and FSDP wrap this.
+    """The model and its training loss in one module, which DDP and FSDP wrap.
 
     Args:
-        model: with float32 weights.
-        compute_dtype: of matrix products and attention.
+        model: the model in float32.
+        compute_dtype: dtype of matrix products and attention.
         loss_chunk_tokens: see :func:`chunked_cross_entropy`.
-        gradient_checkpointing: keep only the layers' inputs for the backward pass.
+        gradient_checkpointing: keep only the inputs of the layers for the backward pass.
     """
 
     def __init__(
@@ -130,7 +127,12 @@ class LossModule(nn.Module):
         self.gradient_checkpointing = gradient_checkpointing
 
     def forward(self, input_ids: Tensor, labels: Tensor) -> Tensor:
-        """[B, T] tokens and the tokens that follow them to the mean loss, float32."""
+        """Return the mean loss in float32.
+
+        Args:
+            input_ids: [B, T] int64 without padding.
+            labels: [B, T] int64 next tokens; -100 is ignored.
+        """
         device = input_ids.device.type
         is_mixed = self.compute_dtype in (torch.bfloat16, torch.float16)
         with torch.autocast(device, dtype=self.compute_dtype, enabled=is_mixed):

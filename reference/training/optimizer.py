@@ -1,4 +1,4 @@
-"""AdamW with decay on matrices only, and a learning rate that is a function of the step."""
+"""Create the AdamW optimizer, and compute the learning rate from the step number."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ __all__ = ["learning_rate", "make_optimizer", "set_learning_rate"]
 
 
 def learning_rate(step: int, options: TrainOptions) -> float:
-    """Linear warm-up, then a cosine that reaches the minimum at the last step.
+    """Return the learning rate of a step: linear warmup, then cosine decay to the minimum.
 
     Args:
-        step: updates made so far; the next one uses this rate.
-        options: the peak, the minimum, and both lengths in updates, whatever is accumulated.
+        step: optimizer steps made so far; the next one uses the returned rate.
+        options: peak and minimum rate, and both lengths in optimizer steps.
     """
     peak, lowest = options.learning_rate, options.min_learning_rate
     if step < options.warmup_steps:
@@ -28,9 +28,9 @@ def learning_rate(step: int, options: TrainOptions) -> float:
 
 
 def make_optimizer(module: nn.Module, options: TrainOptions) -> torch.optim.AdamW:
-    """AdamW (Loshchilov and Hutter, arXiv:1711.05101) over all weights of ``module``.
+    """Create AdamW (Loshchilov and Hutter, arXiv:1711.05101) for all weights of ``module``.
 
-    Norms are scales around one: decay would pull them towards the wrong place.
+    Only matrices get weight decay. A norm weight w scales by 1 + w, and its optimum is not zero.
     """
     matrices = [weight for weight in module.parameters() if weight.ndim > 1]
     vectors = [weight for weight in module.parameters() if weight.ndim == 1]
@@ -47,6 +47,6 @@ def make_optimizer(module: nn.Module, options: TrainOptions) -> torch.optim.Adam
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Give all groups the rate of the next update."""
+    """Set the learning rate of all parameter groups for the next step."""
     for group in optimizer.param_groups:
         group["lr"] = rate

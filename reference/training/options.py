@@ -1,4 +1,4 @@
-"""Everything that a training run can be told, in one record that is stored with its checkpoints."""
+"""Define and validate the options of a training run, which its record stores."""
 
 from __future__ import annotations
 
@@ -16,31 +16,31 @@ SHARDINGS = ("ddp", "fsdp")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainOptions:
-    """How to train; a step is one update of the weights, whatever it accumulates.
+    """Hyperparameters and intervals of a run; a step is one optimizer step.
 
     Raises:
-        InputError: a value is impossible.
+        InputError: a value is out of range.
     """
 
     steps: int = 2000
-    batch_size: int = 32  # windows of text in one micro-batch of one process
-    context_length: int = 256  # tokens of a window
-    accumulation: int = 1  # micro-batches a step
-    learning_rate: float = 1e-3  # the highest
-    min_learning_rate: float = 1e-4  # where the cosine ends
+    batch_size: int = 32  # sequences per micro-batch and process
+    context_length: int = 256  # tokens per sequence
+    accumulation: int = 1  # micro-batches per step
+    learning_rate: float = 1e-3  # peak
+    min_learning_rate: float = 1e-4  # at the end of the cosine decay
     warmup_steps: int = 100
     beta1: float = 0.9
     beta2: float = 0.95
     epsilon: float = 1e-9
-    weight_decay: float = 0.1  # of matrices only
-    clip_norm: float = 1.0  # 0 is off
-    precision: str = "fp32"  # of the computation; weights and optimiser are always float32
-    gradient_checkpointing: bool = False  # compute layers twice instead of keeping activations
+    weight_decay: float = 0.1  # applies to matrices only
+    clip_norm: float = 1.0  # 0 disables
+    precision: str = "fp32"  # of matrix products; weights and optimizer state are always float32
+    gradient_checkpointing: bool = False  # recompute activations in the backward pass
     compile: bool = False  # torch.compile
-    loss_chunk_tokens: int = 1024  # logits that exist at a time
+    loss_chunk_tokens: int = 1024  # tokens whose logits are in memory at once
     eval_interval: int = 200  # steps
     eval_batches: int = 16
-    sample_interval: int = 0  # steps; 0 is off
+    sample_interval: int = 0  # steps; 0 disables
     sample_prompt: str = ""
     sample_tokens: int = 64
     checkpoint_interval: int = 200  # steps
@@ -48,19 +48,23 @@ class TrainOptions:
     log_interval: int = 10  # steps
     seed: int = 0
     device: str = "auto"  # auto, cpu, cuda or cuda:N
-    sharding: str = "ddp"  # what torchrun's processes share: nothing (ddp) or everything (fsdp)
+    sharding: str = "ddp"  # across torchrun's processes: replicas (ddp) or shards (fsdp)
     tensorboard: bool = False
 
     def __post_init__(self) -> None:
-        counts: tuple[str, ...] = (
+        counts = (
             "steps",
             "batch_size",
             "context_length",
             "accumulation",
             "loss_chunk_tokens",
+            "eval_interval",
+            "eval_batches",
+            "checkpoint_interval",
+            "keep_checkpoints",
+            "log_interval",
+            "sample_tokens",
         )
-        counts += ("eval_interval", "eval_batches", "checkpoint_interval", "keep_checkpoints")
-        counts += ("log_interval", "sample_tokens")
         at_least = dict.fromkeys(counts, 1)
         at_least |= dict.fromkeys(("warmup_steps", "sample_interval", "seed"), 0)
         for name, lowest in at_least.items():
@@ -74,7 +78,9 @@ class TrainOptions:
                 raise InputError(f"{name} is {getattr(self, name)}; it must not be negative")
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
-                raise InputError(f"{name} is {getattr(self, name)}; it must be within 0 and 1")
+                raise InputError(
+                    f"{name} is {getattr(self, name)}; it must be at least 0 and below 1"
+                )
         if self.min_learning_rate > self.learning_rate:
             raise InputError(
                 f"min_learning_rate ({self.min_learning_rate}) exceeds learning_rate "
@@ -87,20 +93,24 @@ class TrainOptions:
                 )
 
     def to_json(self) -> dict[str, Any]:
-        """The form that checkpoints and records store."""
+        """Return the options as JSON values."""
         return asdict(self)
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> TrainOptions:
-        """Read what :meth:`to_json` wrote.
+        """Create options from the result of :meth:`to_json`.
 
         Raises:
             InputError: a value is missing, unknown or of the wrong type.
         """
         kinds = get_type_hints(cls)
         if wrong := sorted(data.keys() ^ {field.name for field in fields(cls)}):
-            raise InputError(f"training options do not fit this version: {', '.join(wrong)}")
+            raise InputError(
+                "the training options are of another version, with unknown or missing fields: "
+                f"{', '.join(wrong)}; start a new run"
+            )
         for name, value in data.items():
             if type(value) is not kinds[name] and not (kinds[name] is float and value == 0):
-                raise InputError(f"training option {name} is {value!r:.60}, no {kinds[name]}")
+                kind = kinds[name].__name__
+                raise InputError(f"training option {name} is {value!r:.60}; it must be a {kind}")
         return cls(**data)

@@ -1,8 +1,8 @@
-"""Text to token files: parallel, resumable, all or nothing.
+"""Prepare training data: tokenize text into token folders, and train small BPE tokenizers.
 
-Work goes on in a hidden sibling of the output, which records after each batch of documents how far
-it is. A run that is killed leaves it there, and the next run with the same text and tokenizer goes
-on from it; the output appears under its name when it is complete.
+Tokenization is parallel and resumable. It writes to a hidden sibling of the output and records its
+progress after each batch of documents. After an interruption, the next call with the same text and
+tokenizer continues from there. The output appears under its name once it is complete.
 """
 
 from __future__ import annotations
@@ -37,21 +37,21 @@ from gemma3_export.reference.training.token_data import (
 from gemma3_export.staging import refuse_existing, write_text_atomically
 from gemma3_export.tokenizer import Tokenizer
 
-__all__ = [
-    "prepare_tokens",
-    "train_bpe",
-]
+__all__ = ["prepare_tokens", "train_bpe"]
 
-BATCH_PIECES = 512  # encoded at once, on all processors
+SPECIAL_TOKENS = ("<pad>", "<eos>", "<bos>", "<unk>")  # at Gemma's ids, 0 to 3
+MIN_VOCAB_SIZE = 256 + len(SPECIAL_TOKENS)
+MAX_CHARACTERS = 2**27  # of text to learn merges from; more does not change them
+BATCH_PIECES = 512  # encoded at once, on all cores
 PLAN, STATE = "plan.json", "progress.json"
 
 
 @dataclass(kw_only=True, slots=True)
 class _State:
-    """How far a preparation is."""
+    """The progress of a preparation."""
 
-    pieces: int = 0  # of the source, behind us
-    last_split: str = "train"  # where the document goes that the last piece belongs to
+    pieces: int = 0  # of the source that are done
+    last_split: Split = "train"  # split of the latest piece
     tokens: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
     documents: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
     characters: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
@@ -66,29 +66,33 @@ def prepare_tokens(
     force: bool = False,
     progress: Progress | None = None,
 ) -> TokenMeta:
-    """Write the tokens of ``source`` to the folder ``output``.
+    """Tokenize the documents of ``source`` into the folder ``output``.
 
-    Every document begins with ``<bos>``, if the tokenizer has it, and ends with ``<eos>``; that is
-    how a model learns to stop. Special tokens that the text spells stay plain characters.
+    Every document begins with ``<bos>``, if the tokenizer has one, and ends with ``<eos>``, which
+    teaches a model to stop. Special tokens that are spelled out in the text are encoded as text.
 
     Args:
-        source: the texts.
+        source: the documents.
         tokenizer: stored along with the tokens.
         output: the folder to create.
-        validation_fraction: share of characters kept from training, spread evenly over the text;
-            a source with a validation part of its own keeps that instead.
+        validation_fraction: share of characters held out for validation, spread evenly over the
+            text; ignored if the source has a validation split of its own.
         force: replace an existing folder.
-        progress: told the stage, and the bytes of text done and in all.
+        progress: receives the stage, and the bytes of text done and in total.
 
     Raises:
-        InputError: the folder exists, or an interrupted preparation of it used another tokenizer
-            or other text; or a split would be empty.
-        Gemma3ExportError: the disk is full or cannot be written.
+        InputError: the folder exists, an interrupted preparation of it used another tokenizer or
+            other text, or a split would be empty.
+        Gemma3ExportError: the disk is full or not writable.
     """
     if not 0 <= validation_fraction < 1:
-        raise InputError(f"the validation fraction is {validation_fraction}; give 0 to below 1")
+        raise InputError(
+            f"the validation fraction is {validation_fraction}; it must be at least 0 and below 1"
+        )
     if tokenizer.eos_token_id is None:
-        raise InputError("the tokenizer has no <eos> or <|endoftext|> to end documents with")
+        raise InputError(
+            "the tokenizer has neither <eos> nor <|endoftext|> to end documents; choose another one"
+        )
     refuse_existing(output, force=force)
     work = output.absolute().with_name(f".{output.name}.preparing")
     plan = {
@@ -103,8 +107,8 @@ def prepare_tokens(
         meta = _finish(work, output, plan, state, tokenizer)
     except OSError as error:
         raise Gemma3ExportError(
-            f"preparing {output} failed: {error}; free some space and run it again, it goes on "
-            "where it stopped"
+            f"preparing {output} failed: {error}; free some disk space and run the command "
+            "again, it continues where it stopped"
         ) from error
     return meta
 
@@ -116,7 +120,7 @@ def _begin(work: Path, plan: dict[str, Any], tokenizer: Tokenizer, *, force: boo
         tokenizer.save(work)
         write_text_atomically(work / PLAN, json.dumps(plan, indent=2) + "\n")
     found = load_json_object(work / PLAN)
-    for key, what in (
+    for key, difference in (
         ("tokenizer_fingerprint", "another tokenizer"),
         ("source", "other text"),
         ("validation_fraction", "another validation fraction"),
@@ -124,8 +128,8 @@ def _begin(work: Path, plan: dict[str, Any], tokenizer: Tokenizer, *, force: boo
     ):
         if found.get(key) != plan[key]:
             raise InputError(
-                f"an interrupted preparation in {work} used {what}; finish that one first, or "
-                "pass --force to start over"
+                f"an interrupted preparation in {work} used {difference}; finish that one first, "
+                "or pass --force to start over"
             )
     if not (work / STATE).is_file():
         return _State()
@@ -145,7 +149,7 @@ def _encode_all(
         files: dict[str, IO[bytes]] = {}
         for split in SPLITS:
             files[split] = stack.enter_context((work / f"{split}.bin").open("ab"))
-            # What was written after the last record is written once more.
+            # Drop what was written after the last record.
             files[split].truncate(state.tokens[split] * dtype.itemsize)
         for batch in _batches(itertools.islice(source, state.pieces, None)):
             encoded = tokenizer.encode_ordinary_batch([piece.text for piece in batch])
@@ -162,16 +166,15 @@ def _encode_all(
                 progress("tokenizing", done, max(done, source.size_bytes or 0))
 
 
-def _choose_split(piece: Document, state: _State, fraction: float) -> str:
-    """Even spread: validation gets a document when its share has fallen half of one behind."""
+def _choose_split(piece: Document, state: _State, fraction: float) -> Split:
+    """Choose validation for a document when the split is half a document behind its share."""
     if piece.split is not None:
         state.last_split = piece.split
     elif piece.is_start or len(piece.text) > 2**13:
-        # A long document may be divided: each piece is long enough to be judged on its own.
-        held, total = state.characters["validation"], sum(state.characters.values())
-        is_due = held + len(piece.text) / 2 <= fraction * (total + len(piece.text))
-        chosen: Split = "validation" if is_due else "train"
-        state.last_split = chosen
+        # The pieces of a long document may go to different splits.
+        validation, total = state.characters["validation"], sum(state.characters.values())
+        is_due = validation + len(piece.text) / 2 <= fraction * (total + len(piece.text))
+        state.last_split = "validation" if is_due else "train"
     return state.last_split
 
 
@@ -194,11 +197,11 @@ def _finish(
 ) -> TokenMeta:
     if state.tokens["train"] == 0:
         shutil.rmtree(work, ignore_errors=True)
-        raise InputError("the text is empty; give files with some text in them")
+        raise InputError("the text is empty; give files that contain text")
     if plan["validation_fraction"] > 0 and state.tokens["validation"] == 0:
         shutil.rmtree(work, ignore_errors=True)
         raise InputError(
-            f"{sum(state.characters.values())} characters are too few to keep "
+            f"{sum(state.characters.values())} characters are too few to hold out "
             f"{plan['validation_fraction']:.0%} of them for validation; give more text or "
             "--validation-fraction 0"
         )
@@ -230,22 +233,15 @@ def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
         yield batch
 
 
-# A small tokenizer trained on the corpus itself: byte-level BPE with Gemma's special tokens.
-
-SPECIAL_TOKENS = ("<pad>", "<eos>", "<bos>", "<unk>")  # at Gemma's ids, 0 to 3
-MIN_VOCAB_SIZE = 256 + len(SPECIAL_TOKENS)
-MAX_CHARACTERS = 2**27  # of text to learn merges from; more would not change them
-
-
 def train_bpe(documents: Iterable[Document], vocab_size: int) -> Tokenizer:
-    """Learn a tokenizer of exactly ``vocab_size`` tokens; any text can be encoded with it.
+    """Train a byte-level BPE tokenizer with ``vocab_size`` tokens and Gemma's special tokens.
 
     Raises:
-        InputError: the vocabulary is too small, or the text has not enough to merge.
+        InputError: the vocabulary is too small, or the text is too short for it.
     """
     if vocab_size < MIN_VOCAB_SIZE:
         raise InputError(
-            f"the vocabulary of {vocab_size} is too small; 256 bytes and {len(SPECIAL_TOKENS)} "
+            f"a vocabulary of {vocab_size} is too small; 256 bytes and {len(SPECIAL_TOKENS)} "
             f"special tokens need at least {MIN_VOCAB_SIZE}"
         )
     backend = tokenizers.Tokenizer(models.BPE())
@@ -261,8 +257,8 @@ def train_bpe(documents: Iterable[Document], vocab_size: int) -> Tokenizer:
     backend.train_from_iterator(_limited(documents), trainer)
     if backend.get_vocab_size() < vocab_size:
         raise InputError(
-            f"the text yields a vocabulary of {backend.get_vocab_size()} only, not {vocab_size}; "
-            "ask for a smaller one or give more text"
+            f"the text yields a vocabulary of only {backend.get_vocab_size()} instead of "
+            f"{vocab_size}; choose a smaller --vocab-size or give more text"
         )
     backend.post_processor = processors.TemplateProcessing(
         single="<bos> $A", pair="<bos> $A <bos>:1 $B:1", special_tokens=[("<bos>", 2)]

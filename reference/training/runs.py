@@ -1,7 +1,7 @@
-"""Start a run, or go on with one: the calls behind ``gemma3-export train``.
+"""Start or resume a training run: the functions behind ``gemma3-export train``.
 
-A run is a folder. At any time it is also a Hugging Face folder of the best weights so far, so
-``gemma3-export onnx --weights RUN`` exports it as it is.
+A run is a folder. It is also a valid Hugging Face folder with the best weights so far at any time,
+so ``gemma3-export onnx --weights RUN`` exports it.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from gemma3_export.config import load_config, load_json_object
 from gemma3_export.errors import Gemma3ExportError, InputError
 from gemma3_export.reference.model import Gemma3
 from gemma3_export.reference.training.checkpoints import load_latest_checkpoint
-from gemma3_export.reference.training.distributed import Ranks, join_ranks
+from gemma3_export.reference.training.distributed import ProcessGroup, init_process_group
 from gemma3_export.reference.training.initialization import (
-    fresh_config,
-    fresh_model,
-    model_from_weights,
+    config_for_data,
+    model_from_config,
+    model_from_pretrained,
 )
-from gemma3_export.reference.training.metrics_log import Logbook, draw_loss_curve
+from gemma3_export.reference.training.metrics import MetricsLog, draw_loss_curve
 from gemma3_export.reference.training.model_folder import write_description
 from gemma3_export.reference.training.options import TrainOptions
 from gemma3_export.reference.training.token_data import TokenMeta, open_token_data
-from gemma3_export.reference.training.trainer import Progress, Trainer
+from gemma3_export.reference.training.trainer import Trainer, TrainState
 from gemma3_export.reference.weights import WeightSource
 from gemma3_export.staging import refuse_existing, write_text_atomically
 
@@ -45,10 +45,10 @@ Report = Callable[[str], None]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainResult:
-    """How a run ended."""
+    """The final state of a run."""
 
     run: Path
-    progress: Progress
+    state: TrainState
     has_loss_curve: bool
 
 
@@ -63,37 +63,37 @@ def train(
     force: bool = False,
     report: Report = print,
 ) -> TrainResult:
-    """Train from scratch, or from ``source``.
+    """Train a model from scratch, or fine-tune the weights of ``source``.
 
     Args:
-        data_path: a folder of tokens, from ``gemma3-export data``.
+        data_path: a token folder written by ``gemma3-export data``.
         run: the folder to create.
-        options: how to train.
-        source: weights to go on from, of any kind that ``open_weights`` takes.
-        size: ``demo`` or a published size, for fresh weights.
-        config_path: a ``config.json``, for fresh weights.
+        options: hyperparameters and intervals.
+        source: pretrained weights, in any format that ``open_weights`` accepts.
+        size: ``demo`` or a published size, to train from scratch.
+        config_path: a ``config.json``, to train from scratch.
         force: replace an existing folder.
-        report: told what people should see, one line at a time.
+        report: receives log messages, one line per call.
 
     Raises:
-        InputError: folder, data, config and weights contradict each other.
+        InputError: the folder exists, or data, config and weights contradict each other.
         UnavailableError: a device or package is missing.
-        Gemma3ExportError: the loss is no number any more, or the disk is full.
+        Gemma3ExportError: the loss or a gradient is not finite, or the disk is full.
     """
     data = open_token_data(data_path)
-    with join_ranks(options.device) as ranks:
-        _check(options, ranks)
+    with init_process_group(options.device) as group:
+        _check(options, group)
         if source is not None:
             if size is not None or config_path is not None:
-                raise InputError("weights bring their own shapes; drop --size and --config")
-            model = model_from_weights(source, data)
+                raise InputError("--weights determines the config; drop --size and --config")
+            model = model_from_pretrained(source, data)
         else:
-            model = fresh_model(fresh_config(data, size, config_path), options.seed)
-        if ranks.is_first:
+            model = model_from_config(config_for_data(data, size, config_path), options.seed)
+        if group.is_main_process:
             refuse_existing(run, force=force)
-        trainer = Trainer(options, data, model, run, ranks, report)
-        with _full_disk_is_named(run):
-            if ranks.is_first:
+        trainer = Trainer(options, data, model, run, group, report)
+        with _report_write_errors(run):
+            if group.is_main_process:
                 shutil.rmtree(run, ignore_errors=True)
                 _write_folder(run, trainer, source)
             return _run(trainer)
@@ -102,75 +102,77 @@ def train(
 def resume_training(
     run: Path, *, data_path: Path | None = None, report: Report = print
 ) -> TrainResult:
-    """Go on from the newest whole checkpoint of ``run``, as if nothing had happened.
+    """Resume ``run`` from its newest intact checkpoint; the result is that of an uninterrupted run.
 
     Args:
         run: the folder of an interrupted run.
-        data_path: where its data lies now, if it was moved.
-        report: told what people should see, one line at a time.
+        data_path: the run's token folder, if it has moved.
+        report: receives log messages, one line per call.
 
     Raises:
-        InputError: there is no whole checkpoint, or the data is not the run's.
+        InputError: there is no intact checkpoint, or the run was trained on other data.
     """
     record = load_json_object(run / RECORD)
     options = TrainOptions.from_json(record["options"])
     data = open_token_data(data_path or Path(record["data_path"]))
     _check_same_data(data.meta, record["data"], data.path)
-    with join_ranks(options.device) as ranks:
-        # Every process reads the file; only one speaks about it.
-        state = load_latest_checkpoint(run, report if ranks.is_first else lambda line: None)
-        trainer = Trainer(options, data, Gemma3(load_config(run)), run, ranks, report)
+    with init_process_group(options.device) as group:
+        # Every process reads the checkpoint; only the main process reports problems with it.
+        state = load_latest_checkpoint(run, report if group.is_main_process else lambda line: None)
+        trainer = Trainer(options, data, Gemma3(load_config(run)), run, group, report)
         trainer.restore(state)
-        trainer.report(f"resuming after step {trainer.progress.step}")
-        with _full_disk_is_named(run):
+        trainer.report(f"resuming after step {trainer.state.step}")
+        with _report_write_errors(run):
             return _run(trainer)
 
 
 @contextmanager
-def _full_disk_is_named(run: Path) -> Iterator[None]:
-    """Log, curve and record are small, but a disk may be full to the last byte."""
+def _report_write_errors(run: Path) -> Iterator[None]:
+    """Turn an ``OSError`` of the small files (log, curve, record) into an error with a remedy."""
     try:
         yield
     except OSError as error:
         raise Gemma3ExportError(
-            f"cannot write to {run}: {error}; what checkpoints it has are kept, free some space "
+            f"cannot write to {run}: {error}; its checkpoints are kept: free some disk space "
             "and resume"
         ) from error
 
 
 def _run(trainer: Trainer) -> TrainResult:
-    run, ranks, progress = trainer.run_folder, trainer.ranks, trainer.progress
-    logbook = None
-    if ranks.is_first:
+    run, group, state = trainer.run_folder, trainer.group, trainer.state
+    metrics_log = None
+    if group.is_main_process:
         tensorboard = trainer.options.tensorboard
-        logbook = Logbook(run, start_step=progress.step, tensorboard=tensorboard)
+        metrics_log = MetricsLog(run, start_step=state.step, tensorboard=tensorboard)
     has_curve = False
     try:
-        trainer.run(logbook)
+        trainer.run(metrics_log)
     finally:
-        if logbook is not None:
-            logbook.close()
+        if metrics_log is not None:
+            metrics_log.close()
             has_curve = draw_loss_curve(run)
-    if ranks.is_first:
+    if group.is_main_process:
         record = load_json_object(run / RECORD) | {"result": _result(trainer)}
         write_text_atomically(run / RECORD, json.dumps(record, indent=2) + "\n")
-    ranks.wait()
-    return TrainResult(run=run, progress=trainer.progress, has_loss_curve=has_curve)
+    group.barrier()
+    return TrainResult(run=run, state=trainer.state, has_loss_curve=has_curve)
 
 
-def _check(options: TrainOptions, ranks: Ranks) -> None:
-    if options.precision == "fp16" and options.sharding == "fsdp" and not ranks.is_alone:
+def _check(options: TrainOptions, group: ProcessGroup) -> None:
+    if options.precision == "fp16" and options.sharding == "fsdp" and group.is_distributed:
         raise InputError("fp16 is not supported with --sharding fsdp; use bf16")
 
 
 def _check_same_data(found: TokenMeta, recorded: dict[str, Any], where: Path) -> None:
     if found.tokenizer_fingerprint != recorded["tokenizer_fingerprint"]:
         raise InputError(
-            f"{where} was made with another tokenizer than this run's; resume with the data that "
-            "it began with"
+            f"{where} was tokenized with another tokenizer than this run's data; resume with the "
+            "original data"
         )
     if found.to_json() != recorded:
-        raise InputError(f"{where} is not the data that this run began with; give that one")
+        raise InputError(
+            f"{where} is not the data that this run was trained on; resume with the original data"
+        )
 
 
 def _write_folder(run: Path, trainer: Trainer, source: WeightSource | None) -> None:
@@ -181,7 +183,7 @@ def _write_folder(run: Path, trainer: Trainer, source: WeightSource | None) -> N
         "format_version": 1,
         "options": trainer.options.to_json(),
         "parameters": model.config.num_parameters,
-        "world_size": trainer.ranks.world_size,
+        "world_size": trainer.group.world_size,
         "data_path": str(data.path.absolute()),
         "data": data.meta.to_json(),
         "weights": None if source is None else source.fingerprint(),
@@ -196,15 +198,15 @@ def _write_folder(run: Path, trainer: Trainer, source: WeightSource | None) -> N
 
 
 def _result(trainer: Trainer) -> dict[str, Any]:
-    progress, options = trainer.progress, trainer.options
+    state, options = trainer.state, trainer.options
     per_step = options.batch_size * options.context_length * options.accumulation
-    tokens = progress.step * per_step * trainer.ranks.world_size
+    tokens = state.step * per_step * trainer.group.world_size
     return {
-        "steps": progress.step,
+        "steps": state.step,
         "tokens": tokens,
-        "training_seconds": round(progress.seconds, 1),
-        "tokens_per_second": round(tokens / max(progress.seconds, 1e-9)),
-        "validation_loss": progress.validation_loss,
-        "best_validation_loss": progress.best_validation_loss if progress.best_step else None,
-        "best_step": progress.best_step,
+        "training_seconds": round(state.seconds, 1),
+        "tokens_per_second": round(tokens / max(state.seconds, 1e-9)),
+        "validation_loss": state.validation_loss,
+        "best_validation_loss": state.best_validation_loss if state.best_step else None,
+        "best_step": state.best_step,
     }

@@ -1,4 +1,9 @@
-"""A folder of token ids: two memory-mapped files, the tokenizer, and a sidecar that says it all."""
+"""Open token folders (memory-mapped ids, tokenizer, metadata) and sample batches from them.
+
+Batches are random windows of the text. Each is a function of the seed and its index alone, because
+the generator is counter-based: resuming replays nothing, and every process takes its rows of the
+same global batch.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +28,7 @@ __all__ = [
     "VALIDATION_STREAM",
     "TokenData",
     "TokenMeta",
-    "Windows",
+    "WindowSampler",
     "open_token_data",
     "token_dtype",
     "tokenizer_fingerprint",
@@ -32,31 +37,32 @@ __all__ = [
 META = "meta.json"
 SPLITS = ("train", "validation")
 FORMAT_VERSION = 1
+TRAIN_STREAM, VALIDATION_STREAM = 0, 1  # random streams; validation has its own
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TokenMeta:
-    """What is in a folder of token ids."""
+    """The metadata of a token folder."""
 
     format_version: int
     vocab_size: int
     dtype: str  # uint16 or uint32, little-endian
-    tokenizer_fingerprint: str  # of ids and their bytes; equal tokenizers have equal ones
-    bos_token_id: int | None  # begins every document, when the tokenizer has one
+    tokenizer_fingerprint: str  # see :func:`tokenizer_fingerprint`
+    bos_token_id: int | None  # begins every document, if the tokenizer has one
     eos_token_id: int  # ends every document
     tokens: dict[str, int]  # by split
-    documents: dict[str, int]  # ends of documents, by split
+    documents: dict[str, int]  # documents that end in the split
     characters: dict[str, int]  # by split
     source: dict[str, Any]
 
     def to_json(self) -> dict[str, Any]:
-        """The form of the sidecar."""
+        """Return the contents of ``meta.json``."""
         return asdict(self)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TokenData:
-    """An opened folder; nothing of it is in memory."""
+    """An open token folder; the token arrays are memory-mapped."""
 
     path: Path
     meta: TokenMeta
@@ -64,19 +70,19 @@ class TokenData:
     validation: NDArray[np.unsignedinteger[Any]] | None
 
     def tokenizer(self) -> Tokenizer | None:
-        """The tokenizer that made the ids; None for ids that were not made from text."""
+        """Load the tokenizer that produced the ids; None if they were not made from text."""
         if not (self.path / "tokenizer.json").is_file():
             return None
         return Tokenizer.from_folder(self.path)
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
-    """The smallest element type that holds every id: uint16 would overflow at Gemma's 262k."""
+    """Return the smallest dtype that holds every id; Gemma's 262,144 need uint32."""
     return np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
 
 
 def tokenizer_fingerprint(tokenizer: Tokenizer) -> str:
-    """SHA-256 of what each id stands for, whatever file the tokenizer was read from."""
+    """Return a SHA-256 of the bytes of every token, independent of the tokenizer's file format."""
     digest = hashlib.sha256()
     special = tokenizer.special_token_ids
     for token_id in range(tokenizer.vocab_size):
@@ -86,10 +92,10 @@ def tokenizer_fingerprint(tokenizer: Tokenizer) -> str:
 
 
 def open_token_data(folder: Path) -> TokenData:
-    """Map the files of ``folder``, which ``gemma3-export data`` wrote.
+    """Open a folder that ``gemma3-export data`` wrote, and map its files.
 
     Raises:
-        InputError: the folder is absent, damaged, or of another version.
+        InputError: the folder is missing, damaged, or of another version.
     """
     if not (folder / META).is_file():
         raise InputError(
@@ -108,7 +114,7 @@ def _parse_meta(data: dict[str, Any], where: Path) -> TokenMeta:
     version = data.get("format_version")
     if version != FORMAT_VERSION:
         raise InputError(
-            f"{where} has format_version {version!r}, this program knows {FORMAT_VERSION}; "
+            f"{where} has format_version {version!r}, but this version reads {FORMAT_VERSION}; "
             "prepare the data again"
         )
     try:
@@ -116,7 +122,7 @@ def _parse_meta(data: dict[str, Any], where: Path) -> TokenMeta:
         sizes = [meta.tokens[split] for split in SPLITS]
         whole = all(type(size) is int and size >= 0 for size in (*sizes, meta.vocab_size))
     except (KeyError, TypeError) as error:
-        raise InputError(f"{where} lacks {error}; prepare the data again") from error
+        raise InputError(f"{where} has no {error}; prepare the data again") from error
     if not whole or meta.dtype != token_dtype(meta.vocab_size).name:
         raise InputError(f"{where} contradicts itself; prepare the data again")
     return meta
@@ -133,24 +139,23 @@ def _map_split(
         size = path.stat().st_size
         if size != count * dtype.itemsize:
             raise InputError(
-                f"{path} has {size} bytes where {META} promises {count * dtype.itemsize}; it is "
-                "truncated or another's, prepare the data again"
+                f"{path} has {size} bytes, but {META} requires {count * dtype.itemsize}; it is "
+                "truncated or of other data, prepare the data again"
             )
         return np.memmap(path, dtype=dtype, mode="r")
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
 
 
-# Random windows of text, each batch a function of seed and position alone.
-#
-# The draws are counter-based, so the position in the data is one number: nothing has to be replayed
-# after an interruption, and several processes take their rows of the same global batch.
+class WindowSampler:
+    """Samples random windows of ``context_length`` tokens, each with its next tokens.
 
-TRAIN_STREAM, VALIDATION_STREAM = 0, 1  # evaluation draws from a stream of its own
-
-
-class Windows:
-    """Batches of ``context_length`` tokens and the tokens that follow them.
+    Args:
+        tokens: token ids of a split.
+        context_length: tokens per window.
+        batch_size: windows per batch and process.
+        seed: seed of the run.
+        stream: TRAIN_STREAM or VALIDATION_STREAM, which draw independently.
 
     Raises:
         InputError: there are fewer tokens than one batch needs.
@@ -181,7 +186,7 @@ class Windows:
             )
 
     def batch(self, index: int, *, rank: int = 0, world_size: int = 1) -> tuple[Tensor, Tensor]:
-        """Inputs and labels, each [B, T] int64: the rank's rows of global batch ``index``."""
+        """Return inputs and labels [B, T] int64: the rank's rows of global batch ``index``."""
         generator = np.random.Generator(np.random.Philox(key=self._key, counter=index << 128))
         last = self.tokens.size - self.context_length
         starts = generator.integers(0, last, size=self.batch_size * world_size)

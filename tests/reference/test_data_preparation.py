@@ -164,7 +164,7 @@ def test_small_bpe_encodes_any_text(texts: Path) -> None:
 def test_small_bpe_refuses_impossible_sizes(texts: Path) -> None:
     with pytest.raises(InputError, match="at least 260"):
         train_bpe(LocalFiles([texts]), 100)
-    with pytest.raises(InputError, match="only, not 5000"):
+    with pytest.raises(InputError, match="instead of 5000"):
         train_bpe(LocalFiles([texts]), 5000)
 
 
@@ -207,7 +207,7 @@ def test_damaged_token_folder_is_refused(texts: Path, tmp_path: Path) -> None:
     prepare_tokens(LocalFiles([texts]), tiny_gemma_tokenizer(400), out)
     train = out / "train.bin"
     train.write_bytes(train.read_bytes()[:-2])
-    with pytest.raises(InputError, match=r"train.bin has \d+ bytes where meta.json promises"):
+    with pytest.raises(InputError, match=r"train.bin has \d+ bytes, but meta.json requires"):
         open_token_data(out)
     meta = json.loads((out / "meta.json").read_text())
     (out / "meta.json").write_text(json.dumps(meta | {"vocab_size": 70_000}))
@@ -226,7 +226,7 @@ def test_damaged_token_folder_is_refused(texts: Path, tmp_path: Path) -> None:
         ("empty.txt", b"", "is empty"),
         ("latin.txt", "caf\xe9 au lait".encode("latin-1"), "is not UTF-8 text"),
         ("blank.txt", b" \n\n ", "the text is empty"),
-        ("short.txt", b"a few words", "too few to keep 5% of them for validation"),
+        ("short.txt", b"a few words", "too few to hold out 5% of them for validation"),
     ],
 )
 def test_bad_files_are_named(tmp_path: Path, name: str, content: bytes, message: str) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from gemma3_export.errors import UnavailableError
-from gemma3_export.reference.training.metrics_log import read_log
+from gemma3_export.reference.training.metrics import read_metrics_log
 from gemma3_export.reference.training.runs import train
 from tests.support.token_folders import quick_options, random_tokens, write_config, write_tokens
 
@@ -29,8 +29,8 @@ def run(folder: Path, name: str, **changes: object) -> list[float]:
     result = train(
         folder / "tokens", folder / name, options, config_path=config, report=lambda line: None
     )
-    losses = [row.train_loss for row in read_log(folder / name)]
-    return [*losses, result.progress.best_validation_loss]
+    losses = [row.train_loss for row in read_metrics_log(folder / name)]
+    return [*losses, result.state.best_validation_loss]
 
 
 def test_what_cannot_be_compiled_is_refused_and_leaves_nothing(

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import distributed
 
 from gemma3_export.reference.training.checkpoints import checkpoint_steps
-from gemma3_export.reference.training.metrics_log import read_log
+from gemma3_export.reference.training.metrics import read_metrics_log
 from gemma3_export.reference.training.runs import resume_training, train
 from tests.support.token_folders import quick_options, random_tokens, write_config, write_tokens
 
@@ -95,7 +95,7 @@ def test_two_processes_equal_one_with_twice_the_batch(
     output = run_on_two(arguments, tmp_path / "log")
     assert "Traceback" not in output
 
-    found, expected = read_log(run), read_log(folder / "alone")
+    found, expected = read_metrics_log(run), read_metrics_log(folder / "alone")
     assert [row.step for row in found] == [row.step for row in expected]
     for one, other in zip(found, expected, strict=True):
         assert one.tokens == other.tokens
@@ -112,9 +112,9 @@ def test_two_processes_equal_one_with_twice_the_batch(
         newest.unlink()
     assert checkpoint_steps(run) == [STEPS - 2]
     run_on_two(["--resume", str(run)], tmp_path / "resumed")
-    assert [row.train_loss for row in read_log(run)] == pytest.approx(
+    assert [row.train_loss for row in read_metrics_log(run)] == pytest.approx(
         [row.train_loss for row in found], rel=1e-6
     )
     for newest in (run / "checkpoints").glob(f"step-{STEPS:08d}.*"):
         newest.unlink()
-    assert resume_training(run, report=lambda line: None).progress.step == STEPS
+    assert resume_training(run, report=lambda line: None).state.step == STEPS

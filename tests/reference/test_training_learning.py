@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from gemma3_export.reference.training.metrics_log import read_log
+from gemma3_export.reference.training.metrics import read_metrics_log
 from gemma3_export.reference.training.runs import train
 from tests.support.token_folders import quick_options, small_config, write_config, write_tokens
 
@@ -78,7 +78,7 @@ def test_loss_reaches_the_entropy_of_a_grammar_and_not_less(tmp_path: Path) -> N
     )
     config = write_config(tmp_path / "config.json", small_config(intermediate_size=128))
     result = train(tokens, tmp_path / "run", options, config_path=config, report=lambda line: None)
-    loss = result.progress.best_validation_loss
+    loss = result.state.best_validation_loss
     # The first symbols of a window have no two before them: that costs a little for ever.
     assert loss == pytest.approx(entropy, rel=0.05), f"{loss:.4f} against {entropy:.4f}"
     assert loss > 0.98 * entropy, "less than the entropy means that the answer leaked"
@@ -94,6 +94,6 @@ def test_memorises_a_text_to_near_zero(tmp_path: Path) -> None:
     )
     config = write_config(tmp_path / "config.json", small_config(vocab_size=vocab_size))
     train(tokens, tmp_path / "run", options, config_path=config, report=lambda line: None)
-    rows = read_log(tmp_path / "run")
+    rows = read_metrics_log(tmp_path / "run")
     assert rows[0].train_loss == pytest.approx(math.log(vocab_size), rel=0.1), "knows nothing yet"
     assert np.mean([row.train_loss for row in rows[-20:]]) < 0.02

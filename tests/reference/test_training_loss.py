@@ -11,13 +11,17 @@ import torch.nn.functional as F  # noqa: N812
 
 from gemma3_export.errors import InputError
 from gemma3_export.reference.model import Gemma3
-from gemma3_export.reference.training import metrics_log as throughput
-from gemma3_export.reference.training.initialization import fresh_model
+from gemma3_export.reference.training import metrics
+from gemma3_export.reference.training.initialization import model_from_config
 from gemma3_export.reference.training.loss import IGNORED_LABEL, LossModule, chunked_cross_entropy
-from gemma3_export.reference.training.metrics_log import flops_per_token, measure_peak_flops
+from gemma3_export.reference.training.metrics import flops_per_token, measure_peak_flops
 from gemma3_export.reference.training.optimizer import learning_rate, make_optimizer
 from gemma3_export.reference.training.options import TrainOptions
-from gemma3_export.reference.training.token_data import TRAIN_STREAM, VALIDATION_STREAM, Windows
+from gemma3_export.reference.training.token_data import (
+    TRAIN_STREAM,
+    VALIDATION_STREAM,
+    WindowSampler,
+)
 from tests.support.token_folders import quick_options, random_tokens, small_config
 
 
@@ -85,7 +89,7 @@ def test_nothing_is_kept_for_gradients_that_nobody_wants() -> None:
 
 @pytest.mark.parametrize("gradient_checkpointing", [False, True])
 def test_trained_module_is_the_reference_model(gradient_checkpointing: bool) -> None:
-    model = fresh_model(small_config(num_hidden_layers=2), seed=1).double()
+    model = model_from_config(small_config(num_hidden_layers=2), seed=1).double()
     tokens = torch.from_numpy(random_tokens(3 * 20)).view(3, 20)
     module = LossModule(
         model,
@@ -107,7 +111,7 @@ def test_trained_module_is_the_reference_model(gradient_checkpointing: bool) -> 
 def test_fresh_sublayers_add_as_much_as_the_embeddings_and_no_more() -> None:
     kinds = ("sliding_attention", "full_attention") * 3
     config = small_config(hidden_size=64, num_hidden_layers=6, layer_types=kinds)
-    model = fresh_model(config, seed=1)
+    model = model_from_config(config, seed=1)
     added: list[torch.Tensor] = []
     for name, module in model.named_modules():
         if name.endswith(("post_attention_layernorm", "post_feedforward_layernorm")):
@@ -148,8 +152,8 @@ def test_learning_rate_warms_up_peaks_and_ends_at_its_minimum() -> None:
 
 def test_windows_of_several_processes_are_rows_of_one_batch() -> None:
     tokens = random_tokens(1000)
-    both = Windows(tokens, context_length=8, batch_size=6, seed=3, stream=TRAIN_STREAM)
-    half = Windows(tokens, context_length=8, batch_size=3, seed=3, stream=TRAIN_STREAM)
+    both = WindowSampler(tokens, context_length=8, batch_size=6, seed=3, stream=TRAIN_STREAM)
+    half = WindowSampler(tokens, context_length=8, batch_size=3, seed=3, stream=TRAIN_STREAM)
     inputs, labels = both.batch(5)
     parts = [half.batch(5, rank=rank, world_size=2) for rank in range(2)]
     assert torch.equal(torch.cat([part[0] for part in parts]), inputs)
@@ -160,7 +164,7 @@ def test_windows_differ_by_position_seed_and_stream() -> None:
     tokens = np.arange(10_000)
 
     def first(seed: int, stream: int, index: int) -> int:
-        windows = Windows(tokens, context_length=8, batch_size=1, seed=seed, stream=stream)
+        windows = WindowSampler(tokens, context_length=8, batch_size=1, seed=seed, stream=stream)
         return int(windows.batch(index)[0][0, 0])
 
     drawn = [first(0, TRAIN_STREAM, 0), first(0, TRAIN_STREAM, 1), first(1, TRAIN_STREAM, 0)]
@@ -170,14 +174,18 @@ def test_windows_differ_by_position_seed_and_stream() -> None:
 
 
 def test_every_position_of_the_text_can_be_drawn() -> None:
-    windows = Windows(np.arange(5), context_length=2, batch_size=2, seed=0, stream=TRAIN_STREAM)
+    windows = WindowSampler(
+        np.arange(5), context_length=2, batch_size=2, seed=0, stream=TRAIN_STREAM
+    )
     seen = {int(label) for i in range(40) for label in windows.batch(i)[1].flatten()}
     assert seen == {1, 2, 3, 4}
 
 
 def test_too_little_text_is_refused_with_the_numbers() -> None:
     with pytest.raises(InputError, match="has 64 tokens, but 65 are needed for 4 windows of 16"):
-        Windows(random_tokens(64), context_length=16, batch_size=4, seed=0, stream=TRAIN_STREAM)
+        WindowSampler(
+            random_tokens(64), context_length=16, batch_size=4, seed=0, stream=TRAIN_STREAM
+        )
 
 
 def test_flops_count_the_keys_that_layers_see() -> None:
@@ -192,7 +200,7 @@ def test_flops_count_the_keys_that_layers_see() -> None:
 
 def test_emulated_precision_does_not_lower_the_peak(monkeypatch: pytest.MonkeyPatch) -> None:
     speeds = {torch.float32: 100.0, torch.float16: 7.0, torch.bfloat16: 800.0}
-    monkeypatch.setattr(throughput, "_probe", lambda device, dtype: speeds[dtype])
+    monkeypatch.setattr(metrics, "_measure_flops", lambda device, dtype: speeds[dtype])
     found = [measure_peak_flops(torch.device("cpu"), dtype) for dtype in speeds]
     assert found == [100.0, 100.0, 800.0]
 
@@ -216,5 +224,5 @@ def test_options_survive_json(tmp_path: Path) -> None:
     del tmp_path
     options = quick_options(clip_norm=0.5, compile=True)
     assert TrainOptions.from_json(options.to_json()) == options
-    with pytest.raises(InputError, match="do not fit this version: warp"):
+    with pytest.raises(InputError, match="unknown or missing fields: warp"):
         TrainOptions.from_json(options.to_json() | {"warp": 9})

@@ -22,7 +22,7 @@ from gemma3_export.reference.training.checkpoints import (
     load_latest_checkpoint,
     save_checkpoint,
 )
-from gemma3_export.reference.training.metrics_log import LOG, Logbook, read_log
+from gemma3_export.reference.training.metrics import LOG, MetricsLog, read_metrics_log
 from gemma3_export.reference.training.runs import resume_training, train
 from gemma3_export.reference.weights import open_weights
 from tests.support.token_folders import quick_options, random_tokens, write_config, write_tokens
@@ -52,7 +52,8 @@ def train_quickly(folder: Path, run: Path, report=lambda line: None, **changes):
 
 def losses(run: Path) -> list[tuple[int, float, float | None, float]]:
     return [
-        (row.step, row.train_loss, row.validation_loss, row.gradient_norm) for row in read_log(run)
+        (row.step, row.train_loss, row.validation_loss, row.gradient_norm)
+        for row in read_metrics_log(run)
     ]
 
 
@@ -60,7 +61,7 @@ def interrupt_after(monkeypatch: pytest.MonkeyPatch, steps: int, error: BaseExce
     update = trainer_module.Trainer.update
 
     def failing(self):
-        if self.progress.step == steps:
+        if self.state.step == steps:
             raise error
         return update(self)
 
@@ -78,7 +79,7 @@ def test_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
         interrupt_after(patch, 5, RuntimeError("power cut"))
         with pytest.raises(RuntimeError, match="power cut"):
             train_quickly(folder, parts, **changes)
-    assert [row.step for row in read_log(parts)] == [1, 2, 3, 4, 5]
+    assert [row.step for row in read_metrics_log(parts)] == [1, 2, 3, 4, 5]
     torch.rand(7)  # whatever happened to the global random state in between
     random.random()
 
@@ -144,7 +145,7 @@ def test_sigterm_saves_and_ends(folder: Path, tmp_path: Path) -> None:
     assert "stopped by a signal" in output
     assert "Traceback" not in output
     step = checkpoint_steps(run)[-1]
-    assert step == read_log(run)[-1].step, "nothing that was trained is lost"
+    assert step == read_metrics_log(run)[-1].step, "nothing that was trained is lost"
     with open_weights(str(run)) as source:
         assert source.config.vocab_size == 20
 
@@ -184,7 +185,7 @@ def test_no_whole_checkpoint_is_an_error(folder: Path, tmp_path: Path) -> None:
         load_latest_checkpoint(tmp_path, lambda line: None)
     path = save_checkpoint(tmp_path, 3, {"a": 1}, keep=2)
     path.write_bytes(b"")
-    with pytest.raises(InputError, match="no whole checkpoint"):
+    with pytest.raises(InputError, match="no intact checkpoint"):
         load_latest_checkpoint(tmp_path, lambda line: None)
 
 
@@ -195,7 +196,7 @@ def test_nan_loss_stops_names_the_step_and_keeps_the_checkpoint(
     with pytest.raises(Gemma3ExportError, match=r"(loss|gradient norm) is (nan|inf) at step \d+"):
         train_quickly(folder, run, learning_rate=1e30, min_learning_rate=0.0, checkpoint_interval=1)
     state = load_latest_checkpoint(run, pytest.fail)
-    assert state["progress"]["step"] == read_log(run)[-1].step
+    assert state["progress"]["step"] == read_metrics_log(run)[-1].step
 
 
 def test_nan_in_the_middle_keeps_the_last_good_checkpoint(
@@ -205,7 +206,7 @@ def test_nan_in_the_middle_keeps_the_last_good_checkpoint(
     update = trainer_module.Trainer.update
 
     def poisoned(self):
-        if self.progress.step == 5:
+        if self.state.step == 5:
             with torch.no_grad():
                 next(self.module.parameters()).fill_(float("nan"))
         return update(self)
@@ -243,10 +244,10 @@ def test_disk_full_to_the_last_byte_is_named_and_the_checkpoint_stays(
             raise OSError(errno.ENOSPC, "No space left on device")
         add(self, row)
 
-    add = Logbook.add
+    add = MetricsLog.add
     with monkeypatch.context() as patch:
-        patch.setattr(Logbook, "add", full)
-        with pytest.raises(Gemma3ExportError, match=r"No space left.*free some space and resume"):
+        patch.setattr(MetricsLog, "add", full)
+        with pytest.raises(Gemma3ExportError, match=r"No space left.*disk space and resume"):
             train_quickly(folder, tmp_path / "run")
     resume_training(tmp_path / "run", report=lambda line: None)
     assert losses(tmp_path / "run") == losses(folder / "whole")
@@ -261,12 +262,12 @@ def test_checkpoints_rotate(tmp_path: Path) -> None:
 
 def test_resuming_with_other_data_is_refused(folder: Path, tmp_path: Path) -> None:
     other = write_tokens(tmp_path / "other", random_tokens(500), random_tokens(200, seed=1))
-    with pytest.raises(InputError, match="is not the data that this run began with"):
+    with pytest.raises(InputError, match="is not the data that this run was trained on"):
         resume_training(folder / "whole", data_path=other)
     foreign = write_tokens(
         tmp_path / "foreign", random_tokens(600), random_tokens(200, seed=1), fingerprint="x"
     )
-    with pytest.raises(InputError, match="another tokenizer than this run's"):
+    with pytest.raises(InputError, match="another tokenizer than this run's data"):
         resume_training(folder / "whole", data_path=foreign)
 
 
@@ -277,8 +278,8 @@ def test_existing_run_is_not_overwritten(folder: Path) -> None:
 
 def test_evaluating_more_often_changes_no_training(folder: Path, tmp_path: Path) -> None:
     train_quickly(folder, tmp_path / "run", eval_interval=1)
-    often = [(row.step, row.train_loss) for row in read_log(tmp_path / "run")]
-    assert often == [(row.step, row.train_loss) for row in read_log(folder / "whole")]
+    often = [(row.step, row.train_loss) for row in read_metrics_log(tmp_path / "run")]
+    assert often == [(row.step, row.train_loss) for row in read_metrics_log(folder / "whole")]
 
 
 def test_tensorboard_has_every_number_of_the_log_once(
@@ -298,6 +299,6 @@ def test_tensorboard_has_every_number_of_the_log_once(
     for name in ("train_loss", "validation_loss", "learning_rate", "gradient_norm"):
         found = {event.step: event.value for event in board.Scalars(name)}
         assert len(found) == len(board.Scalars(name)), "step 5 was trained twice and is shown once"
-        logged = {row.step: getattr(row, name) for row in read_log(run)}
+        logged = {row.step: getattr(row, name) for row in read_metrics_log(run)}
         wanted = {step: value for step, value in logged.items() if value is not None}
         assert found == pytest.approx(wanted, rel=1e-6)

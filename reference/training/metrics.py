@@ -1,4 +1,4 @@
-"""The log of a run: a CSV file that survives resuming, a loss curve, and TensorBoard if wanted."""
+"""Log the metrics of a run to CSV and TensorBoard, plot the loss curve, and estimate MFU."""
 
 from __future__ import annotations
 
@@ -19,50 +19,57 @@ from gemma3_export.staging import write_text_atomically
 
 __all__ = [
     "LOG",
-    "LogRow",
-    "Logbook",
+    "MetricsLog",
+    "StepMetrics",
     "draw_loss_curve",
     "flops_per_token",
     "measure_peak_flops",
-    "read_log",
+    "read_metrics_log",
 ]
 
 LOG, CURVE = "log.csv", "loss.png"
+PROBE_SIZE = 512  # of the matrix product that measures peak FLOPS
+PROBE_SECONDS = 0.3
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class LogRow:
-    """One line of the log; None where a step did not measure something."""
+class StepMetrics:
+    """The metrics of one step; the validation loss is None if the step was not evaluated."""
 
     step: int
-    tokens: int  # trained on so far
+    tokens: int  # seen so far
     train_loss: float
     validation_loss: float | None
     learning_rate: float
     gradient_norm: float
     tokens_per_second: float
-    mfu: float  # model flops utilisation, of the matrix product's peak measured here
+    mfu: float  # model FLOPs utilization, relative to the measured peak of this device
 
 
-class Logbook:
-    """Appends rows; opening it for a resumed run drops the rows after the checkpoint's step.
+class MetricsLog:
+    """A CSV file, and optionally TensorBoard, to which a run appends its metrics.
+
+    Args:
+        run: folder of the run.
+        start_step: step of the checkpoint that the run resumes from; later rows are dropped.
+        tensorboard: also write TensorBoard event files.
 
     Raises:
-        UnavailableError: TensorBoard is wanted and not installed.
+        UnavailableError: ``tensorboard`` is set and TensorBoard is not installed.
     """
 
     def __init__(self, run: Path, *, start_step: int, tensorboard: bool) -> None:
         self._path = run / LOG
-        rows = [row for row in read_log(run) if row.step <= start_step]
+        rows = [row for row in read_metrics_log(run) if row.step <= start_step]
         buffer = io.StringIO()
         writer = csv.writer(buffer, lineterminator="\n")
-        writer.writerow(field.name for field in fields(LogRow))
+        writer.writerow(field.name for field in fields(StepMetrics))
         writer.writerows(_cells(row) for row in rows)
         write_text_atomically(self._path, buffer.getvalue())
         self._board = _open_tensorboard(run / "tensorboard", start_step) if tensorboard else None
 
-    def add(self, row: LogRow) -> None:
-        """Write one row, at once."""
+    def add(self, row: StepMetrics) -> None:
+        """Append the metrics of one step and flush them."""
         with self._path.open("a", encoding="utf-8", newline="") as file:
             csv.writer(file, lineterminator="\n").writerow(_cells(row))
         if self._board is not None:
@@ -71,20 +78,20 @@ class Logbook:
                     self._board.add_scalar(name, value, row.step)
 
     def close(self) -> None:
-        """Finish the files."""
+        """Close the files."""
         if self._board is not None:
             self._board.close()
 
 
-def read_log(run: Path) -> list[LogRow]:
-    """The rows of a run's log; a last line that was cut off is left out."""
+def read_metrics_log(run: Path) -> list[StepMetrics]:
+    """Read the log of a run, ignoring a last line without a line end."""
     path = run / LOG
     if not path.is_file():
         return []
     text = path.read_text(encoding="utf-8")
     whole = text[: text.rfind("\n") + 1]
     return [
-        LogRow(
+        StepMetrics(
             step=int(line["step"]),
             tokens=int(line["tokens"]),
             train_loss=float(line["train_loss"]),
@@ -99,56 +106,52 @@ def read_log(run: Path) -> list[LogRow]:
 
 
 def draw_loss_curve(run: Path) -> bool:
-    """Draw ``loss.png`` from the log; False when matplotlib is not installed."""
+    """Plot ``loss.png`` from the log; return False if matplotlib is not installed."""
     if importlib.util.find_spec("matplotlib") is None:
         return False
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    rows = read_log(run)
+    rows = read_metrics_log(run)
     figure = Figure(figsize=(7, 4.2), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     axes.plot([row.step for row in rows], [row.train_loss for row in rows], lw=1, label="training")
-    held = [(row.step, row.validation_loss) for row in rows if row.validation_loss is not None]
-    if held:
-        axes.plot(*zip(*held, strict=True), marker="o", ms=3, label="validation")
-    axes.set_xlabel("optimiser steps")
-    axes.set_ylabel("cross-entropy (nats a token)")
+    validation = [
+        (row.step, row.validation_loss) for row in rows if row.validation_loss is not None
+    ]
+    if validation:
+        axes.plot(*zip(*validation, strict=True), marker="o", ms=3, label="validation")
+    axes.set_xlabel("step")
+    axes.set_ylabel("cross-entropy (nats per token)")
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(run / CURVE)
     return True
 
 
-def _cells(row: LogRow) -> list[str]:
-    # repr keeps every bit, so that two runs can be compared exactly.
+def _cells(row: StepMetrics) -> list[str]:
+    # repr is exact, so that the losses of two runs can be compared bit for bit.
     return ["" if value is None else repr(value) for value in asdict(row).values()]
 
 
 def _open_tensorboard(folder: Path, start_step: int) -> Any:
     if importlib.util.find_spec("tensorboard") is None:
         raise UnavailableError(
-            'TensorBoard is not installed; run: pip install "gemma3-export[train]", or leave '
-            "--tensorboard away: log.csv has the same numbers"
+            'TensorBoard is not installed; run: pip install "gemma3-export[train]", or drop '
+            "--tensorboard: log.csv has the same metrics"
         )
     from torch.utils.tensorboard import SummaryWriter
 
     return SummaryWriter(str(folder), purge_step=start_step + 1)
 
 
-# How fast training is, and which share of the machine's arithmetic it uses.
-
-PROBE_SIZE = 512
-PROBE_SECONDS = 0.3
-
-
 def flops_per_token(config: Gemma3Config, context_length: int) -> float:
-    """Multiplications and additions of forward and backward pass for one token of a window.
+    """Return the floating-point operations per token of a forward and a backward pass.
 
-    Counts matrix products and attention, as the PaLM paper does (arXiv:2204.02311, appendix B), but
-    each attention layer for the keys it really sees: on average half the window, or the sliding
-    window where that is shorter. Recomputation does not count.
+    This counts matrix products and attention as in the PaLM paper (arXiv:2204.02311, appendix B),
+    except that each attention layer counts the keys it actually sees, which causality and the
+    sliding window limit. Recomputation for gradient checkpointing does not count.
     """
     head_or_embedding = config.vocab_size * config.hidden_size
     matrices = sum(
@@ -162,29 +165,29 @@ def flops_per_token(config: Gemma3Config, context_length: int) -> float:
 
 
 def _mean_keys(context_length: int, window: int) -> float:
-    """Keys that a query of a window of text sees, on average."""
+    """Return the mean number of visible keys over the queries of a sequence."""
     window = min(window, context_length)
     growing = window * (window + 1) / 2
     return (growing + (context_length - window) * window) / context_length
 
 
 def measure_peak_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """Operations a second that a large matrix product reaches here: what MFU is a share of.
+    """Return the FLOPS of a large matrix product on ``device``, the reference for MFU.
 
-    A measured peak needs no table of devices, and holds for a processor as well. On one without
-    arithmetic in ``dtype``, float32 is the faster of the two, and what decides.
+    A measured peak needs no table of devices and also works for CPUs. The result is the faster of
+    ``dtype`` and float32, because some CPUs only emulate half precision.
     """
-    return max(_probe(device, kind) for kind in {dtype, torch.float32})
+    return max(_measure_flops(device, kind) for kind in {dtype, torch.float32})
 
 
-@functools.cache  # a device does not change while a process lives
-def _probe(device: torch.device, dtype: torch.dtype) -> float:
+@functools.cache  # the peak of a device does not change within a process
+def _measure_flops(device: torch.device, dtype: torch.dtype) -> float:
     size = PROBE_SIZE * (16 if device.type == "cuda" else 1)
     matrix = torch.ones(size, size, device=device, dtype=dtype)
     best, began = float("inf"), perf_counter()
     while perf_counter() - began < PROBE_SECONDS:
         started = perf_counter()
         product = matrix @ matrix
-        float(product[0, 0])  # waits for the device
+        float(product[0, 0])  # synchronizes with the device
         best = min(best, perf_counter() - started)
     return 2.0 * size**3 / best
