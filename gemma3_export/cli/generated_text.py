@@ -1,4 +1,4 @@
-"""How ``generate`` prints: a stream of text, or one JSON object a prompt."""
+"""Print the results of ``generate``: streamed text, or one JSON object per prompt."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ LABEL_CHARACTERS = 60
 
 
 class Printer(Protocol):
-    """Shows a running generation."""
+    """Interface that prints a running generation."""
 
     def show(self, event: Event) -> None:
-        """Print what an event adds."""
+        """Print the text that an event adds."""
 
     def finish(self, completions: Sequence[Completion]) -> None:
-        """Print what has not been shown, the prompts that did not end included."""
+        """Print everything not yet shown, including prompts that did not finish."""
 
 
 def printer_for(
     prompts: Sequence[Prompt], tokenizer: Tokenizer | None, as_json: bool, load_s: float
 ) -> Printer:
-    """The printer for ``--json`` or for people."""
+    """Return the printer for ``--json`` or for plain text."""
     if as_json:
         return JsonPrinter(prompts, tokenizer, load_s)
     return TextPrinter(prompts, has_text=tokenizer is not None, load_s=load_s)
@@ -40,10 +40,10 @@ def printer_for(
 
 @dataclass(slots=True)
 class TextPrinter:
-    """Streams the text of the first prompt that has not ended; the others wait for their turn.
+    """Printer that streams the text of one prompt at a time, in the order of the prompts.
 
-    So the texts come in order and unmixed, and nothing waits that could be shown. Without a
-    tokenizer, token ids take the place of text.
+    Text of later prompts is held back until the earlier ones have finished, so texts never mix.
+    Without a tokenizer, token ids are printed instead of text.
     """
 
     prompts: Sequence[Prompt]
@@ -55,7 +55,7 @@ class TextPrinter:
     is_labelled: bool = False
 
     def show(self, event: Event) -> None:
-        """See :class:`Printer`."""
+        """Print the text that an event adds, or hold it back."""
         if isinstance(event, TokenEvent):
             text = event.text if self.has_text else f"{event.token_id} "
             self.waiting.setdefault(event.request, []).append(text)
@@ -64,7 +64,7 @@ class TextPrinter:
         self._advance()
 
     def finish(self, completions: Sequence[Completion]) -> None:
-        """See :class:`Printer`."""
+        """Print all text held back, and the speeds."""
         self.ended.update(range(len(self.prompts)))
         self._advance()
         click.echo(speed_line(completions, self.load_s), err=True)
@@ -94,7 +94,7 @@ class TextPrinter:
 
 @dataclass(slots=True)
 class JsonPrinter:
-    """One object a prompt, in the order of the prompts, as soon as that order allows."""
+    """Printer that writes one JSON object per prompt, in the order of the prompts."""
 
     prompts: Sequence[Prompt]
     tokenizer: Tokenizer | None
@@ -103,13 +103,13 @@ class JsonPrinter:
     ended: dict[int, Completion] = field(default_factory=dict)
 
     def show(self, event: Event) -> None:
-        """See :class:`Printer`."""
+        """Print the results of prompts that have finished."""
         if isinstance(event, Completion):
             self.ended[event.request] = event
             self._advance()
 
     def finish(self, completions: Sequence[Completion]) -> None:
-        """See :class:`Printer`."""
+        """Print all remaining results, and the speeds."""
         self.ended |= {completion.request: completion for completion in completions}
         self._advance()
         click.echo(speed_line(completions, self.load_s), err=True)
@@ -118,7 +118,7 @@ class JsonPrinter:
         while completion := self.ended.get(self.printed):
             data = completion_to_json(completion, self.prompts[self.printed], self.tokenizer)
             data["timings"]["load_s"] = self.load_s
-            # ASCII only, so that no terminal and no pipe can spoil it.
+            # ASCII only, so that the output does not depend on the encoding of a terminal or pipe.
             click.echo(json.dumps(data, ensure_ascii=True, allow_nan=False))
             self.printed += 1
 
@@ -126,7 +126,10 @@ class JsonPrinter:
 def completion_to_json(
     completion: Completion, prompt: Prompt, tokenizer: Tokenizer | None
 ) -> dict[str, Any]:
-    """Everything about a completion, which ``seed`` (null: greedy) and ``index`` repeat."""
+    """Return a completion as JSON data.
+
+    ``seed`` (null if greedy) and ``index`` are enough to reproduce it.
+    """
     data: dict[str, Any] = {
         "index": completion.request,
         "prompt": prompt.text,
@@ -160,13 +163,15 @@ def _logprobs(token: SampledToken, tokenizer: Tokenizer | None) -> dict[str, Any
 
 
 def speed_line(completions: Sequence[Completion], load_s: float) -> str:
-    """Load, prefill and decode of the whole batch, in one line."""
+    """Return the load time and the speeds of the whole batch in one line."""
     prompt_tokens = sum(done.prompt_tokens for done in completions if done.tokens)
     reused = sum(done.reused_tokens for done in completions if done.tokens)
     new_tokens = sum(len(done.tokens) for done in completions)
     prefill_s = sum(done.prefill_s for done in completions if done.tokens)
     later_tokens = sum(max(len(done.tokens) - 1, 0) for done in completions)
-    decode_s = max((done.decode_s for done in completions), default=0.0)  # the rows run together
+    decode_s = max(
+        (done.decode_s for done in completions), default=0.0
+    )  # all rows of the batch run at once
     parts = [f"load {load_s:.1f} s", f"prompt {prompt_tokens} tokens"]
     if reused:
         parts[-1] += f" ({reused} reused)"

@@ -1,4 +1,4 @@
-"""Prompts from the command line: texts, files, standard input, conversations and token ids."""
+"""Collect prompts from arguments, files and standard input."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ STDIN = "-"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Prompt:
-    """A prompt as it was given, and as the model takes it."""
+    """A prompt as the user gave it and as the model takes it."""
 
     text: str | None  # None for token ids
     value: str | list[int] | list[ChatMessage]
@@ -31,28 +31,28 @@ def to_prompts(
     chat: bool,
     system: str | None,
 ) -> list[Prompt]:
-    """Return the texts and then the token ids, in the order in which they were given.
+    """Return all prompts: first the texts, then the token ids, each in the order given.
 
     Raises:
-        InputError: a prompt is empty or is not a list of token ids, or there is no tokenizer for
-            text.
+        InputError: a prompt is empty, is not a list of token ids, or is text and the bundle has no
+            tokenizer.
     """
     prompts = []
     for number, text in enumerate(texts, 1):
         if tokenizer is None:
             raise InputError(
-                "this bundle has no tokenizer, so it takes no text; give token ids with "
-                "--prompt-ids 2,651,4864, or export it again with --tokenizer"
+                "this bundle has no tokenizer, so it accepts token ids only; pass "
+                "--prompt-ids 2,651,4864, or export the bundle again with --tokenizer"
             )
         if not text.strip():
-            raise InputError(f"prompt {number} is empty; give some text, or --prompt-ids 2")
+            raise InputError(f"prompt {number} is empty; pass some text, or --prompt-ids 2")
         prompts.append(Prompt(text=text, value=conversation(text, system) if chat else text))
     prompts += [Prompt(text=None, value=_parse_ids(ids)) for ids in id_lists]
     return prompts
 
 
 def conversation(text: str, system: str | None) -> list[ChatMessage]:
-    """Return a conversation that begins with the user's ``text``."""
+    """Return a conversation that starts with the user message ``text``."""
     messages = [ChatMessage(role="user", content=text)]
     if system is not None:
         messages.insert(0, ChatMessage(role="system", content=system))
@@ -60,7 +60,7 @@ def conversation(text: str, system: str | None) -> list[ChatMessage]:
 
 
 def read_prompt(text: str) -> str:
-    """``text`` itself, or standard input when it is ``-``.
+    """Return ``text``, or standard input if ``text`` is ``-``.
 
     Raises:
         InputError: the input is not UTF-8.
@@ -69,17 +69,19 @@ def read_prompt(text: str) -> str:
 
 
 def read_prompt_file(path: Path) -> str:
-    """The text of a prompt file, without its last newline.
+    """Return the text of a prompt file, without its last newline.
 
     Raises:
-        InputError: it cannot be read or is not UTF-8.
+        InputError: the file cannot be read or is not UTF-8.
     """
     if str(path) == STDIN:
         return read_prompt(STDIN)
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise InputError(f"cannot read the prompt: {error}") from error
+        raise InputError(
+            f"cannot read the prompt file: {error}; check its path and permissions"
+        ) from error
     return _decode(data, str(path))
 
 
@@ -87,7 +89,7 @@ def _decode(data: bytes, where: str) -> str:
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise InputError(f"{where} is not UTF-8 text ({error}); convert it first") from error
+        raise InputError(f"{where} is not UTF-8 text ({error}); convert it to UTF-8") from error
     return text.removesuffix("\n").removesuffix("\r")
 
 
@@ -96,5 +98,5 @@ def _parse_ids(text: str) -> list[int]:
         return [int(part) for part in text.split(",")]
     except ValueError:
         raise InputError(
-            f"--prompt-ids {text!r:.60} is not a list of token ids; write it like 2,651,4864"
+            f"--prompt-ids {text!r:.60} is not a list of token ids; use a form like 2,651,4864"
         ) from None

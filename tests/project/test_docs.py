@@ -99,7 +99,7 @@ GENERATING = [
     ids=[f"{document}-{index}" for index, (document, _) in enumerate(GENERATING)],
 )
 def test_examples_of_generation_run(tiny_bundle, document, code, capsys):
-    code = code.replace('"gemma-3-270m"', repr(str(tiny_bundle)))
+    code = re.sub('"gemma-3-270m(-it)?"', repr(str(tiny_bundle)), code)
     # The tiny model has 400 tokens and a context of 256.
     code = code.replace("[2, 818, 5275]", "[2, 18, 75]").replace("=64", "=8")
     code = re.sub(r"chat\((system=[^,)]*)\)", r"chat(\1, max_new_tokens=8)", code)
