@@ -1,27 +1,30 @@
-"""What decoding on a GPU could reach, computed and not measured: a model of bytes and launches.
+"""Model the decoding speed that a GPU could reach, from bytes and kernel launches. No measurement.
 
-    python benchmarks/cuda_model.py                     the tables of docs/cuda.md
-    python benchmarks/cuda_model.py --context 32768     at another length
-    python benchmarks/cuda_model.py --write             put them into docs/cuda.md
+    python -m benchmarks.cuda_model                     print the tables of docs/cuda.md
+    python -m benchmarks.cuda_model --context 32768     at another context length
+    python -m benchmarks.cuda_model --write             write them to docs/cuda.md
 
-A token reads every weight once and, of the cache, what attention looks at. Reading takes the GPU's
-peak bandwidth; a kernel takes at least ``--kernel-us`` on the GPU, whatever it reads; without a
-CUDA graph the host needs ``--host-us`` to send each kernel, and sends while the GPU computes:
+A decode step reads every weight once, and the part of the cache that attention looks at. Reading
+runs at the GPU's peak bandwidth. A kernel takes at least ``--kernel-us`` on the GPU, however little
+it reads. Without a CUDA graph, the host needs ``--host-us`` to launch each kernel, and launches
+while the GPU computes:
 
-    on the GPU      bytes / bandwidth + kernels * kernel_us
-    with a graph    the same
-    without         the greater of that and kernels * host_us
+    GPU time         bytes / bandwidth + kernels * kernel_us
+    with a graph     GPU time
+    without          max(GPU time, kernels * host_us)
 
-The two times a kernel are assumptions. The number of kernels is not: it was counted over the CUDA
-stub (``make placement`` counts again), and so is what a captured step leaves to the host.
+Both times per kernel are assumptions. The number of kernels is not: it was counted over the CUDA
+stub (``make placement`` counts again), and so were the launches that a captured step leaves to the
+host.
 """
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+
+import click
 
 from gemma3_export.bundle import BlockFormat
 from gemma3_export.config import Gemma3Config, preset
@@ -29,13 +32,11 @@ from gemma3_export.config import Gemma3Config, preset
 PAGE = Path(__file__).parent.parent / "docs" / "cuda.md"
 BEGIN, END = "<!-- cuda model -->\n", "<!-- /cuda model -->\n"
 SIZES = ("270m", "1b", "4b", "12b", "27b")
-CONTEXT = 4096
-HOST_US, KERNEL_US = 5.0, 1.5  # assumed
-HALF_BYTES = 2  # of a weight or a cached value in bf16
-# Kernels of one decoding step of a bf16 graph: counted over the stub, the same for all sizes.
-KERNELS_A_LAYER, KERNELS_BESIDE = 28, 18
-# With a CUDA graph the host sends the graph, and the kernels of the two small graphs beside it.
-SENT_WITH_GRAPH = 9
+BF16_BYTES = 2
+# Kernels of one decode step of a bf16 graph, counted over the stub; the same for all sizes
+KERNELS_PER_LAYER, OTHER_KERNELS = 28, 18
+# With a CUDA graph, the host launches the graph and the kernels of two small ONNX graphs.
+LAUNCHES_WITH_GRAPH = 9
 FORMATS = {
     "bf16": None,
     "int8": BlockFormat(bits=8, block_size=32),
@@ -44,8 +45,17 @@ FORMATS = {
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Assumptions:
+    """The inputs of the model; docs/cuda.md shows the defaults."""
+
+    context: int = 4096  # tokens
+    host_us: float = 5.0  # per kernel launch
+    kernel_us: float = 1.5  # per kernel
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Card:
-    """A GPU as its maker's data sheet describes it."""
+    """A GPU with the figures of its data sheet."""
 
     name: str
     bytes_per_s: float
@@ -59,64 +69,69 @@ CARDS = (
 )
 
 
-def weight_bytes(config: Gemma3Config, form: BlockFormat | None) -> int:
-    """All weights: the tied embedding is the head, which reads every row."""
+def weight_bytes(config: Gemma3Config, blocks: BlockFormat | None) -> int:
+    """Return the bytes of all weights; the head is the tied embedding and reads every row."""
     return sum(
-        HALF_BYTES * shape[0]
+        BF16_BYTES * shape[0]
         if len(shape) == 1
-        else HALF_BYTES * shape[0] * shape[1]
-        if form is None
-        else form.size_bytes(shape[0], shape[1])
+        else BF16_BYTES * shape[0] * shape[1]
+        if blocks is None
+        else blocks.size_bytes(shape[0], shape[1])
         for _, shape in config.weight_shapes()
     )
 
 
 def cache_bytes(config: Gemma3Config, context: int, *, is_read: bool) -> int:
-    """Keys and values of ``context`` tokens; a sliding layer reads no more than its window."""
+    """Return the bytes of keys and values for ``context`` tokens.
+
+    Args:
+        config: the model.
+        context: tokens in the cache.
+        is_read: count only what one step reads; a sliding layer reads only its window.
+    """
     tokens = sum(
         min(context, config.sliding_window) if is_read and config.is_sliding(layer) else context
         for layer in range(config.num_hidden_layers)
     )
-    return 2 * HALF_BYTES * config.key_value_size * tokens
+    return 2 * BF16_BYTES * config.key_value_size * tokens
 
 
 def kernels(config: Gemma3Config) -> int:
-    """Kernels of one decoding step."""
-    return KERNELS_A_LAYER * config.num_hidden_layers + KERNELS_BESIDE
+    """Return the number of kernels in one decode step."""
+    return KERNELS_PER_LAYER * config.num_hidden_layers + OTHER_KERNELS
 
 
 def tokens_per_s(
     config: Gemma3Config,
-    form: BlockFormat | None,
+    blocks: BlockFormat | None,
     card: Card,
-    asked: argparse.Namespace,
+    assumed: Assumptions,
     *,
     has_graph: bool,
 ) -> float:
-    """One prompt's decoding speed; see the module's docstring."""
-    size = weight_bytes(config, form) + cache_bytes(config, asked.context, is_read=True)
-    gpu_s = size / card.bytes_per_s + kernels(config) * asked.kernel_us * 1e-6
-    host_s = 0.0 if has_graph else kernels(config) * asked.host_us * 1e-6
+    """Return the decoding speed for one prompt; see the module's docstring."""
+    size = weight_bytes(config, blocks) + cache_bytes(config, assumed.context, is_read=True)
+    gpu_s = size / card.bytes_per_s + kernels(config) * assumed.kernel_us * 1e-6
+    host_s = 0.0 if has_graph else kernels(config) * assumed.host_us * 1e-6
     return 1 / max(gpu_s, host_s)
 
 
-def cell(
-    config: Gemma3Config, form: BlockFormat | None, card: Card, asked: argparse.Namespace
-) -> str:
-    """Without a CUDA graph / with one, or that it does not fit."""
-    needed = weight_bytes(config, form) + cache_bytes(config, asked.context, is_read=False)
+def cell(config: Gemma3Config, blocks: BlockFormat | None, card: Card, assumed: Assumptions) -> str:
+    """Format the speeds without and with a CUDA graph, or say that the model does not fit."""
+    needed = weight_bytes(config, blocks) + cache_bytes(config, assumed.context, is_read=False)
     if needed > card.memory_bytes:
         return "does not fit"
-    speeds = (tokens_per_s(config, form, card, asked, has_graph=has) for has in (False, True))
+    speeds = (tokens_per_s(config, blocks, card, assumed, has_graph=has) for has in (False, True))
     return " / ".join(f"{speed:.0f}" for speed in speeds)
 
 
-def model_lines(asked: argparse.Namespace) -> Iterator[str]:
-    """Both tables, in Markdown."""
+def model_lines(assumed: Assumptions) -> Iterator[str]:
+    """Yield both tables in Markdown."""
     yield (
-        f"**A model, not a measurement**: one prompt, {asked.context:,} tokens of context, tokens "
-        f"a second without / with a CUDA graph, at peak bandwidth, {asked.host_us:g} µs of the host"
-        f" and at least {asked.kernel_us:g} µs of the GPU a kernel (both assumed)."
+        f"**A model, not a measurement**: tokens/s for one prompt with {assumed.context:,} tokens "
+        "of context, without / with a CUDA graph, at peak bandwidth. It assumes "
+        f"{assumed.host_us:g} µs of host time per kernel launch and at least "
+        f"{assumed.kernel_us:g} µs of GPU time per kernel."
     )
     yield ""
     yield (
@@ -127,47 +142,45 @@ def model_lines(asked: argparse.Namespace) -> Iterator[str]:
     yield "|---|---|---|" + "---|" * len(CARDS)
     for size in SIZES:
         config = preset(size).config
-        for name, form in FORMATS.items():
-            cells = [cell(config, form, card, asked) for card in CARDS]
-            weights = f"{weight_bytes(config, form) / 1e9:.2f}"
+        for name, blocks in FORMATS.items():
+            cells = [cell(config, blocks, card, assumed) for card in CARDS]
+            weights = f"{weight_bytes(config, blocks) / 1e9:.2f}"
             yield f"| {size} | {name} | {weights} | {' | '.join(cells)} |"
     yield ""
     yield (
-        "| size | kernels a token | of them sent by the host with a CUDA graph | cache of "
-        f"{asked.context:,} tokens, MB | of it read a token, MB |"
+        "| size | kernels per token | host launches per token with a CUDA graph | cache of "
+        f"{assumed.context:,} tokens, MB | cache read per token, MB |"
     )
     yield "|---|---|---|---|---|"
     for size in SIZES:
         config = preset(size).config
-        held, read = (cache_bytes(config, asked.context, is_read=flag) / 1e6 for flag in (0, 1))
-        yield f"| {size} | {kernels(config):,} | {SENT_WITH_GRAPH} | {held:.0f} | {read:.0f} |"
+        stored, read = (
+            f"{cache_bytes(config, assumed.context, is_read=flag) / 1e6:.0f}"
+            for flag in (False, True)
+        )
+        yield f"| {size} | {kernels(config):,} | {LAUNCHES_WITH_GRAPH} | {stored} | {read} |"
 
 
 def page_with(tables: str) -> str:
-    """``docs/cuda.md`` with ``tables`` between its marks."""
+    """Return ``docs/cuda.md`` with ``tables`` between its markers."""
     head, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
     _, _, tail = rest.partition(END)
     return f"{head}{BEGIN}\n{tables}\n{END}{tail}"
 
 
-def arguments() -> argparse.ArgumentParser:
-    """The options; their defaults are what the page shows."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--context", type=int, default=CONTEXT, metavar="TOKENS")
-    parser.add_argument("--host-us", type=float, default=HOST_US, metavar="US")
-    parser.add_argument("--kernel-us", type=float, default=KERNEL_US, metavar="US")
-    parser.add_argument("--write", action="store_true", help="put the tables into docs/cuda.md")
-    return parser
-
-
-def main() -> None:
+@click.command()
+@click.option("--context", default=Assumptions().context, show_default=True, metavar="TOKENS")
+@click.option("--host-us", default=Assumptions().host_us, show_default=True, metavar="US")
+@click.option("--kernel-us", default=Assumptions().kernel_us, show_default=True, metavar="US")
+@click.option("--write", is_flag=True, help="Write the tables to docs/cuda.md.")
+def main(context: int, host_us: float, kernel_us: float, write: bool) -> None:
     """Print the tables, or write them."""
-    asked = arguments().parse_args()
-    tables = "\n".join(model_lines(asked)) + "\n"
-    if asked.write:
+    assumed = Assumptions(context=context, host_us=host_us, kernel_us=kernel_us)
+    tables = "\n".join(model_lines(assumed)) + "\n"
+    if write:
         PAGE.write_text(page_with(tables), encoding="utf-8")
     else:
-        print(tables, end="")
+        click.echo(tables, nl=False)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""How cost grows: a token's time with the context's length, an export's memory with the model.
+"""Measure how cost grows: decode time with context length, and export memory with model size.
 
-    python benchmarks/growth.py decode DIR --threads 2 --report build/decode.json
-    python benchmarks/growth.py export --size 270m --size 1b --size 4b --report build/export.json
-    python benchmarks/growth.py plot build/decode.json build/export.json -o docs/growth.png
+    python -m benchmarks.growth decode DIR --threads 2 --report build/decode.json
+    python -m benchmarks.growth export --size 270m --size 1b --size 4b --report build/export.json
+    python -m benchmarks.growth plot build/decode.json build/export.json -o docs/growth.png
 
-`decode` fills caches with random numbers, so that long contexts need no long prefill; windowed
-and full caches take turns. `export` writes int8 bundles of random weights, one process each, and
-removes them. `plot` needs matplotlib.
+`decode` fills caches with random numbers instead of a long prefill; windowed and full caches take
+turns. `export` writes int8 bundles of random weights, one process each, and removes them. `plot`
+needs matplotlib.
 """
 
 from __future__ import annotations
@@ -24,23 +24,30 @@ from pathlib import Path
 import click
 import numpy as np
 
+from benchmarks.common import (
+    bundle_argument,
+    report_option,
+    rounds_option,
+    threads_option,
+    write_report,
+)
 from gemma3_export.bundle import Bundle
 from gemma3_export.config import preset
 from gemma3_export.runtimes.onnx.caches import InPlaceCache
 from gemma3_export.runtimes.onnx.runtime import OnnxRuntime
 
 LENGTHS = (16, 512, 1024, 2048, 4096, 8192, 16384, 32000)
-STEPS = 8  # single tokens in one turn
+STEPS = 8  # decode steps per turn
 KINDS = ("windowed", "full")
 
 
 @click.group()
 def main() -> None:
-    """Measure, and draw what was measured."""
+    """Measure how cost grows, and plot it."""
 
 
 def filled_cache(runtime: OnnxRuntime, length: int, capacity: int) -> InPlaceCache:
-    """A cache of one row that claims to hold ``length`` tokens."""
+    """Return a cache with one row of ``length`` random tokens."""
     cache = runtime.new_cache(1, capacity)
     assert isinstance(cache, InPlaceCache)
     generator = np.random.default_rng(length)
@@ -51,7 +58,7 @@ def filled_cache(runtime: OnnxRuntime, length: int, capacity: int) -> InPlaceCac
 
 
 def decode_ms(runtime: OnnxRuntime, cache: InPlaceCache, length: int) -> float:
-    """Median milliseconds of a token after ``length`` others."""
+    """Return the median milliseconds of a decode step after ``length`` tokens."""
     times = []
     cache.lengths[0] = length
     for token in range(STEPS):
@@ -62,24 +69,24 @@ def decode_ms(runtime: OnnxRuntime, cache: InPlaceCache, length: int) -> float:
 
 
 @main.command()
-@click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--threads", type=int)
-@click.option("--rounds", default=3, show_default=True)
-@click.option("--report", type=click.Path(path_type=Path))
-def decode(bundle: Path, threads: int | None, rounds: int, report: Path | None) -> None:
-    """Time of a token against the tokens before it."""
-    limit = Bundle(bundle).config.max_position_embeddings
+@bundle_argument
+@threads_option
+@rounds_option
+@report_option
+def decode(bundle_path: Path, threads: int | None, rounds: int, report: Path | None) -> None:
+    """Measure decode time against context length."""
+    limit = Bundle(bundle_path).config.max_position_embeddings
     lengths = [length for length in LENGTHS if length + STEPS <= limit]
     times: dict[tuple[str, int], list[float]] = {}
     sizes: dict[tuple[str, int], int] = {}
     for _ in range(rounds):
-        for kind in KINDS:  # one at a time: of two in memory, the second runs faster
+        for kind in KINDS:  # one at a time: with two in memory, the second runs faster
             runtime = OnnxRuntime(
-                bundle, device="cpu", threads=threads, sliding_window_cache=kind == "windowed"
+                bundle_path, device="cpu", threads=threads, sliding_window_cache=kind == "windowed"
             )
             for length in lengths:
                 cache = filled_cache(runtime, length, length + STEPS)
-                decode_ms(runtime, cache, length)  # warms up
+                decode_ms(runtime, cache, length)  # warm-up
                 times.setdefault((kind, length), []).append(decode_ms(runtime, cache, length))
                 sizes[kind, length] = sum(array.nbytes for array in cache.arrays)
             del runtime, cache
@@ -96,16 +103,16 @@ def decode(bundle: Path, threads: int | None, rounds: int, report: Path | None) 
             f"{row['full_ms']:6.1f} ms, {row['ratio']:.2f} x; cache "
             f"{row['windowed_bytes'] / 1e6:.0f} and {row['full_bytes'] / 1e6:.0f} MB"
         )
-    save(report, {"decode": found})
+    write_report(report, {"decode": found})
 
 
 @main.command()
 @click.option("--size", "sizes", multiple=True, default=("270m", "1b", "4b"), show_default=True)
 @click.option("--dtype", default="int8", show_default=True)
-@click.option("--folder", type=click.Path(path_type=Path), help="Where bundles come and go.")
-@click.option("--report", type=click.Path(path_type=Path))
+@click.option("--folder", type=click.Path(path_type=Path), help="Folder for temporary bundles.")
+@report_option
 def export(sizes: tuple[str, ...], dtype: str, folder: Path | None, report: Path | None) -> None:
-    """Peak memory of an export against the size of its model."""
+    """Measure the peak memory of an export against model size."""
     found = []
     for size in sizes:
         config = preset(size).config
@@ -120,7 +127,7 @@ def export(sizes: tuple[str, ...], dtype: str, folder: Path | None, report: Path
             seconds = time.perf_counter() - started
             files = Path(temporary).rglob("*.onnx*")
             stored = sum(file.stat().st_size for file in files)
-        # of all children so far, so the sizes must grow
+        # the maximum over all children so far, so sizes must grow
         peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
         row = {
             "size": size,
@@ -136,7 +143,7 @@ def export(sizes: tuple[str, ...], dtype: str, folder: Path | None, report: Path
         click.echo(
             f"{size}: peak {peak / 1e9:.2f} GB, wrote {stored / 1e9:.2f} GB in {seconds:.0f} s"
         )
-    save(report, {"export": found, "dtype": dtype})
+    write_report(report, {"export": found, "dtype": dtype})
 
 
 @main.command()
@@ -144,7 +151,7 @@ def export(sizes: tuple[str, ...], dtype: str, folder: Path | None, report: Path
 @click.argument("export_report", type=click.Path(path_type=Path))
 @click.option("-o", "--output", type=click.Path(path_type=Path), default="docs/growth.png")
 def plot(decode_report: Path, export_report: Path, output: Path) -> None:
-    """Draw both."""
+    """Plot both reports."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -155,7 +162,7 @@ def plot(decode_report: Path, export_report: Path, output: Path) -> None:
     for kind in KINDS:
         lengths = [row["tokens"] for row in rows]
         left.plot(lengths, [row[f"{kind}_ms"] for row in rows], marker="o", label=f"{kind} caches")
-    left.set(xlabel="tokens before", ylabel="ms a token", title="Decoding", xscale="log")
+    left.set(xlabel="context length, tokens", ylabel="ms per token", title="Decoding", xscale="log")
     rows = json.loads(export_report.read_text(encoding="utf-8"))["export"]
     billions = [row["parameters"] / 1e9 for row in rows]
     for key, label in (
@@ -171,13 +178,6 @@ def plot(decode_report: Path, export_report: Path, output: Path) -> None:
         axes.grid(alpha=0.3)
     figure.tight_layout()
     figure.savefig(output, dpi=110)
-
-
-def save(report: Path | None, found: dict[str, object]) -> None:
-    """Write what was measured, if it was asked for."""
-    if report is not None:
-        report.parent.mkdir(parents=True, exist_ok=True)
-        report.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,26 +1,25 @@
-"""Decoding with drafts from prompt lookup against decoding without, where text is copied and not.
+"""Measure decoding with and without prompt-lookup drafts, on text that is copied and on other text.
 
-    python benchmarks/speculation.py DIR --threads 2
-    python benchmarks/speculation.py DIR --threads 2 --rounds 9 --report build/speculation.json
+    python -m benchmarks.speculation DIR --threads 2
+    python -m benchmarks.speculation DIR --threads 2 --rounds 9 --report build/speculation.json
 
-Prompts come from what every Python has: functions of the standard library to be written again with
-an edit, and passages of its manual to be quoted; and there are beginnings of texts with nothing to
-copy, continued greedily, where small models soon repeat themselves, and drawn, where they do not.
+The prompts come from every Python installation: functions of the standard library to rewrite with
+an edit, and passages of its manual to quote. Other prompts begin a text with nothing to copy. They
+are continued greedily, where small models soon repeat themselves, and sampled, where they do not.
 
-Without drafts and with them take turns, prompt by prompt, so a change of the machine's load strikes
-both. A ratio is that of two such turns; printed are the median and the least to the greatest of the
-rounds. Speeds are those of all tokens after the first, drafting included. Stop tokens do not end a
-text, so all are equally long.
+Runs without and with drafts take turns, prompt by prompt, so a change in the machine's load affects
+both. A ratio compares two such turns; the table shows the median and the range of the rounds.
+Speeds cover all tokens after the first and include drafting. Stop tokens do not end a text, so all
+texts have the same length.
 
-Goals, for the medians: copied text 1.8 times as fast (each group as a whole), and all other text no
-slower than 0.95 times (each prompt by itself).
+Goals, for the medians: copied text is 1.8 times as fast (each group as a whole), and all other text
+is at least 0.95 times as fast (each prompt on its own).
 """
 
 from __future__ import annotations
 
 import ast
 import importlib.util
-import json
 import re
 import statistics
 from collections.abc import Sequence
@@ -30,6 +29,15 @@ from pydoc_data.topics import topics
 
 import click
 
+from benchmarks.common import (
+    bundle_argument,
+    report_option,
+    rounds_option,
+    runtime_option,
+    show_spread,
+    threads_option,
+    write_report,
+)
 from gemma3_export.api.model import bundle_tokenizer
 from gemma3_export.api.opening import open_runtime
 from gemma3_export.bench.machine import describe_machine
@@ -44,15 +52,15 @@ DRAWN = SamplingParams(temperature=1.0, top_k=64, seed=7)
 COPY_GOAL, OTHER_GOAL = 1.8, 0.95
 GOALS = {"code edits": COPY_GOAL, "quotes": COPY_GOAL, "free text": OTHER_GOAL}  # by group
 
-BEGUN_LINES = 3  # of the edited function, so that the model sees what is being done
-EDITS = (  # module, function, its new name, what is asked for, old and new name of an argument
+BEGUN_LINES = 3  # of the edited function, which show the model the edit
+EDITS = (  # module, function, new name, instruction, old and new name of an argument
     ("heapq", "_siftup", "_sift_to_leaf", "with `queue` instead of `heap`", "heap", "queue"),
     ("bisect", "insort_left", "insort_first", "with `value` instead of `x`", "x", "value"),
     ("textwrap", "indent", "indent_lines", "with `source` instead of `text`", "text", "source"),
     ("colorsys", "rgb_to_hls", "hls_from_rgb", "with `red` instead of `r`", "r", "red"),
 )
 PASSAGE_CHARS = 900
-QUOTED_WORDS = 4  # given, so that the model knows where to begin
+QUOTED_WORDS = 4  # given, so the model knows where to begin
 TOPICS = ("truth", "context-managers", "in", "exceptions")
 BEGINNINGS = (
     "The sea is",
@@ -64,7 +72,7 @@ BEGINNINGS = (
 
 @dataclass(frozen=True)
 class Case:
-    """A prompt and how it is continued."""
+    """A prompt and how to continue it."""
 
     group: str
     name: str
@@ -74,9 +82,9 @@ class Case:
 
 @dataclass(frozen=True)
 class Turns:
-    """One round of one case: without drafts, then with them; also the sum of several cases."""
+    """One round without and with drafts, of one case or summed over several."""
 
-    tokens: int  # after the first; equally many in both
+    tokens: int  # after the first, the same number in both
     plain_s: float
     drafting_s: float
     drafted_tokens: int
@@ -86,15 +94,15 @@ class Turns:
 
     @property
     def ratio(self) -> float:
-        """How many times as fast the drafts make it."""
+        """Return the speedup from drafts."""
         return self.plain_s / self.drafting_s
 
 
 def function_source(module: str, name: str) -> str:
-    """The text of a module's function, also where a faster one in C stands in for it.
+    """Return the source of a module's function, even if a C implementation replaces it.
 
     Raises:
-        LookupError: this Python does not have it.
+        LookupError: this Python does not have the function.
     """
     spec = importlib.util.find_spec(module)
     if spec is None or spec.origin is None:
@@ -106,16 +114,18 @@ def function_source(module: str, name: str) -> str:
     raise LookupError(f"there is no {name} in {module}")
 
 
-def edit_prompt(module: str, name: str, new_name: str, asked: str, old: str, new: str) -> str:
-    """A function, what is to be changed, and the first lines of the changed one."""
+def edit_prompt(module: str, name: str, new_name: str, instruction: str, old: str, new: str) -> str:
+    """Return a function, the instruction, and the first lines of the edited function."""
     source = function_source(module, name)
     changed = re.sub(rf"\b{name}\b", new_name, re.sub(rf"\b{old}\b", new, source))
     begun = "\n".join(changed.splitlines()[:BEGUN_LINES])
-    return f"{source}\n\n\n# The same function again, called {new_name}, {asked}:\n\n{begun}\n"
+    return (
+        f"{source}\n\n\n# The same function again, called {new_name}, {instruction}:\n\n{begun}\n"
+    )
 
 
 def quote_prompt(topic: str) -> str:
-    """A passage of Python's manual, and the first words of a quotation of it."""
+    """Return a passage of Python's manual, and the first words of a quotation from it."""
     _, *paragraphs = topics[topic].strip().split("\n\n")  # without the heading
     passage = paragraphs.pop(0)
     while paragraphs and len(passage) + len(paragraphs[0]) < PASSAGE_CHARS:
@@ -125,7 +135,7 @@ def quote_prompt(topic: str) -> str:
 
 
 def all_cases() -> list[Case]:
-    """In the order of the table."""
+    """Return all cases in the order of the table."""
     edits = [Case("code edits", f"{edit[0]}.{edit[1]}", edit_prompt(*edit)) for edit in EDITS]
     quotes = [Case("quotes", topic, quote_prompt(topic)) for topic in TOPICS]
     free = [
@@ -139,7 +149,7 @@ def all_cases() -> list[Case]:
 def complete(
     runtime: Runtime, prompt: Sequence[int], sampling: SamplingParams, new_tokens: int, drafts: int
 ) -> Completion:
-    """One answer of ``new_tokens`` tokens, with up to ``drafts`` drafted at once; 0 is without."""
+    """Generate ``new_tokens`` tokens, drafting up to ``drafts`` at a time (0: no drafts)."""
     return generate(
         runtime,
         [prompt],
@@ -154,7 +164,7 @@ def complete(
 def take_turns(
     runtime: Runtime, prompt: Sequence[int], sampling: SamplingParams, new_tokens: int, drafts: int
 ) -> Turns:
-    """One round of one prompt."""
+    """Measure one prompt without and with drafts."""
     plain = complete(runtime, prompt, sampling, new_tokens, 0)
     drafting = complete(runtime, prompt, sampling, new_tokens, drafts)
     return Turns(
@@ -169,15 +179,9 @@ def take_turns(
 
 
 def sum_of(turns: Sequence[Turns]) -> Turns:
-    """Several prompts, one after the other."""
+    """Sum the turns of several prompts."""
     fields = [asdict(one) for one in turns]
     return Turns(**{name: sum(one[name] for one in fields) for name in fields[0]})
-
-
-def spread(values: Sequence[float], digits: int) -> str:
-    """The median, and the least to the greatest."""
-    shown = (f"{value:.{digits}f}" for value in (min(values), max(values)))
-    return f"{statistics.median(values):.{digits}f} ({' to '.join(shown)})"
 
 
 HEADING = (
@@ -187,24 +191,24 @@ HEADING = (
 
 
 def row(name: str, rounds: Sequence[Turns]) -> str:
-    """A line of the table: speeds, ratios, and drafts of one round."""
+    """Return a line of the table: speeds, ratios, and the drafts of one round."""
     first, total = rounds[0], sum_of(rounds)
     return (
         f"{name:36s}  {first.tokens:6d}  "
-        f"{spread([one.tokens / one.plain_s for one in rounds], 1):26s}  "
-        f"{spread([one.tokens / one.drafting_s for one in rounds], 1):26s}  "
-        f"{spread([one.ratio for one in rounds], 2):20s}  "
+        f"{show_spread([one.tokens / one.plain_s for one in rounds], 1):26s}  "
+        f"{show_spread([one.tokens / one.drafting_s for one in rounds], 1):26s}  "
+        f"{show_spread([one.ratio for one in rounds], 2):20s}  "
         f"{first.accepted_tokens:4d} of {first.drafted_tokens:<4d}  "
         f"{total.equal_texts} of {total.texts}"
     )
 
 
 def judge(group: str, cases: Sequence[Sequence[Turns]]) -> dict[str, object]:
-    """The ratio that is held to the group's goal, and whether that is met.
+    """Return the ratio that the group's goal applies to, and whether it is met.
 
     Args:
         group: one of ``GOALS``.
-        cases: the rounds of each of its cases.
+        cases: the rounds of each case in the group.
     """
     goal = GOALS[group]
     if goal == COPY_GOAL:
@@ -216,12 +220,12 @@ def judge(group: str, cases: Sequence[Sequence[Turns]]) -> dict[str, object]:
 
 
 def together(cases: Sequence[Sequence[Turns]]) -> list[Turns]:
-    """The rounds of all cases, one prompt after the other."""
+    """Sum the cases of each round."""
     return [sum_of(one) for one in zip(*cases, strict=True)]
 
 
 def report_group(group: str, found: dict[Case, list[Turns]]) -> dict[str, object]:
-    """Print a group's lines and its verdict, and return them for the report."""
+    """Print a group's table and verdict, and return them for the report."""
     mine = {case: rounds for case, rounds in found.items() if case.group == group}
     click.echo(f"\n{group}\n{HEADING}")
     for case, rounds in mine.items():
@@ -243,18 +247,18 @@ def report_group(group: str, found: dict[Case, list[Turns]]) -> dict[str, object
 
 
 @click.command()
-@click.argument("bundle_path", metavar="DIR", type=click.Path(path_type=Path))
-@click.option("--runtime", "name", default="onnx", show_default=True)
-@click.option("--threads", type=int)
-@click.option("--rounds", type=click.IntRange(min=1), default=5, show_default=True)
+@bundle_argument
+@runtime_option
+@threads_option
+@rounds_option
 @click.option("--new-tokens", type=click.IntRange(min=2), default=96, show_default=True)
 @click.option(
     "--draft-tokens", type=click.IntRange(min=1), default=MAX_DRAFT_TOKENS, show_default=True
 )
-@click.option("--report", type=click.Path(path_type=Path), help="All rounds, as JSON.")
+@report_option
 def main(
     bundle_path: Path,
-    name: str,
+    runtime: str,
     threads: int | None,
     rounds: int,
     new_tokens: int,
@@ -265,23 +269,26 @@ def main(
     bundle = Bundle(bundle_path)
     tokenizer = bundle_tokenizer(bundle)
     if tokenizer is None:
-        raise click.UsageError(f"{bundle_path} has no tokenizer, which the prompts need")
-    machine = describe_machine()  # the load before it is ours
-    runtime = open_runtime(bundle, name, threads=threads)
+        raise click.UsageError(
+            f"{bundle_path} has no tokenizer to encode the prompts; export with a tokenizer"
+        )
+    machine = describe_machine()  # before this process loads the machine
+    opened = open_runtime(bundle, runtime, threads=threads)
     prompts = {case: tokenizer.encode(case.prompt) for case in all_cases()}
-    take_turns(runtime, next(iter(prompts.values())), GREEDY, min(16, new_tokens), draft_tokens)
+    take_turns(opened, next(iter(prompts.values())), GREEDY, min(16, new_tokens), draft_tokens)
     found: dict[Case, list[Turns]] = {case: [] for case in prompts}
     for _ in range(rounds):
         for case, prompt in prompts.items():
-            turns = take_turns(runtime, prompt, case.sampling, new_tokens, draft_tokens)
+            turns = take_turns(opened, prompt, case.sampling, new_tokens, draft_tokens)
             found[case].append(turns)
     groups = [report_group(group, found) for group in GOALS]
-    if report is not None:
-        report.parent.mkdir(parents=True, exist_ok=True)
-        settings = {"runtime": name, "threads": threads}
-        settings |= {"new_tokens": new_tokens, "draft_tokens": draft_tokens}
-        text = json.dumps({"machine": machine, **settings, "groups": groups}, indent=1)
-        report.write_text(text + "\n", encoding="utf-8")
+    settings = {
+        "runtime": runtime,
+        "threads": threads,
+        "new_tokens": new_tokens,
+        "draft_tokens": draft_tokens,
+    }
+    write_report(report, {"machine": machine, **settings, "groups": groups})
 
 
 if __name__ == "__main__":

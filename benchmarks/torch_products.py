@@ -1,12 +1,12 @@
-"""What torch's CPU kernels for products with quantised matrices cost, beside float32.
+"""Time torch's CPU kernels for products with quantised matrices against float32.
 
-    python benchmarks/torch_products.py
-    python benchmarks/torch_products.py --rows 1 --rows 8 --layers 4 --only int8
+    python -m benchmarks.torch_products
+    python -m benchmarks.torch_products --rows 1 --rows 8 --layers 4 --only int8
 
-Matrices have the shapes of the 270M, one of each kind for each layer, so that no cache near the
-processor holds them between two uses. Times are the least of several, on one thread, in processor
-time: then other work on the machine hardly counts. "as stored" says whether the kernel reads codes
-as a file holds them, which the embedding's look-up can share.
+The matrices have the shapes of the 270M, one of each kind per layer, so that no cache keeps them
+between two uses. Times are the minimum of several runs on one thread, in processor time, so other
+load on the machine hardly counts. "as stored" tells whether the kernel reads the codes in the
+layout of the file, which the embedding lookup can then share.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import click
 import torch
-import torch.nn.functional as F  # noqa: N812  (torch's own convention)
+import torch.nn.functional as F  # noqa: N812  (torch's convention)
 from torch import Tensor
 
 from gemma3_export.exporters.torch.matrix import BlockedMatrix
@@ -32,49 +32,49 @@ SHAPES = {  # [outputs, inputs]
     "head": (262144, 640),
 }
 BLOCK_SIZE = 128
-HEAD_ROWS = 8  # the head makes logits of a few tokens
-GROUP = 32  # inputs that share a scale, where a kernel has groups
+HEAD_ROWS = 8  # the head computes logits for few tokens
+GROUP = 32  # inputs per scale, for kernels with groups
 
 
 @dataclass(frozen=True, slots=True)
 class Matrix:
-    """Random codes with a scale for each row."""
+    """Random codes with one scale per row."""
 
     codes: Tensor  # [N, K] int8
     scales: Tensor  # [N] float32
 
     @classmethod
     def random(cls, rows: int, columns: int) -> Matrix:
-        """Like weights that were rounded."""
+        """Draw codes that look like rounded weights."""
         codes = torch.randint(-127, 128, (rows, columns), dtype=torch.int8)
         return cls(codes, torch.rand(rows) * 1e-3)
 
     @property
     def weights(self) -> Tensor:
-        """[N, K] float32."""
+        """Return the weights [N, K] in float32."""
         return self.codes * self.scales[:, None]
 
 
 def plain(matrix: Matrix, dtype: torch.dtype) -> Product:
-    """A product of floats as torch has it."""
+    """Use torch's floating-point product."""
     weights = matrix.weights.to(dtype)
     return lambda x: F.linear(x.to(dtype), weights)
 
 
 def prepacked(matrix: Matrix) -> Product:
-    """Float32 in oneDNN's layout: what an archive in fp32 runs."""
+    """Use float32 in oneDNN's layout, as an fp32 archive does."""
     packed = torch.ops.mkldnn._reorder_linear_weight(matrix.weights, 512)
     return lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
 
 
 def int8_rows(matrix: Matrix, dtype: torch.dtype) -> Product:
-    """8-bit codes and a scale a row; products in float."""
+    """Use 8-bit codes with one scale per row, and floating-point products."""
     scales = matrix.scales.to(dtype)
     return lambda x: torch.ops.aten._weight_int8pack_mm(x.to(dtype), matrix.codes, scales)
 
 
 def blocked(matrix: Matrix) -> Product:
-    """What an archive in int8 runs: :class:`BlockedMatrix` with blocks of 128."""
+    """Use :class:`BlockedMatrix` with blocks of 128, as an int8 archive does."""
     rows, columns = matrix.codes.shape
     blocks = columns // BLOCK_SIZE
     codes = matrix.codes.view(rows, blocks, BLOCK_SIZE).transpose(0, 1).contiguous()
@@ -83,7 +83,7 @@ def blocked(matrix: Matrix) -> Product:
 
 
 def int4_groups(matrix: Matrix, dtype: torch.dtype) -> Product:
-    """4-bit codes with scale and zero a group; products in float."""
+    """Use 4-bit codes with a scale and a zero point per group, and floating-point products."""
     rows, columns = matrix.codes.shape
     codes = torch.randint(0, 16, (rows, columns), dtype=torch.int32)
     packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
@@ -92,7 +92,7 @@ def int4_groups(matrix: Matrix, dtype: torch.dtype) -> Product:
 
 
 def int4_rounded(matrix: Matrix) -> Product:
-    """4-bit codes with a scale a group; inputs rounded to int8 by row."""
+    """Use 4-bit codes with one scale per group, and inputs rounded to int8 per row."""
     rows, columns = matrix.codes.shape
     codes = torch.randint(0, 256, (rows, columns // 2), dtype=torch.uint8)
     scales = torch.rand(rows, columns // GROUP) * 1e-3
@@ -101,7 +101,7 @@ def int4_rounded(matrix: Matrix) -> Product:
 
 
 def int8_tensor(matrix: Matrix) -> Product:
-    """``quantized::linear_dynamic``: inputs rounded with one scale for all rows."""
+    """Use ``quantized::linear_dynamic``, which rounds inputs with one scale for all rows."""
     zeros = torch.zeros(len(matrix.scales), dtype=torch.int64)
     weights = torch._make_per_channel_quantized_tensor(
         matrix.codes, matrix.scales.double(), zeros, 0
@@ -111,29 +111,30 @@ def int8_tensor(matrix: Matrix) -> Product:
 
 
 def half_weights(matrix: Matrix) -> Product:
-    """``quantized::linear_dynamic_fp16``: 16-bit weights, products in float."""
+    """Use ``quantized::linear_dynamic_fp16``: 16-bit weights, floating-point products."""
     packed = torch.ops.quantized.linear_prepack_fp16(matrix.weights, None)
     return lambda x: torch.ops.quantized.linear_dynamic_fp16(x, packed)
 
 
 def onednn_tensor(matrix: Matrix) -> Product:
-    """``onednn::qlinear_pointwise``: inputs rounded with one scale for all rows."""
+    """Use ``onednn::qlinear_pointwise``, which takes inputs with one scale for all rows."""
     packed = torch.ops.onednn.qlinear_prepack(matrix.codes, None)
     zeros = torch.zeros(len(matrix.scales), dtype=torch.int64)
 
     def product(x: Tensor) -> Tensor:
         scale = float(x.abs().amax()) / 127
         codes = torch.round(x / scale).to(torch.int8)
-        result = (None, 1.0, 0, torch.float32, "none", [], "")
-        return torch.ops.onednn.qlinear_pointwise(
+        result: tuple[object, ...] = (None, 1.0, 0, torch.float32, "none", [], "")
+        found: Tensor = torch.ops.onednn.qlinear_pointwise(
             codes, scale, 0, packed, matrix.scales, zeros, *result
         )
+        return found
 
     return product
 
 
 def integer_product(matrix: Matrix) -> Product:
-    """``aten::_int_mm``: inputs rounded to int8 with a scale a row."""
+    """Use ``aten::_int_mm`` with inputs rounded to int8 per row."""
 
     def product(x: Tensor) -> Tensor:
         scales = x.abs().amax(1, keepdim=True) / 127
@@ -144,7 +145,7 @@ def integer_product(matrix: Matrix) -> Product:
 
 
 def dequantized(matrix: Matrix, dtype: torch.dtype) -> Product:
-    """Codes turned into floats at each use."""
+    """Convert the codes to floating point on each use."""
     return lambda x: F.linear(x.to(dtype), matrix.codes.to(dtype)) * matrix.scales
 
 
@@ -177,9 +178,11 @@ CANDIDATES: dict[str, tuple[str, Callable[[Matrix], Product]]] = {
 @click.option("--rows", multiple=True, type=int, default=(1, 512), show_default=True)
 @click.option("--layers", default=18, show_default=True)
 @click.option("--repeats", default=5, show_default=True)
-@click.option("--only", multiple=True, metavar="TEXT", help="Candidates whose name holds it.")
+@click.option(
+    "--only", multiple=True, metavar="TEXT", help="Only candidates whose name contains TEXT."
+)
 def main(rows: tuple[int, ...], layers: int, repeats: int, only: tuple[str, ...]) -> None:
-    """Print one table for each number of rows: milliseconds for all layers, and for the head."""
+    """Print one table per number of rows: milliseconds for all layers, and for the head."""
     warnings.filterwarnings("ignore", message=".*quantized tensor creation")
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -204,7 +207,7 @@ def main(rows: tuple[int, ...], layers: int, repeats: int, only: tuple[str, ...]
 def measure(
     name: str, matrices: Sequence[Matrix], columns: int, rows: Sequence[int], repeats: int
 ) -> dict[int, float]:
-    """Least milliseconds of all ``matrices`` once, for each number of rows."""
+    """Return the minimum milliseconds of one product per matrix, for each number of rows."""
     products = [CANDIDATES[name][1](matrix) for matrix in matrices]
     times: dict[int, float] = {}
     for count in rows:
@@ -224,7 +227,7 @@ def measure(
 def print_table(
     count: int, names: Sequence[str], found: dict[tuple[str, str], dict[int, float]]
 ) -> None:
-    """Markdown: a line for each candidate."""
+    """Print a Markdown table with one line per candidate."""
     kinds = [*SHAPES][:-1]
     print(f"| {count} rows | as stored | {' | '.join(kinds)} | all layers | head |")
     print("|---" * (len(kinds) + 4) + "|")

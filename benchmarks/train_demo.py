@@ -1,9 +1,9 @@
-"""Retrain the bundled demo model from nothing, offline, and hold it to the recorded loss.
+"""Retrain the bundled demo model from scratch, offline, and compare its loss with the recorded one.
 
     python -m benchmarks.train_demo -o build/train-demo
 
-That is ``make train-demo``. The text is Python's own library, the tokenizer a small BPE learned
-from it. ``--install`` replaces the bundled model by the result.
+``make train-demo`` runs this. The text is Python's standard library, and the tokenizer a small BPE
+trained on it. ``--install`` replaces the bundled model with the result.
 """
 
 from __future__ import annotations
@@ -48,18 +48,17 @@ DEMO_OPTIONS = TrainOptions(
     checkpoint_interval=250,
     seed=2026,
 )
-TOLERANCE = 0.02  # of the recorded validation loss
+TOLERANCE = 0.02  # relative to the recorded validation loss
 COPIED = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", LOG)
 
 
 def retrain_demo(folder: Path) -> float:
     """Prepare the data, train, and return the best validation loss.
 
-    A run of the same options that was interrupted in ``folder`` goes on; anything else there is
-    replaced.
+    An interrupted run with the same options in ``folder`` is resumed; anything else is replaced.
 
     Raises:
-        Gemma3ExportError: the loss is no number any more, or the disk is full.
+        Gemma3ExportError: the loss is not finite, or the disk is full.
     """
     tokens, run = folder / "tokens", folder / "run"
     if _is_interrupted(run):
@@ -74,18 +73,18 @@ def retrain_demo(folder: Path) -> float:
 
 
 def _is_interrupted(run: Path) -> bool:
-    """Whether there is a run of the demo's options that has not come to its end."""
+    """Return whether ``run`` is an unfinished run with the demo's options."""
     if not checkpoint_steps(run):
         return False
     record = load_json_object(run / RECORD)
-    steps = record.get("result", {}).get("steps", 0)  # noted when a run ends, by a signal too
+    steps = record.get("result", {}).get("steps", 0)  # recorded when a run ends, even by a signal
     return bool(record["options"] == DEMO_OPTIONS.to_json() and steps < DEMO_OPTIONS.steps)
 
 
 def install(run: Path) -> None:
-    """Make the model of ``run`` the bundled one: bfloat16 weights, and how they came about."""
+    """Replace the bundled model with that of ``run``: bfloat16 weights, and the run's record."""
     record = load_json_object(run / RECORD)
-    del record["data_path"]  # a folder of this machine
+    del record["data_path"]  # a path on this machine
     with open_weights(str(run)) as source:
         export_hf_folder(source, DEMO_FOLDER, dtype=torch.bfloat16, force=True)
     for name in COPIED:
@@ -97,7 +96,7 @@ def install(run: Path) -> None:
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True)
 @click.option("--install", "is_to_install", is_flag=True, help="Replace the bundled model.")
 def main(output: Path, is_to_install: bool) -> None:
-    """Retrain the demo model; fails if it is more than 2 % worse than recorded."""
+    """Retrain the demo model, and fail if its loss is more than 2 % above the recorded one."""
     try:
         loss = retrain_demo(output)
     except Gemma3ExportError as error:
@@ -114,7 +113,7 @@ def main(output: Path, is_to_install: bool) -> None:
         f"recorded with Python {recorded['versions']['python']}, whose library is the text)"
     )
     if loss > expected * (1 + TOLERANCE):
-        click.echo(f"error: that is more than {TOLERANCE:.0%} above the recorded loss", err=True)
+        click.echo(f"error: the loss is more than {TOLERANCE:.0%} above the recorded one", err=True)
         sys.exit(1)
 
 

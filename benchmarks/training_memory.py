@@ -1,9 +1,9 @@
-"""Peak memory of one training update at a published size, with all weights and AdamW's states.
+"""Measure the peak memory of one training update at a published size, in float32 with AdamW.
 
-    python benchmarks/training_memory.py --batch-size 8 --loss-chunk-tokens 256
-    python benchmarks/training_memory.py --batch-size 8 --plain-loss
+    python -m benchmarks.training_memory --batch-size 8 --loss-chunk-tokens 256
+    python -m benchmarks.training_memory --batch-size 8 --plain-loss
 
-The second computes the loss from all logits at once, as the reference model and its ancestors do.
+The second command computes the loss from all logits at once, as a plain trainer does.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from gemma3_export.reference.training.options import TrainOptions
 @click.option("--context-length", default=128, show_default=True)
 @click.option("--loss-chunk-tokens", default=256, show_default=True)
 @click.option("--gradient-checkpointing", is_flag=True)
-@click.option("--plain-loss", is_flag=True, help="All logits at once.")
+@click.option("--plain-loss", is_flag=True, help="Compute the loss from all logits at once.")
 def main(
     size: str,
     batch_size: int,
@@ -35,7 +35,7 @@ def main(
     gradient_checkpointing: bool,
     plain_loss: bool,
 ) -> None:
-    """Make one update and print the peak."""
+    """Run one update and print the peak memory."""
     config = preset(size).config
     model = model_from_config(config, 0)
     module = LossModule(

@@ -1,13 +1,16 @@
-"""Our training recipe against the ancestor trainer's as documented, on the same text.
+"""Compare our training recipe with the documented recipe of the ancestor trainer, on the same text.
 
-    python benchmarks/training_recipes.py TOKENS -o recipes.png
+    python -m benchmarks.training_recipes TOKENS -o recipes.png
 
-Each recipe runs with each of several learning rates. All see the same draws of windows
-and are judged by the same windows of held-out text, in which the separators' own predictions do not
-count. The ancestor's recipe has no separators in its training text, keeps weights and optimiser
-states in bfloat16 (here: rounded to bfloat16 after every update, so that no bfloat16 hardware is
-needed), draws embeddings from N(0, 1) with an untied head, decays everything, and sizes warm-up and
-cosine in micro-batches while counting them in updates.
+Each recipe runs with several learning rates. All runs train on the same windows, and evaluate on
+the same held-out windows, where predictions of separators do not count. The ancestor's recipe:
+
+- has no separators in its training text
+- keeps weights and optimiser states in bfloat16 (here they are rounded to bfloat16 after every
+  update, which needs no bfloat16 hardware)
+- initialises embeddings from N(0, 1), with an untied head
+- applies weight decay to everything
+- sizes warm-up and cosine decay in micro-batches, but counts updates
 """
 
 from __future__ import annotations
@@ -39,14 +42,14 @@ from gemma3_export.reference.training.token_data import (
     open_token_data,
 )
 
-# Of the ancestor: the shares of its 150,000 micro-batches, and what each update accumulates.
+# The ancestor's warm-up as a share of its 150,000 micro-batches, and its micro-batches per update
 WARMUP_SHARE, ANCESTOR_ACCUMULATION = 1000 / 150_000, 32
-RATES = (1e-4, 3e-3, 1e-2)  # the first is the ancestor's own
+RATES = (1e-4, 3e-3, 1e-2)  # the first is the ancestor's
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """What differs between the runs."""
+    """What differs between two runs."""
 
     label: str
     model: Gemma3
@@ -70,7 +73,7 @@ def main(
     batch_size: int,
     context_length: int,
 ) -> None:
-    """Train six times, print the validation losses, and draw them."""
+    """Train six times, and print and plot the validation losses."""
     options = TrainOptions(
         steps=updates,
         accumulation=accumulation,
@@ -97,11 +100,11 @@ def main(
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(("recipe", "updates", "validation_loss"))
         writer.writerows((label, *point) for label, curve in curves.items() for point in curve)
-    draw(curves, output)
+    plot(curves, output)
 
 
 def ours(config: Gemma3Config, options: TrainOptions) -> Recipe:
-    """Float32 weights, N(0, 0.02), tied head, decay of matrices, schedule in updates."""
+    """Return our recipe: float32 weights from N(0, 0.02), a tied head, decay of matrices only."""
     model = model_from_config(config, options.seed)
     return Recipe(
         label=f"this trainer, rate {options.learning_rate:g}",
@@ -112,7 +115,7 @@ def ours(config: Gemma3Config, options: TrainOptions) -> Recipe:
 
 
 def ancestor(config: Gemma3Config, options: TrainOptions) -> Recipe:
-    """See the module's text."""
+    """Return the ancestor's recipe; see the module's docstring."""
     rate = options.learning_rate
     torch.manual_seed(options.seed)
     model = model_from_config(replace(config, tie_word_embeddings=False), options.seed)
@@ -121,7 +124,7 @@ def ancestor(config: Gemma3Config, options: TrainOptions) -> Recipe:
     model.model.embed_tokens.weight.data.normal_(0.0, 1.0)
     for module in model.modules():
         if isinstance(module, nn.Linear):
-            module.reset_parameters()  # torch's own, as the ancestor left it
+            module.reset_parameters()  # torch's default, which the ancestor uses
     micro_batches = options.steps * ANCESTOR_ACCUMULATION
     warmup = max(1, round(WARMUP_SHARE * micro_batches))  # sized in one unit, counted in another
 
@@ -144,7 +147,7 @@ def ancestor(config: Gemma3Config, options: TrainOptions) -> Recipe:
 
 
 def run(recipe: Recipe, data: TokenData, options: TrainOptions) -> list[tuple[int, float]]:
-    """The validation loss after every tenth of the updates."""
+    """Train, and return (updates, validation loss) after every tenth of the updates."""
     module = LossModule(
         recipe.model,
         compute_dtype=torch.float32,
@@ -176,19 +179,19 @@ def run(recipe: Recipe, data: TokenData, options: TrainOptions) -> list[tuple[in
         if recipe.is_ancestor:
             round_to_bf16(recipe)
         if (step + 1) % max(1, options.steps // 10) == 0:
-            curve.append((step + 1, judge(module, held, data)))
+            curve.append((step + 1, evaluate(module, held, data)))
     return curve
 
 
 def without_separators(data: TokenData) -> NDArray[np.unsignedinteger[Any]]:
-    """The training tokens as the ancestor had them."""
+    """Return the training tokens without separators."""
     separators = [data.meta.bos_token_id, data.meta.eos_token_id]
     return data.train[~np.isin(data.train, [one for one in separators if one is not None])]
 
 
 @torch.no_grad()
-def judge(module: LossModule, held: WindowSampler, data: TokenData) -> float:
-    """Mean loss of what both recipes were taught to predict: everything but separators."""
+def evaluate(module: LossModule, held: WindowSampler, data: TokenData) -> float:
+    """Return the mean loss of everything except separators, which only one recipe trains on."""
     losses = []
     for index in range(16):
         inputs, labels = held.batch(index)
@@ -201,7 +204,7 @@ def judge(module: LossModule, held: WindowSampler, data: TokenData) -> float:
 
 @torch.no_grad()
 def round_to_bf16(recipe: Recipe) -> None:
-    """Lose what bfloat16 storage of weights and optimiser states loses."""
+    """Round weights and optimiser states to bfloat16, as storing them would."""
     for weight in recipe.model.parameters():
         weight.copy_(weight.bfloat16())
         for value in recipe.optimizer.state[weight].values():
@@ -209,8 +212,8 @@ def round_to_bf16(recipe: Recipe) -> None:
                 value.copy_(value.bfloat16())
 
 
-def draw(curves: dict[str, list[tuple[int, float]]], output: Path) -> None:
-    """One line a run; colours are rates, and the ancestor's lines are dashed."""
+def plot(curves: dict[str, list[tuple[int, float]]], output: Path) -> None:
+    """Plot one line per run; colours are learning rates, and the ancestor's lines are dashed."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4.2), dpi=120, layout="constrained")
@@ -219,7 +222,7 @@ def draw(curves: dict[str, list[tuple[int, float]]], output: Path) -> None:
         style = {"ls": "-" if index % 2 == 0 else "--", "color": f"C{index // 2}"}
         axes.plot(*zip(*curve, strict=True), marker="o", ms=3, label=label, **style)
     axes.set_xlabel("updates")
-    axes.set_ylabel("validation loss (nats a token)")
+    axes.set_ylabel("validation loss (nats per token)")
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(output)

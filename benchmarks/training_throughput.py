@@ -1,10 +1,10 @@
-"""Training speed: our module against the same model in transformers, with the same batch.
+"""Compare the training speed of our module with the same model in transformers.
 
-    python benchmarks/training_throughput.py --rounds 5
+    python -m benchmarks.training_throughput --rounds 5
 
-Both take the same weights and windows, compute the same loss in float32, and update with the same
-AdamW. Rounds alternate and processor time is compared, so that other load on the machine counts
-little.
+Both train on the same batches from the same weights, compute the same loss in float32, and update
+with the same AdamW. Rounds alternate, and speeds are per second of processor time, so other load on
+the machine hardly counts.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
+from benchmarks.common import rounds_option
 from gemma3_export.config import Gemma3Config, config_to_json, preset
 from gemma3_export.reference.training.initialization import DEMO_CONFIG, model_from_config
 from gemma3_export.reference.training.loss import LossModule
@@ -29,16 +30,16 @@ Step = Callable[[Tensor, Tensor], float]
 
 
 @click.command()
-@click.option("--size", default="demo", show_default=True, help="demo, or a published size.")
-@click.option("--layers", type=int, help="Only so many layers of it.")
+@click.option("--size", default="demo", show_default=True, help="demo or a published size.")
+@click.option("--layers", type=int, help="Use only the last N layers.", metavar="N")
 @click.option("--batch-size", default=8, show_default=True)
 @click.option("--context-length", default=256, show_default=True)
-@click.option("--rounds", default=5, show_default=True)
+@rounds_option
 @click.option("--threads", default=1, show_default=True)
 def main(
     size: str, layers: int | None, batch_size: int, context_length: int, rounds: int, threads: int
 ) -> None:
-    """Print tokens a second of processor time, and their ratio."""
+    """Print tokens per second of processor time, and the ratio."""
     torch.set_num_threads(threads)
     config = DEMO_CONFIG if size == "demo" else preset(size).config
     if layers is not None:
@@ -58,12 +59,12 @@ def main(
             seconds[name].append(time.process_time() - started)
     rates = {name: inputs.numel() / statistics.median(values) for name, values in seconds.items()}
     for name, rate in rates.items():
-        click.echo(f"{name}: {rate:,.0f} tokens a second of processor time")
+        click.echo(f"{name}: {rate:,.0f} tokens per second of processor time")
     click.echo(f"ratio: {rates['ours'] / rates['transformers']:.2f}")
 
 
 def our_step(config: Gemma3Config) -> Step:
-    """One update as the trainer makes it."""
+    """Return an update step as the trainer runs it."""
     module = LossModule(
         model_from_config(config, 0),
         compute_dtype=torch.float32,
@@ -74,7 +75,7 @@ def our_step(config: Gemma3Config) -> Step:
 
 
 def their_step(config: Gemma3Config) -> Step:
-    """The same update of transformers' model, with the same weights."""
+    """Return the same update step for transformers' model, with the same weights."""
     hf_config = Gemma3TextConfig(**config_to_json(config))
     hf_config._attn_implementation = "sdpa"
     hf_config.use_cache = False
@@ -90,12 +91,12 @@ def their_step(config: Gemma3Config) -> Step:
 
 
 def update_step(module: nn.Module, loss_of: Callable[[Tensor, Tensor], Tensor]) -> Step:
-    """Forward, backward, clip, AdamW."""
+    """Return a step of forward, backward, gradient clipping and AdamW."""
     optimizer = make_optimizer(module, TrainOptions())
 
     def step(inputs: Tensor, labels: Tensor) -> float:
         loss = loss_of(inputs, labels)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(module.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

@@ -12,6 +12,7 @@ from gemma3_export.bench.process import Worker
 __all__ = [
     "describe_case",
     "ratios",
+    "scaled",
     "speed_plot",
     "spread",
     "table_lines",

@@ -1,13 +1,13 @@
-/* A CUDA runtime without a GPU, for asking ONNX Runtime where it would put a graph and what it
- * would do to run it.
+/* A CUDA runtime without a GPU. It shows where ONNX Runtime would place the nodes of a graph, and which
+ * calls it would make to run it.
  *
- * Device memory is host memory, kernels and libraries compute nothing, the device says that it is
- * an H100. Values are meaningless; placement, control flow, copies, allocations and
- * synchronisations are ONNX Runtime's own, and are counted.
+ * Device memory is host memory, kernels and libraries compute nothing, and the device claims to be an
+ * H100. Values are meaningless. Placement, control flow, copies, allocations and synchronisations are
+ * ONNX Runtime's own, and the stub counts them.
  *
- * One shared object stands in for libcuda, libcudart, libcublas, libcublasLt, libcurand and
- * libcudnn (stub.py makes a link for each name). On x86-64 and aarch64 Linux a caller may pass more
- * arguments than a function declares, so entry points that only have to succeed declare none.
+ * One shared object replaces libcuda, libcudart, libcublas, libcublasLt, libcurand and libcudnn
+ * (stub.py creates a link for each name). On x86-64 and aarch64 Linux a caller may pass more arguments
+ * than a function declares, so entry points that only need to succeed declare none.
  */
 
 #define _GNU_SOURCE
@@ -19,7 +19,7 @@
 
 /* --- counters ------------------------------------------------------------------------------- */
 
-/* The order is stub.py's COUNTERS. */
+/* In the order of COUNTERS in stub.py */
 enum counter {
   DEVICE_ALLOCATIONS,
   DEVICE_BYTES,
@@ -71,7 +71,7 @@ static void acquire(void) {
 
 static void release(void) { __atomic_store_n(&lock, 0, __ATOMIC_RELEASE); }
 
-/* A stream that is being captured allows neither allocation nor synchronisation. */
+/* Stream capture forbids allocation and synchronisation. */
 static int forbidden_in_capture(void) {
   if (!is_capturing) return OK;
   count(CAPTURE_VIOLATIONS, 1);
@@ -79,7 +79,7 @@ static int forbidden_in_capture(void) {
 }
 
 static int allocate(void **out, size_t size, int kind) {
-  /* Pages that nobody touches cost nothing, so a big model's arena fits a small machine. */
+  /* Untouched pages cost nothing, so a large model's arena fits on a small machine. */
   void *memory = mmap(NULL, size ? size : 1, PROT_READ | PROT_WRITE,
                       MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (memory == MAP_FAILED) return OUT_OF_MEMORY;
@@ -227,18 +227,18 @@ int cudaPointerGetAttributes(struct pointer_attributes *out, const void *pointer
 
 /* --- the device ----------------------------------------------------------------------------- */
 
-/* An H100 SXM: (offset in cudaDeviceProp of CUDA 13, number of the attribute, bytes, value);
- * -1 stands for no offset or no number. */
+/* An H100 SXM: (offset in cudaDeviceProp of CUDA 13, attribute number, bytes, value);
+ * -1 means that there is no offset or no number. */
 static const struct fact {
   short offset, attribute;
   char size;
   long long value;
 } FACTS[] = {
     {288, -1, 8, 85899345920LL}, /* total memory */
-    {296, 8, 8, 49152},          /* shared memory a block */
-    {304, 12, 4, 65536},         /* registers a block */
+    {296, 8, 8, 49152},          /* shared memory per block */
+    {304, 12, 4, 65536},         /* registers per block */
     {308, 10, 4, 32},            /* warp size */
-    {320, 1, 4, 1024},           /* threads a block */
+    {320, 1, 4, 1024},           /* threads per block */
     {324, 2, 4, 1024},
     {328, 3, 4, 1024},
     {332, 4, 4, 64},
@@ -254,7 +254,7 @@ static const struct fact {
     {588, 41, 4, 1},     /* unified addressing */
     {592, 37, 4, 5120},  /* bus width in bits */
     {596, 38, 4, 52428800},
-    {604, 39, 4, 2048},  /* threads a multiprocessor */
+    {604, 39, 4, 2048},  /* threads per multiprocessor */
     {624, 81, 8, 233472},
     {632, 82, 4, 65536},
     {668, 95, 4, 1},     /* cooperative launch */
@@ -307,7 +307,7 @@ struct function_attributes {
 };
 int cudaFuncGetAttributes(struct function_attributes *out, const void *function) {
   (void)function;
-  memset(out, 0, 48); /* no more than every version of the structure has */
+  memset(out, 0, 48); /* the size that all versions of the structure share */
   out->max_threads = 1024;
   out->registers = 32;
   out->ptx = out->binary = 90;
@@ -317,7 +317,7 @@ int cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int *out) { return *o
 
 /* --- streams, events, graphs ---------------------------------------------------------------- */
 
-static char token; /* what every opaque handle points at */
+static char token; /* every opaque handle points here */
 
 static int handle(void **out) { return *out = &token, OK; }
 static int synchronize(void) {
@@ -476,7 +476,7 @@ int cublasLtMatmulAlgoGetHeuristic(void *library, void *operation, void *a, void
 }
 
 HANDLE(cudnnCreate)
-size_t cudnnGetVersion(void) { return 90000; } /* older than what attention is taken from */
+size_t cudnnGetVersion(void) { return 90000; } /* too old for cuDNN's attention */
 const char *cudnnGetErrorString(void) { return "error of the CUDA stub"; }
 void cudnnGetLastErrorString(char *out, size_t size) {
   if (size) *out = 0;
@@ -489,5 +489,5 @@ int cudnnBackendCreateDescriptor(int kind, void **out) {
 SUCCEEDS(cudnnDestroy)
 SUCCEEDS(cudnnSetStream)
 
-/* Written by stub.py: SUCCEEDS(...) for everything else that the installed provider imports. */
+/* stub.py writes SUCCEEDS(...) for every other symbol that the installed provider imports. */
 #include "cuda_stub_rest.h"

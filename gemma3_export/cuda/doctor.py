@@ -1,4 +1,7 @@
-"""Gather the facts, each in a process that may crash, and diagnose them."""
+"""Examine a device: collect the facts and diagnose them.
+
+Each probe runs in its own process, because a damaged installation may crash it.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from gemma3_export.cuda.driver import wanted_libraries
 from gemma3_export.cuda.facts import (
     Driver,
     Facts,
@@ -22,6 +24,7 @@ from gemma3_export.cuda.facts import (
     read_machine,
     read_packages,
 )
+from gemma3_export.cuda.libraries import wanted_libraries
 from gemma3_export.cuda.problems import Problem, problems_of
 from gemma3_export.device import parse_device
 from gemma3_export.errors import InputError
@@ -35,48 +38,48 @@ ONNX = "onnx"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Report:
-    """What was found, and what to do about it."""
+    """The facts about a device, and the problems that they show."""
 
     facts: Facts
     problems: tuple[Problem, ...]
 
     @property
     def is_usable(self) -> bool:
-        """Whether the device computes."""
+        """Return whether the device computes correctly."""
         return self.facts.trial.passed
 
     def to_json(self) -> dict[str, Any]:
-        """For ``--json``."""
+        """Return the object that ``--json`` prints."""
         found = {"usable": self.is_usable, "problems": [asdict(one) for one in self.problems]}
         return found | asdict(self.facts)
 
 
-class Unanswered(Exception):  # noqa: N818  (a finding, no error of the doctor)
-    """A probe crashed, hung, or said something else.
+class ProbeFailed(Exception):  # noqa: N818  (a finding, not an error of the doctor)
+    """The end of a probe that crashed, hung or failed.
 
     Args:
-        why: how it ended.
-        answers: how many answers came before that.
+        reason: how it ended.
+        answers: number of answers before that.
     """
 
-    def __init__(self, why: str, answers: int = 0) -> None:
-        super().__init__(why)
+    def __init__(self, reason: str, answers: int = 0) -> None:
+        super().__init__(reason)
         self.answers = answers
 
 
 def examine(device: str = "cuda", runtime: str = ONNX) -> Report:
-    """Find out whether ``runtime`` can compute on ``device``, and why not.
+    """Determine whether ``runtime`` can compute on ``device``, and if not, why.
 
     Args:
         device: ``cpu``, ``cuda`` or ``cuda:N``.
-        runtime: a bundle's runtime; all but ``onnx`` are torch's.
+        runtime: a bundle's runtime; all except ``onnx`` use torch.
 
     Raises:
-        InputError: the device is unknown, or ``auto``, which is none.
+        InputError: the device is unknown or ``auto``.
     """
     wanted = parse_device(device)
     if wanted is None:
-        raise InputError("auto is no device that could be examined; choose cpu, cuda or cuda:N")
+        raise InputError("auto does not name one device; choose cpu, cuda or cuda:N")
     on_gpu = wanted.kind == "cuda"
     packages = read_packages()
     facts = Facts(
@@ -92,10 +95,10 @@ def examine(device: str = "cuda", runtime: str = ONNX) -> Report:
 
 
 def read_driver() -> Driver:
-    """What the driver says, or that it does not answer."""
+    """Describe the driver, or why it does not answer."""
     try:
         (found,), _ = ask("driver")
-    except Unanswered as error:
+    except ProbeFailed as error:
         return Driver(is_found=True, problem=str(error))
     gpus = tuple(
         Gpu(**gpu | {"compute_capability": pair(gpu["compute_capability"])})
@@ -105,12 +108,12 @@ def read_driver() -> Driver:
 
 
 def pair(numbers: list[int] | None) -> tuple[int, int] | None:
-    """JSON knows no tuples."""
+    """Return a list from JSON, which has no tuples, as a tuple."""
     return None if numbers is None else (numbers[0], numbers[1])
 
 
 def read_libraries(packages: Packages) -> tuple[Library, ...]:
-    """What the provider loads, if there is a provider."""
+    """Describe the libraries of the CUDA provider, if there is one."""
     if packages.provider is None:
         return ()
     provider = Path(packages.provider)
@@ -126,8 +129,8 @@ def read_libraries(packages: Packages) -> tuple[Library, ...]:
         left = [name for name in wanted if name not in crashed]
         try:
             found, _ = ask("libraries", str(provider), *crashed) if left else ([], "")
-        except Unanswered as error:
-            name = left[min(error.answers, len(left) - 1)]  # it answers in this order
+        except ProbeFailed as error:
+            name = left[min(error.answers, len(left) - 1)]  # the probe answers in this order
             crashed[name] = Library(
                 soname=name, is_needed=wanted[name], path=name, problem=str(error)
             )
@@ -136,22 +139,22 @@ def read_libraries(packages: Packages) -> tuple[Library, ...]:
 
 
 def try_device(framework: str, device: str) -> Trial:
-    """The product of two matrices, or why there is none."""
+    """Multiply two matrices on the device, or say why that fails."""
     try:
         (found,), log = ask(framework, device)
-    except Unanswered as error:
+    except ProbeFailed as error:
         return Trial(framework=framework, problem=str(error))
     return Trial(**found | {"providers": tuple(found["providers"]), "log": log or None})
 
 
 def ask(*arguments: str) -> tuple[list[dict[str, Any]], str]:
-    """Run :mod:`gemma3_export.cuda.probe`; its answers, and what it wrote to stderr.
+    """Run :mod:`gemma3_export.cuda.probe`, and return its answers and what it wrote to stderr.
 
     Raises:
-        Unanswered: there is no answer; the message says how the process ended.
+        ProbeFailed: the process did not complete; the message says how it ended.
     """
-    # The same package, wherever it was imported from.
-    paths = (str(Path(__file__).parent.parent.parent), os.environ.get("PYTHONPATH"))
+    # The probe must import the same package, wherever this process imported it from.
+    paths = (str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH"))
     variables = {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
     command = [sys.executable, "-m", "gemma3_export.cuda.probe", *arguments]
     try:
@@ -167,20 +170,20 @@ def ask(*arguments: str) -> tuple[list[dict[str, Any]], str]:
         )
     except subprocess.TimeoutExpired as error:
         answers = len((error.stdout or b"").splitlines())
-        raise Unanswered(f"no answer in {TIMEOUT_S} seconds", answers) from None
+        raise ProbeFailed(f"no answer in {TIMEOUT_S} seconds", answers) from None
     log = done.stderr.strip()[-LOG_CHARACTERS:]
     lines = done.stdout.splitlines()
     if done.returncode or not lines:
         last = f": {log.splitlines()[-1]}" if log else ""
-        raise Unanswered(f"the process that looked {ending(done.returncode)}{last}", len(lines))
+        raise ProbeFailed(f"the probe {ending(done.returncode)}{last}", len(lines))
     return [json.loads(line) for line in lines], log
 
 
 def ending(returncode: int) -> str:
-    """An exit code in words."""
+    """Describe an exit code."""
     if returncode >= 0:
         return f"ended with exit code {returncode}"
     try:
-        return f"was ended by {signal.Signals(-returncode).name}"
+        return f"was killed by {signal.Signals(-returncode).name}"
     except ValueError:
-        return f"was ended by signal {-returncode}"
+        return f"was killed by signal {-returncode}"

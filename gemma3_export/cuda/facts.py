@@ -1,4 +1,7 @@
-"""What the doctor looks at: plain values, so that a diagnosis can be made of any of them."""
+"""The facts that the doctor collects: plain values, and readers for the machine and its packages.
+
+A diagnosis is a function of these values, see :mod:`gemma3_export.cuda.problems`.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,6 @@ __all__ = [
     "Library",
     "Machine",
     "Packages",
-    "Problem",
     "Trial",
     "read_machine",
     "read_packages",
@@ -29,33 +31,35 @@ __all__ = [
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Machine:
-    """Where this runs."""
+    """The machine and its Python."""
 
     python: str
     executable: str
-    system: str  # as platform.system() says
-    processor: str  # as platform.machine() says
+    system: str  # platform.system()
+    processor: str  # platform.machine()
     is_container: bool = False
-    nvidia_devices: int | None = None  # on the PCI bus; None where that cannot be seen
+    nvidia_devices: int | None = None  # on the PCI bus; None: the bus is not visible
     kernel_driver: str | None = None  # version of the loaded NVIDIA kernel module
-    variables: dict[str, str] = field(default_factory=dict)  # that change what CUDA finds
+    variables: dict[str, str] = field(
+        default_factory=dict
+    )  # environment variables that affect CUDA
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Packages:
-    """What pip installed; nothing of it is imported."""
+    """The packages that pip installed, read without importing them."""
 
     versions: dict[str, str] = field(default_factory=dict)  # distribution -> version
-    build: str | None = None  # the package whose files lie in the folder `onnxruntime`
+    build: str | None = None  # the distribution that the files in `onnxruntime/` came from
     build_version: str | None = None
     cuda_version: str | None = None  # that those files were built for
-    provider: str | None = None  # the CUDA provider's file
-    torch_cuda: str | None = None  # that the installed torch was built for
+    provider: str | None = None  # path of the CUDA provider
+    torch_cuda: str | None = None  # the CUDA version that torch was built for
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Gpu:
-    """One device of the driver."""
+    """One GPU that the driver reports."""
 
     index: int
     name: str | None = None
@@ -65,12 +69,12 @@ class Gpu:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Driver:
-    """What ``libcuda.so.1`` says."""
+    """The NVIDIA driver, as ``libcuda.so.1`` reports it."""
 
     is_found: bool
-    cuda_version: tuple[int, int] | None = None  # the newest that the driver supports
+    cuda_version: tuple[int, int] | None = None  # the newest CUDA that it supports
     error_code: int | None = None  # of cuInit or cuDeviceGetCount
-    problem: str | None = None  # why nothing could be asked
+    problem: str | None = None  # why it could not be queried
     gpus: tuple[Gpu, ...] = ()
 
 
@@ -79,53 +83,41 @@ class Library:
     """A library that the CUDA provider loads."""
 
     soname: str
-    is_needed: bool  # without it the provider does not load at all
-    path: str | None = None  # the file that the loader took
+    is_needed: bool  # the provider does not load without it
+    path: str | None = None  # the file that was loaded
     problem: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Trial:
-    """A product of two matrices on the device, computed as the runtime would."""
+    """The result of multiplying two matrices on the device with the runtime's framework."""
 
-    framework: str  # onnxruntime or torch, with its version
-    providers: tuple[str, ...] = ()  # that it offers
-    is_right: bool | None = None  # whether the values were; None: nothing was computed
+    framework: str  # onnxruntime or torch, and its version
+    providers: tuple[str, ...] = ()  # that the framework offers
+    is_right: bool | None = None  # the product is correct; None: nothing was computed
     problem: str | None = None
-    log: str | None = None  # what the libraries wrote meanwhile
+    log: str | None = None  # what the libraries wrote to stderr
 
     @property
     def passed(self) -> bool:
-        """Whether the device computes."""
+        """Return whether the device computes correctly."""
         return self.is_right is True
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Facts:
-    """All that was found out."""
+    """Everything that the doctor collects."""
 
     device: str
     runtime: str
     machine: Machine
     packages: Packages
-    driver: Driver | None = None  # None: not asked, the device is the CPU
+    driver: Driver | None = None  # None: not queried, because the device is the CPU
     libraries: tuple[Library, ...] = ()
     trial: Trial
 
 
-# One thing that is wrong.
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Problem:
-    """What is wrong, and what to run or do about it."""
-
-    what: str
-    fix: str
-    blocks: bool = True  # the device cannot be used before it is solved
-
-
-# Python, the system, and the traces of NVIDIA hardware that need no driver.
+# The machine, and traces of NVIDIA hardware that need no driver
 
 VARIABLES = (
     "CUDA_VISIBLE_DEVICES",
@@ -137,12 +129,12 @@ VARIABLES = (
 CONTAINER_MARKS = ("/.dockerenv", "/run/.containerenv")
 PCI_DEVICES = Path("/sys/bus/pci/devices")
 NVIDIA_VENDOR = "0x10de"
-WSL_DEVICE = Path("/dev/dxg")  # a GPU that Windows passes on, which is on no bus
+WSL_DEVICE = Path("/dev/dxg")  # a GPU that WSL passes on is not on the bus
 KERNEL_DRIVER = Path("/proc/driver/nvidia/version")
 
 
 def read_machine() -> Machine:
-    """What the machine is, as far as it tells."""
+    """Describe the machine, as far as it can be determined."""
     return Machine(
         python=platform.python_version(),
         executable=sys.executable,
@@ -156,7 +148,7 @@ def read_machine() -> Machine:
 
 
 def count_nvidia_devices() -> int | None:
-    """NVIDIA's devices on the PCI bus; None where the bus cannot be seen."""
+    """Count NVIDIA devices on the PCI bus; return None if the bus is not visible."""
     if WSL_DEVICE.exists() or not PCI_DEVICES.is_dir():
         return None
     try:
@@ -167,7 +159,7 @@ def count_nvidia_devices() -> int | None:
 
 
 def kernel_driver_version() -> str | None:
-    """Version of the NVIDIA kernel module that is loaded."""
+    """Return the version of the loaded NVIDIA kernel module."""
     try:
         text = KERNEL_DRIVER.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):
@@ -176,14 +168,14 @@ def kernel_driver_version() -> str | None:
     return match[1] if match else "unknown"
 
 
-# What pip installed for ONNX Runtime and CUDA, read from metadata and files without an import.
+# The packages for ONNX Runtime and CUDA, read from metadata and files without importing them
 
 PROVIDER = "libonnxruntime_providers_cuda.so"
 SHOWN = re.compile(r"gemma3-export|onnxruntime.*|ort-nightly.*|torch|nvidia-.*")
 
 
 def read_packages() -> Packages:
-    """What is installed; what is damaged counts as absent."""
+    """Describe the installed packages; a damaged package counts as absent."""
     folder = package_folder("onnxruntime")
     build = {} if folder is None else assignments(folder / "capi" / "build_and_package_info.py")
     provider = None if folder is None else folder / "capi" / PROVIDER
@@ -199,18 +191,18 @@ def read_packages() -> Packages:
 
 
 def shown_versions() -> Iterator[tuple[str, str]]:
-    """Distribution and version of all that has to do with CUDA."""
+    """Yield name and version of each distribution that is related to CUDA."""
     for distribution in importlib.metadata.distributions():
         try:
             name, version = distribution.metadata["Name"], distribution.version
-        except Exception:  # noqa: S112  (damaged by a full disk, for example: counts as absent)
+        except Exception:  # noqa: S112  (damaged, for example by a full disk: counts as absent)
             continue
         if name and version and SHOWN.fullmatch(name.lower()):
             yield name.lower().replace("_", "-"), version
 
 
 def package_folder(module: str) -> Path | None:
-    """Where a package lies; it is not imported."""
+    """Return the folder of a package without importing it."""
     try:
         spec = importlib.util.find_spec(module)
     except (ImportError, ValueError):
@@ -219,7 +211,7 @@ def package_folder(module: str) -> Path | None:
 
 
 def assignments(file: Path) -> dict[str, str]:
-    """Texts that a small module assigns to names: ``cuda_version = '13.0'``."""
+    """Return the strings that a module assigns to names, such as ``cuda_version = '13.0'``."""
     try:
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):

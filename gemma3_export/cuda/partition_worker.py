@@ -1,7 +1,7 @@
-"""Run by another interpreter, over the stub: create a session and print what ONNX Runtime did.
+"""Create a session for a graph and print how ONNX Runtime partitioned it, as one JSON object.
 
-Needs the standard library and onnxruntime alone. Arguments: the graph. Prints one JSON object.
-Where there is a GPU, :func:`partition` tells the same in this process.
+Runs over the stub in another interpreter, and needs only the standard library and onnxruntime. The
+argument is the graph's file. On a machine with a GPU, :func:`partition` works in any process.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ COPY = re.compile(r"Add Memcpy(?:To|From)Host (?:before|after) (\S+)")
 
 
 def create(graph: str, severity: int, **options: str) -> onnxruntime.InferenceSession:
-    """A session on CUDA, falling back to the CPU where it has to."""
+    """Create a session on CUDA that falls back to the CPU."""
     settings = onnxruntime.SessionOptions()
     settings.log_severity_level = severity
     settings.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
@@ -27,7 +27,7 @@ def create(graph: str, severity: int, **options: str) -> onnxruntime.InferenceSe
 
 
 def with_log(graph: str, options: dict[str, str]) -> tuple[onnxruntime.InferenceSession, str]:
-    """A session, and what ONNX Runtime's C++ code wrote to the standard error meanwhile."""
+    """Create a session, and return it with what ONNX Runtime's C++ code wrote to stderr."""
     with tempfile.TemporaryFile() as log:
         saved = os.dup(2)
         os.dup2(log.fileno(), 2)
@@ -41,7 +41,7 @@ def with_log(graph: str, options: dict[str, str]) -> tuple[onnxruntime.Inference
 
 
 def capture_problem(graph: str, options: dict[str, str]) -> str | None:
-    """Why a CUDA graph cannot be captured; None when it can."""
+    """Return why a CUDA graph cannot be captured, or None if it can."""
     try:
         create(graph, severity=4, **{**options, "enable_cuda_graph": "1"})
     except Exception as error:  # ONNX Runtime's errors share no base class
@@ -50,7 +50,7 @@ def capture_problem(graph: str, options: dict[str, str]) -> str | None:
 
 
 def partition(graph: str, **options: str) -> dict[str, object]:
-    """Where ONNX Runtime puts the nodes of ``graph``, given options of its CUDA provider."""
+    """Return the execution provider of each node of ``graph``, given CUDA provider options."""
     session, log = with_log(graph, options)
     nodes = [
         {"provider": part.ep_name, "operator": node.op_type, "name": node.name}

@@ -1,8 +1,8 @@
-"""Run in a process of its own, since what is broken may crash or hang: look, and print JSON.
+"""Probe one part of a CUDA installation and print JSON; a separate process, since it may crash.
 
-Started by :mod:`gemma3_export.cuda.doctor`. Arguments: what to look at (``driver``,
-``libraries``, ``onnxruntime`` or ``torch``) and, but for the driver, the provider's file or the
-device. Prints an object a line, as soon as it is known.
+:mod:`gemma3_export.cuda.doctor` starts it. The arguments name the probe (``driver``, ``libraries``,
+``onnxruntime`` or ``torch``) and, except for the driver, the provider's file or the device. Prints
+one object per line, as soon as it is known.
 """
 
 from __future__ import annotations
@@ -15,34 +15,35 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from gemma3_export.cuda.driver import load_libraries, read_driver
+from gemma3_export.cuda.driver import read_driver
 from gemma3_export.cuda.facts import Driver, Library, Trial
+from gemma3_export.cuda.libraries import load_libraries
 from gemma3_export.errors import Gemma3ExportError
 
 __all__: list[str] = []
 
-# Whole numbers whose product is exact in every precision.
+# Integers whose product is exact in every precision
 LEFT, RIGHT, PRODUCT = [[1, 2], [3, 4]], [[5, 6], [7, 8]], [[19, 22], [43, 50]]
 
 
-def look_at_driver() -> Iterator[Driver]:
-    """The driver."""
+def probe_driver() -> Iterator[Driver]:
+    """Yield the driver."""
     yield read_driver()
 
 
-def look_at_libraries(provider: str, *but: str) -> Iterator[Library]:
-    """What the provider loads, but for those that are known to crash."""
-    yield from load_libraries(Path(provider), but)
+def probe_libraries(provider: str, *crashing: str) -> Iterator[Library]:
+    """Yield the provider's libraries, except those that are known to crash."""
+    yield from load_libraries(Path(provider), crashing)
 
 
 def try_onnxruntime(device: str) -> Iterator[Trial]:
-    """Multiply two matrices as the ONNX runtime would on ``device``."""
+    """Multiply two matrices on ``device`` with ONNX Runtime."""
     from gemma3_export.runtimes.onnx.graphs import PRODUCT_GRAPH
     from gemma3_export.runtimes.onnx.session import choose_device, import_onnxruntime, open_session
 
     try:
         ort = import_onnxruntime()
-    except Exception as error:  # whatever an import of broken files raises
+    except Exception as error:  # importing damaged files can raise anything
         yield Trial(framework="onnxruntime", problem=cause_of(error))
         return
     facts: dict[str, Any] = {"framework": f"onnxruntime {getattr(ort, '__version__', '?')}"}
@@ -63,7 +64,7 @@ def try_torch(device: str) -> Iterator[Trial]:
     """Multiply two matrices with torch on ``device``."""
     try:
         import torch
-    except Exception as error:  # whatever an import of broken files raises
+    except Exception as error:  # importing damaged files can raise anything
         yield Trial(framework="torch", problem=cause_of(error))
         return
     facts: dict[str, Any] = {"framework": f"torch {torch.__version__}"}
@@ -71,33 +72,33 @@ def try_torch(device: str) -> Iterator[Trial]:
         facts["providers"] = ("cuda", "cpu") if torch.cuda.is_available() else ("cpu",)
         left, right = (torch.tensor(matrix, device=device).float() for matrix in (LEFT, RIGHT))
         facts["is_right"] = (left @ right).tolist() == PRODUCT
-    except Exception as error:  # torch raises AssertionError where it has no CUDA
+    except Exception as error:  # torch without CUDA raises AssertionError
         facts["problem"] = cause_of(error)
     yield Trial(**facts)
 
 
 def cause_of(error: BaseException) -> str:
-    """The first line of what went wrong at the bottom."""
+    """Return the first line of the root cause's message."""
     while error.__cause__ is not None:
         error = error.__cause__
     if isinstance(error, Gemma3ExportError):
-        return str(error).partition("; ")[0]  # what follows sends people to the doctor
+        return str(error).partition("; ")[0]  # the rest refers to the doctor
     return f"{type(error).__name__}: {error}".strip().split("\n", 1)[0]
 
 
-LOOKS: dict[str, Callable[..., Iterator[Driver | Library | Trial]]] = {
-    "driver": look_at_driver,
-    "libraries": look_at_libraries,
+PROBES: dict[str, Callable[..., Iterator[Driver | Library | Trial]]] = {
+    "driver": probe_driver,
+    "libraries": probe_libraries,
     "onnxruntime": try_onnxruntime,
     "torch": try_torch,
 }
 
 
-def main(what: str, *arguments: str) -> None:
-    """Answer on what was stdout; whatever libraries print goes to stderr."""
+def main(name: str, *arguments: str) -> None:
+    """Print answers to the original stdout, and everything that libraries print to stderr."""
     with os.fdopen(os.dup(1), "w", encoding="utf-8") as answers:
         os.dup2(2, 1)
-        for answer in LOOKS[what](*arguments):
+        for answer in PROBES[name](*arguments):
             answers.write(json.dumps(asdict(answer)) + "\n")
             answers.flush()
 

@@ -1,11 +1,12 @@
-"""From facts to what is wrong and the command that changes it."""
+"""Diagnose facts: what is wrong, and which command fixes it."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 
-from gemma3_export.cuda.facts import Driver, Facts, Gpu, Library, Problem
+from gemma3_export.cuda.facts import Driver, Facts, Gpu, Library
 from gemma3_export.device import (
     BOTH_INSTALLED,
     CPU_PACKAGE,
@@ -15,16 +16,12 @@ from gemma3_export.device import (
     parse_device,
 )
 
-__all__ = [
-    "Problem",
-    "driver_problems",
-    "problems_of",
-]
+__all__ = ["Problem", "problems_of"]
 
 ONNX = "onnx"
 CPU_EXTRA = 'pip install "gemma3-export[cpu]"'
 TORCH_EXTRA = 'pip install "gemma3-export[export]"'
-# The wheel that brings a library; CUDA 12's carry a suffix, cuDNN's always does.
+# The wheel that contains a library. The names for CUDA 12 have a suffix; cuDNN's always has one.
 WHEELS = {
     "libcublas": "nvidia-cublas",
     "libcublasLt": "nvidia-cublas",
@@ -34,13 +31,49 @@ WHEELS = {
     "libnvrtc": "nvidia-cuda-nvrtc",
 }
 CUDNN = "libcudnn"
+ON_CPU = "or pass --device cpu"
+# From NVIDIA's release notes for CUDA: the oldest driver branch for each major version, and the
+# oldest compute capability that its libraries support.
+DRIVER_OF_CUDA = {12: 525, 13: 580}
+CAPABILITY_OF_CUDA = {12: (5, 0), 13: (7, 5)}
+BFLOAT16_CAPABILITY = (8, 0)
+NO_DEVICE = 100
+# Values of CUresult that have a known remedy
+ERRORS = {
+    2: ("the GPU has no memory left", "nvidia-smi (shows which processes use it)"),
+    34: (
+        "the library libcuda.so.1 is the stub of the CUDA toolkit",
+        "remove the toolkit's `stubs` folder from LD_LIBRARY_PATH",
+    ),
+    802: (
+        "the system's GPUs are not ready; GPUs with NVSwitch need the fabric manager",
+        "sudo systemctl start nvidia-fabricmanager",
+    ),
+    803: (
+        "libcuda.so.1 and the NVIDIA kernel module have different versions",
+        "sudo reboot (completes a driver update)",
+    ),
+    804: (
+        "CUDA's forward compatibility library is installed, but this GPU does not support it",
+        "sudo apt remove 'cuda-compat-*', or remove its folder from LD_LIBRARY_PATH",
+    ),
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Problem:
+    """Something that is wrong, and the command or action that fixes it."""
+
+    what: str
+    fix: str
+    blocks: bool = True  # the device cannot be used until it is fixed
 
 
 def problems_of(facts: Facts) -> Iterator[Problem]:
-    """What is wrong, causes before consequences.
+    """Yield what is wrong, causes before consequences.
 
-    What does not keep the device from computing is told too, but blocks nothing. When nothing
-    else explains why it does not compute, the trial's own failure is the problem.
+    A problem that does not keep the device from computing does not block. If no cause explains why
+    the device does not compute, the trial's own failure is the problem.
     """
     found = [*causes(facts)]
     if facts.trial.passed:
@@ -51,7 +84,7 @@ def problems_of(facts: Facts) -> Iterator[Problem]:
 
 
 def causes(facts: Facts) -> Iterator[Problem]:
-    """What explains a failure."""
+    """Yield everything that can cause a failure."""
     on_gpu = facts.driver is not None
     if facts.runtime == ONNX:
         yield from package_problems(facts, on_gpu=on_gpu)
@@ -63,7 +96,7 @@ def causes(facts: Facts) -> Iterator[Problem]:
 
 
 def package_problems(facts: Facts, *, on_gpu: bool) -> Iterator[Problem]:
-    """ONNX Runtime is absent, the wrong one, or there twice."""
+    """Find out whether ONNX Runtime is missing, the wrong build, or installed twice."""
     packages, machine = facts.packages, facts.machine
     has_cpu, has_gpu = (name in packages.versions for name in (CPU_PACKAGE, GPU_PACKAGE))
     if not on_gpu:
@@ -72,49 +105,49 @@ def package_problems(facts: Facts, *, on_gpu: bool) -> Iterator[Problem]:
         return
     if (machine.system, machine.processor) != ("Linux", "x86_64"):
         yield Problem(
-            what=f"onnxruntime-gpu is made for Linux on x86-64, and this is {machine.system} on "
+            what=f"onnxruntime-gpu requires Linux on x86-64, and this is {machine.system} on "
             f"{machine.processor}",
-            fix="pass --device cpu, or use such a machine",
+            fix="pass --device cpu, or use a machine with Linux on x86-64",
         )
     if has_cpu and has_gpu:
         yield Problem(what=BOTH_INSTALLED, fix=REINSTALL, blocks=packages.provider is None)
     elif has_cpu:
         yield Problem(
-            what="the installed onnxruntime is the one for CPUs, without a CUDA provider",
+            what="the installed onnxruntime is the CPU build, without a CUDA provider",
             fix=f"pip uninstall -y onnxruntime && {CUDA_EXTRA}",
         )
     elif packages.build is None and not has_gpu:
         yield Problem(what="ONNX Runtime is not installed", fix=CUDA_EXTRA)
     elif packages.provider is None:
         yield Problem(
-            what=f"the files of onnxruntime-gpu {packages.versions.get(GPU_PACKAGE, '')} are "
-            "damaged: its CUDA provider is missing",
+            what=f"onnxruntime-gpu {packages.versions.get(GPU_PACKAGE, '')} is damaged: its CUDA "
+            "provider is missing",
             fix=REINSTALL,
         )
 
 
 def torch_problems(facts: Facts, *, on_gpu: bool) -> Iterator[Problem]:
-    """Torch is absent, or one without CUDA."""
+    """Find out whether torch is missing or a build without CUDA."""
     version = facts.packages.versions.get("torch")
     if version is None and facts.trial.framework == "torch":
         yield Problem(what="torch is not installed", fix=TORCH_EXTRA)
     elif on_gpu and facts.packages.torch_cuda is None:
         yield Problem(
             what=f"torch {version} is a build without CUDA",
-            fix=f"pip uninstall -y torch && {TORCH_EXTRA} (PyPI's torch for Linux has CUDA; name "
+            fix=f"pip uninstall -y torch && {TORCH_EXTRA} (PyPI's torch for Linux has CUDA; use "
             "no other index)",
         )
 
 
 def library_problems(facts: Facts) -> Iterator[Problem]:
-    """Libraries that are missing, which one command gets together, and those that do not load."""
+    """Yield missing libraries, which one command installs, and libraries that do not load."""
     missing = [library for library in facts.libraries if library.problem is not None]
     absent: dict[bool, list[str]] = {True: [], False: []}
     for library in missing:
         wheel = wheel_of(library.soname, (facts.packages.cuda_version or "13").partition(".")[0])
         version = facts.packages.versions.get(wheel or "")
         if wheel is not None and version is None and library.path is None:
-            absent[library.is_needed].append(f"{library.soname} (of the package {wheel})")
+            absent[library.is_needed].append(f"{library.soname} (from the package {wheel})")
         else:
             yield damaged_library(library, wheel, version)
     for is_needed, names in absent.items():
@@ -127,7 +160,7 @@ def library_problems(facts: Facts) -> Iterator[Problem]:
 
 
 def damaged_library(library: Library, wheel: str | None, version: str | None) -> Problem:
-    """A library does not load although it is, or should be, there."""
+    """Describe a library that is installed, or should be, and does not load."""
     what = f"{library.soname} does not load: {library.problem}"
     if wheel is not None and version is not None:
         what += f", although {wheel} {version} is installed"
@@ -140,7 +173,7 @@ def damaged_library(library: Library, wheel: str | None, version: str | None) ->
 
 
 def wheel_of(soname: str, cuda_major: str) -> str | None:
-    """The distribution that has ``soname``."""
+    """Return the distribution that contains ``soname``."""
     name = soname.partition(".so")[0]
     if name == CUDNN:
         return f"nvidia-cudnn-cu{cuda_major}"
@@ -149,7 +182,7 @@ def wheel_of(soname: str, cuda_major: str) -> str | None:
 
 
 def trial_problem(facts: Facts) -> Problem:
-    """Everything is there, and yet nothing, or something wrong, is computed."""
+    """Describe a trial that failed although nothing else is wrong."""
     trial, device = facts.trial, facts.device
     if trial.is_right is False:
         return Problem(
@@ -163,7 +196,7 @@ def trial_problem(facts: Facts) -> Problem:
     if re.search(r"out of memory", text, re.IGNORECASE):
         return Problem(
             what=f"{device} has no memory left",
-            fix="nvidia-smi (shows which processes hold it); end them or choose another GPU",
+            fix="nvidia-smi (shows which processes use it); stop them or choose another GPU",
         )
     return Problem(
         what=f"{trial.framework} does not compute on {device}: {trial.problem}",
@@ -172,46 +205,15 @@ def trial_problem(facts: Facts) -> Problem:
 
 
 def reinstall(facts: Facts) -> str:
-    """The command that puts the runtime's packages there anew."""
+    """Return the command that reinstalls the runtime's packages."""
     if facts.runtime != ONNX:
         return f"pip uninstall -y torch && {TORCH_EXTRA}"
     extra = CUDA_EXTRA if facts.driver is not None else CPU_EXTRA
     return f"pip uninstall -y onnxruntime onnxruntime-gpu && {extra}"
 
 
-# What is wrong with the driver and its GPUs, and with their age.
-
-ON_CPU = "or pass --device cpu"
-# NVIDIA's release notes of CUDA: the oldest driver branch of each major version, and the oldest
-# compute capability that its libraries have code for.
-DRIVER_OF_CUDA = {12: 525, 13: 580}
-CAPABILITY_OF_CUDA = {12: (5, 0), 13: (7, 5)}
-BFLOAT16_CAPABILITY = (8, 0)
-NO_DEVICE = 100
-# Codes of CUresult that say what to do.
-ERRORS = {
-    2: ("the GPU has no memory left", "nvidia-smi (shows which processes hold it)"),
-    34: (
-        "the library libcuda.so.1 is the stub of the CUDA toolkit",
-        "take the toolkit's folder `stubs` out of LD_LIBRARY_PATH",
-    ),
-    802: (
-        "the system's GPUs are not ready; those with NVSwitch need the fabric manager",
-        "sudo systemctl start nvidia-fabricmanager",
-    ),
-    803: (
-        "libcuda.so.1 and the kernel's NVIDIA module are of different versions",
-        "sudo reboot (a driver update takes effect then)",
-    ),
-    804: (
-        "CUDA's forward compatibility library is installed, but this GPU does not take it",
-        "sudo apt remove 'cuda-compat-*', or take its folder out of LD_LIBRARY_PATH",
-    ),
-}
-
-
 def driver_problems(facts: Facts) -> Iterator[Problem]:
-    """Why the driver offers no GPU, or not the one that was asked for, or one that is too old."""
+    """Yield why the driver offers no GPU, not the requested one, or one that is too old."""
     driver = facts.driver
     assert driver is not None
     if not driver.is_found:
@@ -239,16 +241,16 @@ def driver_problems(facts: Facts) -> Iterator[Problem]:
 
 
 def absent_driver(facts: Facts) -> Problem:
-    """There is no libcuda.so.1: which of the reasons."""
+    """Describe why there is no libcuda.so.1."""
     machine = facts.machine
     if machine.nvidia_devices == 0 and machine.kernel_driver is None:
         return Problem(
             what="this machine has no NVIDIA GPU (none on the PCI bus, and no driver)",
-            fix=f"use a machine with one, {ON_CPU}",
+            fix=f"use a machine with an NVIDIA GPU, {ON_CPU}",
         )
     if machine.is_container:
         return Problem(
-            what="the container does not see the driver (libcuda.so.1)",
+            what="the driver (libcuda.so.1) is not visible in this container",
             fix="start it with `docker run --gpus all ...`; the host needs the NVIDIA driver and "
             "the package nvidia-container-toolkit",
         )
@@ -258,7 +260,7 @@ def absent_driver(facts: Facts) -> Problem:
 
 
 def driver_install(facts: Facts) -> str:
-    """The command that installs a driver for this ONNX Runtime's CUDA."""
+    """Return the command that installs a driver for the installed packages' CUDA version."""
     branch = DRIVER_OF_CUDA.get(wanted_major(facts), max(DRIVER_OF_CUDA.values()))
     if facts.machine.is_container:
         return f"install NVIDIA driver {branch} or newer on the host of this container"
@@ -269,15 +271,15 @@ def driver_install(facts: Facts) -> str:
 
 
 def wanted_major(facts: Facts) -> int:
-    """The major version of CUDA that the runtime was built for."""
+    """Return the major version of CUDA that the runtime was built for."""
     packages = facts.packages
-    version = packages.cuda_version if facts.runtime == "onnx" else packages.torch_cuda
+    version = packages.cuda_version if facts.runtime == ONNX else packages.torch_cuda
     major = (version or "").partition(".")[0]
     return int(major) if major.isdigit() else max(DRIVER_OF_CUDA)
 
 
 def old_driver(facts: Facts, driver: Driver) -> Iterator[Problem]:
-    """Minor versions do not matter: CUDA keeps compatible within a major one."""
+    """Compare major versions only: CUDA is compatible across minor versions."""
     wanted, found = wanted_major(facts), driver.cuda_version
     if found is not None and found[0] < wanted:
         yield Problem(
@@ -288,7 +290,7 @@ def old_driver(facts: Facts, driver: Driver) -> Iterator[Problem]:
 
 
 def no_gpu(facts: Facts, driver: Driver) -> Problem:
-    """The driver is there and offers nothing."""
+    """Describe why an installed driver offers no GPU."""
     code, variables = driver.error_code, facts.machine.variables
     if "CUDA_VISIBLE_DEVICES" in variables and code in (None, NO_DEVICE):
         return Problem(
@@ -312,7 +314,7 @@ def no_gpu(facts: Facts, driver: Driver) -> Problem:
 
 
 def old_gpu(facts: Facts, gpu: Gpu) -> Iterator[Problem]:
-    """A GPU for which there is no code, or that has no bfloat16."""
+    """Find out whether the GPU is too old for CUDA or for bfloat16."""
     capability, major = gpu.compute_capability, wanted_major(facts)
     if capability is None:
         return

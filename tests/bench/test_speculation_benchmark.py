@@ -4,25 +4,19 @@ from __future__ import annotations
 
 import itertools
 import json
-import runpy
 from pathlib import Path
 from typing import Any
 
 import pytest
 from click.testing import CliRunner
 
+from benchmarks import speculation
 from gemma3_export.api.exporting import export_onnx, open_weights
 from tests.support.fake_runtime import ScriptedRuntime
 from tests.support.tiny_models import tiny_config, write_hf_folder
 from tests.support.tiny_tokenizers import tiny_gemma_tokenizer
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "speculation.py"
 VOCAB_SIZE = 400
-
-
-@pytest.fixture(scope="module")
-def script() -> dict[str, Any]:
-    return runpy.run_path(str(SCRIPT))
 
 
 @pytest.fixture(scope="module")
@@ -36,10 +30,10 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
         return export_onnx(source, parent / "bundle", verify=False).path
 
 
-def rounds_of(script: dict[str, Any], *ratios: float) -> list[Any]:
+def rounds_of(*ratios: float) -> list[Any]:
     """What a case's rounds gave, all of equally many tokens."""
     return [
-        script["Turns"](
+        speculation.Turns(
             tokens=10,
             plain_s=ratio,
             drafting_s=1.0,
@@ -52,21 +46,19 @@ def rounds_of(script: dict[str, Any], *ratios: float) -> list[Any]:
     ]
 
 
-def test_all_groups_are_measured_and_all_texts_compared(
-    script: dict[str, Any], bundle: Path, tmp_path: Path
-) -> None:
+def test_all_groups_are_measured_and_all_texts_compared(bundle: Path, tmp_path: Path) -> None:
     report = tmp_path / "new" / "report.json"
     options = ["--threads", "1", "--rounds", "2", "--new-tokens", "24", "--report", str(report)]
-    result = CliRunner().invoke(script["main"], [str(bundle), *options])
+    result = CliRunner().invoke(speculation.main, [str(bundle), *options])
     assert result.exit_code == 0, result.output
     found = json.loads(report.read_text(encoding="utf-8"))
-    assert [group["group"] for group in found["groups"]] == list(script["GOALS"])
+    assert [group["group"] for group in found["groups"]] == list(speculation.GOALS)
     cases = {
         (group["group"], case["name"]): case["rounds"]
         for group in found["groups"]
         for case in group["cases"]
     }
-    assert len(cases) == len(script["all_cases"]()) == 16
+    assert len(cases) == len(speculation.all_cases()) == 16
     for group, name in cases:
         assert group in result.output
         assert name in result.output
@@ -79,56 +71,56 @@ def test_all_groups_are_measured_and_all_texts_compared(
     assert "16 of 16 texts the same with drafts" in result.output
 
 
-def test_without_drafts_is_without_drafts(script: dict[str, Any], monkeypatch: Any) -> None:
+def test_without_drafts_is_without_drafts(monkeypatch: Any) -> None:
     """In turns, and only the second one drafts."""
     drafts: list[int] = []
-    complete = script["take_turns"].__globals__["complete"]
+    complete = speculation.complete
 
     def watched(*arguments: Any) -> Any:
         done = complete(*arguments)
         drafts.append(done.drafted_tokens)
         return done
 
-    monkeypatch.setitem(script["take_turns"].__globals__, "complete", watched)
+    monkeypatch.setattr(speculation, "complete", watched)
     runtime = ScriptedRuntime({2: b"abcabcabcabcabcabcabcabcabcabc"})
-    turns = script["take_turns"](runtime, [2], script["GREEDY"], 24, 16)
+    turns = speculation.take_turns(runtime, [2], speculation.GREEDY, 24, 16)
     assert drafts[0] == 0 < drafts[1] == turns.drafted_tokens
     assert turns.accepted_tokens > 5
     assert turns.equal_texts == 1
 
 
-def test_another_text_is_noticed(script: dict[str, Any], monkeypatch: Any) -> None:
+def test_another_text_is_noticed(monkeypatch: Any) -> None:
     answers = iter([b"abcabcabcabcabc", b"abcabcabcabXabc"])
-    complete = script["take_turns"].__globals__["complete"]
+    complete = speculation.complete
 
     def unlike(_: Any, *arguments: Any) -> Any:
         return complete(ScriptedRuntime({2: next(answers)}), *arguments)
 
-    monkeypatch.setitem(script["take_turns"].__globals__, "complete", unlike)
-    assert script["take_turns"](None, [2], script["GREEDY"], 14, 16).equal_texts == 0
+    monkeypatch.setattr(speculation, "complete", unlike)
+    assert speculation.take_turns(None, [2], speculation.GREEDY, 14, 16).equal_texts == 0
 
 
-def test_copies_are_in_their_prompts(script: dict[str, Any]) -> None:
+def test_copies_are_in_their_prompts() -> None:
     """What a faithful model writes stands there, but for the names that change."""
-    for module, name, new_name, asked, old, new in script["EDITS"]:
-        source = script["function_source"](module, name)
-        prompt = script["edit_prompt"](module, name, new_name, asked, old, new)
+    for module, name, new_name, asked, old, new in speculation.EDITS:
+        source = speculation.function_source(module, name)
+        prompt = speculation.edit_prompt(module, name, new_name, asked, old, new)
         assert source.startswith(f"def {name}(")
         assert prompt.startswith(source)
         assert f"`{new}`" in asked
         assert f"`{old}`" in asked
         begun = prompt[len(source) :].partition(f"def {new_name}(")[2]
         assert new in begun
-        assert begun.count("\n") == script["BEGUN_LINES"]
-    for topic in script["TOPICS"]:
-        passage, begun = script["quote_prompt"](topic).rsplit('\n\n"', 1)
+        assert begun.count("\n") == speculation.BEGUN_LINES
+    for topic in speculation.TOPICS:
+        passage, begun = speculation.quote_prompt(topic).rsplit('\n\n"', 1)
         assert passage.startswith(begun)
         assert len(passage) > 300
 
 
-def test_free_text_has_nothing_to_copy(script: dict[str, Any]) -> None:
-    free = [case for case in script["all_cases"]() if case.group == "free text"]
-    assert {case.sampling for case in free} == {script["GREEDY"], script["DRAWN"]}
+def test_free_text_has_nothing_to_copy() -> None:
+    free = [case for case in speculation.all_cases() if case.group == "free text"]
+    assert {case.sampling for case in free} == {speculation.GREEDY, speculation.DRAWN}
     for case in free:
         words = case.prompt.split()
         pairs = list(itertools.pairwise(words))
@@ -145,13 +137,12 @@ def test_free_text_has_nothing_to_copy(script: dict[str, Any]) -> None:
     ],
 )
 def test_goals_are_held(
-    script: dict[str, Any],
     group: str,
     cases: list[tuple[float, ...]],
     ratio: float,
     is_met: bool,
 ) -> None:
-    verdict = script["judge"](group, [rounds_of(script, *ratios) for ratios in cases])
+    verdict = speculation.judge(group, [rounds_of(*ratios) for ratios in cases])
     assert verdict["ratio"] == pytest.approx(ratio)
     assert verdict["is_met"] is is_met
     assert verdict["goal"] == (0.95 if group == "free text" else 1.8)

@@ -251,4 +251,4 @@ def test_nothing_falls_back_to_the_cpu(form: CudaFormat) -> None:
 )
 def test_a_session_on_the_cpu_is_not_taken_for_one_on_a_gpu() -> None:
     (problem,) = placement_of(Bundle(exported_bundle("ort"))).problems
-    assert problem.startswith("the session has no CUDAExecutionProvider")
+    assert problem.startswith("the session does not use CUDAExecutionProvider")

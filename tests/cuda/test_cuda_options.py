@@ -22,8 +22,9 @@ from gemma3_export.cli import command_line
 from gemma3_export.cli.options import CudaRequest, memory_size
 from gemma3_export.cuda import doctor
 from gemma3_export.cuda.doctor import Report
-from gemma3_export.cuda.facts import Driver, Facts, Gpu, Machine, Packages, Problem, Trial
-from gemma3_export.cuda.placement import cuda_environment
+from gemma3_export.cuda.facts import Driver, Facts, Gpu, Machine, Packages, Trial
+from gemma3_export.cuda.problems import Problem
+from gemma3_export.cuda.stub import cuda_environment
 from gemma3_export.device import CudaOptions, gpu_count
 from gemma3_export.runtimes.onnx.runtime import OnnxRuntime
 from tests.support.cuda_python import REPOSITORY, cuda_python
@@ -247,9 +248,9 @@ def test_bench_decodes_as_generate_does(ort_bundle: Path, monkeypatch: pytest.Mo
     assert isinstance(candidate.runtime, OnnxRuntime)
     candidate.runtime.decodes_on_device = True
     chosen = []
-    original = benchmark_worker.likeliest
+    original = benchmark_worker.most_likely
     monkeypatch.setattr(
-        benchmark_worker, "likeliest", lambda row: chosen.append(row) or original(row)
+        benchmark_worker, "most_likely", lambda row: chosen.append(row) or original(row)
     )
     _, _, tokens = candidate.run(prompt, 12)
     assert tokens.tolist() == expected.tolist()

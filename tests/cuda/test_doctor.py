@@ -15,10 +15,10 @@ from click.testing import CliRunner, Result
 from gemma3_export.cli import command_line
 from gemma3_export.cuda import doctor as report
 from gemma3_export.cuda.doctor import examine
-from gemma3_export.cuda.driver import needed_libraries
 from gemma3_export.cuda.facts import Driver, Facts, Gpu, Library, Machine, Packages, Trial
-from gemma3_export.cuda.placement import cuda_environment
+from gemma3_export.cuda.libraries import needed_libraries
 from gemma3_export.cuda.problems import problems_of
+from gemma3_export.cuda.stub import cuda_environment
 from tests.support.cuda_python import REPOSITORY, cuda_python
 from tests.support.fake_cuda import FakeCuda, compile_library
 
@@ -78,7 +78,7 @@ def test_a_missing_library_and_its_package(fake: FakeCuda) -> None:
     assert found[CUBLAS].problem is not None
     facts = replace(examine("cuda").facts, trial=Trial(framework="onnxruntime"))
     (problem,) = [one for one in problems_of(facts) if one.blocks]
-    assert f"{CUBLAS} (of the package nvidia-cublas)" in problem.what
+    assert f"{CUBLAS} (from the package nvidia-cublas)" in problem.what
     assert CUDART not in problem.what
     assert problem.fix == EXTRA
 
@@ -239,26 +239,26 @@ NO_DRIVER = Driver(is_found=False, problem="not found")
         ),
         (
             {"packages": Packages(versions={"onnxruntime": "1"}, build="onnxruntime")},
-            "the one for CPUs",
+            "the CPU build",
             f"pip uninstall -y onnxruntime && {EXTRA}",
         ),
         ({"packages": replace(PACKAGES, provider=None)}, "CUDA provider is missing", BOTH),
         (
             {"machine": replace(MACHINE, processor="aarch64")},
-            "made for Linux on x86-64",
-            "pass --device cpu, or use such a machine",
+            "requires Linux on x86-64",
+            "pass --device cpu, or use a machine with Linux on x86-64",
         ),
         (
             {"driver": NO_DRIVER, "machine": replace(MACHINE, nvidia_devices=0)},
             "this machine has no NVIDIA GPU",
-            "use a machine with one, or pass --device cpu",
+            "use a machine with an NVIDIA GPU, or pass --device cpu",
         ),
         (
             {
                 "driver": NO_DRIVER,
                 "machine": replace(MACHINE, is_container=True, nvidia_devices=1),
             },
-            "the container does not see the driver",
+            "not visible in this container",
             (
                 "start it with `docker run --gpus all ...`; the host needs the NVIDIA driver and "
                 "the package nvidia-container-toolkit"
@@ -279,14 +279,14 @@ NO_DRIVER = Driver(is_found=False, problem="not found")
                 )
             },
             "cuda:0 has no memory left",
-            "nvidia-smi (shows which processes hold it); end them or choose another GPU",
+            "nvidia-smi (shows which processes use it); stop them or choose another GPU",
         ),
         (
             {"runtime": "torchscript", "packages": replace(PACKAGES, torch_cuda=None)},
             "torch 2.13.0 is a build without CUDA",
             (
                 'pip uninstall -y torch && pip install "gemma3-export[export]" (PyPI\'s torch for '
-                "Linux has CUDA; name no other index)"
+                "Linux has CUDA; use no other index)"
             ),
         ),
         (

@@ -12,7 +12,8 @@ from click.testing import CliRunner
 
 from gemma3_export.bundle import Bundle
 from gemma3_export.cli.command_line import command_line
-from gemma3_export.cuda.placement import check_placement, compile_stub, find_provider, judge
+from gemma3_export.cuda.placement import check_placement, judge
+from gemma3_export.cuda.stub import compile_stub, find_provider
 from gemma3_export.errors import UnavailableError
 from tests.support.cuda_formats import ONNX_FORMATS, CudaFormat
 from tests.support.cuda_python import cuda_python
@@ -59,8 +60,11 @@ def test_what_reads_the_model_has_to_be_on_the_gpu(missing: str) -> None:
     ("changes", "problem"),
     [
         ({"copies": ["logits"]}, "1 values are copied"),
-        ({"capture_problem": "control flow"}, "no CUDA graph can be captured: control flow"),
-        ({"providers": [CPU]}, f"the session has no {CUDA}"),
+        (
+            {"capture_problem": "control flow"},
+            "the graph cannot be captured as a CUDA graph: control flow",
+        ),
+        ({"providers": [CPU]}, f"the session does not use {CUDA}"),
     ],
 )
 def test_copies_and_fallbacks_are_problems(changes: dict[str, Any], problem: str) -> None:
@@ -71,7 +75,7 @@ def test_copies_and_fallbacks_are_problems(changes: dict[str, Any], problem: str
 def test_a_missing_wheel_or_compiler_is_named_with_its_fix(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(UnavailableError, match=r"no Python 3\.11"):
+    with pytest.raises(UnavailableError, match=r"not Python 3\.11"):
         find_provider(tmp_path / "python")
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
@@ -82,10 +86,10 @@ def test_a_missing_wheel_or_compiler_is_named_with_its_fix(
 def test_inspect_says_how_to_get_what_it_needs(
     ort_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gemma3_export.cuda.placement.PROVIDER", "not there")
+    monkeypatch.setattr("gemma3_export.cuda.stub.PROVIDER", "not there")
     result = CliRunner().invoke(command_line, ["inspect", str(ort_bundle), "--cuda-placement"])
     assert result.exit_code == 3
-    assert f"{sys.executable} has no onnxruntime-gpu" in result.stderr
+    assert f"{sys.executable} does not have onnxruntime-gpu" in result.stderr
     assert "pip install onnxruntime-gpu" in result.stderr
 
 

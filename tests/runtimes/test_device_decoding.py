@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gemma3_export.cuda.placement import cuda_environment
+from gemma3_export.cuda.stub import cuda_environment
 from gemma3_export.device import CudaOptions, Device
 from gemma3_export.errors import InputError
 from gemma3_export.runtimes.generation.candidates import (
@@ -41,7 +41,7 @@ from tests.support.exported_bundles import exported_bundle
 from tests.support.generation import generate
 from tests.support.tiny_models import TINY
 
-WORKER = REPOSITORY / "gemma3_export" / "placement" / "decode_worker.py"
+WORKER = REPOSITORY / "tests" / "support" / "decode_worker.py"
 GREEDY = SamplingParams()
 FILTERED = [
     GREEDY,

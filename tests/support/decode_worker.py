@@ -1,8 +1,8 @@
-"""Run by another interpreter, over the stub: generate, and print what was counted in each step.
+"""Generate over the CUDA stub, in another interpreter, and print the stub's counters per step.
 
-Values are meaningless, the control flow is that of the runtime and of the one generation loop.
-Needs onnxruntime, numpy and this package. Arguments: the bundle, and a JSON object with ``rows``,
-``capacity``, ``steps``, ``prompt_tokens`` (of the first row; each further one has one more),
+Values are meaningless; the control flow is that of the runtime and of the generation loop. Needs
+onnxruntime, numpy and gemma3-export. Arguments: the bundle, and a JSON object with ``rows``,
+``capacity``, ``steps``, ``prompt_tokens`` (of the first row; each further row has one more),
 ``graph`` (CUDA graph), ``device`` and ``top_k`` (null is greedy). Prints one JSON object: counters
 of the load, of the prefill, and of each step.
 """
@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import onnxruntime
 
-from gemma3_export.cuda.placement import COUNTERS
+from gemma3_export.cuda.stub import COUNTERS
 from gemma3_export.device import CudaOptions
 from gemma3_export.runtimes.generation import candidates
 from gemma3_export.runtimes.generation.loop import GenerationOptions, TokenEvent, generate
@@ -28,14 +28,14 @@ from gemma3_export.runtimes.onnx.session import choose_device
 
 
 class Meter:
-    """Reads the stub's counters; the stub is in this process, preloaded."""
+    """Reads the counters of the stub, which is preloaded into this process."""
 
     def __init__(self) -> None:
         self.read_counters = ctypes.CDLL(None).gemma3_stub_counters
         self.last = dict.fromkeys(COUNTERS, 0)
 
     def since(self) -> dict[str, int]:
-        """What has happened since the last call."""
+        """Return how much each counter has grown since the last call."""
         values = (ctypes.c_longlong * len(COUNTERS))()
         self.read_counters(values)
         now = dict(zip(COUNTERS, values, strict=True))
@@ -45,17 +45,17 @@ class Meter:
 
 
 def as_they_are(values: Any, ids: Any, total: float, needed: int) -> candidates.Candidates:
-    """Stand in for ``candidates_from_top_k``, which would find the stub's zeros all equal."""
+    """Replace ``candidates_from_top_k``, for which the stub's zeros would all be ties."""
     del total, needed
     return candidates.Candidates(ids.astype(np.int64), values.copy())
 
 
 def decode(bundle: Path, plan: dict[str, Any]) -> dict[str, Any]:
-    """Prefill every row, then decode them together, as every caller of the package does."""
+    """Prefill every row, then decode them together, as the package does."""
     meter = Meter()
     vars(candidates)["candidates_from_top_k"] = as_they_are
-    onnxruntime.preload_dlls = lambda: None  # real libraries would take the stub's place
-    # a graph that falls back is refused there; here it shall show what it would cost
+    onnxruntime.preload_dlls = lambda: None  # real libraries would replace the stub
+    # it refuses a graph that falls back; here the cost of falling back is measured
     vars(onnx_runtime)["device_for"] = lambda graph, device: choose_device(device)
     runtime = onnx_runtime.OnnxRuntime(
         bundle, device=plan["device"], cuda=CudaOptions(graph=plan["graph"])
@@ -77,7 +77,7 @@ def decode(bundle: Path, plan: dict[str, Any]) -> dict[str, Any]:
     tokens = 0
     for event in events:
         tokens += isinstance(event, TokenEvent)
-        # The rows' tokens come together: first those after the prompts, then those of each step.
+        # All rows' tokens arrive together: first those after the prompts, then those of each step.
         if isinstance(event, TokenEvent) and tokens % rows == 0:
             found["steps"].append(meter.since())
     found["prefill"] = found["steps"].pop(0)
