@@ -249,7 +249,7 @@ class DivergenceMeter:
         first = 0 if activation_blocks else min(map(layer_of, changed), default=0)
         x = self.states[first] if first else self.model.model.embed_tokens(self.ids)
         rounding = ActivationRounding(self.model, activation_blocks)
-        with rounding.on() if activation_blocks else nullcontext():
+        with rounding.enabled() if activation_blocks else nullcontext():
             layers = range(first, self.model.config.num_hidden_layers)
             x, _ = self.model.run_layers(x, self.contexts, layers=layers, use_cache=False)
             found = self._predictions(x)

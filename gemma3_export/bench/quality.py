@@ -91,10 +91,10 @@ def read_logits(worker: Worker, ids: Sequence[int], file: Path) -> torch.Tensor:
 def summarize(parts: Sequence[LogitDifference]) -> dict[str, float]:
     """Return divergence in nats, top-1 agreement, and the ratio of perplexities."""
     joined = LogitDifference.join(parts)
-    known = np.isfinite(joined.nll_truth)
+    known = np.isfinite(joined.nll_expected)
     return {
         "positions": len(joined.kld),
         "mean_kld": float(joined.kld.mean()),
         "top1_agreement": float(joined.is_same_top1.mean()),
-        "perplexity_ratio": math.exp(float((joined.nll - joined.nll_truth)[known].mean())),
+        "perplexity_ratio": math.exp(float((joined.nll - joined.nll_expected)[known].mean())),
     }

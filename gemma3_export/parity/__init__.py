@@ -1,9 +1,9 @@
-"""Parity: proof that a runtime computes what the reference computes.
+"""Prove that a runtime computes what the reference computes.
 
-The call sequence of ``gemma3-export verify``::
+``gemma3-export verify`` makes these calls::
 
     bundle = Bundle(path)
-    bundle.check_files()                                     # InputError: not what was exported
+    bundle.check_files()                                     # InputError: a file was changed
     runtime = open_runtime(bundle, "onnx", device=device)    # UnavailableError: exit code 3
     source = open_bundle_weights(bundle, "onnx")             # or open_weights(...), the original
     tokenizer = load_tokenizer(path) if (path / "tokenizer.json").is_file() else None
@@ -18,16 +18,17 @@ The call sequence of ``gemma3-export verify``::
             progress=progress,
         )
     print(render_terminal(report))
-    write_text_atomically(output, report.to_json())          # render_junit, render_html alike
+    write_text_atomically(output, report.to_json())          # or render_junit, render_html
     exit(0 if report.passed else 1)
 
 ``--against OTHER_DIR`` opens a second runtime and calls ``compare(runtime, other, source, ...)``;
-``--against transformers`` does so with ``TransformersRuntime(folder)``. Several runtimes of one
-bundle share the expensive part: ``yardstick = make_yardstick(runtime, source, ...)``, then
-``verify(each, source, yardstick=yardstick)``.
+``--against transformers`` does so with ``TransformersRuntime(folder)``. To check several runtimes
+of one bundle, compute the expensive part once: ``ground_truth = GroundTruth.for_runtime(runtime,
+source, ...)``, then ``verify(each, source, ground_truth=ground_truth)``.
 """
 
-from gemma3_export.parity.check import compare, make_yardstick, verify
+from gemma3_export.parity.check import compare, verify
+from gemma3_export.parity.ground_truth import GroundTruth
 from gemma3_export.parity.options import VerifyOptions
 from gemma3_export.parity.report.html import render_html
 from gemma3_export.parity.report.junit import render_junit
@@ -35,10 +36,10 @@ from gemma3_export.parity.report.model import ParityReport
 from gemma3_export.parity.report.terminal import render_terminal
 
 __all__ = [
+    "GroundTruth",
     "ParityReport",
     "VerifyOptions",
     "compare",
-    "make_yardstick",
     "render_html",
     "render_junit",
     "render_terminal",

@@ -1,12 +1,12 @@
-"""How large the numbers grow that a graph holds in half precision.
+"""Measure the range of the values that a graph holds in half precision.
 
-float16 ends at 65504, and what is beyond becomes infinite without an error, or only with some later
-text. So the reference runs over calibration text in float32, and the largest number of each kind of
-tensor in each layer is held against the type. The reference is read layer by layer, so that memory
-follows the largest layer, as in an export without a proof.
+float16 ends at 65504. Larger values silently become infinite, perhaps only with text that appears
+later. The reference therefore runs over calibration text in float32, and the largest value of each
+kind of tensor in each layer is compared with the dtype's range. The reference is read one layer at
+a time, so peak memory depends on the largest layer, as in an export without a parity check.
 
-What is not listed cannot be larger than what is: GELU shrinks, a split copies, and a rotation grows
-a number by the root of two at most.
+Tensors that are not listed cannot exceed those that are: GELU shrinks values, a split copies them,
+and a rotation enlarges them by a factor of sqrt(2) at most.
 
 Shapes: B batch rows (1), T tokens, D hidden size, V vocabulary.
 """
@@ -26,7 +26,6 @@ from gemma3_export.config import EMBEDDING, Gemma3Config
 from gemma3_export.errors import ParityError
 from gemma3_export.parity.intermediates import ATTEND, ROTARY_KEY
 from gemma3_export.parity.options import HalfPrecision, VerifyOptions
-from gemma3_export.parity.quality import held_out_sequences
 from gemma3_export.parity.report.model import (
     GateResult,
     HalfRanges,
@@ -34,7 +33,7 @@ from gemma3_export.parity.report.model import (
     MetricResult,
     TensorRange,
 )
-from gemma3_export.parity.sequences import TokenSequence, sequences_for
+from gemma3_export.parity.sequences import TokenSequence, held_out_sequences, sequences_for
 from gemma3_export.progress import Progress
 from gemma3_export.reference.loading import LayerwiseForward
 from gemma3_export.reference.weights import WeightSource, check_finite
@@ -43,10 +42,10 @@ from gemma3_export.tokenizer import Tokenizer
 __all__ = ["calibration_sequences", "measure_ranges", "range_gate", "require_range"]
 
 CALIBRATION_TOKENS = 256  # of each sequence
-RANGE_LIMIT = 0.25  # of the type's largest number; text that was not seen may go further
-ROUNDING_LIMIT = torch.finfo(torch.bfloat16).eps / 2  # a matrix that bfloat16 would round better
+RANGE_LIMIT = 0.25  # of the dtype's largest value; other text may reach higher values
+ROUNDING_LIMIT = torch.finfo(torch.bfloat16).eps / 2  # beyond this, bfloat16 rounds a matrix better
 OUTPUTS = (
-    "input_layernorm",  # as the first product takes it
+    "input_layernorm",  # input of the first products
     "self_attn.q_proj",
     "self_attn.k_proj",
     "self_attn.v_proj",
@@ -64,7 +63,7 @@ RESIDUAL_OUTPUTS = ("post_attention_layernorm", "post_feedforward_layernorm")
 
 
 def calibration_sequences(config: Gemma3Config, tokenizer: Tokenizer | None) -> list[TokenSequence]:
-    """The parity check's prompts and held-out text; random ids alone without a tokenizer."""
+    """Return the parity check's prompts and held-out text; without a tokenizer, random ids."""
     sequences = sequences_for(config, VerifyOptions(), tokenizer)
     if tokenizer is not None:
         sequences += held_out_sequences(tokenizer, config.max_position_embeddings)
@@ -90,14 +89,14 @@ def measure_ranges(
     for index, layer in forward.layers():
         progress("measuring the activation range", index, config.num_hidden_layers + 1)
         meter.layer = index
-        meter.listen(layer)
+        meter.attach(layer)
         for row, sequence in enumerate(sequences):
             meter.sequence = sequence.name
             states, (key, _) = forward.step(row)
-            meter.see(ROTARY_KEY, key[0].transpose(0, 1))
-            meter.see_residual(states)
+            meter.record(ROTARY_KEY, key[0].transpose(0, 1))
+            meter.record_residual(states)
         for name, parameter in layer.named_parameters():
-            meter.weigh(f"model.layers.{index}.{name}", [parameter])
+            meter.record_weight(f"model.layers.{index}.{name}", parameter)
     meter.layer = None
     norm = forward.final_norm()
     measure_head(source, [norm(states)[0] for states in forward.states], sequences, meter)
@@ -117,7 +116,7 @@ def measure_head(
     sequences: Sequence[TokenSequence],
     meter: RangeMeter,
 ) -> None:
-    """Input and output of the head, whose matrix is read in parts."""
+    """Measure the input and output of the head, reading its matrix in chunks."""
     largest = [torch.zeros(len(x), 1) for x in normed]
     head = source.config.head_name
     for name in dict.fromkeys((EMBEDDING, head)):
@@ -127,17 +126,17 @@ def measure_head(
             weight = chunk.float()
             parts.append(moments(weight, meter.half.dtype))
             if name == head:
-                for seen, x in zip(largest, normed, strict=True):
-                    torch.maximum(seen, (x @ weight.T).abs().amax(1, keepdim=True), out=seen)
-        meter.keep_moments(name, parts)
+                for known, x in zip(largest, normed, strict=True):
+                    torch.maximum(known, (x @ weight.T).abs().amax(1, keepdim=True), out=known)
+        meter.record_moments(name, parts)
     for sequence, x, logits in zip(sequences, normed, largest, strict=True):
         meter.sequence = sequence.name
-        meter.see("norm", x)
-        meter.see("head", logits)
+        meter.record("norm", x)
+        meter.record("head", logits)
 
 
 class RangeMeter:
-    """Remembers the largest number of each kind of tensor in each layer."""
+    """The largest value of each kind of tensor in each layer so far."""
 
     def __init__(self, half: HalfPrecision) -> None:
         self.half = half
@@ -147,34 +146,34 @@ class RangeMeter:
         self.tensors: dict[tuple[int | None, str], TensorRange] = {}
         self.weights: list[MatrixRange] = []
 
-    def listen(self, layer: nn.Module) -> None:
-        """Record from now on what the parts of ``layer`` give and take."""
+    def attach(self, layer: nn.Module) -> None:
+        """Add hooks that record the inputs and outputs of the parts of ``layer``."""
         outputs = OUTPUTS + (RESIDUAL_OUTPUTS if self.half.holds_residual else ())
         for name in outputs:
             module = layer.get_submodule(name)
-            module.register_forward_hook(partial(self._see_output, name))
+            module.register_forward_hook(partial(self._record_output, name))
         for name, kind in INPUTS.items():
             module = layer.get_submodule(name)
-            module.register_forward_pre_hook(partial(self._see_input, kind))
+            module.register_forward_pre_hook(partial(self._record_input, kind))
         if self.half.holds_residual:  # between attention and feed-forward
             module = layer.get_submodule("pre_feedforward_layernorm")
-            module.register_forward_pre_hook(partial(self._see_input, RESIDUAL))
+            module.register_forward_pre_hook(partial(self._record_input, RESIDUAL))
 
-    def _see_output(self, kind: str, module: nn.Module, inputs: Any, output: Tensor) -> None:
+    def _record_output(self, kind: str, module: nn.Module, inputs: Any, output: Tensor) -> None:
         del module, inputs
-        self.see(kind, output[0])
+        self.record(kind, output[0])
 
-    def _see_input(self, kind: str, module: nn.Module, inputs: tuple[Tensor]) -> None:
+    def _record_input(self, kind: str, module: nn.Module, inputs: tuple[Tensor]) -> None:
         del module
-        self.see(kind, inputs[0][0])
+        self.record(kind, inputs[0][0])
 
-    def see_residual(self, x: Tensor) -> None:
-        """A layer's output [1, T, D]."""
+    def record_residual(self, x: Tensor) -> None:
+        """Record a layer's output [1, T, D]."""
         if self.half.holds_residual:
-            self.see(RESIDUAL, x[0])
+            self.record(RESIDUAL, x[0])
 
-    def see(self, kind: str, x: Tensor) -> None:
-        """[T, ...] of the current layer and sequence."""
+    def record(self, kind: str, x: Tensor) -> None:
+        """Record a tensor [T, ...] of the current layer and sequence."""
         by_token = x.flatten(1).abs().amax(1)
         position = int(by_token.argmax())
         value = float(by_token[position])
@@ -189,13 +188,13 @@ class RangeMeter:
                 position=position,
             )
 
-    def weigh(self, name: str, parts: Sequence[Tensor]) -> None:
-        """A weight, unless the graph holds it in another type."""
-        if parts[0].ndim > 1 or self.half.holds_residual:
-            self.keep_moments(name, [moments(part, self.half.dtype) for part in parts])
+    def record_weight(self, name: str, weight: Tensor) -> None:
+        """Record a weight, unless the graph holds it in another dtype."""
+        if weight.ndim > 1 or self.half.holds_residual:
+            self.record_moments(name, [moments(weight, self.half.dtype)])
 
-    def keep_moments(self, name: str, parts: Sequence[tuple[float, float, float]]) -> None:
-        """As :meth:`weigh`, of a weight that is known by the moments of its parts."""
+    def record_moments(self, name: str, parts: Sequence[tuple[float, float, float]]) -> None:
+        """Record a weight from the moments of its chunks."""
         if self.half.holds_matrices:
             largest = max(part[0] for part in parts)
             square, lost = (sum(part[index] for part in parts) for index in (1, 2))
@@ -210,7 +209,7 @@ class RangeMeter:
 
 
 def moments(weight: Tensor, dtype: torch.dtype) -> tuple[float, float, float]:
-    """Largest number, sum of squares, and sum of squares of what rounding to ``dtype`` loses."""
+    """Return the largest absolute value, the sum of squares, and the squared rounding error."""
     lost = (weight.to(dtype).float() - weight).nan_to_num(posinf=0.0, neginf=0.0)
     return (
         float(weight.abs().max()),
@@ -220,7 +219,7 @@ def moments(weight: Tensor, dtype: torch.dtype) -> tuple[float, float, float]:
 
 
 def range_gate(ranges: HalfRanges) -> GateResult:
-    """Whether everything fits, with room for text that was not seen."""
+    """Judge whether everything fits into the dtype, with room for other text."""
     tensor = max(ranges.tensors, key=lambda item: item.share)
     metrics = [
         MetricResult(
@@ -252,34 +251,34 @@ def range_gate(ranges: HalfRanges) -> GateResult:
         ]
     return GateResult(
         name="range",
-        question=f"Does all that the graph holds in {ranges.dtype} fit that type, with room?",
+        question=f"Does everything that the graph holds in {ranges.dtype} fit, with headroom?",
         passed=all(metric.passed for metric in metrics),
         metrics=tuple(metrics),
     )
 
 
 def place(tensor: TensorRange) -> str:
-    """``mlp.product in layer 7``."""
+    """Return a phrase such as ``mlp.product in layer 7``."""
     return tensor.kind if tensor.layer is None else f"{tensor.kind} in layer {tensor.layer}"
 
 
 def require_range(ranges: HalfRanges) -> None:
-    """Stop where the type is too small.
+    """Refuse a dtype whose range is too small.
 
     Raises:
-        ParityError: naming tensor, layer and value.
+        ParityError: a value is too large; the message names the tensor, the layer and the value.
     """
     gate = range_gate(ranges)
     if gate.passed:
         return
     found = "; ".join(
-        f"{metric.name} is {metric.value:.3g} and its limit {metric.limit:.3g} ({metric.where})"
+        f"{metric.name} is {metric.value:.3g} with a limit of {metric.limit:.3g} ({metric.where})"
         for metric in gate.metrics
         if not metric.passed
     )
-    option = "--dtype" if ranges.weights else "--activations"  # else the matrices are quantised
+    option = "--dtype" if ranges.weights else "--activations"  # quantised matrices
     raise ParityError(
-        f"{ranges.dtype} cannot hold this model, and nothing was kept: as shares of the type's "
-        f"largest number, over {ranges.tokens} tokens, {found}. Export with {option} bf16, which "
+        f"{ranges.dtype} cannot hold this model: as fractions of the dtype's largest value, over "
+        f"{ranges.tokens} tokens, {found}. No bundle was written. Export with {option} bf16, which "
         "has the range of fp32"
     )

@@ -1,7 +1,8 @@
-"""Candidates that a backend chooses, beside all logits that it would give.
+"""Check the candidate tokens that a backend selects against all logits that it would return.
 
-Greedy and top-k sampling may never see the logits that were not chosen, so a wrong choice shows in
-no other case. Here every step is taken twice, with all logits and with candidates, on a cache each.
+Greedy and top-k sampling may never see the logits that were not selected, so no other case detects
+a wrong selection. Here every step runs twice, on separate caches: with all logits, and with
+candidates.
 
 Shapes: B rows, T tokens, V vocabulary.
 """
@@ -28,62 +29,61 @@ from gemma3_export.runtimes.protocol import (
     RuntimeInfo,
 )
 
-__all__ = ["ChosenLogits", "chosen_logits"]
+__all__ = ["CandidateLogits", "with_candidates"]
 
-TOP_KS = (1, 40)  # in turns
+TOP_KS = (1, 40)  # used in turn
 
 
-def chosen_logits(runtime: Runtime) -> Runtime | None:
-    """``runtime`` with its choice in place of logits; None where it never chooses."""
+def with_candidates(runtime: Runtime) -> Runtime | None:
+    """Return ``runtime`` with candidates in place of logits, or None if it never selects any."""
     if isinstance(runtime, SelectsCandidates) and runtime.selects_candidates:
-        return ChosenLogits(runtime)
+        return CandidateLogits(runtime)
     return None
 
 
 @dataclass(frozen=True, slots=True)
 class TwinCaches:
-    """The caches of both ways to take a step."""
+    """The caches of both ways to run a step; a :class:`KVCache`."""
 
     plain: KVCache
-    choosing: KVCache
+    selecting: KVCache
 
     @property
     def batch_size(self) -> int:
-        """Rows."""
-        return self.choosing.batch_size
+        """Return the number of rows."""
+        return self.selecting.batch_size
 
     @property
     def capacity(self) -> int:
-        """Tokens that each row can hold."""
-        return self.choosing.capacity
+        """Return the number of tokens that each row can hold."""
+        return self.selecting.capacity
 
     @property
     def lengths(self) -> IntArray:
-        """[B] tokens that each row holds."""
-        return self.choosing.lengths
+        """Return the number of tokens [B] that each row holds."""
+        return self.selecting.lengths
 
     def read(self, row: int) -> list[LayerKV]:
         """See :class:`KVCache`."""
-        return self.choosing.read(row)
+        return self.selecting.read(row)
 
     def truncate(self, row: int, length: int) -> None:
         """See :class:`KVCache`."""
         self.plain.truncate(row, length)
-        self.choosing.truncate(row, length)
+        self.selecting.truncate(row, length)
 
 
-class ChosenLogits:
-    """A :class:`Runtime` whose logits, where candidates were chosen, are these.
+class CandidateLogits:
+    """A :class:`Runtime` that returns the scores of selected candidates as logits.
 
-    Every logit that was not chosen is as the backend computes it, but no larger than the smallest
-    candidate, since that is what the sampler takes it for: one that was left out wrongly is an
-    error of that size.
+    The other logits are the backend's own, but clipped to the smallest candidate, because that is
+    how the sampler treats them. A token that was wrongly omitted shows up as an error of that size.
     """
 
     def __init__(self, runtime: Runtime) -> None:
         assert isinstance(runtime, SelectsCandidates)
         self.runtime: Runtime = runtime
-        self.chooser: SelectsCandidates = runtime
+        self.selector: SelectsCandidates = runtime
         self.config: Gemma3Config = runtime.config
         self.steps = 0
 
@@ -103,28 +103,27 @@ class ChosenLogits:
         """See :class:`Runtime`."""
         assert isinstance(cache, TwinCaches)
         logits = self.runtime.step(input_ids, cache.plain, num_logits=num_logits, row=row)
-        chosen = None
+        selected = None
         if row is None and input_ids.shape[1] == 1:
             requests = [SamplingParams(top_k=self._top_k())] * len(input_ids)
-            chosen = self.chooser.step_candidates(input_ids, cache.choosing, requests)
-        if chosen is None:
-            self.runtime.step(input_ids, cache.choosing, num_logits=1, row=row)
+            selected = self.selector.step_candidates(input_ids, cache.selecting, requests)
+        if selected is None:
+            self.runtime.step(input_ids, cache.selecting, num_logits=1, row=row)
             return logits
-        rows = [overlaid(*pair) for pair in zip(logits[:, -1], chosen, strict=True)]
-        seen: Logits = np.stack(rows)[:, None]
-        return seen
+        rows = [overlay(*pair) for pair in zip(logits[:, -1], selected, strict=True)]
+        result: Logits = np.stack(rows)[:, None]
+        return result
 
     def _top_k(self) -> int:
         self.steps += 1
-        return min(
-            TOP_KS[self.steps % len(TOP_KS)], max(1, self.config.vocab_size - SPARE_CANDIDATES - 1)
-        )
+        limit = max(1, self.config.vocab_size - SPARE_CANDIDATES - 1)
+        return min(TOP_KS[self.steps % len(TOP_KS)], limit)
 
 
-def overlaid(logits: Logits, chosen: Logits | Candidates) -> Logits:
-    """[V] what a sampler may take the logits for."""
-    if not isinstance(chosen, Candidates):
-        return chosen
-    seen: Logits = np.minimum(logits, chosen.scores.min())
-    seen[chosen.ids] = chosen.scores
-    return seen
+def overlay(logits: Logits, selected: Logits | Candidates) -> Logits:
+    """Return the logits [V] that a sampler would assume."""
+    if not isinstance(selected, Candidates):
+        return selected
+    result: Logits = np.minimum(logits, selected.scores.min())
+    result[selected.ids] = selected.scores
+    return result

@@ -1,12 +1,13 @@
-"""Run the cases on a runtime and hold them against the truth: :func:`verify`, :func:`compare`."""
+"""Run the cases on a runtime and report the result: :func:`verify` and :func:`compare`."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import platform
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 
 import torch
@@ -20,23 +21,18 @@ from gemma3_export.parity.activation_range import (
 )
 from gemma3_export.parity.cases import Case, cases_for, needed_positions
 from gemma3_export.parity.differences import LogitDifference
-from gemma3_export.parity.expected import ReferenceTruth, RuntimeTruth, Truth
+from gemma3_export.parity.expected import ExpectedFromReference, ExpectedFromRuntime, ExpectedValues
 from gemma3_export.parity.graph_variants import (
-    prepare_floor,
-    run_chosen_cases,
-    run_float_cases,
-    run_sibling_cases,
+    candidate_variant,
+    float32_matmul_variant,
+    other_cache_variant,
+    run_variant,
 )
-from gemma3_export.parity.judge import Limits, SeenLogits, judge_case
+from gemma3_export.parity.ground_truth import GroundTruth
+from gemma3_export.parity.judge import Criteria, Limits, judge_case
 from gemma3_export.parity.locate import locate
-from gemma3_export.parity.noise_floor import Yardstick
-from gemma3_export.parity.options import HalfPrecision, VerifyOptions, floor_dtype
-from gemma3_export.parity.quality import (
-    held_out_sequences,
-    judge_quality,
-    measure_quality,
-    requality,
-)
+from gemma3_export.parity.options import HalfPrecision, VerifyOptions
+from gemma3_export.parity.quality import compare_with_full_precision, judge_quality, run_sequences
 from gemma3_export.parity.report.model import (
     CaseResult,
     Divergence,
@@ -44,45 +40,14 @@ from gemma3_export.parity.report.model import (
     HalfRanges,
     ParityReport,
 )
+from gemma3_export.parity.sequences import held_out_sequences
 from gemma3_export.progress import Progress, ignore_progress
 from gemma3_export.reference.loading import load_reference
-from gemma3_export.reference.model import Gemma3
 from gemma3_export.reference.weights import WeightSource
 from gemma3_export.runtimes.protocol import Runtime
 from gemma3_export.tokenizer import Tokenizer
 
-__all__ = ["compare", "make_yardstick", "verify"]
-
-
-@dataclass(slots=True)
-class Outcome:
-    """What running all cases gave."""
-
-    cases: list[CaseResult]
-    quality: list[LogitDifference]
-    seconds: dict[str, float]
-
-
-def make_yardstick(
-    runtime: Runtime,
-    source: WeightSource,
-    *,
-    options: VerifyOptions | None = None,
-    tokenizer: Tokenizer | None = None,
-) -> Yardstick:
-    """Truth and floor in the precision of ``runtime``, to hold several runtimes against it.
-
-    Raises:
-        InputError: see :class:`gemma3_export.parity.noise_floor.Yardstick`.
-    """
-    half = HalfPrecision.of_runtime(runtime.info)
-    return Yardstick(
-        source,
-        floor_dtype(runtime.info),
-        options or VerifyOptions(),
-        tokenizer,
-        has_wide_residual=half is not None and not half.holds_residual,
-    )
+__all__ = ["compare", "verify"]
 
 
 def verify(
@@ -92,31 +57,37 @@ def verify(
     options: VerifyOptions | None = None,
     tokenizer: Tokenizer | None = None,
     full_source: WeightSource | None = None,
-    yardstick: Yardstick | None = None,
+    ground_truth: GroundTruth | None = None,
     files: Mapping[str, str] | None = None,
     ranges: HalfRanges | None = None,
     progress: Progress | None = None,
 ) -> ParityReport:
-    """Whether ``candidate`` computes what the reference computes with the weights of ``source``.
+    """Check that ``candidate`` computes what the reference computes with the same weights.
 
     Args:
         candidate: the runtime under test.
-        source: the weights it should have (dequantised, for a quantised bundle).
+        source: the weights that it should have (dequantised, for a quantised bundle).
         options: seed, steps, factor and thresholds.
-        tokenizer: adds text prompts; None leaves them out.
-        full_source: full-precision weights for gate B; None means that ``source`` is.
-        yardstick: a prepared truth, which makes ``options`` and ``tokenizer`` unnecessary.
+        tokenizer: adds text prompts; None omits them.
+        full_source: full-precision weights for gate B; None if ``source`` is in full precision.
+        ground_truth: precomputed; it replaces ``options`` and ``tokenizer``.
         files: SHA-256 of the bundle's files, for the report.
-        ranges: the activation range, where it is known already.
-        progress: told the stage, and how far it is.
+        ranges: the activation range, if it was measured before.
+        progress: called with the stage and how much of it is done.
 
     Raises:
         InputError: the weights hold NaN, or do not have the runtime's shapes.
         Gemma3ExportError: the runtime failed.
     """
-    return _check(
-        candidate, None, source, options, tokenizer, full_source, yardstick, files, ranges, progress
-    )
+    require_same_shapes(candidate, source)
+    return Check(
+        candidate=candidate,
+        source=source,
+        full_source=full_source,
+        files=files or {},
+        ranges=ranges,
+        progress=progress or ignore_progress,
+    ).run(ground_truth, options, tokenizer)
 
 
 def compare(
@@ -126,17 +97,17 @@ def compare(
     *,
     options: VerifyOptions | None = None,
     tokenizer: Tokenizer | None = None,
-    yardstick: Yardstick | None = None,
+    ground_truth: GroundTruth | None = None,
     files: Mapping[str, str] | None = None,
     progress: Progress | None = None,
 ) -> ParityReport:
-    """Whether two runtimes compute the same.
+    """Check that two runtimes compute the same.
 
-    Expected values are the baseline's; the floor is still the reference's rounding with the
-    weights of ``source``. As both runtimes bring their own rounding, limits are twice as wide.
+    The expected values are the baseline's. The noise floor is still the rounding of the reference
+    with the weights of ``source``. Both runtimes round, so the limits are twice as wide.
 
     Raises:
-        InputError: the two are not the same model.
+        InputError: the two runtimes do not have the same model.
         Gemma3ExportError: a runtime failed.
     """
     if baseline.config.num_hidden_layers != candidate.config.num_hidden_layers:
@@ -144,185 +115,183 @@ def compare(
             f"the baseline has {baseline.config.num_hidden_layers} layers and the candidate "
             f"{candidate.config.num_hidden_layers}; compare two exports of one model"
         )
-    return _check(
-        candidate, baseline, source, options, tokenizer, None, yardstick, files, None, progress
-    )
-
-
-def _check(
-    candidate: Runtime,
-    baseline: Runtime | None,
-    source: WeightSource,
-    options: VerifyOptions | None,
-    tokenizer: Tokenizer | None,
-    full_source: WeightSource | None,
-    yardstick: Yardstick | None,
-    files: Mapping[str, str] | None,
-    ranges: HalfRanges | None,
-    progress: Progress | None,
-) -> ParityReport:
-    report = progress or ignore_progress
     require_same_shapes(candidate, source)
-    started = time.perf_counter()
-    report("computing the truth", 0, 1)
-    if yardstick is None:
-        yardstick = make_yardstick(candidate, source, options=options, tokenizer=tokenizer)
-    options = yardstick.options
-    cases = cases_for(candidate, yardstick.config, yardstick.sequences, options)
-    truth: Truth = yardstick.truth
-    if baseline is not None:
-        needed = needed_positions(candidate.config, cases, yardstick.sequences)
-        truth = RuntimeTruth(baseline, yardstick.sequences, needed)
-    report("computing the truth", 1, 1)
-    seconds = {"truth": time.perf_counter() - started}
-    factor = options.factor * (1 if baseline is None else 2)
-    limits = Limits(factor=factor, epsilon=torch.finfo(yardstick.dtype).eps)
-    full = None if full_source is None else load_reference(full_source)
-    by_text = full is not None and yardstick.tokenizer is not None
-    outcome = run_cases(
-        candidate, cases, truth, yardstick, limits, None if by_text else full, report
-    )
-    if full is not None and yardstick.tokenizer is not None:
-        started = time.perf_counter()
-        outcome.quality = held_out_quality(candidate, full, yardstick.tokenizer, report)
-        seconds["held-out text"] = time.perf_counter() - started
-    divergence = None
-    if options.locate and not all(case.passed for case in outcome.cases):
-        report("looking for the first diverging layer", 0, 1)
-        started = time.perf_counter()
-        divergence = locate(candidate, outcome.cases, yardstick, limits)
-        seconds["locating"] = time.perf_counter() - started
-        report("looking for the first diverging layer", 1, 1)
-    started = time.perf_counter()
-    outcome.cases += run_float_cases(candidate, yardstick, limits, report)
-    seconds["float products"] = time.perf_counter() - started
-    if baseline is None:
-        started = time.perf_counter()
-        outcome.cases += run_sibling_cases(candidate, yardstick, limits, report)
-        seconds["other caches"] = time.perf_counter() - started
-        started = time.perf_counter()
-        outcome.cases += run_chosen_cases(candidate, yardstick, limits, report)
-        seconds["candidates"] = time.perf_counter() - started
-    gates = [implementation_gate(outcome.cases), judge_quality(outcome.quality, options)]
-    half = HalfPrecision.of_runtime(candidate.info)
-    if half is not None and ranges is None:
-        started = time.perf_counter()
-        sequences = calibration_sequences(source.config, yardstick.tokenizer)
-        ranges = measure_ranges(source, sequences, half, report)
-        seconds["activation range"] = time.perf_counter() - started
-    if ranges is not None:
-        gates.append(range_gate(ranges))
-    return assemble(
-        candidate, baseline, source, yardstick, gates, outcome, divergence, files, ranges, seconds
-    )
+    return Check(
+        candidate=candidate,
+        source=source,
+        baseline=baseline,
+        files=files or {},
+        progress=progress or ignore_progress,
+    ).run(ground_truth, options, tokenizer)
 
 
 def require_same_shapes(candidate: Runtime, source: WeightSource) -> None:
     """Refuse to compare two different models.
 
     Raises:
-        InputError: naming what differs.
+        InputError: a weight has different shapes.
     """
-    wanted, found = dict(source.config.weight_shapes()), dict(candidate.config.weight_shapes())
-    for name in sorted(wanted.keys() | found.keys()):
-        if wanted.get(name) != found.get(name):
+    expected, actual = dict(source.config.weight_shapes()), dict(candidate.config.weight_shapes())
+    for name in sorted(expected.keys() | actual.keys()):
+        if expected.get(name) != actual.get(name):
             raise InputError(
-                f"the runtime is not the model of {source.origin}: {name} is "
-                f"{found.get(name, 'absent')} there and {wanted.get(name, 'absent')} in the "
-                "weights; compare a bundle with the weights that it was made from"
+                f"the runtime does not have the model of {source.origin}: {name} is "
+                f"{actual.get(name, 'absent')} in the runtime and {expected.get(name, 'absent')} "
+                "in the weights; compare a bundle with the weights it was made from"
             )
 
 
-def run_cases(
-    candidate: Runtime,
-    cases: Sequence[Case],
-    truth: Truth,
-    yardstick: Yardstick,
-    limits: Limits,
-    full_model: Gemma3 | None,
-    progress: Progress,
-) -> Outcome:
-    """Every case on the candidate, judged."""
-    full = None if full_model is None else ReferenceTruth(full_model, yardstick.sequences)
-    outcome = Outcome([], [], {})
-    has_text = any(case.is_text for case in cases)
-    for index, case in enumerate(cases):
-        progress(f"comparing {case.name}", index, len(cases))
+@dataclass(kw_only=True, slots=True)
+class Check:
+    """One parity check: what it compares, and the results so far."""
+
+    candidate: Runtime
+    source: WeightSource
+    progress: Progress
+    baseline: Runtime | None = None  # None: the reference
+    full_source: WeightSource | None = None
+    files: Mapping[str, str] = field(default_factory=dict)
+    ranges: HalfRanges | None = None
+    cases: list[CaseResult] = field(default_factory=list, init=False)
+    quality: list[LogitDifference] = field(default_factory=list, init=False)
+    seconds: dict[str, float] = field(default_factory=dict, init=False)
+
+    def run(
+        self,
+        ground_truth: GroundTruth | None,
+        options: VerifyOptions | None,
+        tokenizer: Tokenizer | None,
+    ) -> ParityReport:
+        """Run every part of the check and return the report."""
+        with self._stage("computing expected values", "expected values"):
+            if ground_truth is None:
+                ground_truth = GroundTruth.for_runtime(
+                    self.candidate, self.source, options=options, tokenizer=tokenizer
+                )
+            config, options = ground_truth.config, ground_truth.options
+            cases = cases_for(self.candidate, config, ground_truth.sequences, options)
+            expected = self._expected(ground_truth, cases)
+        factor = options.factor * (1 if self.baseline is None else 2)
+        limits = Limits(factor=factor, epsilon=torch.finfo(ground_truth.dtype).eps)
+        criteria = Criteria(expected, ground_truth.noise_floor, limits)
+        self._run_cases(cases, criteria, ground_truth.tokenizer)
+        divergence = None
+        if options.locate and not all(case.passed for case in self.cases):
+            with self._stage("looking for the first divergence", "locating"):
+                divergence = locate(self.candidate, self.cases, ground_truth, limits)
+        self._run_variants(ground_truth, limits)
+        gates = self._gates(ground_truth)
+        return self._report(ground_truth, gates, divergence)
+
+    def _expected(self, ground_truth: GroundTruth, cases: Sequence[Case]) -> ExpectedValues:
+        if self.baseline is None:
+            return ground_truth.expected
+        needed = needed_positions(self.candidate.config, cases, ground_truth.sequences)
+        return ExpectedFromRuntime(self.baseline, ground_truth.sequences, needed)
+
+    def _run_cases(
+        self, cases: Sequence[Case], criteria: Criteria, tokenizer: Tokenizer | None
+    ) -> None:
+        """Judge every case, then measure the quality of the weights on text where possible."""
+        full = None if self.full_source is None else load_reference(self.full_source)
+        sequences = criteria.noise_floor.sequences
+        full_values = None
+        if full is not None and tokenizer is None:
+            full_values = ExpectedFromReference(full, sequences)
+        has_text = any(case.is_text for case in cases)
+        for index, case in enumerate(cases):
+            self.progress(f"comparing {case.name}", index, len(cases))
+            with self._timed(f"case {case.name}"):
+                result, compared = judge_case(case, self.candidate, criteria)
+                self.cases.append(result)
+                if case.is_text or not has_text:
+                    self.quality += [
+                        part.error
+                        if full_values is None
+                        else compare_with_full_precision(part.observation, full_values, sequences)
+                        for part in compared
+                    ]
+        self.progress("comparing", len(cases), len(cases))
+        if full is not None and tokenizer is not None:
+            with self._timed("held-out text"):
+                texts = held_out_sequences(tokenizer, self.candidate.config.max_position_embeddings)
+                self.quality = run_sequences(
+                    self.candidate, ExpectedFromReference(full, texts), texts, self.progress
+                )
+
+    def _run_variants(self, ground_truth: GroundTruth, limits: Limits) -> None:
+        variants = {"float32 matmul": float32_matmul_variant}
+        if self.baseline is None:
+            variants |= {"other caches": other_cache_variant, "candidates": candidate_variant}
+        for name, find_variant in variants.items():
+            with self._timed(name):
+                variant = find_variant(self.candidate, ground_truth, limits)
+                if variant is not None:
+                    self.cases += run_variant(variant, self.progress)
+
+    def _gates(self, ground_truth: GroundTruth) -> tuple[GateResult, ...]:
+        implementation = GateResult(
+            name="implementation",
+            question="Does the runtime compute what the reference computes with the same weights?",
+            passed=all(case.passed for case in self.cases),
+        )
+        quality = judge_quality(self.quality, ground_truth.options)
+        half = HalfPrecision.of_runtime(self.candidate.info)
+        if half is not None and self.ranges is None:
+            with self._timed("activation range"):
+                sequences = calibration_sequences(self.source.config, ground_truth.tokenizer)
+                self.ranges = measure_ranges(self.source, sequences, half, self.progress)
+        if self.ranges is None:
+            return implementation, quality
+        return implementation, quality, range_gate(self.ranges)
+
+    def _report(
+        self,
+        ground_truth: GroundTruth,
+        gates: tuple[GateResult, ...],
+        divergence: Divergence | None,
+    ) -> ParityReport:
+        config = self.source.config
+        reference: dict[str, object] = {"runtime": "reference", "dtype": "float64"}
+        return ParityReport(
+            candidate=self.candidate.info.to_json(),
+            baseline=reference if self.baseline is None else self.baseline.info.to_json(),
+            model={
+                "num_hidden_layers": config.num_hidden_layers,
+                "hidden_size": config.hidden_size,
+                "vocab_size": config.vocab_size,
+                "sliding_window": config.sliding_window,
+                "layer_types": list(config.layer_types),
+                "num_parameters": config.num_parameters,
+            },
+            source=self.source.fingerprint(),
+            files=dict(self.files),
+            options=asdict(ground_truth.options),
+            versions={
+                "gemma3-export": __version__,
+                "python": platform.python_version(),
+                "torch": torch.__version__,
+                "numpy": importlib.metadata.version("numpy"),
+            },
+            noise_floor_dtype=str(ground_truth.dtype).removeprefix("torch."),
+            gates=gates,
+            cases=tuple(self.cases),
+            divergence=divergence,
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
+            ranges=self.ranges,
+            seconds=self.seconds,
+        )
+
+    @contextmanager
+    def _timed(self, name: str) -> Iterator[None]:
         started = time.perf_counter()
-        prepare_floor(case, yardstick.config, yardstick.floor)
-        result, seen = judge_case(case, case.run(candidate), truth, yardstick.floor, limits)
-        outcome.cases.append(result)
-        if case.is_text or not has_text:  # quality on text, where there is text
-            outcome.quality += [quality_of(part, full, yardstick) for part in seen]
-        outcome.seconds[case.name] = time.perf_counter() - started
-    progress("comparing", len(cases), len(cases))
-    return outcome
+        yield
+        self.seconds[name] = time.perf_counter() - started
 
-
-def held_out_quality(
-    candidate: Runtime, full: Gemma3, tokenizer: Tokenizer, progress: Progress
-) -> list[LogitDifference]:
-    """Gate B on text that neither calibration nor the cases have seen."""
-    sequences = held_out_sequences(tokenizer, candidate.config.max_position_embeddings)
-    return [measure_quality(candidate, ReferenceTruth(full, sequences), sequences, progress)]
-
-
-def quality_of(part: SeenLogits, full: Truth | None, yardstick: Yardstick) -> LogitDifference:
-    """Against full precision, which may be what gate A has compared with already."""
-    if full is None:
-        return part.found
-    return requality(part, full, yardstick.sequences)
-
-
-def implementation_gate(cases: Sequence[CaseResult]) -> GateResult:
-    """Gate A: all cases."""
-    return GateResult(
-        name="implementation",
-        question="Does the runtime compute what the reference computes with the same weights?",
-        passed=all(case.passed for case in cases),
-    )
-
-
-def assemble(
-    candidate: Runtime,
-    baseline: Runtime | None,
-    source: WeightSource,
-    yardstick: Yardstick,
-    gates: Sequence[GateResult],
-    outcome: Outcome,
-    divergence: Divergence | None,
-    files: Mapping[str, str] | None,
-    ranges: HalfRanges | None,
-    seconds: dict[str, float],
-) -> ParityReport:
-    """The report of everything above."""
-    config = source.config
-    reference: dict[str, object] = {"runtime": "reference", "dtype": "float64"}
-    return ParityReport(
-        candidate=candidate.info.to_json(),
-        baseline=reference if baseline is None else baseline.info.to_json(),
-        model={
-            "num_hidden_layers": config.num_hidden_layers,
-            "hidden_size": config.hidden_size,
-            "vocab_size": config.vocab_size,
-            "sliding_window": config.sliding_window,
-            "layer_types": list(config.layer_types),
-            "num_parameters": config.num_parameters,
-        },
-        source=source.fingerprint(),
-        files=dict(files or {}),
-        options=asdict(yardstick.options),
-        versions={
-            "gemma3-export": __version__,
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "numpy": importlib.metadata.version("numpy"),
-        },
-        noise_floor_dtype=str(yardstick.dtype).removeprefix("torch."),
-        gates=tuple(gates),
-        cases=tuple(outcome.cases),
-        divergence=divergence,
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
-        ranges=ranges,
-        seconds=seconds | {f"case {name}": value for name, value in outcome.seconds.items()},
-    )
+    @contextmanager
+    def _stage(self, stage: str, name: str) -> Iterator[None]:
+        """Time a part that cannot report its own progress."""
+        self.progress(stage, 0, 1)
+        with self._timed(name):
+            yield
+        self.progress(stage, 1, 1)

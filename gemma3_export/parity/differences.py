@@ -1,4 +1,4 @@
-"""Distances between what a runtime computed and what it should have, position by position.
+"""Measure how far a runtime's results are from the expected ones, position by position.
 
 Shapes: P compared positions, V vocabulary, K key-value heads, S tokens, H head size.
 """
@@ -24,25 +24,25 @@ __all__ = [
 
 FloatArray = NDArray[np.float64]
 BoolArray = NDArray[np.bool_]
-BLOCK = 32  # positions at once: 64 MB a temporary for the official vocabulary
+BLOCK = 32  # positions per block: a temporary takes 64 MB for the official vocabulary
 
 
 @dataclass(frozen=True, slots=True)
 class LogitDifference:
-    """Distances at P positions; an infinite or missing number counts as an infinite distance."""
+    """Differences of the logits at P positions. NaN and infinity count as infinitely far off."""
 
     max_abs: FloatArray  # [P] over the vocabulary
     mean_square: FloatArray  # [P] over the vocabulary
-    kld: FloatArray  # [P] nats, of the runtime from the truth
-    scale: FloatArray  # [P] largest true logit, absolute
-    margin: FloatArray  # [P] truth's best minus its second best logit
+    kld: FloatArray  # [P] KL(expected || actual), nats
+    scale: FloatArray  # [P] largest absolute expected logit
+    margin: FloatArray  # [P] best minus second-best expected logit
     is_same_top1: BoolArray  # [P]
-    nll_truth: FloatArray  # [P] of the sequence's next token; NaN at its end
-    nll: FloatArray  # [P] the same from the runtime's logits
+    nll_expected: FloatArray  # [P] negative log-likelihood of the next token; NaN at the end
+    nll: FloatArray  # [P] the same from the actual logits
 
     @classmethod
     def join(cls, parts: Sequence[LogitDifference]) -> LogitDifference:
-        """One after another."""
+        """Concatenate the positions of several differences."""
         return cls(
             **{
                 field.name: np.concatenate([getattr(part, field.name) for part in parts])
@@ -50,65 +50,80 @@ class LogitDifference:
             }
         )
 
+    def at(self, index: int) -> LogitDifference:
+        """Return the difference at one of the P positions."""
+        part = slice(index, index + 1)
+        return LogitDifference(
+            **{field.name: getattr(self, field.name)[part] for field in fields(self)}
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class TensorDifference:
-    """Distances of one tensor along its S positions."""
+    """Differences of one tensor along its S positions."""
 
     max_abs: FloatArray  # [S]
     mean_square: FloatArray  # [S]
-    scale: float  # largest true element, absolute
+    scale: float  # largest absolute expected element
 
 
-def compare_logits(truth: Tensor, found: Tensor, next_ids: Sequence[int]) -> LogitDifference:
-    """Compare logits [P, V]; ``next_ids`` has -1 where the sequence ends."""
+def compare_logits(expected: Tensor, actual: Tensor, next_ids: Sequence[int]) -> LogitDifference:
+    """Compare logits [P, V].
+
+    Args:
+        expected: [P, V] floating point.
+        actual: [P, V] floating point.
+        next_ids: [P] the token that follows each position, or -1 at the end of the sequence.
+    """
     parts = [
         _compare_block(
-            truth[at : at + BLOCK].double(), found[at : at + BLOCK].double(), next_ids[at:]
+            expected[start : start + BLOCK].double(),
+            actual[start : start + BLOCK].double(),
+            next_ids[start:],
         )
-        for at in range(0, truth.shape[0], BLOCK)
+        for start in range(0, expected.shape[0], BLOCK)
     ]
     return LogitDifference.join(parts)
 
 
-def _compare_block(truth: Tensor, found: Tensor, next_ids: Sequence[int]) -> LogitDifference:
-    delta = found - truth
-    p = truth.softmax(-1)
+def _compare_block(expected: Tensor, actual: Tensor, next_ids: Sequence[int]) -> LogitDifference:
+    delta = actual - expected
+    p = expected.softmax(-1)
     growth = torch.expm1(delta)
     mean_growth = (p * growth).sum(-1)
-    # log(sum p e^d) - sum p d, arranged so that nothing cancels when the delta is tiny.
+    # log(sum p e^d) - sum p d, arranged to avoid cancellation for tiny deltas.
     kld = (torch.log1p(mean_growth) - mean_growth) + (p * growth.sub_(delta)).sum(-1)
-    best = truth.topk(2, dim=-1)
-    ids = torch.tensor(list(next_ids[: truth.shape[0]]))[:, None]
-    at = ids.clamp(min=0)
-    nll_truth = -p.gather(1, at).log()
-    nll = nll_truth - delta.gather(1, at) + torch.log1p(mean_growth)[:, None]
+    best = expected.topk(2, dim=-1)
+    ids = torch.tensor(list(next_ids[: expected.shape[0]]))[:, None]
+    index = ids.clamp(min=0)
+    nll_expected = -p.gather(1, index).log()
+    nll = nll_expected - delta.gather(1, index) + torch.log1p(mean_growth)[:, None]
     is_end = ids < 0
     nan = float("nan")
     return LogitDifference(
         max_abs=finite(delta.abs().amax(-1)),
         mean_square=finite(delta.square().mean(-1)),
-        # Rounding may leave the divergence of two equals a little below zero.
+        # Rounding can make the divergence of equal distributions slightly negative.
         kld=finite(kld.clamp(min=0)),
-        scale=truth.abs().amax(-1).numpy(),
+        scale=expected.abs().amax(-1).numpy(),
         margin=(best.values[:, 0] - best.values[:, 1]).numpy(),
-        is_same_top1=(found.argmax(-1) == best.indices[:, 0]).numpy(),
-        nll_truth=nll_truth.masked_fill(is_end, nan)[:, 0].numpy(),
+        is_same_top1=(actual.argmax(-1) == best.indices[:, 0]).numpy(),
+        nll_expected=nll_expected.masked_fill(is_end, nan)[:, 0].numpy(),
         nll=nll.masked_fill(is_end, nan)[:, 0].numpy(),
     )
 
 
-def compare_tensors(truth: Tensor, found: Tensor) -> TensorDifference:
+def compare_tensors(expected: Tensor, actual: Tensor) -> TensorDifference:
     """Compare two tensors [S, ...] of the same shape."""
-    truth, found = truth.flatten(1).double(), found.flatten(1).double()
-    delta = found - truth
+    expected, actual = expected.flatten(1).double(), actual.flatten(1).double()
+    delta = actual - expected
     return TensorDifference(
         max_abs=finite(delta.abs().amax(1)),
         mean_square=finite(delta.square().mean(1)),
-        scale=float(truth.abs().max()),
+        scale=float(expected.abs().max()),
     )
 
 
 def finite(distance: Tensor) -> FloatArray:
-    """NaN is as far away as infinity."""
+    """Return distances with NaN replaced by infinity."""
     return torch.nan_to_num(distance, nan=torch.inf, posinf=torch.inf).numpy()

@@ -1,10 +1,9 @@
-"""What the logits and caches should be: one uncached pass of the reference over each sequence.
+"""Compute expected logits and caches: one uncached forward pass per sequence.
 
-Causality makes a prefix's logits and keys those of the whole sequence, so one pass answers every
-case. The head, most of a small model's arithmetic, runs on the positions that are asked for only.
+With a causal mask, the logits and keys of a prefix are those of the whole sequence, so one pass
+serves every case. The head, most of a small model's arithmetic, runs on requested positions only.
 
-Shapes: B batch rows (1), S tokens, P positions, D hidden size, V vocabulary, K key-value heads,
-H head size, L layers.
+Shapes: S tokens, P positions, D hidden size, V vocabulary, K key-value heads, H head size.
 """
 
 from __future__ import annotations
@@ -19,38 +18,46 @@ import torch
 from torch import Tensor
 
 from gemma3_export.parity.rounding import ActivationRounding
-from gemma3_export.parity.sequences import Observation, TeacherForcing, TokenSequence
+from gemma3_export.parity.sequences import LogitObservation, TeacherForcing, TokenSequence
 from gemma3_export.reference.model import Gemma3, KeyValue
 from gemma3_export.runtimes.protocol import IntArray, Runtime
 
-__all__ = ["ReferenceTruth", "RuntimeTruth", "Truth", "with_greedy_tokens"]
+__all__ = [
+    "ExpectedFromReference",
+    "ExpectedFromRuntime",
+    "ExpectedValues",
+    "with_greedy_tokens",
+]
 
-RECENT_BYTES = 384 * 2**20  # logits that are remembered
-BASELINE_CHUNK = 64  # tokens a step when another runtime is the baseline
+RECENT_BYTES = 384 * 2**20  # size of the cache of logits
+BASELINE_CHUNK = 64  # tokens per step when another runtime is the baseline
 
 
-class Truth(Protocol):
-    """Where expected values come from."""
+class ExpectedValues(Protocol):
+    """A source of expected values."""
 
     def logits(self, sequence: int, positions: IntArray) -> Tensor:
-        """[P, V] float64 logits of a sequence at ``positions``."""
+        """Return the logits [P, V] float64 of a sequence at ``positions``."""
 
     def key_values(self, sequence: int) -> list[KeyValue]:
-        """One (key, value) a layer, each [K, S, H], over the whole sequence."""
+        """Return (key, value) per layer over the whole sequence, each [K, S, H]."""
 
 
 @dataclass(frozen=True, slots=True)
-class Pass:
-    """What one uncached forward pass leaves behind."""
+class ForwardPass:
+    """The result of one uncached forward pass."""
 
     normed: Tensor  # [S, D] input of the head
     key_values: list[KeyValue]  # each [K, S, H]
 
 
-class ReferenceTruth:
-    """The reference model over the sequences, each computed when it is first asked for.
+class ExpectedFromReference:
+    """Values of the reference model. Each sequence is processed on first use.
 
-    ``rounding`` rounds its activations, as 8-bit kernels do.
+    Args:
+        model: the reference in some precision.
+        sequences: the sequences that indices refer to.
+        rounding: rounds the model's activations as 8-bit kernels do.
     """
 
     def __init__(
@@ -62,46 +69,52 @@ class ReferenceTruth:
         self.model = model
         self.rounding = rounding
         self.sequences = sequences
-        self.passes: dict[int, Pass] = {}
-        self.recent: dict[tuple[int, int], Tensor] = {}  # logits [V], the latest last
+        self.passes: dict[int, ForwardPass] = {}
+        self.recent: dict[tuple[int, int], Tensor] = {}  # logits [V], most recent last
 
     @torch.inference_mode()
     def logits(self, sequence: int, positions: IntArray) -> Tensor:
-        """See :class:`Truth`."""
-        places = [(sequence, position) for position in positions.tolist()]
-        new = [place for place in places if place not in self.recent]
+        """See :class:`ExpectedValues`."""
+        keys = [(sequence, position) for position in positions.tolist()]
+        new = [key for key in keys if key not in self.recent]
         if new:
-            normed = self._pass(sequence).normed[[position for _, position in new]]
+            normed = self._forward(sequence).normed[[position for _, position in new]]
             with self._arithmetic():
                 logits = self.model.head(normed, self.model.head_weight)
             self.recent |= dict(zip(new, logits, strict=True))
-        wanted = torch.stack([self.recent[place] for place in places]).double()
-        # Cases come back to the same positions; what is too much for the memory is computed anew.
-        room = RECENT_BYTES // (wanted.shape[1] * 8)
-        for place in list(self.recent)[: max(0, len(self.recent) - room)]:
-            del self.recent[place]
-        return wanted
+        result = torch.stack([self.recent[key] for key in keys]).double()
+        # Cases return to the same positions. Logits that do not fit are evicted and recomputed.
+        capacity = RECENT_BYTES // (result.shape[1] * 8)
+        for key in list(self.recent)[: max(0, len(self.recent) - capacity)]:
+            del self.recent[key]
+        return result
 
     def key_values(self, sequence: int) -> list[KeyValue]:
-        """See :class:`Truth`."""
-        return self._pass(sequence).key_values
+        """See :class:`ExpectedValues`."""
+        return self._forward(sequence).key_values
 
     @torch.inference_mode()
-    def _pass(self, sequence: int) -> Pass:
+    def _forward(self, sequence: int) -> ForwardPass:
         if sequence not in self.passes:
             ids = torch.from_numpy(self.sequences[sequence].ids)[None]
             with self._arithmetic():
                 normed, cache = self.model.hidden_states(ids)
             key_values = [(key[0], value[0]) for key, value in cache]
-            self.passes[sequence] = Pass(normed[0], key_values)
+            self.passes[sequence] = ForwardPass(normed[0], key_values)
         return self.passes[sequence]
 
     def _arithmetic(self) -> AbstractContextManager[None]:
-        return nullcontext() if self.rounding is None else self.rounding.on()
+        return nullcontext() if self.rounding is None else self.rounding.enabled()
 
 
-class RuntimeTruth:
-    """Another runtime as the baseline: it walks each sequence once and keeps what is needed."""
+class ExpectedFromRuntime:
+    """Values of another runtime, the baseline, which processes each sequence once.
+
+    Args:
+        runtime: the baseline.
+        sequences: the sequences to process.
+        needed: the positions of each sequence whose logits to keep.
+    """
 
     def __init__(
         self, runtime: Runtime, sequences: Sequence[TokenSequence], needed: dict[int, set[int]]
@@ -109,27 +122,27 @@ class RuntimeTruth:
         self.kept: dict[tuple[int, int], Tensor] = {}
         self.caches: dict[int, list[KeyValue]] = {}
         for index, sequence in enumerate(sequences):
-            walk = TeacherForcing(runtime, sequences, [index])
-            while left := len(sequence.ids) - walk.fed[0]:
-                for seen in walk.step(min(left, BASELINE_CHUNK)):
-                    self._keep(seen, needed.get(index, set()))
-            (cache,) = walk.read()
+            feed = TeacherForcing(runtime, sequences, [index])
+            while left := len(sequence.ids) - feed.fed[0]:
+                for item in feed.step(min(left, BASELINE_CHUNK)):
+                    self._keep(item, needed.get(index, set()))
+            (cache,) = feed.read()
             self.caches[index] = [
                 (torch.from_numpy(key).double(), torch.from_numpy(value).double())
                 for key, value in cache.layers
             ]
 
-    def _keep(self, seen: Observation, needed: set[int]) -> None:
-        for row, position in enumerate(seen.positions.tolist()):
+    def _keep(self, item: LogitObservation, needed: set[int]) -> None:
+        for row, position in enumerate(item.positions.tolist()):
             if position in needed:
-                self.kept[seen.sequence, position] = torch.from_numpy(seen.logits[row].copy())
+                self.kept[item.sequence, position] = torch.from_numpy(item.logits[row].copy())
 
     def logits(self, sequence: int, positions: IntArray) -> Tensor:
-        """See :class:`Truth`."""
+        """See :class:`ExpectedValues`."""
         return torch.stack([self.kept[sequence, int(p)] for p in positions]).double()
 
     def key_values(self, sequence: int) -> list[KeyValue]:
-        """See :class:`Truth`."""
+        """See :class:`ExpectedValues`."""
         return self.caches[sequence]
 
 
@@ -137,10 +150,10 @@ class RuntimeTruth:
 def with_greedy_tokens(
     model: Gemma3, sequence: TokenSequence, start: int, count: int
 ) -> TokenSequence:
-    """The sequence with the reference's own choices at [start, start + count).
+    """Return the sequence with the reference's greedy tokens at [start, start + count).
 
-    Decoding is then compared on the tokens that a user would see, and a runtime that chooses
-    another one of two equals is led back to the reference's choice.
+    The decode steps are then compared on tokens that a user would see. A runtime that chooses the
+    other of two tied tokens continues from the reference's choice.
     """
     ids = sequence.ids.copy()
     past: list[KeyValue] | None = None

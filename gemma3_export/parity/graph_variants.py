@@ -1,7 +1,7 @@
-"""Other forms of the graph under test: computed or read otherwise, or with other caches.
+"""Check other variants of the graph under test: other arithmetic, other caches, or candidates.
 
-What a graph computes is checked in full on the form that people run. The others share its weights
-and nearly all of its nodes, so the cases that feed and read the cache in every way are enough.
+The variant that people run gets all cases. The others share its weights and nearly all of its
+nodes, so the few cases that feed and read the cache in every way are enough.
 """
 
 from __future__ import annotations
@@ -9,94 +9,103 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import numpy as np
-
-from gemma3_export.config import Gemma3Config
-from gemma3_export.parity.candidate_check import chosen_logits
-from gemma3_export.parity.cases import Case, cases_for, needed_positions
-from gemma3_export.parity.expected import Truth
-from gemma3_export.parity.judge import Limits, judge_case
-from gemma3_export.parity.noise_floor import NoiseFloor, Yardstick
+from gemma3_export.parity.candidate_check import with_candidates
+from gemma3_export.parity.cases import Case, cases_for
+from gemma3_export.parity.ground_truth import GroundTruth
+from gemma3_export.parity.judge import Criteria, Limits, judge_case
 from gemma3_export.parity.report.model import CaseResult
 from gemma3_export.progress import Progress
 from gemma3_export.runtimes.protocol import CacheVariants, Float32MatMul, Runtime
 
-__all__ = ["prepare_floor", "run_chosen_cases", "run_float_cases", "run_sibling_cases"]
-
-
-def run_float_cases(
-    candidate: Runtime, yardstick: Yardstick, limits: Limits, progress: Progress
-) -> list[CaseResult]:
-    """A few cases of a quantised graph with float products: see activations.py."""
-    if yardstick.float_truth is None or yardstick.float_floor is None:
-        return []
-    exact = candidate.with_float32_matmul() if isinstance(candidate, Float32MatMul) else None
-    if exact is None:
-        return []
-    options = replace(yardstick.options, decode_steps=min(6, yardstick.options.decode_steps))
-    every = cases_for(exact, yardstick.config, yardstick.sequences, options)
-    form = Form("float", "float products", yardstick.float_truth, yardstick.float_floor)
-    return run_form(form, exact, variant_cases(every), limits, progress)
-
-
-def run_sibling_cases(
-    candidate: Runtime, yardstick: Yardstick, limits: Limits, progress: Progress
-) -> list[CaseResult]:
-    """A few cases of the graph's sibling with another kind of cache, if it has one."""
-    sibling = candidate.with_other_cache() if isinstance(candidate, CacheVariants) else None
-    if sibling is None:
-        return []
-    every = cases_for(sibling, yardstick.config, yardstick.sequences, yardstick.options)
-    kind = sibling.info.cache
-    assert kind is not None
-    form = Form(kind, f"{kind} caches", yardstick.truth, yardstick.floor)
-    return run_form(form, sibling, variant_cases(every), limits, progress)
-
-
-def run_chosen_cases(
-    candidate: Runtime, yardstick: Yardstick, limits: Limits, progress: Progress
-) -> list[CaseResult]:
-    """Cached steps of a runtime that chooses candidates, if it does."""
-    chosen = chosen_logits(candidate)
-    if chosen is None:
-        return []
-    every = cases_for(chosen, yardstick.config, yardstick.sequences, yardstick.options)
-    form = Form("chosen", "candidates only", yardstick.truth, yardstick.floor)
-    steps = [case for case in every if case.checks_candidates]
-    return run_form(form, chosen, steps, limits, progress)
+__all__ = [
+    "GraphVariant",
+    "candidate_variant",
+    "float32_matmul_variant",
+    "other_cache_variant",
+    "run_variant",
+]
 
 
 @dataclass(frozen=True, slots=True)
-class Form:
-    """Another form of the graph under test, and what it is held against."""
+class GraphVariant:
+    """Another variant of the graph under test, and what to judge it by."""
 
-    prefix: str  # of its cases' names
+    prefix: str  # of the names of its cases
     description: str
-    truth: Truth
-    floor: NoiseFloor
+    runtime: Runtime
+    cases: Sequence[Case]
+    criteria: Criteria
 
 
-def variant_cases(cases: Sequence[Case]) -> list[Case]:
-    """Return the cases that feed and read the cache in every way."""
-    return [case for case in cases if case.checks_variants]
+def float32_matmul_variant(
+    candidate: Runtime, ground_truth: GroundTruth, limits: Limits
+) -> GraphVariant | None:
+    """Return a quantised graph that multiplies in floating point, if the candidate is quantised.
+
+    See :mod:`gemma3_export.parity.rounding`.
+    """
+    expected, noise_floor = ground_truth.float_expected, ground_truth.float_noise_floor
+    if expected is None or noise_floor is None or not isinstance(candidate, Float32MatMul):
+        return None
+    runtime = candidate.with_float32_matmul()
+    if runtime is None:
+        return None
+    options = ground_truth.options
+    options = replace(options, decode_steps=min(6, options.decode_steps))
+    cases = cases_for(runtime, ground_truth.config, ground_truth.sequences, options)
+    return GraphVariant(
+        "float",
+        "float32 matmul",
+        runtime,
+        [case for case in cases if case.checks_variants],
+        Criteria(expected, noise_floor, limits),
+    )
 
 
-def run_form(
-    form: Form, runtime: Runtime, cases: Sequence[Case], limits: Limits, progress: Progress
-) -> list[CaseResult]:
-    """Run ``cases`` on another form of the graph and judge them."""
+def other_cache_variant(
+    candidate: Runtime, ground_truth: GroundTruth, limits: Limits
+) -> GraphVariant | None:
+    """Return the graph's sibling with another kind of cache, if it has one."""
+    runtime = candidate.with_other_cache() if isinstance(candidate, CacheVariants) else None
+    if runtime is None:
+        return None
+    kind = runtime.info.cache
+    assert kind is not None
+    return GraphVariant(
+        kind,
+        f"{kind} caches",
+        runtime,
+        [case for case in _cases(runtime, ground_truth) if case.checks_variants],
+        Criteria(ground_truth.expected, ground_truth.noise_floor, limits),
+    )
+
+
+def candidate_variant(
+    candidate: Runtime, ground_truth: GroundTruth, limits: Limits
+) -> GraphVariant | None:
+    """Return cached steps of a runtime that selects candidate tokens itself, if it does."""
+    runtime = with_candidates(candidate)
+    if runtime is None:
+        return None
+    return GraphVariant(
+        "candidates",
+        "candidates only",
+        runtime,
+        [case for case in _cases(runtime, ground_truth) if case.checks_candidates],
+        Criteria(ground_truth.expected, ground_truth.noise_floor, limits),
+    )
+
+
+def _cases(runtime: Runtime, ground_truth: GroundTruth) -> list[Case]:
+    return cases_for(runtime, ground_truth.config, ground_truth.sequences, ground_truth.options)
+
+
+def run_variant(variant: GraphVariant, progress: Progress) -> list[CaseResult]:
+    """Run and judge the cases of a variant."""
     results = []
-    for index, case in enumerate(cases):
-        progress(f"comparing {case.name}, {form.description}", index, len(cases))
-        prepare_floor(case, runtime.config, form.floor)
-        result, _ = judge_case(case, case.run(runtime), form.truth, form.floor, limits)
-        name, title = f"{form.prefix}-{case.name}", f"{case.title}, {form.description}"
+    for index, case in enumerate(variant.cases):
+        progress(f"comparing {case.name}, {variant.description}", index, len(variant.cases))
+        result, _ = judge_case(case, variant.runtime, variant.criteria)
+        name, title = f"{variant.prefix}-{case.name}", f"{case.title}, {variant.description}"
         results.append(replace(result, name=name, title=title))
     return results
-
-
-def prepare_floor(case: Case, config: Gemma3Config, floor: NoiseFloor) -> None:
-    """Compute what a case will need in blocks: one position at a time would read the head anew."""
-    needed = needed_positions(config, [case], floor.sequences)
-    for sequence, positions in needed.items():
-        floor.logits(sequence, np.array(sorted(positions)))

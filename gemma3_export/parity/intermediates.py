@@ -1,4 +1,8 @@
-"""Values inside a step: what each sub-block of each layer gives, from hooks or from the graph.
+"""Expose the intermediate values of a step: the output of every block of every layer.
+
+The reference exposes them through hooks. Of an ONNX graph, a copy gets further outputs; it is made
+in memory, and its weights stay in the bundle's external data file. Nodes are found by operator and
+by their order within a layer; a graph without them yields fewer intermediates.
 
 Shapes: T new tokens, C any number of features.
 """
@@ -30,25 +34,26 @@ from gemma3_export.runtimes.protocol import IntArray, Runtime
 
 __all__ = [
     "BLOCKS",
-    "OnnxTaps",
-    "Tap",
-    "Taps",
-    "tap_model",
-    "tapped_step",
+    "Intermediates",
+    "OnnxIntermediates",
+    "Place",
+    "open_intermediates",
+    "reference_intermediates",
 ]
 
 
 @dataclass(frozen=True, slots=True)
-class Tap:
-    """A place in the model; ``layer`` is None outside the layers."""
+class Place:
+    """A block of the model; ``layer`` is None outside the layers."""
 
     layer: int | None
     block: str
 
 
-Taps = dict[Tap, Tensor]  # each [T, C], in any order
+Intermediates = dict[Place, Tensor]  # each [T, C], in any order
+IntermediatesOfStep = Callable[[IntArray, IntArray], Intermediates]  # (past ids, new ids)
 
-# What a layer computes, in order. Names are the reference's modules but for three.
+# The blocks of a layer in order of computation. All but two are modules of the reference.
 ROTARY_KEY, ATTEND = "self_attn.rotary", "self_attn.attend"
 BLOCKS = (
     "input_layernorm",
@@ -58,7 +63,7 @@ BLOCKS = (
     "self_attn.q_norm",
     "self_attn.k_norm",
     ROTARY_KEY,  # keys as they enter the cache
-    ATTEND,  # what the output projection takes
+    ATTEND,  # input of the output projection
     "self_attn.o_proj",
     "post_attention_layernorm",
     "pre_feedforward_layernorm",
@@ -68,16 +73,18 @@ BLOCKS = (
 
 
 @torch.inference_mode()
-def tap_model(model: Gemma3, ids: IntArray, past: list[KeyValue] | None = None) -> Taps:
-    """One forward pass over ids [T] with every sub-block's output."""
-    taps: Taps = {}
+def reference_intermediates(
+    model: Gemma3, ids: IntArray, past: list[KeyValue] | None = None
+) -> Intermediates:
+    """Run one forward pass over ids [T] and return the output of every block."""
+    found: Intermediates = {}
     handles = [
-        module.register_forward_hook(partial(_keep_output, taps, Tap(layer, block)))
+        module.register_forward_hook(partial(_keep_output, found, Place(layer, block)))
         for layer, block, module in _places(model)
     ]
     handles += [
         layer.self_attn.o_proj.register_forward_pre_hook(
-            partial(_keep_input, taps, Tap(index, ATTEND))
+            partial(_keep_input, found, Place(index, ATTEND))
         )
         for index, layer in enumerate(_layers(model))
         if isinstance(layer.self_attn.o_proj, nn.Module)
@@ -88,28 +95,28 @@ def tap_model(model: Gemma3, ids: IntArray, past: list[KeyValue] | None = None) 
         for handle in handles:
             handle.remove()
     for index, (key, _) in enumerate(output.past_key_values):
-        taps[Tap(index, ROTARY_KEY)] = flat(key[0, :, -len(ids) :].transpose(0, 1))
-    taps[Tap(None, "head")] = output.logits[0].cpu()
-    return taps
+        found[Place(index, ROTARY_KEY)] = flat(key[0, :, -len(ids) :].transpose(0, 1))
+    found[Place(None, "head")] = output.logits[0].cpu()
+    return found
 
 
-def tapped_step(runtime: Runtime) -> Callable[[IntArray, IntArray], Taps] | None:
-    """A function of (tokens before, new tokens), or None when this backend cannot be opened."""
+def open_intermediates(runtime: Runtime) -> IntermediatesOfStep | None:
+    """Return a function of (past ids, new ids), or None if the backend exposes no intermediates."""
     if isinstance(runtime, OnnxRuntime):
-        return OnnxTaps(runtime)
+        return OnnxIntermediates(runtime)
     model = getattr(runtime, "model", None)
     if isinstance(model, Gemma3):
-        return partial(_tap_after, model)
+        return partial(_reference_step, model)
     return None
 
 
 @torch.inference_mode()
-def _tap_after(model: Gemma3, before: IntArray, new: IntArray) -> Taps:
+def _reference_step(model: Gemma3, before: IntArray, new: IntArray) -> Intermediates:
     past = None
     if len(before):
         ids = torch.from_numpy(before)[None].to(model.head_weight.device)
         past = model(ids, None, None, num_logits_to_keep=1).past_key_values
-    return tap_model(model, new, past)
+    return reference_intermediates(model, new, past)
 
 
 def _layers(model: Gemma3) -> list[Any]:
@@ -127,26 +134,24 @@ def _places(model: Gemma3) -> list[tuple[int | None, str, nn.Module]]:
     return places
 
 
-def _keep_output(taps: Taps, tap: Tap, module: nn.Module, inputs: Any, output: Tensor) -> None:
+def _keep_output(
+    found: Intermediates, place: Place, module: nn.Module, inputs: Any, output: Tensor
+) -> None:
     del module, inputs
-    taps[tap] = flat(output[0])
+    found[place] = flat(output[0])
 
 
-def _keep_input(taps: Taps, tap: Tap, module: nn.Module, inputs: tuple[Tensor]) -> None:
+def _keep_input(
+    found: Intermediates, place: Place, module: nn.Module, inputs: tuple[Tensor]
+) -> None:
     del module
-    taps[tap] = flat(inputs[0][0])
+    found[place] = flat(inputs[0][0])
 
 
 def flat(value: Tensor) -> Tensor:
-    """[T, ...] to a copy [T, C] on the CPU."""
+    """Copy a value [T, ...] to the CPU as [T, C]."""
     return value.reshape(value.shape[0], -1).to("cpu", copy=True)
 
-
-# Look inside an ONNX graph: expose what its nodes compute as further outputs of a copy.
-#
-# The copy is made in memory, its weights stay in the bundle's external data file. Nodes are
-# found by
-# their operator and their order within a layer; a graph that does not have them yields fewer taps.
 
 NORMS = (
     "input_layernorm",
@@ -162,8 +167,8 @@ PRODUCT_OPS = {"MatMul", "Gemm", "MatMulNBits"}
 LAYER = re.compile(r"layer_(\d+)\.")
 
 
-class OnnxTaps:
-    """Runs a bundle's graph for one row and returns what its sub-blocks give.
+class OnnxIntermediates:
+    """A copy of a bundle's graph that also returns the outputs of its blocks, for one row.
 
     Raises:
         UnavailableError: the onnx package is missing.
@@ -176,7 +181,7 @@ class OnnxTaps:
             raise UnavailableError(
                 'naming the diverging layer needs onnx; run: pip install "gemma3-export[export]"'
             ) from error
-        if runtime.uses_sliding_window_cache:  # the same nodes, with a cache that may be empty
+        if runtime.uses_sliding_window_cache:  # its sibling accepts an empty cache
             runtime = runtime.with_other_cache()
         self.runtime = runtime
         model = (
@@ -184,7 +189,7 @@ class OnnxTaps:
             if isinstance(runtime.graph, bytes)
             else read_graph(runtime.graph)
         )
-        self.names = tap_names(model.graph.node)
+        self.names = intermediate_names(model.graph.node)
         known = {value.name for value in model.graph.output}
         model.graph.output.extend(
             onnx.helper.make_empty_tensor_value_info(name)
@@ -199,8 +204,8 @@ class OnnxTaps:
             model.SerializeToString(), options, providers=runtime.session.get_providers()
         )
 
-    def __call__(self, before: IntArray, new: IntArray) -> Taps:
-        """Sub-blocks' values for ``new`` after ``before``, which is fed first."""
+    def __call__(self, before: IntArray, new: IntArray) -> Intermediates:
+        """Feed ``before``, then ``new``, and return the intermediates of ``new``."""
         past = [
             zeros(
                 (1, self.runtime.config.num_key_value_heads, 0, self.runtime.config.head_dim),
@@ -223,12 +228,12 @@ class OnnxTaps:
             )
         )
         count = len(new)
-        taps = {tap: tokens_first(found[name], count) for tap, name in self.names.items()}
+        values = {place: tokens_first(found[name], count) for place, name in self.names.items()}
         for layer, name in enumerate(keys):
             key = found[name][0][:, len(before) : len(before) + count]
-            taps[Tap(layer, ROTARY_KEY)] = flat(torch.from_numpy(key).transpose(0, 1))
-        taps[Tap(None, "head")] = torch.from_numpy(found[logits][0])
-        return taps
+            values[Place(layer, ROTARY_KEY)] = flat(torch.from_numpy(key).transpose(0, 1))
+        values[Place(None, "head")] = torch.from_numpy(found[logits][0])
+        return values
 
     def _run(self, outputs: list[str], ids: IntArray, past: list[Any], total: int) -> list[Any]:
         signature = self.runtime.signature
@@ -240,8 +245,8 @@ class OnnxTaps:
         return run_graph(self.session, outputs, feeds)
 
 
-def tap_names(nodes: Any) -> dict[Tap, str]:
-    """Which value of the graph is which sub-block's output."""
+def intermediate_names(nodes: Any) -> dict[Place, str]:
+    """Return the name of the graph value that holds each block's output."""
     layers: dict[int, list[Any]] = {}
     outside = []
     for node in nodes:
@@ -250,17 +255,17 @@ def tap_names(nodes: Any) -> dict[Tap, str]:
             layers.setdefault(int(match.group(1)), []).append(node)
         else:
             outside.append(node)
-    names: dict[Tap, str] = {}
+    names: dict[Place, str] = {}
     for layer, own in layers.items():
-        names |= {Tap(layer, block): name for block, name in layer_names(own).items()}
+        names |= {Place(layer, block): name for block, name in layer_names(own).items()}
     norms = [node for node in outside if node.op_type in NORM_OPS]
     if len(norms) == 1:
-        names[Tap(None, "norm")] = norms[0].output[0]
+        names[Place(None, "norm")] = norms[0].output[0]
     return names
 
 
 def layer_names(nodes: list[Any]) -> dict[str, str]:
-    """Sub-block to value name within one layer; nodes are in execution order."""
+    """Map the blocks of one layer to value names; ``nodes`` are in execution order."""
     names: dict[str, str] = {}
     norms = [node.output[0] for node in nodes if node.op_type in NORM_OPS]
     if len(norms) == len(NORMS):
@@ -276,7 +281,7 @@ def layer_names(nodes: list[Any]) -> dict[str, str]:
 
 
 def tokens_first(array: Any, count: int) -> torch.Tensor:
-    """[1, T, ...] or [1, N, T, H] (standard Attention) to [T, C]."""
+    """Reshape [1, T, ...] or [1, N, T, H] (from the standard Attention operator) to [T, C]."""
     value = torch.from_numpy(np.asarray(array))[0]
     if value.ndim == 3 and value.shape[0] != count:
         value = value.transpose(0, 1)

@@ -1,100 +1,118 @@
-"""Turns what a case saw into metrics and a verdict.
+"""Turn the observations of a case into metrics and a verdict.
 
-The rule (gate A): an error may be ``factor`` times the noise floor, the reference's own error in
-the runtime's precision at the same places. Two correct implementations differ in the order of their
-sums, so their errors have the same size but not the same value. Measured: 1.8 is the largest ratio
-of 54 correct tiny runtimes (three shapes, six seeds, three backends), 3.2 that of the real 270M;
-the subtlest of 24 real defects (GELU without its tanh form) gives 600. ``factor`` 8 leaves room on
-both sides. The divergence is quadratic in the error, so its factor is squared.
+The rule (gate A): an error may be ``factor`` times the noise floor, which is the reference's own
+error in the runtime's precision at the same positions. Two correct implementations add in different
+orders, so their errors have the same magnitude but not the same value. Measured: the largest ratio
+of 54 correct tiny runtimes (three shapes, six seeds, three backends) is 1.8, and that of the real
+270M is 3.2; the subtlest of 24 real defects (GELU without the tanh approximation) reaches 600. A
+``factor`` of 8 leaves room on both sides. The KL divergence is quadratic in the error, so its
+factor is squared.
 
-A tiny guard keeps the rule sensible where the floor is zero: two units in the last place of the
+A small guard covers positions where the noise floor is zero: two units in the last place of the
 largest expected number.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
-from gemma3_export.parity.cases import Case
+from gemma3_export.parity.cases import Case, needed_positions
 from gemma3_export.parity.differences import (
     LogitDifference,
     TensorDifference,
     compare_logits,
     compare_tensors,
 )
-from gemma3_export.parity.expected import Truth
+from gemma3_export.parity.expected import ExpectedValues
 from gemma3_export.parity.noise_floor import NoiseFloor, next_ids
 from gemma3_export.parity.report.model import CaseResult, LayerResult, MetricResult, PointResult
-from gemma3_export.parity.sequences import CacheRead, Observation, Seen
+from gemma3_export.parity.sequences import CacheObservation, LogitObservation
+from gemma3_export.runtimes.protocol import Runtime
 
-__all__ = ["Limits", "SeenLogits", "judge_case"]
+__all__ = ["ComparedLogits", "Criteria", "Limits", "judge_case"]
 
 GUARD_ULPS = 2.0
-KLD_GUARD = 1e-13  # nats; what cancellation leaves of zero in float64
+KLD_GUARD = 1e-13  # nats; cancellation leaves this much of zero in float64
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Limits:
-    """How a limit follows from a floor."""
+    """The limit on an error as a function of the noise floor."""
 
     factor: float
-    epsilon: float  # of the runtime's precision
+    epsilon: float  # machine epsilon of the runtime's precision
 
-    def error(self, floor: float, scale: float) -> float:
-        """Largest error allowed where the floor is ``floor`` and numbers are up to ``scale``."""
-        return self.factor * floor + GUARD_ULPS * self.epsilon * scale
+    def error(self, noise_floor: float, scale: float) -> float:
+        """Return the largest allowed error of numbers that are ``scale`` at most."""
+        return self.factor * noise_floor + GUARD_ULPS * self.epsilon * scale
 
-    def divergence(self, floor: float, scale: float) -> float:
-        """Largest mean divergence allowed."""
+    def divergence(self, noise_floor: float, scale: float) -> float:
+        """Return the largest allowed mean KL divergence, in nats."""
         guard = (GUARD_ULPS * self.epsilon * scale) ** 2
-        return self.factor**2 * floor + guard + KLD_GUARD
+        return self.factor**2 * noise_floor + guard + KLD_GUARD
+
+
+@dataclass(frozen=True, slots=True)
+class Criteria:
+    """Everything that a runtime's results are judged by."""
+
+    expected: ExpectedValues
+    noise_floor: NoiseFloor
+    limits: Limits
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class SeenLogits:
-    """One observation, compared."""
+class ComparedLogits:
+    """One observation and its differences from the expected logits."""
 
-    observation: Observation
-    found: LogitDifference
-    floor: LogitDifference
+    observation: LogitObservation
+    error: LogitDifference
+    noise_floor: LogitDifference
+
+
+@dataclass(frozen=True, slots=True)
+class ComparedTensor:
+    """Keys or values of one layer, from one read of a cache."""
+
+    error: TensorDifference
+    noise_floor: TensorDifference
+    first: int  # position of the first compared token
 
 
 @dataclass(slots=True)
-class Collected:
-    """Everything a case saw, compared."""
+class Comparisons:
+    """All comparisons of one case."""
 
-    logits: list[SeenLogits] = field(default_factory=list)
-    # (layer, kind) -> (found, floor, first position) of each cache read
-    caches: dict[tuple[int, str], list[tuple[TensorDifference, TensorDifference, int]]] = field(
-        default_factory=dict
-    )
+    logits: list[ComparedLogits] = field(default_factory=list)
+    caches: dict[tuple[int, str], list[ComparedTensor]] = field(default_factory=dict)
 
 
 def judge_case(
-    case: Case, seen: Iterable[Seen], truth: Truth, floor: NoiseFloor, limits: Limits
-) -> tuple[CaseResult, list[SeenLogits]]:
-    """Compare everything that a case saw, as it comes in."""
-    collected = Collected()
-    for item in seen:
-        if isinstance(item, Observation):
-            collected.logits.append(compare_observation(item, truth, floor))
+    case: Case, runtime: Runtime, criteria: Criteria
+) -> tuple[CaseResult, list[ComparedLogits]]:
+    """Run a case and compare its observations as they arrive."""
+    _prefetch_noise_floor(case, runtime, criteria.noise_floor)
+    comparisons = Comparisons()
+    for item in case.run(runtime):
+        if isinstance(item, LogitObservation):
+            comparisons.logits.append(compare_observation(item, criteria))
         else:
-            compare_cache(item, truth, floor, collected)
+            compare_cache(item, criteria, comparisons)
     layers = tuple(
-        judge_layer(layer, kind, parts, limits)
-        for (layer, kind), parts in sorted(collected.caches.items())
+        judge_layer(layer, kind, parts, criteria.limits)
+        for (layer, kind), parts in sorted(comparisons.caches.items())
     )
-    found = LogitDifference.join([part.found for part in collected.logits])
-    expected = LogitDifference.join([part.floor for part in collected.logits])
-    metrics = [*logit_metrics(found, expected, limits), *cache_metrics(layers)]
+    error = LogitDifference.join([part.error for part in comparisons.logits])
+    noise_floor = LogitDifference.join([part.noise_floor for part in comparisons.logits])
+    metrics = [*logit_metrics(error, noise_floor, criteria.limits), *cache_metrics(layers)]
     tolerance = next(metric.limit for metric in metrics if metric.name == "logits_max_abs")
-    is_tie = found.margin <= 2 * tolerance  # both of the two best may move by the tolerance
-    flips = int((~found.is_same_top1 & ~is_tie).sum())
+    is_tie = error.margin <= 2 * tolerance  # each of the top two may move by the tolerance
+    flips = int((~error.is_same_top1 & ~is_tie).sum())
     metrics.append(
         MetricResult(name="greedy_flips", value=float(flips), limit=0.0, passed=flips == 0)
     )
@@ -103,80 +121,87 @@ def judge_case(
         title=case.title,
         is_text=case.is_text,
         passed=all(metric.passed for metric in metrics),
-        positions=len(found.max_abs),
-        steps=1 + max(part.observation.step for part in collected.logits),
+        positions=len(error.max_abs),
+        steps=1 + max(part.observation.step for part in comparisons.logits),
         metrics=tuple(metrics),
         flips=flips,
-        ties=int((~found.is_same_top1 & is_tie).sum()),
-        points=tuple(points(collected.logits, tolerance, floor)),
+        ties=int((~error.is_same_top1 & is_tie).sum()),
+        points=tuple(points(comparisons.logits, tolerance, criteria.noise_floor)),
         layers=layers,
     )
-    return result, collected.logits
+    return result, comparisons.logits
 
 
-def compare_observation(item: Observation, truth: Truth, floor: NoiseFloor) -> SeenLogits:
-    """Logits of one step against truth and floor."""
-    found = compare_logits(
-        truth.logits(item.sequence, item.positions),
+def _prefetch_noise_floor(case: Case, runtime: Runtime, noise_floor: NoiseFloor) -> None:
+    """Compute a case's noise floor in blocks; single positions would each read the whole head."""
+    needed = needed_positions(runtime.config, [case], noise_floor.sequences)
+    for sequence, positions in needed.items():
+        noise_floor.logits(sequence, np.array(sorted(positions)))
+
+
+def compare_observation(item: LogitObservation, criteria: Criteria) -> ComparedLogits:
+    """Compare the logits of one step."""
+    noise_floor = criteria.noise_floor
+    error = compare_logits(
+        criteria.expected.logits(item.sequence, item.positions),
         torch.from_numpy(item.logits),
-        next_ids(floor.sequences[item.sequence], item.positions),
+        next_ids(noise_floor.sequences[item.sequence], item.positions),
     )
-    return SeenLogits(
-        observation=item, found=found, floor=floor.logits(item.sequence, item.positions)
+    return ComparedLogits(
+        observation=item,
+        error=error,
+        noise_floor=noise_floor.logits(item.sequence, item.positions),
     )
 
 
-def compare_cache(item: CacheRead, truth: Truth, floor: NoiseFloor, into: Collected) -> None:
-    """Keys and values of every layer of one row against truth and floor.
+def compare_cache(item: CacheObservation, criteria: Criteria, into: Comparisons) -> None:
+    """Compare the keys and values of every layer of one row.
 
-    A sliding layer's cache may have let go of tokens that no query will see again.
+    The cache of a sliding layer may have dropped tokens that no later query can attend to.
     """
-    floors = floor.caches(item.sequence)
-    for layer, expected in enumerate(truth.key_values(item.sequence)):
+    noise_floors = criteria.noise_floor.caches(item.sequence)
+    for layer, key_value in enumerate(criteria.expected.key_values(item.sequence)):
         for kind, index in (("key", 0), ("value", 1)):
-            tensor = torch.from_numpy(item.layers[layer][index]).transpose(0, 1)  # [S, K, H]
-            first = item.length - max(tensor.shape[0], item.least[layer])
-            wanted = expected[index].transpose(0, 1)[first : item.length]
-            noise = floors[layer][index]
-            noise = TensorDifference(
-                noise.max_abs[first : item.length],
-                noise.mean_square[first : item.length],
-                noise.scale,
+            actual = torch.from_numpy(item.layers[layer][index]).transpose(0, 1)  # [S, K, H]
+            first = item.length - max(actual.shape[0], item.required[layer])
+            expected = key_value[index].transpose(0, 1)[first : item.length]
+            whole = noise_floors[layer][index]
+            noise_floor = TensorDifference(
+                whole.max_abs[first : item.length],
+                whole.mean_square[first : item.length],
+                whole.scale,
             )
-            if tensor.shape == wanted.shape and tensor.shape[0] > 0:
-                found = compare_tensors(wanted, tensor)
-            else:  # too many or too few tokens: nothing is where it should be
-                far = np.full(max(1, item.length), np.inf)
-                found = TensorDifference(far, far, noise.scale)
+            if actual.shape == expected.shape and actual.shape[0] > 0:
+                error = compare_tensors(expected, actual)
+            else:  # too many or too few tokens: no position can be trusted
+                infinite = np.full(max(1, item.length), np.inf)
+                error = TensorDifference(infinite, infinite, whole.scale)
                 first = 0
-            into.caches.setdefault((layer, kind), []).append((found, noise, first))
+            into.caches.setdefault((layer, kind), []).append(
+                ComparedTensor(error, noise_floor, first)
+            )
 
 
-def judge_layer(
-    layer: int,
-    kind: str,
-    parts: list[tuple[TensorDifference, TensorDifference, int]],
-    limits: Limits,
-) -> LayerResult:
-    """One layer's keys or values over all cache reads of a case."""
-    floor = max(float(noise.max_abs.max()) for _, noise, _ in parts)
-    scale = max(noise.scale for _, noise, _ in parts)
-    limit = limits.error(floor, scale)
-    rms = root_mean(np.concatenate([found.mean_square for found, _, _ in parts]))
-    floor_rms = root_mean(np.concatenate([noise.mean_square for _, noise, _ in parts]))
-    limit_rms = limits.error(floor_rms, scale)
+def judge_layer(layer: int, kind: str, parts: list[ComparedTensor], limits: Limits) -> LayerResult:
+    """Judge one layer's keys or values over all cache reads of a case."""
+    noise_floor = max(float(part.noise_floor.max_abs.max()) for part in parts)
+    scale = max(part.noise_floor.scale for part in parts)
+    limit = limits.error(noise_floor, scale)
+    rms = root_mean([part.error.mean_square for part in parts])
+    noise_floor_rms = root_mean([part.noise_floor.mean_square for part in parts])
+    limit_rms = limits.error(noise_floor_rms, scale)
     bad = [
-        first + int(np.argmax(found.max_abs > limit))
-        for found, _, first in parts
-        if (found.max_abs > limit).any()
+        part.first + int(np.argmax(part.error.max_abs > limit))
+        for part in parts
+        if (part.error.max_abs > limit).any()
     ]
     return LayerResult(
         layer=layer,
         kind=kind,
-        max_abs=max(float(found.max_abs.max()) for found, _, _ in parts),
+        max_abs=max(float(part.error.max_abs.max()) for part in parts),
         rms=rms,
-        noise_floor=floor,
-        noise_floor_rms=floor_rms,
+        noise_floor=noise_floor,
+        noise_floor_rms=noise_floor_rms,
         limit=limit,
         limit_rms=limit_rms,
         passed=not bad and rms <= limit_rms < math.inf,
@@ -185,24 +210,24 @@ def judge_layer(
 
 
 def logit_metrics(
-    found: LogitDifference, floor: LogitDifference, limits: Limits
+    error: LogitDifference, noise_floor: LogitDifference, limits: Limits
 ) -> list[MetricResult]:
-    """Largest and mean error, divergence, and that all numbers are numbers."""
-    scale = float(floor.scale.max())
-    worst, noise = float(found.max_abs.max()), float(floor.max_abs.max())
-    rms, noise_rms = root_mean(found.mean_square), root_mean(floor.mean_square)
-    kld, noise_kld = float(found.kld.mean()), float(floor.kld.mean())
-    bad = int(np.isinf(found.max_abs).sum())
+    """Return the maximum and RMS error, the mean KL divergence, and the non-finite positions."""
+    scale = float(noise_floor.scale.max())
+    worst, worst_floor = float(error.max_abs.max()), float(noise_floor.max_abs.max())
+    rms, rms_floor = root_mean([error.mean_square]), root_mean([noise_floor.mean_square])
+    kld, kld_floor = float(error.kld.mean()), float(noise_floor.kld.mean())
+    bad = int(np.isinf(error.max_abs).sum())
     return [
         MetricResult(name="not_finite", value=float(bad), limit=0.0, passed=bad == 0),
-        at_most("logits_max_abs", worst, noise, limits.error(noise, scale)),
-        at_most("logits_rms", rms, noise_rms, limits.error(noise_rms, scale)),
-        at_most("logits_mean_kld", kld, noise_kld, limits.divergence(noise_kld, scale)),
+        at_most("logits_max_abs", worst, worst_floor, limits.error(worst_floor, scale)),
+        at_most("logits_rms", rms, rms_floor, limits.error(rms_floor, scale)),
+        at_most("logits_mean_kld", kld, kld_floor, limits.divergence(kld_floor, scale)),
     ]
 
 
 def cache_metrics(layers: tuple[LayerResult, ...]) -> list[MetricResult]:
-    """The layer that comes closest to its limit, or goes furthest beyond it, decides."""
+    """Return the metrics of the layers that are closest to their limits, or furthest beyond."""
     metrics = []
     for kind in ("key", "value"):
         own = [layer for layer in layers if layer.kind == kind]
@@ -229,35 +254,39 @@ def cache_metrics(layers: tuple[LayerResult, ...]) -> list[MetricResult]:
     return metrics
 
 
-def at_most(name: str, value: float, floor: float, limit: float, where: str = "") -> MetricResult:
-    """A metric with a floor and an upper limit; a floor that is not finite proves nothing."""
+def at_most(
+    name: str, value: float, noise_floor: float, limit: float, where: str = ""
+) -> MetricResult:
+    """Return a metric with an upper limit; it fails if the limit is not finite."""
     return MetricResult(
         name=name,
         value=value,
-        noise_floor=floor,
+        noise_floor=noise_floor,
         limit=limit,
         passed=value <= limit < math.inf,
         where=where,
     )
 
 
-def points(logits: list[SeenLogits], tolerance: float, floor: NoiseFloor) -> Iterable[PointResult]:
-    """Every compared position, in the order of the steps."""
+def points(
+    logits: list[ComparedLogits], tolerance: float, noise_floor: NoiseFloor
+) -> Iterator[PointResult]:
+    """Yield every compared position, in the order of the steps."""
     for part in logits:
-        name = floor.sequences[part.observation.sequence].name
+        name = noise_floor.sequences[part.observation.sequence].name
         for row, position in enumerate(part.observation.positions.tolist()):
             yield PointResult(
                 sequence=name,
                 position=position,
                 step=part.observation.step,
-                max_abs=float(part.found.max_abs[row]),
-                noise_floor=float(part.floor.max_abs[row]),
-                kld=float(part.found.kld[row]),
-                is_same_top1=bool(part.found.is_same_top1[row]),
-                is_tie=bool(part.found.margin[row] <= 2 * tolerance),
+                max_abs=float(part.error.max_abs[row]),
+                noise_floor=float(part.noise_floor.max_abs[row]),
+                kld=float(part.error.kld[row]),
+                is_same_top1=bool(part.error.is_same_top1[row]),
+                is_tie=bool(part.error.margin[row] <= 2 * tolerance),
             )
 
 
-def root_mean(mean_squares: np.ndarray) -> float:
-    """Root of the mean of mean squares."""
-    return math.sqrt(float(np.mean(mean_squares)))
+def root_mean(mean_squares: list[np.ndarray]) -> float:
+    """Return the root of the mean of mean squares."""
+    return math.sqrt(float(np.mean(np.concatenate(mean_squares))))

@@ -1,8 +1,8 @@
-"""Find where a failing runtime first leaves the reference: step, layer and sub-block.
+"""Find where a failing runtime first departs from the reference: step, layer and block.
 
-The failing step is repeated for one row with every sub-block exposed, first without a cache and
-then as the case fed it. Going through the sub-blocks in the order of computation, the first whose
-error is above its own noise floor is where the defect is; later ones only carry it on.
+The failing step is repeated for one row with the output of every block exposed, first without a
+cached past and then as the case fed it. In the order of computation, the first block whose error
+exceeds its own noise floor holds the defect; later blocks only pass the error on.
 """
 
 from __future__ import annotations
@@ -11,9 +11,15 @@ from collections.abc import Sequence
 
 from gemma3_export.config import Gemma3Config
 from gemma3_export.parity.differences import compare_tensors
-from gemma3_export.parity.intermediates import BLOCKS, Tap, Taps, tap_model, tapped_step
+from gemma3_export.parity.ground_truth import GroundTruth
+from gemma3_export.parity.intermediates import (
+    BLOCKS,
+    Intermediates,
+    Place,
+    open_intermediates,
+    reference_intermediates,
+)
 from gemma3_export.parity.judge import Limits
-from gemma3_export.parity.noise_floor import Yardstick
 from gemma3_export.parity.report.model import CaseResult, Divergence
 from gemma3_export.runtimes.protocol import Runtime
 
@@ -25,8 +31,8 @@ EXPLANATIONS = {
     "self_attn.q_proj": "the query projection",
     "self_attn.k_proj": "the key projection",
     "self_attn.v_proj": "the value projection",
-    "self_attn.q_norm": "the query norm (1 + weight; it comes before the rotation)",
-    "self_attn.k_norm": "the key norm (1 + weight; it comes before the rotation)",
+    "self_attn.q_norm": "the query norm (1 + weight; it precedes the rotation)",
+    "self_attn.k_norm": "the key norm (1 + weight; it precedes the rotation)",
     "self_attn.rotary": "the rotary embedding: base, scaling factor or position",
     "self_attn.attend": "the attention itself: scale, mask, window, grouping of heads or cache",
     "self_attn.o_proj": "the output projection",
@@ -40,61 +46,58 @@ EXPLANATIONS = {
 
 
 def locate(
-    candidate: Runtime, cases: Sequence[CaseResult], yardstick: Yardstick, limits: Limits
+    candidate: Runtime, cases: Sequence[CaseResult], ground_truth: GroundTruth, limits: Limits
 ) -> Divergence | None:
-    """The first divergence of the first failing case, or None when nothing failed."""
+    """Return the first divergence of the first failing case, or None if no case failed."""
     failing = next((case for case in cases if not case.passed), None)
     if failing is None:
         return None
-    sequence, step, position, first_new = first_bad_place(failing, yardstick)
-    names = [item.name for item in yardstick.sequences]
-    ids = yardstick.sequences[names.index(sequence)].ids[: position + 1]
-    exact, rounded = tap_model(yardstick.exact, ids), tap_model(yardstick.rounded, ids)
-    tapped = tapped_step(candidate)
-    found: tuple[Tap, int] | None = None
+    bad = first_bad_point(failing)
+    point = failing.points[bad]
+    position, first_new = point.position, first_new_position(failing, bad)
+    names = [item.name for item in ground_truth.sequences]
+    ids = ground_truth.sequences[names.index(point.sequence)].ids[: position + 1]
+    exact = reference_intermediates(ground_truth.exact, ids)
+    rounded = reference_intermediates(ground_truth.rounded, ids)
+    run = open_intermediates(candidate)
+    found: tuple[Place, int] | None = None
     needs_past = False
-    if tapped is not None:
-        found = first_bad_tap(tapped(ids[:0], ids), exact, rounded, limits, 0)
+    if run is not None:
+        found = first_bad_place(run(ids[:0], ids), exact, rounded, limits, 0)
         if found is None and 0 < first_new <= position:
-            taps = tapped(ids[:first_new], ids[first_new:])
-            found = first_bad_tap(taps, exact, rounded, limits, first_new)
+            actual = run(ids[:first_new], ids[first_new:])
+            found = first_bad_place(actual, exact, rounded, limits, first_new)
             needs_past = found is not None
+    place, position = found or (place_from_caches(failing), position)
+    explanation = explain(place, position, ground_truth.config)
     if found is None:
-        tap, explanation = from_caches(failing), "seen in the cache only; "
-    else:
-        (tap, at), explanation = found, ""
-        position = at
-    explanation += explain(tap, position, yardstick.config)
+        explanation += "; only the caches show an error"
     if needs_past:
-        explanation += "; without a cached past the same tokens come out right"
+        explanation += "; without a cached past, the same tokens give correct results"
     return Divergence(
         case=failing.name,
-        step=step,
-        sequence=sequence,
+        step=point.step,
+        sequence=point.sequence,
         position=position,
-        layer=tap.layer,
-        block=tap.block,
+        layer=place.layer,
+        block=place.block,
         explanation=explanation,
         needs_past=needs_past,
     )
 
 
-def first_bad_place(case: CaseResult, yardstick: Yardstick) -> tuple[str, int, int, int]:
-    """Sequence, step, position, and the position of the step's first token."""
+def first_bad_point(case: CaseResult) -> int:
+    """Return the index of the first point beyond the limit, or else of the largest error."""
     metric = case.metric("logits_max_abs")
     assert metric is not None
     points = case.points
-    bad = next(
-        (index for index, point in enumerate(points) if not point.max_abs <= metric.limit), None
-    )
-    if bad is None:  # only caches, or a mean, are off
-        bad = max(range(len(points)), key=lambda index: points[index].max_abs)
-    point = points[bad]
-    return point.sequence, point.step, point.position, first_new_of(case, bad)
+    bad = (index for index, point in enumerate(points) if not point.max_abs <= metric.limit)
+    # Only the caches or a mean may have failed; then no single point is beyond the limit.
+    return next(bad, max(range(len(points)), key=lambda index: points[index].max_abs))
 
 
-def first_new_of(case: CaseResult, index: int) -> int:
-    """Where the step of a point began: after the last position of the same row's earlier steps."""
+def first_new_position(case: CaseResult, index: int) -> int:
+    """Return the position of the first token of a point's step."""
     point = case.points[index]
     earlier = [
         other.position + 1
@@ -104,56 +107,60 @@ def first_new_of(case: CaseResult, index: int) -> int:
     return max((position for position in earlier if position <= point.position), default=0)
 
 
-def first_bad_tap(
-    found: Taps, exact: Taps, rounded: Taps, limits: Limits, first_new: int
-) -> tuple[Tap, int] | None:
-    """The first sub-block above its limit, and the first position where it is."""
-    for tap in in_order(found):
-        if tap not in exact or tap not in rounded:
+def first_bad_place(
+    actual: Intermediates,
+    exact: Intermediates,
+    rounded: Intermediates,
+    limits: Limits,
+    first_new: int,
+) -> tuple[Place, int] | None:
+    """Return the first block above its limit and the first position where it is, or None."""
+    for place in in_order(actual):
+        if place not in exact or place not in rounded:
             continue
-        wanted, noisy = exact[tap][first_new:], rounded[tap][first_new:]
-        if found[tap].shape != wanted.shape:
-            return tap, first_new
-        error, noise = compare_tensors(wanted, found[tap]), compare_tensors(wanted, noisy)
-        whole = compare_tensors(exact[tap], rounded[tap])  # a single token's floor may be lucky
+        expected, noisy = exact[place][first_new:], rounded[place][first_new:]
+        if actual[place].shape != expected.shape:
+            return place, first_new
+        error = compare_tensors(expected, actual[place])
+        noise = compare_tensors(expected, noisy)
+        # A single token can have an unusually low noise floor, so the whole sequence counts too.
+        whole = compare_tensors(exact[place], rounded[place])
         limit = limits.error(max(noise.max_abs.max(), whole.max_abs.max()), noise.scale)
         bad = (error.max_abs > limit).nonzero()[0]
         if len(bad):
-            return tap, first_new + int(bad[0])
+            return place, first_new + int(bad[0])
     return None
 
 
-def in_order(taps: Taps) -> list[Tap]:
-    """Taps as the model computes them."""
+def in_order(intermediates: Intermediates) -> list[Place]:
+    """Return the places in the order in which the model computes them."""
     outer = {"embed_tokens": -1, "norm": 1_000_000, "head": 1_000_001}
 
-    def key(tap: Tap) -> tuple[int, int]:
-        if tap.layer is None:
-            return outer[tap.block], 0
-        return tap.layer, BLOCKS.index(tap.block)
+    def key(place: Place) -> tuple[int, int]:
+        if place.layer is None:
+            return outer[place.block], 0
+        return place.layer, BLOCKS.index(place.block)
 
-    return sorted(taps, key=key)
+    return sorted(intermediates, key=key)
 
 
-def from_caches(case: CaseResult) -> Tap:
-    """What the cached keys and values alone tell."""
+def place_from_caches(case: CaseResult) -> Place:
+    """Infer a place from the cached keys and values alone."""
     bad = sorted((layer.layer, layer.kind) for layer in case.layers if not layer.passed)
     if not bad:
-        return Tap(None, "head")
+        return Place(None, "head")
     layer = bad[0][0]
     kinds = {kind for index, kind in bad if index == layer}
-    if kinds == {"key"}:
-        return Tap(layer, "self_attn.rotary")
-    return Tap(layer, "input_layernorm")
+    return Place(layer, "self_attn.rotary" if kinds == {"key"} else "input_layernorm")
 
 
-def explain(tap: Tap, position: int, config: Gemma3Config) -> str:
-    """A hint for the person who has to fix it."""
-    text = EXPLANATIONS[tap.block]
-    if tap.layer is None:
+def explain(place: Place, position: int, config: Gemma3Config) -> str:
+    """Return a hint for whoever fixes the defect."""
+    text = EXPLANATIONS[place.block]
+    if place.layer is None:
         return text
-    kind = "sliding" if config.is_sliding(tap.layer) else "full"
+    kind = "sliding" if config.is_sliding(place.layer) else "full"
     text += f" (a {kind}-attention layer"
     if kind == "sliding" and position >= config.sliding_window - 1:
-        text += f"; it starts at the edge of the window of {config.sliding_window}"
+        text += f"; the error starts at the edge of the window of {config.sliding_window}"
     return text + ")"

@@ -1,4 +1,4 @@
-"""What a parity check is asked to do."""
+"""Options of a parity check, and the precision and threads that it uses."""
 
 from __future__ import annotations
 
@@ -18,15 +18,17 @@ __all__ = [
     "SMALL_PARAMETERS",
     "HalfPrecision",
     "VerifyOptions",
-    "floor_dtype",
+    "noise_floor_dtype",
     "threads_for",
     "torch_threads",
 ]
 
+SMALL_PARAMETERS = 20_000_000  # smaller models do not run faster on a second thread
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class VerifyOptions:
-    """Everything that a report must repeat to be reproducible.
+    """Everything that a report must record to be reproducible.
 
     Raises:
         InputError: a value is out of range.
@@ -34,24 +36,24 @@ class VerifyOptions:
 
     seed: int = 0  # of the random token ids
     decode_steps: int = 64  # cached single-token steps, half of them before the window's edge
-    greedy_steps: int = 16  # of these, how many tokens the reference itself chooses
-    prompt_tokens: int = 32  # longest text prompt
-    factor: float = 8.0  # how far above the noise floor an error may lie; see judge.py
-    max_mean_kld: float = 0.01  # gate B, nats a token
+    greedy_steps: int = 16  # decode steps whose tokens the reference itself chooses
+    prompt_tokens: int = 32  # maximum length of a text prompt
+    factor: float = 8.0  # largest allowed error as a multiple of the noise floor; see judge.py
+    max_mean_kld: float = 0.01  # gate B, nats per token
     min_top1: float = 0.93  # gate B, share of positions
     max_perplexity_ratio: float = 1.03  # gate B
-    locate: bool = True  # look for the first diverging layer when something fails
+    locate: bool = True  # find the first diverging layer after a failure
 
     @classmethod
     def for_budget(cls, max_mean_kld: float, *, seed: int = 0) -> VerifyOptions:
-        """Gate B with one number: the other two limits are what such a divergence brings along.
+        """Derive all thresholds of gate B from one: the mean KL divergence.
 
         In four formats of other engines, with a KLD of 0.004 to 0.6 on the 270M, 0.44 to 0.51
-        sqrt(KLD) of the greedy choices changed; in our own two, 0.6 to 0.8 at 0.005. That the
-        perplexity may grow by three times the KLD is a choice.
+        sqrt(KLD) of the greedy tokens changed; in our own two, 0.6 to 0.8 sqrt(KLD) at 0.005. The
+        limit on the growth of the perplexity, three times the KLD, is a choice.
 
         Raises:
-            InputError: the budget is no positive number.
+            InputError: the budget is not a positive number.
         """
         return cls(
             seed=seed,
@@ -72,16 +74,16 @@ class VerifyOptions:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class HalfPrecision:
-    """What a graph holds in a 16-bit type: products, what lies between them, and maybe more."""
+    """The parts of a graph that are held in a 16-bit dtype; products always are."""
 
     dtype: torch.dtype
-    holds_residual: bool  # else residual stream and norms are float32
-    holds_matrices: bool = True  # else they are quantised
+    holds_residual: bool  # otherwise the residual stream and the norms are float32
+    holds_matrices: bool = True  # otherwise the matrices are quantised
 
     @classmethod
     def of_runtime(cls, info: RuntimeInfo) -> HalfPrecision | None:
-        """Return what a runtime holds in 16 bits; None if it computes in a wider type."""
-        dtype = floor_dtype(info)
+        """Return what a runtime holds in 16 bits, or None if it computes in a wider dtype."""
+        dtype = noise_floor_dtype(info)
         if dtype.itemsize != 2:
             return None
         return cls(
@@ -91,28 +93,27 @@ class HalfPrecision:
         )
 
 
-def floor_dtype(info: RuntimeInfo) -> torch.dtype:
-    """Return the precision whose own rounding is a runtime's noise floor.
+def noise_floor_dtype(info: RuntimeInfo) -> torch.dtype:
+    """Return the precision whose rounding is the noise floor of a runtime.
 
-    A float64 runtime is held to the floor of float32: no better ground truth exists for it.
+    A float64 runtime gets the noise floor of float32, because no more precise reference exists.
     """
     return torch.float32 if info.compute_dtype == "float64" else torch_dtype(info.compute_dtype)
 
 
-# How many threads an export and its parity check use, in torch and in ONNX Runtime.
-#
-# Both keep their threads spinning between operators. Where operators are tiny and other
-# programs want
-# the processors too, handing work over takes minutes instead of a second.
-
-SMALL_PARAMETERS = 20_000_000  # fewer than these gain nothing from a second thread
-
-
 def threads_for(config: Gemma3Config, threads: int | None) -> int | None:
-    """``threads``; if None, one for a small model, and None (all processors) for others.
+    """Return the number of threads for an export and its parity check.
+
+    PyTorch and ONNX Runtime both spin between operators. When operators are tiny and other programs
+    compete for the cores, handing work to a second thread can take minutes instead of a second.
+
+    Args:
+        config: the model.
+        threads: the requested number; None selects one for small models and all cores for others
+            (again None).
 
     Raises:
-        InputError: less than one.
+        InputError: ``threads`` is less than 1.
     """
     if threads is not None and threads < 1:
         raise InputError(f"threads is {threads}; give at least 1")
@@ -123,7 +124,7 @@ def threads_for(config: Gemma3Config, threads: int | None) -> int | None:
 
 @contextmanager
 def torch_threads(threads: int | None) -> Iterator[None]:
-    """Let torch's operators use ``threads`` inside, and what they used before afterwards."""
+    """Set PyTorch's intra-op threads within a ``with`` block; None changes nothing."""
     before = torch.get_num_threads()
     if threads is not None:
         torch.set_num_threads(threads)

@@ -1,16 +1,20 @@
-"""The arithmetic of 8-bit kernels: inputs of quantised matrices are rounded to int8 as well.
+"""Reproduce the reduced-precision arithmetic of quantised and half-precision graphs.
 
-ONNX Runtime's ``MatMulNBits`` (``accuracy_level`` 4, on the CPU) rounds each block of its input to
-``round(127 x / max|x|)`` before it multiplies. That costs more accuracy than any float32 rounding.
-So a quantised graph is checked twice: with float products, as sharply as a float32 graph, which
-shows that graph and weights are right; and as it is shipped, against a reference that rounds the
-same, which shows that the kernels are.
+8-bit kernels: ONNX Runtime's ``MatMulNBits`` (``accuracy_level`` 4, on the CPU) also rounds its
+input, one block at a time, to ``round(127 x / max|x|)``. That costs more accuracy than any float32
+rounding. A quantised graph is therefore checked twice: with float products, as strictly as a
+float32 graph, which shows that the graph and its weights are correct; and as it is shipped, against
+a reference that rounds in the same way, which shows that the kernels are correct.
 
-What is left to chance in the second is which way a number near the middle of two codes falls, and a
-code that falls differently in an early layer makes later ones do so too. The error then comes near
-what the rounding costs as a whole, so the floor gets a share of that: :data:`FLIP_SHARE`. With a
-share of 0.05, two of six correct tiny exports exceeded their limits, by 2.3 times at most, and the
-real 270M, with its many codes, used a quarter of its own.
+The second check leaves one thing to chance: to which of two codes a value near their midpoint is
+rounded. A different code in an early layer changes codes in later layers as well, and the error
+approaches the cost of rounding as a whole. The noise floor therefore includes a share of that cost,
+:data:`ROUNDING_SHARE`. With a share of 0.05, two of six correct tiny exports exceeded their limits,
+by a factor of 2.3 at most; the real 270M, which has many codes, used a quarter of its limits.
+
+Half precision: the ONNX graphs keep the residual stream and the norms in float32. A reference that
+runs entirely in the 16-bit dtype would give too high a noise floor, and in float16 none at all: the
+residual stream of the real 270M reaches 104,000.
 """
 
 from __future__ import annotations
@@ -25,17 +29,17 @@ from torch import Tensor, nn
 from gemma3_export.reference.model import Gemma3
 
 __all__ = [
-    "FLIP_SHARE",
+    "ROUNDING_SHARE",
     "ActivationRounding",
     "round_to_int8",
     "widen_residual",
 ]
 
-FLIP_SHARE = 0.2
+ROUNDING_SHARE = 0.2
 
 
 def round_to_int8(x: Tensor, block_size: int) -> Tensor:
-    """[..., K] rounded to 255 levels in blocks of consecutive columns."""
+    """Return x [..., K] rounded to 255 levels in blocks of consecutive columns."""
     blocks = x.reshape(*x.shape[:-1], -1, block_size)
     scales = blocks.abs().amax(-1, keepdim=True) / 127
     codes = torch.round(blocks / scales.where(scales > 0, 1.0))
@@ -43,59 +47,52 @@ def round_to_int8(x: Tensor, block_size: int) -> Tensor:
 
 
 class ActivationRounding:
-    """Rounds the inputs of some matrices of a model, while :meth:`on` lasts.
+    """Hooks that round the inputs of some matrices of a model while :meth:`enabled` is active.
 
     Args:
-        model: gets hooks.
-        block_sizes: canonical weight to its block size; a tied embedding means the head.
+        model: the model that receives the hooks.
+        block_sizes: block size by canonical weight name; a tied embedding refers to the head.
     """
 
     def __init__(self, model: Gemma3, block_sizes: Mapping[str, int]) -> None:
-        self.is_on = False
+        self.is_enabled = False
         self._hooks = []
         head = model.config.head_name
         for name, block_size in block_sizes.items():
             module = model.head if name == head else model.get_submodule(name.rpartition(".")[0])
-            if name == head or isinstance(module, nn.Linear):  # a mere lookup has no input
+            if name == head or isinstance(module, nn.Linear):  # a lookup has no input to round
                 self._hooks.append(module.register_forward_pre_hook(self._hook(block_size)))
 
     def remove(self) -> None:
-        """Take the hooks off the model."""
+        """Remove the hooks from the model."""
         for hook in self._hooks:
             hook.remove()
 
     @contextmanager
-    def on(self) -> Iterator[None]:
-        """Round from here to the end of the block."""
-        self.is_on = True
+    def enabled(self) -> Iterator[None]:
+        """Round inputs until the end of the ``with`` block."""
+        self.is_enabled = True
         try:
             yield
         finally:
-            self.is_on = False
+            self.is_enabled = False
 
     def _hook(self, block_size: int) -> Any:
         def hook(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
-            if not self.is_on:
+            if not self.is_enabled:
                 return None
             return (round_to_int8(inputs[0], block_size), *inputs[1:])
 
         return hook
 
 
-# The arithmetic of half-precision ONNX graphs: residual stream and norms stay float32.
-#
-# The noise floor of such a graph is the reference with the same split. In the type alone it
-# would be
-# too wide, and in float16 no floor at all: the residual stream of the real 270M reaches 104,000.
-
-
 def widen_residual(model: Gemma3) -> None:
-    """Let ``model``, whose weights are in half precision, carry its residual stream in float32."""
+    """Add hooks that keep the residual stream of a half-precision ``model`` in float32."""
     model.model.embed_tokens.register_forward_hook(_widen_output)
     for layer in model.model.layers:
         assert isinstance(layer, nn.Module)
         for name, module in layer.named_modules():
-            if name.startswith("post_"):  # what these give is added to the stream
+            if name.startswith("post_"):  # these norms feed the residual addition
                 module.register_forward_pre_hook(_widen_input)
             elif isinstance(module, nn.Linear):
                 module.register_forward_pre_hook(_narrow_input(module.weight))

@@ -1,13 +1,16 @@
-"""The token sequences that every case reads from: seeded ids, and short texts.
+"""The token sequences that all cases read, and the observations that feeding them yields.
 
-A model with a causal mask gives a prefix the same logits and keys whether or not more tokens
-follow, so one long sequence serves all lengths, and its truth is computed once.
+With a causal mask, the logits and keys of a prefix do not depend on the tokens that follow. One
+long sequence therefore serves all lengths, and its expected values are computed once.
+
+Shapes: P compared positions, S tokens, V vocabulary.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib import resources
 
 import numpy as np
 
@@ -17,13 +20,15 @@ from gemma3_export.runtimes.protocol import IntArray, LayerKV, Logits, Runtime
 from gemma3_export.tokenizer import Tokenizer
 
 __all__ = [
-    "CacheRead",
+    "CacheObservation",
+    "LogitObservation",
     "Observation",
-    "Seen",
     "TeacherForcing",
     "TokenSequence",
     "decode_start",
-    "least_tokens",
+    "held_out_sequences",
+    "held_out_texts",
+    "required_tokens",
     "sequences_for",
 ]
 
@@ -52,7 +57,8 @@ TEXTS = {
         '{"status": "ok", "items": [1, 2, 3]} 🎉'
     ),
 }
-SHORT_LENGTHS = (37, 20)  # two more random sequences, of different length, for batches
+SHORT_LENGTHS = (37, 20)  # two more random sequences of different lengths, for batches
+HELD_OUT_SEPARATOR = "\n---\n"
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +73,7 @@ class TokenSequence:
 def sequences_for(
     config: Gemma3Config, options: VerifyOptions, tokenizer: Tokenizer | None
 ) -> list[TokenSequence]:
-    """The long random sequence, two short ones, and the texts when there is a tokenizer."""
+    """Return one long and two short random sequences, and the texts if there is a tokenizer."""
     context = config.max_position_embeddings
     long = max(2 * config.sliding_window + 3, decode_start(config, options) + options.decode_steps)
     sequences = [
@@ -79,57 +85,72 @@ def sequences_for(
     ]
     if tokenizer is not None:
         limit = min(options.prompt_tokens, context)
-        for name, text in TEXTS.items():
-            ids = np.array(tokenizer.encode(text)[:limit], np.int64)
-            sequences.append(TokenSequence(name, ids, is_text=True))
+        sequences += [text_sequence(name, text, tokenizer, limit) for name, text in TEXTS.items()]
     return sequences
 
 
+def held_out_texts() -> list[str]:
+    """Return the held-out texts, each 100 to 250 tokens long.
+
+    They were written for this project, so no calibration and no training has seen them: prose,
+    code, tables, a letter, questions, and nine languages.
+    """
+    text = resources.files(__package__).joinpath("held_out.txt").read_text(encoding="utf-8")
+    return text.removesuffix("\n").split(HELD_OUT_SEPARATOR)
+
+
+def held_out_sequences(tokenizer: Tokenizer, limit: int) -> list[TokenSequence]:
+    """Return the held-out texts as tokens, each truncated to ``limit``."""
+    return [
+        text_sequence(f"held out {index}", text, tokenizer, limit)
+        for index, text in enumerate(held_out_texts())
+    ]
+
+
+def text_sequence(name: str, text: str, tokenizer: Tokenizer, limit: int) -> TokenSequence:
+    """Return the first ``limit`` tokens of a text."""
+    return TokenSequence(name, np.array(tokenizer.encode(text)[:limit], np.int64), is_text=True)
+
+
 def decode_start(config: Gemma3Config, options: VerifyOptions) -> int:
-    """Tokens before the first decoded one: half of the steps lie before the window's edge."""
+    """Return the prefix length at which half of the decode steps precede the window's edge."""
     start = config.sliding_window - options.decode_steps // 2
     return max(1, min(start, config.max_position_embeddings - options.decode_steps))
 
 
 def random_ids(config: Gemma3Config, seed: int, stream: int, length: int) -> IntArray:
-    """Token ids [length], the first of them bos; the same on every machine."""
+    """Return token ids [length] that start with bos and are the same on every machine."""
     generator = np.random.Generator(np.random.Philox(key=[seed, stream]))
     ids = generator.integers(0, config.vocab_size, length, dtype=np.int64)
     ids[0] = config.bos_token_id
     return ids
 
 
-# What a case sees of a runtime: logits at known places, and caches.
-#
-# Shapes: P compared positions, V vocabulary.
-
-
 @dataclass(frozen=True, slots=True)
-class Observation:
-    """Logits [P, V] that a step gave for consecutive positions of one sequence."""
+class LogitObservation:
+    """Logits [P, V] that one step returned for consecutive positions of one sequence."""
 
     sequence: int
-    positions: IntArray  # [P] index of the token whose successor the logits predict
+    positions: IntArray  # [P] positions whose next token the logits predict
     logits: Logits
-    step: int  # of the case, from 0
-    first_new: int  # position of the step's first token: what was cached before it
+    step: int  # index of the step within the case
 
 
 @dataclass(frozen=True, slots=True)
-class CacheRead:
-    """One row's cache after ``length`` tokens of a sequence."""
+class CacheObservation:
+    """The cache of one row after ``length`` tokens of a sequence."""
 
     sequence: int
     length: int
     layers: list[LayerKV]
-    least: list[int]  # tokens that each layer has to hold still
+    required: list[int]  # number of last tokens that each layer must still hold
 
 
-Seen = Observation | CacheRead
+Observation = LogitObservation | CacheObservation
 
 
 class TeacherForcing:
-    """Feeds sequences to the rows of one cache, whatever the runtime would have said."""
+    """Feeds given sequences to the rows of one cache, whatever tokens the runtime predicts."""
 
     def __init__(
         self, runtime: Runtime, sequences: Sequence[TokenSequence], rows: Sequence[int]
@@ -142,40 +163,45 @@ class TeacherForcing:
         capacity = max(len(sequences[row].ids) for row in rows)
         self.cache = runtime.new_cache(len(self.rows), capacity)
 
-    def step(self, count: int, *, keep: int = 0, row: int | None = None) -> list[Observation]:
-        """Feed the next ``count`` tokens of one row, or of all; keep the last ``keep`` logits."""
+    def step(self, count: int, *, keep: int = 0, row: int | None = None) -> list[LogitObservation]:
+        """Feed the next ``count`` tokens and return the logits of the last ``keep``.
+
+        Args:
+            count: tokens per row.
+            keep: 0 keeps the logits of all ``count`` tokens.
+            row: the only row to feed; None feeds all rows.
+        """
         rows = range(len(self.rows)) if row is None else [row]
         ids = [self.sequences[self.rows[r]].ids[self.fed[r] : self.fed[r] + count] for r in rows]
         logits = self.runtime.step(
             np.ascontiguousarray(np.stack(ids)), self.cache, num_logits=keep, row=row
         )
-        seen = []
+        observations = []
         for index, r in enumerate(rows):
-            start = self.fed[r]
             self.fed[r] += count
             positions = np.arange(self.fed[r] - (keep or count), self.fed[r])
-            seen.append(
-                Observation(self.rows[r], positions, logits[index], self.steps, first_new=start)
+            observations.append(
+                LogitObservation(self.rows[r], positions, logits[index], self.steps)
             )
         self.steps += 1
-        return seen
+        return observations
 
-    def read(self) -> list[CacheRead]:
-        """Every row's cache."""
+    def read(self) -> list[CacheObservation]:
+        """Return the cache of every row."""
         return [
-            CacheRead(
+            CacheObservation(
                 sequence,
                 self.fed[row],
                 self.cache.read(row),
-                least_tokens(self.runtime.config, self.fed[row]),
+                required_tokens(self.runtime.config, self.fed[row]),
             )
             for row, sequence in enumerate(self.rows)
         ]
 
 
-def least_tokens(config: Gemma3Config, length: int) -> list[int]:
-    """What each layer's cache must hold of ``length`` tokens: all, or what the next can see."""
-    window = config.sliding_window - 1  # the next token is in its own window
+def required_tokens(config: Gemma3Config, length: int) -> list[int]:
+    """Return how many of ``length`` tokens each layer's cache must hold for the next token."""
+    window = config.sliding_window - 1  # the next token belongs to its own window
     return [
         min(length, window) if config.is_sliding(layer) else length
         for layer in range(config.num_hidden_layers)

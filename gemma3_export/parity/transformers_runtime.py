@@ -1,6 +1,6 @@
-"""Hugging Face transformers behind the runtime protocol, as an independent baseline.
+"""Run Hugging Face transformers behind the runtime protocol, as an independent baseline.
 
-Each row has its own cache, so no padding is involved; this is for comparing, not for speed.
+Each row has its own cache, so no padding is involved. This is for comparison, not for speed.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ __all__ = ["TransformersRuntime"]
 
 
 class TransformersCache:
-    """One growing transformers cache a row."""
+    """One dynamic transformers cache per row."""
 
     def __init__(self, caches: list[Any], lengths: IntArray, capacity: int) -> None:
         self.caches = caches
@@ -38,11 +38,11 @@ class TransformersCache:
 
     @property
     def batch_size(self) -> int:
-        """Rows."""
+        """Return the number of rows."""
         return len(self.caches)
 
     def read(self, row: int) -> list[LayerKV]:
-        """One (key, value) a layer, each [K, L, H] float32."""
+        """Return (key, value) per layer, each [K, L, H] float32."""
         return [
             (layer.keys[0].float().numpy(), layer.values[0].float().numpy())
             for layer in self.caches[row].layers
@@ -51,7 +51,7 @@ class TransformersCache:
     def truncate(self, row: int, length: int) -> None:
         """See :class:`gemma3_export.runtimes.protocol.KVCache`."""
         check_truncation(self, row, length)
-        self.caches[row].crop(length - int(self.lengths[row]))  # what is negative is removed
+        self.caches[row].crop(length - int(self.lengths[row]))  # a negative length removes tokens
         self.lengths[row] = length
 
 
@@ -59,12 +59,12 @@ class TransformersRuntime:
     """A :class:`gemma3_export.runtimes.protocol.Runtime` over ``AutoModelForCausalLM``.
 
     Args:
-        folder: a text model as Hugging Face writes it, ``config.json`` and safetensors.
-        dtype: precision to compute in.
+        folder: a text model in Hugging Face format (``config.json`` and safetensors).
+        dtype: compute precision.
 
     Raises:
         UnavailableError: transformers is not installed.
-        InputError: it cannot load the folder.
+        InputError: transformers cannot load the folder.
     """
 
     def __init__(self, folder: Path, dtype: torch.dtype = torch.float32) -> None:
@@ -72,7 +72,7 @@ class TransformersRuntime:
             import transformers
         except ImportError as error:
             raise UnavailableError(
-                "comparing with transformers needs it; run: pip install transformers"
+                "the package transformers is not installed; run: pip install transformers"
             ) from error
         self.config: Gemma3Config = load_config(folder / "config.json")
         self.transformers = transformers
@@ -102,7 +102,7 @@ class TransformersRuntime:
     def new_cache(self, batch_size: int, capacity: int) -> KVCache:
         """See :class:`gemma3_export.runtimes.protocol.Runtime`."""
         lengths = empty_lengths(self.config, batch_size, capacity)
-        # Without a config all layers keep all tokens, so that every key can be compared.
+        # Without a config, all layers keep all tokens, so every key can be compared.
         caches = [self.transformers.DynamicCache() for _ in range(batch_size)]
         return TransformersCache(caches, lengths, capacity)
 

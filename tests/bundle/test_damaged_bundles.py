@@ -12,7 +12,7 @@ import pytest
 from gemma3_export.bundle import Bundle
 from gemma3_export.errors import InputError
 from gemma3_export.exporters.bundle_writer import link_files
-from gemma3_export.parity.intermediates import OnnxTaps
+from gemma3_export.parity.intermediates import OnnxIntermediates
 from gemma3_export.reference.weights.bundle_weights import open_bundle_weights
 from gemma3_export.runtimes.onnx.runtime import OnnxRuntime
 from tests.cli.test_cli_errors import edit_json, error_line, run
@@ -133,7 +133,7 @@ def test_bundle_of_links_is_verified_and_extended(linked_bundle, tmp_path):
 
 def test_rewritten_graphs_find_weights_behind_links(linked_bundle):
     runtime = OnnxRuntime(linked_bundle, device="cpu", threads=1, sliding_window_cache=False)
-    OnnxTaps(runtime)
+    OnnxIntermediates(runtime)
     OnnxRuntime(linked_bundle, device="cpu", threads=1, float32_matmul=True)
 
 

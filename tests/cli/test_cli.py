@@ -118,7 +118,7 @@ def test_onnx_exports_proves_and_says_so(one_layer, tmp_path):
     assert Bundle(tmp_path / "out").graph("onnx").verified
     # A line a stage and no progress bar: this is no terminal.
     stages = result.stderr.splitlines()
-    assert stages[:3] == ["tracing ...", "writing weights ...", "computing the truth ..."]
+    assert stages[:3] == ["tracing ...", "writing weights ...", "computing expected values ..."]
     assert stages[3].startswith("comparing ")
     assert all(line.endswith(" ...") for line in stages)
     assert len(stages) < 8

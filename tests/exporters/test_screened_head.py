@@ -319,7 +319,9 @@ class TestParity:
     def test_verify_takes_steps_with_candidates_too(self) -> None:
         report = verify(runtime(), source_of("screened"), options=self.OPTIONS)
         assert report.passed, report.to_json()
-        assert {"chosen-decode", "chosen-ragged-batch"} <= {case.name for case in report.cases}
+        assert {"candidates-decode", "candidates-ragged-batch"} <= {
+            case.name for case in report.cases
+        }
 
     def test_verify_notices_a_copy_that_is_of_another_head(self, tmp_path: Path) -> None:
         shutil.copytree(exported_bundle("ort", "screened"), tmp_path / "other")
@@ -331,7 +333,7 @@ class TestParity:
         other = OnnxRuntime(tmp_path / "other", device="cpu", threads=1, sliding_window_cache=True)
         report = verify(other, source_of("screened"), options=self.OPTIONS)
         failed = {case.name for case in report.cases if not case.passed}
-        assert failed == {"chosen-decode", "chosen-ragged-batch"}
+        assert failed == {"candidates-decode", "candidates-ragged-batch"}
 
 
 class TestExport:

@@ -15,8 +15,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import nn
 
-from gemma3_export.parity import ParityReport, VerifyOptions, make_yardstick, verify
-from gemma3_export.parity.noise_floor import Yardstick
+from gemma3_export.parity import GroundTruth, ParityReport, VerifyOptions, verify
 from gemma3_export.reference.loading import load_reference
 from gemma3_export.reference.model import MLP, Attention, Gemma3, RMSNorm, rotate
 from gemma3_export.reference.runtime import ReferenceRuntime
@@ -44,8 +43,10 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> WeightSource:
 
 
 @pytest.fixture(scope="module")
-def yardstick(source: WeightSource) -> Yardstick:
-    return make_yardstick(ReferenceRuntime(load_reference(source)), source, options=OPTIONS)
+def ground_truth(source: WeightSource) -> GroundTruth:
+    return GroundTruth.for_runtime(
+        ReferenceRuntime(load_reference(source)), source, options=OPTIONS
+    )
 
 
 def norms(model: nn.Module) -> list[RMSNorm]:
@@ -262,16 +263,16 @@ def mutated(source: WeightSource, mutate: Callable[[Any], None]) -> ReferenceRun
 
 
 def check(
-    source: WeightSource, yardstick: Yardstick, mutate: Callable[[Any], None]
+    source: WeightSource, ground_truth: GroundTruth, mutate: Callable[[Any], None]
 ) -> ParityReport:
-    return verify(mutated(source, mutate), source, yardstick=yardstick)
+    return verify(mutated(source, mutate), source, ground_truth=ground_truth)
 
 
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.name)
 def test_every_mutation_is_caught_and_located(
-    mutation: Mutation, source: WeightSource, yardstick: Yardstick
+    mutation: Mutation, source: WeightSource, ground_truth: GroundTruth
 ) -> None:
-    report = check(source, yardstick, mutation.mutate)
+    report = check(source, ground_truth, mutation.mutate)
     assert not report.passed
     first = report.divergence
     assert first is not None
@@ -281,16 +282,16 @@ def test_every_mutation_is_caught_and_located(
 
 @pytest.mark.parametrize(("by", "position"), [(-1, WINDOW - 1), (1, WINDOW)])
 def test_a_window_off_by_one_is_located_at_its_edge(
-    by: int, position: int, source: WeightSource, yardstick: Yardstick
+    by: int, position: int, source: WeightSource, ground_truth: GroundTruth
 ) -> None:
-    first = check(source, yardstick, change_window(by)).divergence
+    first = check(source, ground_truth, change_window(by)).divergence
     assert first is not None
     assert first.position == position
     assert "edge of the window" in first.explanation
 
 
 def test_padding_that_shifts_positions_is_caught_by_the_batches_alone(
-    source: WeightSource, yardstick: Yardstick
+    source: WeightSource, ground_truth: GroundTruth
 ) -> None:
     def count_padding(model: Any) -> None:
         original = model.layer_contexts
@@ -306,16 +307,16 @@ def test_padding_that_shifts_positions_is_caught_by_the_batches_alone(
 
         model.layer_contexts = layer_contexts
 
-    report = check(source, yardstick, count_padding)
+    report = check(source, ground_truth, count_padding)
     failed = {case.name for case in report.cases if not case.passed}
     assert failed == {"ragged-batch", "padded"}
     assert report.divergence is not None
 
 
-def test_defects_lie_far_above_the_limit(source: WeightSource, yardstick: Yardstick) -> None:
+def test_defects_lie_far_above_the_limit(source: WeightSource, ground_truth: GroundTruth) -> None:
     """The factor separates: the subtlest of these defects is a hundred times the floor."""
     for mutation in MUTATIONS[:5]:
-        report = check(source, yardstick, mutation.mutate)
+        report = check(source, ground_truth, mutation.mutate)
         worst = max(
             metric.value / metric.limit
             for case in report.cases

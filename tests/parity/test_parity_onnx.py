@@ -13,8 +13,7 @@ import torch
 
 from gemma3_export.bundle import Bundle, write_manifest
 from gemma3_export.errors import InputError
-from gemma3_export.parity import VerifyOptions, compare, make_yardstick, verify
-from gemma3_export.parity.noise_floor import Yardstick
+from gemma3_export.parity import GroundTruth, VerifyOptions, compare, verify
 from gemma3_export.reference.loading import load_reference
 from gemma3_export.reference.runtime import ReferenceRuntime
 from gemma3_export.reference.weights.bundle_weights import OnnxWeights
@@ -36,9 +35,11 @@ def _one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def yardstick() -> Yardstick:
+def ground_truth() -> GroundTruth:
     source = source_of()
-    return make_yardstick(ReferenceRuntime(load_reference(source)), source, options=OPTIONS)
+    return GroundTruth.for_runtime(
+        ReferenceRuntime(load_reference(source)), source, options=OPTIONS
+    )
 
 
 def open_onnx(path: Path) -> OnnxRuntime:
@@ -46,8 +47,8 @@ def open_onnx(path: Path) -> OnnxRuntime:
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_an_exported_graph_passes(target: str, yardstick: Yardstick) -> None:
-    report = verify(open_onnx(exported_bundle(target)), source_of(), yardstick=yardstick)
+def test_an_exported_graph_passes(target: str, ground_truth: GroundTruth) -> None:
+    report = verify(open_onnx(exported_bundle(target)), source_of(), ground_truth=ground_truth)
     assert report.passed, report.to_json()
     assert report.candidate["providers"] == ["CPUExecutionProvider"]
     assert "padded" in {case.name for case in report.cases}
@@ -63,14 +64,14 @@ def test_a_bundle_verifies_against_its_own_weights(target: str) -> None:
     assert report.files == files
 
 
-def test_two_targets_agree_with_each_other(yardstick: Yardstick) -> None:
+def test_two_targets_agree_with_each_other(ground_truth: GroundTruth) -> None:
     first, second = (open_onnx(exported_bundle(target)) for target in TARGETS)
-    report = compare(first, second, source_of(), yardstick=yardstick)
+    report = compare(first, second, source_of(), ground_truth=ground_truth)
     assert report.passed
     assert report.baseline["target"] == "portable"
 
 
-def test_a_bundle_of_other_weights_fails_at_the_embedding(yardstick: Yardstick) -> None:
+def test_a_bundle_of_other_weights_fails_at_the_embedding(ground_truth: GroundTruth) -> None:
     other = RandomSource(tiny_config(), SEED + 1)
     report = verify(open_onnx(exported_bundle("ort")), other, options=OPTIONS)
     assert not report.passed
@@ -79,7 +80,7 @@ def test_a_bundle_of_other_weights_fails_at_the_embedding(yardstick: Yardstick) 
 
 def test_a_bundle_of_another_shape_is_refused() -> None:
     other = RandomSource(tiny_config(intermediate_size=64), SEED)
-    with pytest.raises(InputError, match=r"mlp\.down_proj\.weight is \(48, 80\) there"):
+    with pytest.raises(InputError, match=r"mlp\.down_proj\.weight is \(48, 80\) in the runtime"):
         verify(open_onnx(exported_bundle("ort")), other, options=OPTIONS)
 
 
@@ -147,7 +148,7 @@ def test_a_broken_graph_is_caught_and_located(
     mutate: Callable[[Any], None],
     layer: int,
     block: str,
-    yardstick: Yardstick,
+    ground_truth: GroundTruth,
     tmp_path: Path,
 ) -> None:
     path = tmp_path / "bundle"
@@ -158,7 +159,7 @@ def test_a_broken_graph_is_caught_and_located(
     mutate(model)
     graph.write_bytes(model.SerializeToString())
     write_manifest(path, bundle.manifest, {})
-    report = verify(open_onnx(path), source_of(), yardstick=yardstick)
+    report = verify(open_onnx(path), source_of(), ground_truth=ground_truth)
     assert not report.passed
     assert report.divergence is not None
     assert (report.divergence.layer, report.divergence.block) == (layer, block)

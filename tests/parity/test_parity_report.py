@@ -18,17 +18,16 @@ import torch
 from gemma3_export.bundle.inspection import parity_line
 from gemma3_export.errors import InputError
 from gemma3_export.parity import (
+    GroundTruth,
     ParityReport,
     VerifyOptions,
     compare,
-    make_yardstick,
     render_html,
     render_junit,
     render_terminal,
     verify,
 )
 from gemma3_export.parity.differences import compare_logits
-from gemma3_export.parity.noise_floor import Yardstick
 from gemma3_export.reference.loading import load_reference
 from gemma3_export.reference.runtime import ReferenceRuntime
 from gemma3_export.reference.weights import WeightSource, open_weights
@@ -61,31 +60,31 @@ def source(folder: Path) -> WeightSource:
 
 
 @pytest.fixture(scope="module")
-def yardstick(source: WeightSource) -> Yardstick:
+def ground_truth(source: WeightSource) -> GroundTruth:
     runtime = ReferenceRuntime(load_reference(source))
     tokenizer = tiny_gemma_tokenizer(VOCAB)
-    return make_yardstick(runtime, source, options=OPTIONS, tokenizer=tokenizer)
+    return GroundTruth.for_runtime(runtime, source, options=OPTIONS, tokenizer=tokenizer)
 
 
 @pytest.fixture(scope="module")
-def passing(source: WeightSource, yardstick: Yardstick) -> ParityReport:
-    return verify(ReferenceRuntime(load_reference(source)), source, yardstick=yardstick)
+def passing(source: WeightSource, ground_truth: GroundTruth) -> ParityReport:
+    return verify(ReferenceRuntime(load_reference(source)), source, ground_truth=ground_truth)
 
 
 @pytest.fixture(scope="module")
-def failing(source: WeightSource, yardstick: Yardstick) -> ParityReport:
+def failing(source: WeightSource, ground_truth: GroundTruth) -> ParityReport:
     model = load_reference(source)
     with torch.no_grad():
         model.model.layers[2].mlp.down_proj.weight[0] *= 1.001
-    return verify(ReferenceRuntime(model), source, yardstick=yardstick)
+    return verify(ReferenceRuntime(model), source, ground_truth=ground_truth)
 
 
 @pytest.fixture(scope="module")
-def broken(source: WeightSource, yardstick: Yardstick) -> ParityReport:
+def broken(source: WeightSource, ground_truth: GroundTruth) -> ParityReport:
     model = load_reference(source)
     with torch.no_grad():
         model.model.layers[1].self_attn.o_proj.weight[0, 0] = float("nan")
-    return verify(ReferenceRuntime(model), source, yardstick=yardstick)
+    return verify(ReferenceRuntime(model), source, ground_truth=ground_truth)
 
 
 def violations(value: Any, schema: dict[str, Any], root: dict[str, Any], at: str) -> list[str]:
@@ -175,7 +174,9 @@ def test_the_same_check_twice_gives_the_same_numbers(source: WeightSource) -> No
 def test_another_seed_looks_at_other_tokens(source: WeightSource) -> None:
     runtime = ReferenceRuntime(load_reference(source))
     sequences = [
-        make_yardstick(runtime, source, options=replace(OPTIONS, seed=seed)).sequences[1].ids
+        GroundTruth.for_runtime(runtime, source, options=replace(OPTIONS, seed=seed))
+        .sequences[1]
+        .ids
         for seed in (0, 1)
     ]
     assert not np.array_equal(*sequences)
@@ -274,26 +275,28 @@ def test_the_last_line_says_which_numbers_failed_where_all_cases_pass(
     )
 
 
-def test_progress_ends_where_it_said_it_would(source: WeightSource, yardstick: Yardstick) -> None:
+def test_progress_ends_where_it_said_it_would(
+    source: WeightSource, ground_truth: GroundTruth
+) -> None:
     seen: list[tuple[str, int, int]] = []
     runtime = ReferenceRuntime(load_reference(source))
-    verify(runtime, source, yardstick=yardstick, progress=lambda *args: seen.append(args))
-    assert seen[0] == ("computing the truth", 0, 1)
+    verify(runtime, source, ground_truth=ground_truth, progress=lambda *args: seen.append(args))
+    assert seen[0] == ("computing expected values", 0, 1)
     assert seen[-1][1] == seen[-1][2]
     assert all(done <= total for _, done, total in seen)
 
 
 def test_transformers_agrees_with_the_reference(
-    folder: Path, source: WeightSource, yardstick: Yardstick
+    folder: Path, source: WeightSource, ground_truth: GroundTruth
 ) -> None:
     pytest.importorskip("transformers")
     from gemma3_export.parity.transformers_runtime import TransformersRuntime
 
     runtime = TransformersRuntime(folder)
-    report = verify(runtime, source, yardstick=yardstick)
+    report = verify(runtime, source, ground_truth=ground_truth)
     assert report.passed, render_terminal(report)
     reference = ReferenceRuntime(load_reference(source))
-    assert compare(reference, runtime, source, yardstick=yardstick).passed
+    assert compare(reference, runtime, source, ground_truth=ground_truth).passed
 
 
 def test_impossible_options_are_refused() -> None:

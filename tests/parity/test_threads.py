@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,32 +16,32 @@ from gemma3_export.api.verification import verify as verify_bundle
 from gemma3_export.cli import command_line
 from gemma3_export.config import preset
 from gemma3_export.errors import InputError
+from gemma3_export.parity import check
 from gemma3_export.parity.options import threads_for, torch_threads
 from tests.support.exported_bundles import exported_bundle, source_of
 from tests.support.tiny_models import tiny_config
 
 BEFORE = 3
-parity = importlib.import_module("gemma3_export.parity.check")  # whose name is a function too
 
 
 @pytest.fixture
 def seen(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[tuple[int, int | None]]]:
     """Threads of torch and of the runtime under test, of all that are checked."""
     found: set[tuple[int, int | None]] = set()
-    open_runtime, run_cases = verifying.open_runtime, parity.run_cases
+    open_runtime, judge_case = verifying.open_runtime, check.judge_case
 
     def spy(*arguments: Any, **options: Any) -> Any:
         runtime = open_runtime(*arguments, **options)
         asked[0] = options["threads"]
         return runtime
 
-    def spied_cases(*arguments: Any, **options: Any) -> Any:
+    def spied_case(*arguments: Any, **options: Any) -> Any:
         found.add((torch.get_num_threads(), asked[0]))
-        return run_cases(*arguments, **options)
+        return judge_case(*arguments, **options)
 
     asked: list[int | None] = [None]
     monkeypatch.setattr(verifying, "open_runtime", spy)
-    monkeypatch.setattr(parity, "run_cases", spied_cases)
+    monkeypatch.setattr(check, "judge_case", spied_case)
     threads = torch.get_num_threads()
     torch.set_num_threads(BEFORE)
     yield found
