@@ -12,7 +12,7 @@ from gemma3_export.bundle import RUNTIMES
 from gemma3_export.cli.options import CudaRequest, cache_size, cuda_options
 
 if TYPE_CHECKING:
-    from gemma3_export.cli.generated_text import Printer
+    from gemma3_export.cli.generate_output import Printer
     from gemma3_export.runtimes.generation.loop import Generation
 
 __all__ = ["generate"]
@@ -29,41 +29,69 @@ Examples:
 @click.command(epilog=EPILOG)
 @click.argument("bundle_path", metavar="DIR", type=click.Path(path_type=Path))
 @click.option(
-    "--prompt", "prompts", multiple=True, metavar="TEXT", help="May be repeated; - reads stdin."
+    "--prompt",
+    "prompts",
+    multiple=True,
+    metavar="TEXT",
+    help="Text to continue; repeatable; - reads stdin.",
 )
 @click.option(
     "--prompt-file",
     "prompt_files",
     multiple=True,
     type=click.Path(path_type=Path),
-    help="A UTF-8 file that is one prompt; may be repeated.",
+    help="UTF-8 file that holds one prompt; repeatable.",
 )
 @click.option(
-    "--prompt-ids", "id_lists", multiple=True, metavar="IDS", help="Token ids, such as 2,651,4864."
+    "--prompt-ids",
+    "id_lists",
+    multiple=True,
+    metavar="IDS",
+    help="Prompt as token ids, such as 2,651,4864; repeatable.",
 )
-@click.option("--chat", is_flag=True, help="Each prompt is a user's message in a conversation.")
-@click.option("--system", metavar="TEXT", help="System message; needs --chat.")
+@click.option(
+    "--chat", is_flag=True, help="Treat each prompt as a user message, in Gemma's chat format."
+)
+@click.option("--system", metavar="TEXT", help="System message (requires --chat).")
 @click.option(
     "--max-new-tokens", type=click.IntRange(min=1), default=128, show_default=True, metavar="N"
 )
-@click.option("--temperature", type=float, metavar="T", help="0 is greedy, which is the default.")
-@click.option("--top-k", type=int, metavar="K", help="Sample among the K likeliest tokens.")
-@click.option("--top-p", type=float, metavar="P", help="Sample among tokens that add up to P.")
-@click.option("--min-p", type=float, metavar="P", help="Drop tokens below P times the likeliest.")
-@click.option("--repetition-penalty", type=float, default=1.0, metavar="R", help="1 is off.")
+@click.option("--temperature", type=float, metavar="T", help="0 is greedy decoding, the default.")
+@click.option("--top-k", type=int, metavar="K", help="Sample from the K most likely tokens.")
+@click.option(
+    "--top-p",
+    type=float,
+    metavar="P",
+    help="Sample from the most likely tokens whose probabilities add up to P.",
+)
+@click.option(
+    "--min-p",
+    type=float,
+    metavar="P",
+    help="Drop tokens less likely than P times the most likely one.",
+)
+@click.option(
+    "--repetition-penalty",
+    type=float,
+    default=1.0,
+    metavar="R",
+    help="Penalise tokens that occurred before; 1 is off.",
+)
 @click.option(
     "--seed",
     type=int,
     metavar="N",
-    help="The same seed gives the same text; --json prints it, and null for greedy.",
+    help="The same seed gives the same text. --json reports it; null for greedy.",
 )
-@click.option("--stop", "stop_texts", multiple=True, metavar="TEXT", help="End before this text.")
+@click.option(
+    "--stop", "stop_texts", multiple=True, metavar="TEXT", help="Stop before this text; repeatable."
+)
 @click.option(
     "--prompt-lookup",
     type=click.IntRange(min=0),
     metavar="N",
-    help="Draft up to N tokens that followed the same words before; 0 is off. By default 16, "
-    "but 0 for quantised bundles and on CUDA.",
+    help="Draft up to N tokens by looking up what followed the same words before; 0 is off. "
+    "[default: 16; 0 for quantised bundles and on CUDA]",
 )
 @click.option(
     "--draft-model",
@@ -79,7 +107,7 @@ Examples:
     default="256MB",
     show_default=True,
     metavar="SIZE",
-    help="Memory for beginnings that prompts share, which are computed once; 0 is off.",
+    help="Memory for prefixes that prompts share, which are computed once; 0 is off.",
 )
 @click.option(
     "--prefill-chunk",
@@ -87,21 +115,30 @@ Examples:
     default=512,
     show_default=True,
     metavar="N",
-    help="Tokens of a prompt to compute at once; quantised bundles and CUDA reuse whole ones only.",
+    help="Prompt tokens to compute per step. Quantised bundles and CUDA reuse whole chunks only.",
 )
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 @cuda_options
 @click.option("--runtime", type=click.Choice(RUNTIMES), default="onnx", show_default=True)
-@click.option("--threads", type=click.IntRange(min=1), metavar="N", help="Threads an operator.")
+@click.option("--threads", type=click.IntRange(min=1), metavar="N", help="Intra-op threads.")
 @click.option(
     "--share-weights",
     is_flag=True,
-    help="fp32 on the CPU: load at once and hold weights once for all processes; prompts take "
+    help="fp32 on the CPU: share the weights between processes and load instantly; prompts take "
     "longer.",
 )
-@click.option("--trust", is_flag=True, help="Load a torch archive that is not what was exported.")
-@click.option("--logprobs", type=int, metavar="N", help="With --json: N alternatives a token.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object a prompt and line.")
+@click.option(
+    "--trust", is_flag=True, help="Load a torch archive that is not the one that was exported."
+)
+@click.option(
+    "--logprobs",
+    type=int,
+    metavar="N",
+    help="With --json: report the N most likely tokens at each position.",
+)
+@click.option(
+    "--json", "as_json", is_flag=True, help="Print one JSON object per prompt, one per line."
+)
 def generate(
     bundle_path: Path,
     prompts: tuple[str, ...],
@@ -124,11 +161,11 @@ def generate(
     as_json: bool,
     **sampling: Any,
 ) -> None:
-    """Continue prompts with a bundle; greedy unless a temperature or a filter is given.
+    """Continue prompts with a bundle. Greedy unless a temperature or a filter is given.
 
-    Text streams to stdout as it comes, and a line of speeds goes to stderr. Several prompts run as
-    one batch; their texts are printed one after another. Ctrl-C ends the generation and keeps what
-    there is.
+    Text streams to stdout as it is generated; speeds go to stderr. Several prompts run as one
+    batch, and their texts are printed in order. Ctrl-C ends the generation and keeps the text so
+    far.
     """
     if not (prompts or prompt_files or id_lists):
         raise click.UsageError("no prompt; give --prompt TEXT, --prompt-file or --prompt-ids")
@@ -139,7 +176,7 @@ def generate(
 
     from gemma3_export.api.model import Model
     from gemma3_export.api.options import GenerateOptions
-    from gemma3_export.cli.generated_text import printer_for
+    from gemma3_export.cli.generate_output import printer_for
     from gemma3_export.cli.prompts import read_prompt, read_prompt_file, to_prompts
 
     device, cuda_options = cuda.settle(device, runtime)
@@ -170,7 +207,7 @@ def generate(
 
 
 def _print_generation(generation: Generation, printer: Printer) -> None:
-    """Print events as they come; what there is at an interruption is printed too."""
+    """Print events as they arrive; after an interruption, print the results so far."""
     try:
         for event in generation:
             printer.show(event)

@@ -8,7 +8,8 @@ from pathlib import Path
 import click
 
 from gemma3_export.bundle import ONNX_TARGETS
-from gemma3_export.cli.options import ExportOptions, export_options, refuse_if_given, run_export
+from gemma3_export.cli.export_options import ExportOptions, export_options, run_export
+from gemma3_export.cli.options import refuse_if_given
 from gemma3_export.dtypes import EXPORT_DTYPES, FLOAT_DTYPES, dtype_choices
 
 __all__ = ["onnx"]

@@ -6,7 +6,8 @@ from functools import partial
 
 import click
 
-from gemma3_export.cli.options import ExportOptions, export_options, refuse_if_given, run_export
+from gemma3_export.cli.export_options import ExportOptions, export_options, run_export
+from gemma3_export.cli.options import refuse_if_given
 from gemma3_export.dtypes import dtype_choices
 
 __all__ = ["torchscript"]
