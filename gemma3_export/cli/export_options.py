@@ -80,7 +80,8 @@ EXPORT_OPTIONS = (
         "--tokenizer",
         "tokenizer_path",
         metavar="PATH",
-        help="tokenizer.json, its folder, a .gguf file, or tiktoken:NAME [default: the weights' own].",
+        help="tokenizer.json, its folder, a .gguf file, or tiktoken:NAME "
+        "[default: the weights' own].",
     ),
     click.option(
         "-o",

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 
-from gemma3_export.api import opening as backends
+from gemma3_export.api import model
 from gemma3_export.api import verification as verifying
 from gemma3_export.bench import run as benchmark
 from gemma3_export.bench import worker as benchmark_worker
@@ -60,7 +60,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         found.update(device=asked["device"], cuda=cuda, runtime=name)
         raise ReachedError
 
-    monkeypatch.setattr(backends, "open_runtime", opened)
+    monkeypatch.setattr(model, "open_runtime", opened)
     monkeypatch.setattr(verifying, "open_runtime", opened)
     monkeypatch.setattr(benchmark, "own_worker", started)
     return found
