@@ -192,7 +192,7 @@ CUDA_OPTIONS = (
     click.option(
         "--cpu-fallback",
         is_flag=True,
-        help="Fall back to the CPU, with a warning, if CUDA is unavailable; without it, exit code 3.",
+        help="Fall back to the CPU, with a warning, if CUDA is unavailable [default: exit code 3].",
     ),
 )
 

@@ -113,13 +113,13 @@ def test_a_draft_model_is_opened_like_the_model(
     ort_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened = []
-    original = backends.open_runtime
+    original = model.open_runtime
 
     def observed(bundle: Any, runtime: str, **options: Any) -> Any:
         opened.append(options.get("cuda"))
         return original(bundle, runtime, **options | {"device": "cpu"})
 
-    monkeypatch.setattr(backends, "open_runtime", observed)
+    monkeypatch.setattr(model, "open_runtime", observed)
     result = run("generate", ort_bundle, "--draft-model", str(ort_bundle), "--tf32")
     assert result.exit_code == 0, result.output
     assert opened == [CudaOptions(tf32=True)] * 2
