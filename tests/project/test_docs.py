@@ -6,6 +6,7 @@ import ast
 import json
 import re
 import runpy
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -83,6 +84,22 @@ def test_python_examples_import_what_exists(document):
         for node in attributes:
             if isinstance(node.value, ast.Name) and node.value.id == "gemma3_export":
                 assert hasattr(gemma3_export, node.attr), node.attr
+
+
+@pytest.mark.parametrize(
+    ("heading", "options", "undocumented"),
+    [
+        ("Load a bundle", gemma3_export.LoadOptions, set()),
+        # Only batches of the package's own loop number their requests.
+        ("Generate", gemma3_export.GenerateOptions, {"request_index"}),
+    ],
+)
+def test_the_python_page_lists_all_options(heading, options, undocumented):
+    text = (REPOSITORY / "docs/python.md").read_text(encoding="utf-8")
+    section = text.partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
+    rows = re.findall(r"^\| (`[^|]*) \|", section, flags=re.MULTILINE)
+    listed = [name for row in rows for name in re.findall(r"`(\w+)`", row)]
+    assert sorted(listed) == sorted({field.name for field in fields(options)} - undocumented)
 
 
 GENERATING = [
