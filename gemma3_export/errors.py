@@ -1,7 +1,7 @@
-"""The one family of errors whose message is meant for the person at the terminal.
+"""Define the exceptions that the package raises on purpose.
 
-Every message names the offending value and the remedy. The command line prints it without a
-traceback and exits with ``exit_code``; anything that is not a ``Gemma3ExportError`` is a bug.
+Each message names the offending value and the remedy. The command line prints it without a
+traceback and exits with ``exit_code``. Any other exception is a bug.
 """
 
 from __future__ import annotations
@@ -15,22 +15,22 @@ __all__ = [
 
 
 class Gemma3ExportError(Exception):
-    """Root of all errors raised on purpose; exit code 1 (the work was tried and failed)."""
+    """Base class of all exceptions of this package; by itself, a failed operation (exit code 1)."""
 
     exit_code = 1
 
 
 class ParityError(Gemma3ExportError):
-    """A runtime does not compute what the reference computes (exit code 1)."""
+    """A runtime's results differ from those of the reference (exit code 1)."""
 
 
 class InputError(Gemma3ExportError):
-    """Bad input: weights, config, tokenizer, bundle, prompt or option (exit code 2)."""
+    """Invalid weights, config, tokenizer, bundle, prompt or option (exit code 2)."""
 
     exit_code = 2
 
 
 class UnavailableError(Gemma3ExportError):
-    """Something needed is absent: a package, a device, the network (exit code 3)."""
+    """A missing package, device or network connection (exit code 3)."""
 
     exit_code = 3

@@ -1,7 +1,6 @@
-"""All-or-nothing output: write to a temporary sibling, then rename.
+"""Write files and folders atomically: write to a temporary sibling, then rename.
 
-Whatever goes wrong half-way (a full disk, Ctrl-C, a failed check), the target is either what it was
-before or complete.
+After a failure (a full disk, Ctrl-C, a failed check), the target is either unchanged or complete.
 """
 
 from __future__ import annotations
@@ -15,24 +14,24 @@ from pathlib import Path
 
 from gemma3_export.errors import Gemma3ExportError, InputError
 
-__all__ = ["require_room", "staged_directory", "write_text_atomically"]
+__all__ = ["check_disk_space", "staged_directory", "write_text_atomically"]
 
-# What every folder that a command creates has: a bundle, a Hugging Face folder or a run, tokens, a
-# peer's model. Without one of them a folder is somebody's own, and --force does not delete it.
-OURS = ("manifest.json", "config.json", "meta.json", "peer.json")
+# Every folder that a command creates contains one of these files: a bundle, a Hugging Face folder or
+# run, a token folder, the model of a benchmark peer. --force replaces no other folder.
+MARKER_FILES = ("manifest.json", "config.json", "meta.json", "peer.json")
 
 
 @contextmanager
 def staged_directory(target: Path, *, force: bool = False) -> Iterator[Path]:
-    """Yield an empty sibling folder that becomes ``target`` when the block ends without an error.
+    """Yield an empty sibling folder, and rename it to ``target`` if the block succeeds.
 
     Args:
         target: the folder to create.
-        force: replace an existing folder instead of refusing.
+        force: replace an existing folder.
 
     Raises:
-        InputError: ``target`` exists and ``force`` is false, or it is not a folder.
-        Gemma3ExportError: the file system refused (full disk, no permission).
+        InputError: ``target`` must not be replaced; see :func:`refuse_existing`.
+        Gemma3ExportError: writing failed, for example because the disk is full.
     """
     target = target.absolute()
     refuse_existing(target, force=force)
@@ -40,53 +39,56 @@ def staged_directory(target: Path, *, force: bool = False) -> Iterator[Path]:
         target.parent.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
     except OSError as error:
-        raise InputError(f"cannot write beside {target}: {error}") from error
+        raise InputError(
+            f"cannot create a folder in {target.parent}: {error}; choose another output"
+        ) from error
     try:
-        staging.chmod(0o755)  # mkdtemp makes it private; a bundle is meant to be shared
+        staging.chmod(0o755)  # mkdtemp creates it with 0o700, but a bundle is meant to be shared
         yield staging
         _swap(staging, target)
     except OSError as error:
         raise Gemma3ExportError(
-            f"writing {target} failed and nothing was kept: {error}; "
-            "free some space or choose another folder"
+            f"writing {target} failed, and no partial output is left: {error}; "
+            "free some disk space or choose another output"
         ) from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
 
 def refuse_existing(target: Path, *, force: bool) -> None:
-    """Complain early about a target that must not be overwritten.
+    """Raise an error if ``target`` must not be created or replaced.
 
     Raises:
-        InputError: see :func:`staged_directory`; or it is the current folder or holds it, which
-            would be renamed away under the process and the shell that started it; or nothing in
-            it says that this program made it.
+        InputError: ``target`` is not a folder, is not empty and ``force`` is false, contains no
+            file of this program, or contains the current folder, which would be renamed away.
     """
     if Path.cwd().is_relative_to(target.resolve()):
         raise InputError(
-            f"{target} is the current folder or holds it, and an output is moved into place as a "
-            "whole; name a folder that does not exist yet"
+            f"{target} is or contains the current folder, which cannot be replaced; "
+            "choose an output that does not exist yet"
         )
     if target.is_symlink() or (target.exists() and not target.is_dir()):
         raise InputError(f"{target} exists and is not a folder; choose another output")
     if not target.exists() or not (names := sorted(path.name for path in target.iterdir())):
         return
-    if not set(names) & set(OURS):
+    if not set(names) & set(MARKER_FILES):
         raise InputError(
-            f"{target} exists and nothing in it ({', '.join(names[:3])}) says that this program "
-            "made it, so it is not replaced, with --force either; choose another output"
+            f"{target} exists and was not created by this program (it contains "
+            f"{', '.join(names[:3])}), so it is not replaced even with --force; choose another "
+            "output"
         )
     if not force:
         raise InputError(f"{target} exists and is not empty; pass --force to replace it")
 
 
-def require_room(path: Path, size_bytes: int) -> None:
-    """Find out whether a file can be written, by reserving its bytes for a moment.
+def check_disk_space(path: Path, size_bytes: int) -> None:
+    """Check that a file of ``size_bytes`` can be written, by allocating it temporarily.
 
-    For writers that leave no way to clean up: torch ends the process when an archive does not fit.
+    This is for writers that leave no way to clean up: torch aborts the process if an archive does
+    not fit on the disk.
 
     Raises:
-        OSError: the disk is full, or a quota or limit is in the way.
+        OSError: the disk is full, or a quota or limit is exceeded.
     """
     try:
         with path.open("wb") as file:
@@ -112,10 +114,10 @@ def _swap(staging: Path, target: Path) -> None:
 
 
 def write_text_atomically(path: Path, text: str) -> None:
-    """Replace ``path`` by ``text`` in one step.
+    """Write ``text`` to ``path`` in UTF-8, replacing the file atomically.
 
     Raises:
-        Gemma3ExportError: the file system refused.
+        Gemma3ExportError: the file cannot be written.
     """
     temporary = path.with_name(f".{path.name}.partial")
     try:
@@ -123,6 +125,8 @@ def write_text_atomically(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
         temporary.replace(path)
     except OSError as error:
-        raise Gemma3ExportError(f"cannot write {path}: {error}") from error
+        raise Gemma3ExportError(
+            f"cannot write {path}: {error}; free some disk space or check the permissions"
+        ) from error
     finally:
         temporary.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Fill the reference model from any source of weights, as a whole or one layer at a time."""
+"""Load the reference model from any source of weights, as a whole or one layer at a time."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ def load_reference(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> Gemma3:
-    """The reference model with the weights of ``source``, in evaluation mode.
+    """Load the reference model with the weights of ``source``, in evaluation mode.
 
-    Weights are copied chunk by chunk, so the peak is the model itself and one chunk.
+    Weights are copied in chunks, so peak memory is the model plus one chunk.
 
     Raises:
         InputError: a weight holds NaN or infinity, or the source cannot be read.
@@ -51,7 +51,14 @@ def load_module(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> Module:
-    """A module of the reference, made on the meta device, with weights; ``prefix`` is its path.
+    """Allocate and fill a module that was created on the meta device.
+
+    Args:
+        module: the reference model or a part of it.
+        prefix: canonical name of ``module`` with a trailing dot, or empty for the model.
+        source: canonical weights.
+        dtype: dtype to convert the weights to.
+        device: device to allocate the module on.
 
     Raises:
         InputError: a weight holds NaN or infinity, or the source cannot be read.
@@ -69,8 +76,8 @@ def load_module(
 class LayerwiseForward:
     """An uncached forward pass over several batches with one decoder layer in memory.
 
-    :meth:`layers` yields each loaded layer. The caller may hook it or change its weights, and
-    :meth:`step` then takes one batch through it::
+    :meth:`layers` yields each loaded layer. The caller may add hooks to it or change its weights.
+    :meth:`step` then runs one batch through it::
 
         forward = LayerwiseForward(source, batches)
         for index, layer in forward.layers():
@@ -81,7 +88,7 @@ class LayerwiseForward:
     Args:
         source: canonical weights.
         batches: token ids [B, T] without padding.
-        lookup: reads rows of the embedding; None reads them from ``source``.
+        lookup: returns unscaled embeddings of token ids; None reads them from ``source``.
     """
 
     def __init__(
@@ -98,7 +105,7 @@ class LayerwiseForward:
         self._current = 0
 
     def layers(self) -> Iterator[tuple[int, DecoderLayer]]:
-        """Yield the index of each layer and the layer in float32; free it afterwards.
+        """Yield each layer, loaded in float32, with its index; free it afterwards.
 
         Raises:
             InputError: a weight holds NaN or infinity, or the source cannot be read.
@@ -110,11 +117,11 @@ class LayerwiseForward:
             layer.to("meta")
 
     def context(self, batch: int) -> LayerContext:
-        """Return what the current layer needs to know about a batch."""
+        """Return the context of a batch for the current layer."""
         return self.contexts[batch][self.source.config.layer_types[self._current]]
 
     def step(self, batch: int) -> tuple[Tensor, KeyValue]:
-        """Take a batch through the current layer; return its output [B, T, D] and its cache."""
+        """Run a batch through the current layer; return its output [B, T, D] and its cache."""
         layers = range(self._current, self._current + 1)
         states, (present,) = self.model.run_layers(
             self.states[batch], self.contexts[batch], layers=layers
@@ -123,7 +130,7 @@ class LayerwiseForward:
         return states, present
 
     def final_norm(self) -> RMSNorm:
-        """Return the norm between the last layer and the head, with weights.
+        """Load the norm between the last layer and the head.
 
         Raises:
             InputError: a weight holds NaN or infinity, or the source cannot be read.

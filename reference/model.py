@@ -1,12 +1,13 @@
-"""Gemma 3 as a definition: read this file to know what the model computes.
+"""Define the Gemma 3 model.
 
 Shape suffixes: B batch rows, T new tokens, S all tokens (cached and new), N query heads,
 K key-value heads, H head size, D hidden size, V vocabulary.
 
-The numeric order follows the official implementation (Gemma Team, "Gemma 3 Technical Report",
-arXiv:2503.19786, and Hugging Face's ``modeling_gemma3``). Parameter names are Hugging Face's, so
-official state dicts load as they are. The exporters trace these modules; they replace some of them
-by equivalents that a runtime has a kernel for, and the parity check holds them to this file.
+The order of operations and the precision of each follow the official implementation (Gemma Team,
+"Gemma 3 Technical Report", arXiv:2503.19786, and Hugging Face's ``modeling_gemma3``). Parameter
+names are those of Hugging Face, so official state dicts load unchanged. The exporters trace these
+modules, after replacing some of them with equivalents for which a runtime has a kernel. The parity
+check compares the result with this file.
 """
 
 from __future__ import annotations
@@ -40,36 +41,39 @@ KeyValue = tuple[Tensor, Tensor]  # key and value of one layer, each [B, K, S, H
 
 @dataclass(kw_only=True)
 class Gemma3Output:
-    """What one forward pass returns."""
+    """The result of a forward pass."""
 
     logits: Tensor  # [B, kept, V] float32 (float64 in a float64 model)
-    past_key_values: list[KeyValue]  # one a layer, new tokens included
-    loss: Tensor | None = None  # mean cross-entropy, if labels were given
+    past_key_values: list[KeyValue]  # one per layer, including the new tokens
+    loss: Tensor | None = None  # mean cross-entropy; None without labels
 
 
 @dataclass(kw_only=True)
 class LayerContext:
-    """What all layers of one kind share in one forward pass."""
+    """Inputs that all layers of one type share in a forward pass.
+
+    Without padding, all rows are alike, and B may be 1.
+    """
 
     cos: Tensor  # [B, T, H/2] rotary cosines of the new tokens
     sin: Tensor  # [B, T, H/2]
-    mask: Tensor  # [B, 1, T, S] added to the attention scores: 0, or hugely negative
+    mask: Tensor  # [B, 1, T, S] added to the attention scores: 0 or a large negative number
     attention_mask: Tensor  # [B, S] 1 for tokens, 0 for padding
 
 
-# (layer, x, context, past) to the layer's output and its extended cache
+# Maps (layer, x, context, past) to the output of the layer and its extended cache.
 RunLayer = Callable[[nn.Module, Tensor, LayerContext, KeyValue | None], tuple[Tensor, KeyValue]]
 
 
 def at_least_float32(x: Tensor) -> Tensor:
-    """Half precision is widened, float64 stays: norms, rotations and logits need it."""
+    """Convert half precision to float32, as norms and logits need; keep float32 and float64."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 class RMSNorm(nn.Module):
-    """``x / rms(x) * (1 + weight)``, computed in float32 and cast back at the end.
+    """RMS normalization: ``x / rms(x) * (1 + weight)`` in float32, cast back at the end.
 
-    Zhang and Sennrich, arXiv:1910.07467; the ``1 + weight`` is Gemma's.
+    From Zhang and Sennrich, arXiv:1910.07467. Gemma stores the scale minus one.
     """
 
     def __init__(self, size: int, eps: float) -> None:
@@ -78,13 +82,13 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise the last axis of ``x``."""
+        """Normalize the last axis of ``x``."""
         scale = 1.0 + at_least_float32(self.weight)
         return F.rms_norm(at_least_float32(x), self.weight.shape, scale, self.eps).to(x.dtype)
 
 
 class ScaledEmbedding(nn.Module):
-    """Token embedding, multiplied by sqrt(hidden_size) **rounded to the weights' dtype**."""
+    """Token embedding, multiplied by sqrt(hidden_size) rounded to the dtype of the weight."""
 
     def __init__(self, vocab_size: int, hidden_size: int) -> None:
         super().__init__()
@@ -92,22 +96,22 @@ class ScaledEmbedding(nn.Module):
         self.hidden_size = hidden_size
 
     def lookup(self, ids_BT: Tensor) -> Tensor:
-        """[B, T] token ids to unscaled [B, T, D]."""
+        """Map token ids [B, T] to their unscaled embeddings [B, T, D]."""
         return F.embedding(ids_BT, self.weight)
 
     def forward(self, ids_BT: Tensor) -> Tensor:
-        """[B, T] token ids to [B, T, D]."""
+        """Map token ids [B, T] to the residual stream [B, T, D]."""
         x_BTD = self.lookup(ids_BT)
-        # Rounded through float32 first, as the official code does (25.25 in bfloat16 for 640).
+        # Round to float32 first, as the official code does (640 gives 25.25 in bfloat16).
         scale = torch.tensor(self.hidden_size**0.5, dtype=torch.float32)
         return x_BTD * scale.to(x_BTD.dtype)
 
 
 class RotaryEmbedding(nn.Module):
-    """Angles of the rotary position embedding for one kind of layer (Su et al., arXiv:2104.09864).
+    """Rotary position embedding (Su et al., arXiv:2104.09864) of one layer type.
 
-    Sliding layers use ``rope_local_base_freq`` unscaled; full layers use ``rope_theta`` with
-    positions divided by ``rope_scaling_factor``.
+    Sliding-window layers use ``rope_local_base_freq`` without scaling. Full-attention layers use
+    ``rope_theta`` and divide positions by ``rope_scaling_factor``.
     """
 
     def __init__(self, config: Gemma3Config, layer_type: LayerType) -> None:
@@ -118,30 +122,30 @@ class RotaryEmbedding(nn.Module):
         self.head_dim = config.head_dim
 
     def inverse_frequencies(self, device: torch.device) -> Tensor:
-        """[H/2] float32 radians a position, rounded once.
+        """Return [H/2] float32 radians per position, computed in float64 and rounded once.
 
-        Powers in float32 differ in their last bits from one library or processor to another, and
-        positions multiply that: an export would not equal the reference on another machine.
+        Float32 powers differ in their last bits between libraries and processors, and positions
+        multiply the difference, so an export would not match the reference on another machine.
         """
         exponents = torch.arange(0, self.head_dim, 2, dtype=torch.int64, device=device)
         powers = self.base ** (exponents.double() / self.head_dim)
         return (1.0 / powers / self.scaling_factor).float()
 
     def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """[...] positions to cosines and sines [..., H/2], float32."""
+        """Map positions [...] to cosines and sines [..., H/2] in float32."""
         angles = positions[..., None].float() * self.inverse_frequencies(positions.device)
         return angles.cos(), angles.sin()
 
 
 def rotate(x_BNTH: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate each head's first half against its second half by the given angles [B, T, H/2]."""
+    """Rotate the halves of each head against each other; ``cos`` and ``sin`` are [B, T, H/2]."""
     first, second = x_BNTH.chunk(2, dim=-1)
     cos, sin = cos[:, None].to(x_BNTH.dtype), sin[:, None].to(x_BNTH.dtype)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 
 class Attention(nn.Module):
-    """Grouped-query attention with normalised queries and keys."""
+    """Grouped-query attention with normalized queries and keys."""
 
     def __init__(self, config: Gemma3Config, layer: int) -> None:
         super().__init__()
@@ -156,7 +160,7 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
 
     def project(self, x_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries [B, T, N*H], keys and values [B, T, K*H]."""
+        """Return queries [B, T, N*H], keys [B, T, K*H] and values [B, T, K*H]."""
         return self.q_proj(x_BTD), self.k_proj(x_BTD), self.v_proj(x_BTD)
 
     def forward(
@@ -191,7 +195,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Gated feed-forward with the tanh form of GELU (GeGLU; Shazeer, arXiv:2002.05202)."""
+    """Gated feed-forward network (GeGLU; Shazeer, arXiv:2002.05202) with tanh-approximated GELU."""
 
     def __init__(self, config: Gemma3Config) -> None:
         super().__init__()
@@ -201,17 +205,17 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(intermediate, hidden, bias=False)
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Gate and up projections, each [B, T, intermediate_size]."""
+        """Return the gate and up projections, each [B, T, intermediate_size]."""
         return self.gate_proj(x), self.up_proj(x)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, T, D] to [B, T, D]."""
+        """Map [B, T, D] to [B, T, D]."""
         gate, up = self.project(x)
         return self.down_proj(F.gelu(gate, approximate="tanh") * up)  # type: ignore[no-any-return]
 
 
 class DecoderLayer(nn.Module):
-    """Attention and feed-forward, each between two norms; the second comes before the add."""
+    """Attention and feed-forward, each between two norms, added to the residual stream."""
 
     def __init__(self, config: Gemma3Config, layer: int) -> None:
         super().__init__()
@@ -229,7 +233,7 @@ class DecoderLayer(nn.Module):
         context: LayerContext,
         past: KeyValue | None,
     ) -> tuple[Tensor, KeyValue]:
-        """[B, T, D] to [B, T, D], and the layer's extended cache."""
+        """Return the new residual stream [B, T, D] and the extended cache of the layer."""
         attended, present = self.self_attn(self.input_layernorm(x), context, past)
         x = x + self.post_attention_layernorm(attended)
         fed_forward = self.mlp(self.pre_feedforward_layernorm(x))
@@ -237,27 +241,27 @@ class DecoderLayer(nn.Module):
 
 
 class LastTokens(nn.Module):
-    """Keep the last ``count`` tokens; 0 keeps all."""
+    """Selects the last tokens, whose logits are wanted."""
 
     def forward(self, x_BTD: Tensor, count: Tensor | int) -> Tensor:
-        """[B, T, D] to [B, count, D]."""
+        """Return the last ``count`` tokens of [B, T, D]; 0 keeps all of them."""
         return x_BTD[:, -count:]
 
 
 class LMHead(nn.Module):
-    """Logits in float32; the weight is the embedding's unless the model unties it."""
+    """The language-modeling head, whose weight is that of the embedding if tied."""
 
     def product(self, x: Tensor, weight_VD: Tensor) -> Tensor:
-        """[B, T, D] to [B, T, V]."""
+        """Return ``x @ weight.T`` [B, T, V] in the dtype of the weight."""
         return F.linear(x, weight_VD)
 
     def forward(self, x: Tensor, weight_VD: Tensor) -> Tensor:
-        """[B, T, D] to [B, T, V], float32 or wider."""
+        """Return logits [B, T, V] in float32 or wider."""
         return at_least_float32(self.product(x, weight_VD))
 
 
 class Decoder(nn.Module):
-    """Embedding, layers and final norm: what official checkpoints call ``model``."""
+    """Embedding, layers and final norm, which official checkpoints call ``model``."""
 
     def __init__(self, config: Gemma3Config) -> None:
         super().__init__()
@@ -269,9 +273,9 @@ class Decoder(nn.Module):
 
 
 class Gemma3(nn.Module):
-    """The Gemma 3 text model with its language-modelling head.
+    """The Gemma 3 text model with its language-modeling head.
 
-    Weights are uninitialised until :meth:`initialize` draws them or a loader fills them.
+    The weights are uninitialized until :meth:`initialize` or a loader sets them.
     """
 
     def __init__(self, config: Gemma3Config) -> None:
@@ -288,14 +292,14 @@ class Gemma3(nn.Module):
 
     @property
     def head_weight(self) -> Tensor:
-        """[V, D] the matrix that makes logits."""
+        """Return the weight [V, D] of the head."""
         if self.config.tie_word_embeddings:
             return self.model.embed_tokens.weight
         return self.lm_head.weight
 
     @torch.no_grad()
     def initialize(self, generator: torch.Generator | None = None) -> None:
-        """Draw fresh weights: N(0, initializer_range) matrices, and norms that scale by one."""
+        """Draw matrices from N(0, initializer_range), and set norm weights to 0 (a scale of 1)."""
         for parameter in self.parameters():
             if parameter.ndim > 1:
                 parameter.normal_(0.0, self.config.initializer_range, generator=generator)
@@ -311,16 +315,16 @@ class Gemma3(nn.Module):
         num_logits_to_keep: Tensor | int = 0,
         labels: Tensor | None = None,
     ) -> Gemma3Output:
-        """Run the new tokens, with or without a cache.
+        """Run the new tokens, with or without a cache, and return logits and the extended cache.
 
         Args:
             input_ids: [B, T] int64 new tokens.
-            attention_mask: [B, S] int64, 1 for tokens and 0 for padding, cached tokens included;
-                padding may stand anywhere. None means no padding.
-            past_key_values: one (key, value) a layer, each [B, K, S - T, H]; None means empty.
-            num_logits_to_keep: logits of that many last tokens only; 0 means all.
-            labels: [B, T] int64 the token that each position should predict (already shifted);
-                -100 is ignored.
+            attention_mask: [B, S] int64, 1 for tokens and 0 for padding, including cached tokens.
+                Padding may be anywhere. None means no padding.
+            past_key_values: one (key, value) per layer, each [B, K, S - T, H]; None means empty.
+            num_logits_to_keep: number of last tokens to return logits for; 0 returns all.
+            labels: [B, T] int64 token that each position should predict (already shifted); -100
+                is ignored.
         """
         x_BTD, present = self.hidden_states(
             input_ids, attention_mask, past_key_values, num_tokens_to_keep=num_logits_to_keep
@@ -401,14 +405,14 @@ class Gemma3(nn.Module):
         attention_mask: Tensor | None,
         past_key_values: Sequence[KeyValue] | None,
     ) -> dict[str, LayerContext]:
-        """Rotary angles and masks for each kind of layer.
+        """Return the shared inputs of each layer type: rotary angles and masks.
 
-        Positions count the mask's ones, so padding never shifts a token, wherever it stands.
+        Positions count the ones of the attention mask, so padding never shifts a token.
         """
         new = input_ids.shape[1]
         if attention_mask is None:
             cached = 0 if past_key_values is None else past_key_values[0][0].shape[2]
-            attention_mask = input_ids.new_ones(1, cached + new)  # one row serves the batch
+            attention_mask = input_ids.new_ones(1, cached + new)  # broadcast to the batch
         key_positions = (attention_mask.cumsum(1) - 1).clamp(min=0)
         query_positions = key_positions[:, -new:]
 
@@ -416,7 +420,7 @@ class Gemma3(nn.Module):
         visible = (distance_BTS >= 0) & (attention_mask[:, None, :] != 0)
         contexts = {}
         for kind, rotary in self.rotary.items():
-            if kind == "sliding_attention":  # the window includes the query's own position
+            if kind == "sliding_attention":  # the window includes the position of the query
                 visible_here = visible & (distance_BTS < self.config.sliding_window)
             else:
                 visible_here = visible
@@ -431,10 +435,10 @@ class Gemma3(nn.Module):
 
 
 def additive_mask(visible: Tensor, dtype: torch.dtype) -> Tensor:
-    """0 where visible, else the most negative finite number of ``dtype`` (float32 if wider).
+    """Return 0 where visible, else the most negative finite number of ``dtype`` (at most float32).
 
     Minus infinity would turn a row that sees nothing (padding) into NaN, which then spreads.
     """
-    # Two Python numbers make a float32 tensor, which the smallest float64 would overflow.
+    # torch.where of two Python numbers gives float32, which the lowest float64 would overflow.
     lowest = max(torch.finfo(dtype).min, torch.finfo(torch.float32).min)
     return torch.where(visible, 0.0, lowest).to(dtype)

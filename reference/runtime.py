@@ -1,4 +1,4 @@
-"""The reference model as a backend like any other: the definition, run by the common loop."""
+"""Run the reference model as a runtime, so that the generation loop and parity can use it."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ __all__ = ["ReferenceRuntime"]
 
 
 class ReferenceRuntime:
-    """Runs a :class:`gemma3_export.reference.model.Gemma3` step by step with its own cache.
+    """A runtime that runs :class:`gemma3_export.reference.model.Gemma3` in PyTorch.
 
-    Logits and caches come out in float32, or in float64 when the model is float64.
+    Logits and caches are returned in float32, or in float64 if the model is in float64.
     """
 
     def __init__(self, model: Gemma3) -> None:

@@ -22,7 +22,7 @@ from gemma3_export.progress import Progress
 from gemma3_export.reference.loading import load_reference
 from gemma3_export.reference.model import Gemma3, LastTokens, LMHead
 from gemma3_export.reference.weights import WeightSource
-from gemma3_export.staging import require_room
+from gemma3_export.staging import check_disk_space
 
 __all__ = ["Pt2Writer", "export_program"]
 
@@ -94,7 +94,7 @@ class Pt2Writer:
         progress("tracing", 1, 1)
         progress("writing weights", 0, 1)
         config = json.dumps(config_to_json(source.config), indent=2)
-        require_room(path, self.size_bytes(source.config))
+        check_disk_space(path, self.size_bytes(source.config))
         torch.export.save(program, path, extra_files={"config.json": config})
         progress("writing weights", 1, 1)
         graph = Graph(

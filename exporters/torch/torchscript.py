@@ -32,7 +32,7 @@ from gemma3_export.progress import Progress
 from gemma3_export.reference.weights import WeightSource, check_finite
 from gemma3_export.reference.weights.block_matrix import BlockMatrix
 from gemma3_export.runtimes.torch.runtime import torchscript
-from gemma3_export.staging import require_room
+from gemma3_export.staging import check_disk_space
 
 __all__ = [
     "TorchScriptWriter",
@@ -124,7 +124,7 @@ class TorchScriptWriter:
             progress("writing weights", 0, 1)
             # A service that has nothing but the archive learns shapes and stop tokens from it.
             config = json.dumps(config_to_json(source.config), indent=2)
-            require_room(path, self.size_bytes(source.config))
+            check_disk_space(path, self.size_bytes(source.config))
             archive.save(str(path), _extra_files={"config.json": config})
             drop_source_paths(path)
             progress("writing weights", 1, 1)

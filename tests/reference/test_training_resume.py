@@ -173,7 +173,7 @@ def test_damaged_checkpoint_falls_back_and_says_so(
 
     resume_training(run, report=lines.append)
 
-    said = {"truncate": "is truncated", "flip": "is damaged", "no record": "was not written"}
+    said = {"truncate": "is truncated", "flip": "is damaged", "no record": "is incomplete"}
     assert f"step-00000006.pt {said[damage]}" in lines[0]
     assert "falling back" in lines[0]
     assert "resuming after step 4" in lines[1]
