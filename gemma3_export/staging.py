@@ -16,8 +16,8 @@ from gemma3_export.errors import Gemma3ExportError, InputError
 
 __all__ = ["check_disk_space", "staged_directory", "write_text_atomically"]
 
-# Every folder that a command creates contains one of these files: a bundle, a Hugging Face folder or
-# run, a token folder, the model of a benchmark peer. --force replaces no other folder.
+# Every folder that a command creates contains one of these files: a bundle, a Hugging Face folder,
+# a training run, a token folder, a benchmark peer's model. --force replaces no other folder.
 MARKER_FILES = ("manifest.json", "config.json", "meta.json", "peer.json")
 
 
