@@ -65,7 +65,7 @@ Examples:
 @click.option(
     "-o", "--output", type=click.Path(path_type=Path), required=True, help="Folder to create."
 )
-@click.option("--force", is_flag=True, help="Replace an existing folder created by gemma3-export.")
+@click.option("--force", is_flag=True, help="Replace an existing folder that gemma3-export made.")
 def data(
     paths: tuple[Path, ...],
     dataset: str | None,

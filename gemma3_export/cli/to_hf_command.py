@@ -47,7 +47,7 @@ Examples:
 @click.option(
     "-o", "--output", type=click.Path(path_type=Path), required=True, help="Folder to create."
 )
-@click.option("--force", is_flag=True, help="Replace an existing folder created by gemma3-export.")
+@click.option("--force", is_flag=True, help="Replace an existing folder that gemma3-export made.")
 def to_hf(
     weights: str,
     config_path: Path | None,

@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from gemma3_export.errors import UnavailableError
-from gemma3_export.reference.training.options import PRECISIONS, SHARDINGS
+from gemma3_export.reference.training.options import PRECISIONS, SHARDINGS, TrainOptions
 
 __all__ = ["train"]
 
@@ -34,12 +34,12 @@ OPTIONS: tuple[tuple[str, Any, str], ...] = (
     (
         "--learning-rate",
         float,
-        "Peak learning rate (default: 1e-3; 6e-3 for size demo; 2e-5 with --weights).",
+        "Peak learning rate [default: 1e-3; 6e-3 for size demo; 2e-5 with --weights].",
     ),
     (
         "--min-learning-rate",
         float,
-        "Final value of the cosine schedule (default: a tenth of the peak).",
+        "Final value of the cosine schedule [default: a tenth of the peak].",
     ),
     ("--warmup-steps", int, "Linear warm-up steps."),
     ("--beta1", float, "AdamW beta1."),
@@ -72,11 +72,15 @@ OPTIONS: tuple[tuple[str, Any, str], ...] = (
 
 def train_options(command: Callable[..., None]) -> Callable[..., None]:
     """Add one option per field of ``TrainOptions``, which also defines the defaults."""
+    defaults = TrainOptions().to_json()
     for name, kind, text in reversed(OPTIONS):
         if kind is bool:
             command = click.option(name, is_flag=True, default=None, help=text)(command)
-        else:
-            command = click.option(name, type=kind, default=None, help=text)(command)
+            continue
+        default = defaults[name.removeprefix("--").replace("-", "_")]
+        if default != "" and "[default" not in text:
+            text = f"{text.removesuffix('.')} [default: {default}]."
+        command = click.option(name, type=kind, default=None, help=text)(command)
     return command
 
 
@@ -96,7 +100,7 @@ def train_options(command: Callable[..., None]) -> Callable[..., None]:
     help="Train from scratch with this config.json.",
 )
 @click.option("--weights", metavar="SRC", help="Fine-tune these weights, in any supported format.")
-@click.option("--force", is_flag=True, help="Replace an existing folder created by gemma3-export.")
+@click.option("--force", is_flag=True, help="Replace an existing folder that gemma3-export made.")
 @train_options
 def train(
     data_path: Path | None,
@@ -129,7 +133,6 @@ def train(
     if weights is None and size is None and config_path is None:
         size = "demo"
 
-    from gemma3_export.reference.training.options import TrainOptions
     from gemma3_export.reference.training.runs import train as start_training
     from gemma3_export.reference.weights import open_weights
 
