@@ -1,11 +1,11 @@
-"""The least that is a service: text for a prompt, over HTTP, from a bundle.
+"""Serve a bundle over HTTP: send a prompt, get its continuation.
 
     python examples/service/serve.py gemma-3-270m
     curl localhost:8000/generate -H 'Content-Type: application/json' -d '{"prompt": "The sea is"}'
 
-It listens on this machine alone; another address needs a key, in the variable GEMMA3_API_KEY, which
-clients send as `Authorization: Bearer KEY`. One request is computed at a time, the others wait, and
-beyond a few are told to come back. An example to start from: no TLS, no batches, no streaming.
+The server accepts local connections only. To listen on another address, set GEMMA3_API_KEY to a key,
+which clients send as `Authorization: Bearer KEY`. Requests run one at a time. A few more may wait;
+the rest get status 429. This is a starting point: it has no TLS, no batching and no streaming.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ MAX_BODY_BYTES = 1_000_000
 MAX_NEW_TOKENS = 1024
 MAX_SECONDS = 120
 MAX_WAITING = 8
-READ_TIMEOUT_S = 30  # for a client that sends nothing
+READ_TIMEOUT_S = 30  # drops clients that connect and send nothing
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
 KNOWN = ("prompt", "max_new_tokens", *SAMPLING)
 
 
 class Engine:
-    """A loaded bundle, used by one request at a time."""
+    """A loaded bundle that serves one request at a time."""
 
     def __init__(self, runtime: Runtime, tokenizer: Tokenizer) -> None:
         self.runtime = runtime
@@ -51,15 +51,15 @@ class Engine:
         self.turn = threading.Lock()
 
     def answer(self, asked: dict[str, Any]) -> dict[str, Any]:
-        """The continuation of one prompt.
+        """Return the continuation of one prompt.
 
         Raises:
-            InputError: a value is impossible, or unknown.
+            InputError: If a field is unknown or its value is invalid.
         """
         rest = dict(asked)
         prompt, new_tokens = rest.pop("prompt", None), rest.pop("max_new_tokens", 128)
         if not isinstance(prompt, str):
-            raise InputError("prompt must be a text")
+            raise InputError("prompt must be a string")
         if type(new_tokens) is not int or not 1 <= new_tokens <= MAX_NEW_TOKENS:
             raise InputError(f"max_new_tokens must be from 1 to {MAX_NEW_TOKENS}")
         if unknown := sorted(set(rest) - set(SAMPLING)):
@@ -84,7 +84,7 @@ class Engine:
 
 
 class Server(ThreadingHTTPServer):
-    """An engine behind an address."""
+    """An HTTP server for one engine."""
 
     daemon_threads = True
 
@@ -95,47 +95,55 @@ class Server(ThreadingHTTPServer):
 
 
 class Handler(BaseHTTPRequestHandler):
-    """``GET /health`` and ``POST /generate``."""
+    """The handler of ``GET /health`` and ``POST /generate``."""
 
     server: Server
     timeout = READ_TIMEOUT_S
 
     def do_GET(self) -> None:
-        """Whether the bundle is loaded, which it is."""
+        """Report that the server is up, and on which device."""
         if self.path == "/health":
             self.reply(200, {"status": "ok", **self.server.engine.runtime.info.to_json()})
         else:
-            self.reply(404, {"error": "there are GET /health and POST /generate"})
+            self.reply(404, {"error": "not found; use GET /health or POST /generate"})
 
     def do_POST(self) -> None:
-        """Text for a prompt."""
+        """Generate text for a prompt, or explain why not."""
         engine = self.server.engine
         if (refusal := self.refusal()) is not None:
             self.close_connection = True  # the body has not been read
             self.reply(*refusal)
         elif not engine.places.acquire(blocking=False):
             self.close_connection = True
-            self.reply(429, {"error": "too many requests wait; try again later"})
+            self.reply(429, {"error": "too many requests are waiting; try again later"})
         else:
+            # Release the place before replying: a client may send its next request as soon as it
+            # has the reply.
             try:
-                self.reply(200, engine.answer(self.body()))
-            except InputError as error:
-                self.reply(400, {"error": str(error)})
-            except Gemma3ExportError as error:
-                self.log_error("%s", error)
-                self.reply(500, {"error": "the generation failed; the server's log says why"})
+                status, answer = self.outcome()
             finally:
                 engine.places.release()
+            self.reply(status, answer)
+
+    def outcome(self) -> tuple[int, dict[str, Any]]:
+        """Run the request and return the status and body to reply with."""
+        try:
+            return 200, self.server.engine.answer(self.body())
+        except InputError as error:
+            return 400, {"error": str(error)}
+        except Gemma3ExportError as error:
+            self.log_error("%s", error)
+            return 500, {"error": "generation failed; see the server log"}
 
     def refusal(self) -> tuple[int, dict[str, Any]] | None:
-        """Why the request is not looked at."""
+        """Return the status and body of a request rejected by its headers, else None."""
         given = self.headers.get("Authorization", "").removeprefix("Bearer ")
         key, length = self.server.key, self.headers.get("Content-Length", "")
         if self.path != "/generate":
-            return 404, {"error": "there are GET /health and POST /generate"}
+            return 404, {"error": "not found; use GET /health or POST /generate"}
         if key is not None and not hmac.compare_digest(given.encode(), key.encode()):
             return 401, {"error": "send the key as `Authorization: Bearer KEY`"}
-        # A web page cannot send this type to another site without being asked.
+        # Browsers do not let a page of another site send this type without a preflight request.
         if self.headers.get_content_type() != "application/json":
             return 415, {"error": "send application/json"}
         if not (length.isascii() and length.isdigit()):
@@ -145,21 +153,21 @@ class Handler(BaseHTTPRequestHandler):
         return None
 
     def body(self) -> dict[str, Any]:
-        """The request's JSON object.
+        """Return the JSON object in the request body.
 
         Raises:
-            InputError: it is none.
+            InputError: If the body is not a JSON object.
         """
         try:
             asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         except (ValueError, RecursionError) as error:
-            raise InputError(f"the body is no JSON: {error}") from error
+            raise InputError(f"the body is not valid JSON: {error}") from error
         if not isinstance(asked, dict):
             raise InputError('the body must be an object, such as {"prompt": "The sea is"}')
         return asked
 
     def reply(self, status: int, answer: dict[str, Any]) -> None:
-        """Send JSON."""
+        """Send ``answer`` as JSON."""
         data = json.dumps(answer).encode()
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
@@ -169,17 +177,17 @@ class Handler(BaseHTTPRequestHandler):
 
 
 def require_key(host: str, key: str | None) -> None:
-    """Refuse to listen to other machines without a key.
+    """Require a key when ``host`` is reachable from other machines.
 
     Raises:
-        InputError: saying how to set one.
+        InputError: If there is no key.
     """
     try:
         is_local = host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
         is_local = False
     if not is_local and not key:
-        raise InputError(f"--host {host} is open to other machines; set {KEY_VARIABLE} to a key")
+        raise InputError(f"--host {host} is reachable from other machines; set {KEY_VARIABLE} to a key")
 
 
 @click.command()
@@ -188,7 +196,7 @@ def require_key(host: str, key: str | None) -> None:
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True)
 @click.option("--device", default="auto", show_default=True)
 def main(bundle_path: Path, host: str, port: int, device: str) -> None:
-    """Answer POST /generate until it is interrupted."""
+    """Serve the bundle in DIR until interrupted."""
     key = os.environ.get(KEY_VARIABLE)
     try:
         require_key(host, key)

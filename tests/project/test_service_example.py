@@ -1,4 +1,4 @@
-"""The example of a service: it answers, refuses what it should, and is closed by default."""
+"""The example service answers, rejects bad requests, and accepts local clients only by default."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ from typing import Any
 import pytest
 
 from gemma3_export.api.opening import open_runtime
-from gemma3_export.errors import InputError
+from gemma3_export.errors import Gemma3ExportError, InputError
 from gemma3_export.tokenizer import Tokenizer
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "service" / "serve.py"
 KEY = "a key"
+TIMEOUT_S = 300  # a safety net: nothing here takes longer than a second
 JSON = {"Content-Type": "application/json", "Authorization": f"Bearer {KEY}"}
 
 
@@ -34,7 +35,7 @@ def server(example: dict[str, Any], ort_bundle: Path) -> Iterator[Any]:
     runtime = open_runtime(ort_bundle, device="cpu", threads=1)
     engine = example["Engine"](runtime, Tokenizer.from_folder(ort_bundle))
     server = example["Server"](("127.0.0.1", 0), engine, KEY)
-    thread = threading.Thread(target=server.serve_forever)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
     yield server
     server.shutdown()
@@ -49,7 +50,7 @@ def ask(
         f"http://127.0.0.1:{server.server_port}{path}", data, JSON | headers
     )
     try:
-        with urllib.request.urlopen(request, timeout=30) as answer:
+        with urllib.request.urlopen(request, timeout=TIMEOUT_S) as answer:
             return answer.status, json.loads(answer.read())
     except urllib.error.HTTPError as error:
         return error.code, json.loads(error.read())
@@ -69,8 +70,8 @@ def test_it_continues_a_prompt(server: Any) -> None:
 @pytest.mark.parametrize(
     ("body", "headers", "status", "says"),
     [
-        (b"{}", {}, 400, "prompt must be a text"),
-        (b'{"prompt": 3}', {}, 400, "prompt must be a text"),
+        (b"{}", {}, 400, "prompt must be a string"),
+        (b'{"prompt": 3}', {}, 400, "prompt must be a string"),
         (b'{"prompt": "a", "max_new_tokens": 100000}', {}, 400, "max_new_tokens"),
         (b'{"prompt": "a", "max_new_tokens": true}', {}, 400, "max_new_tokens"),
         (b'{"prompt": "a", "temperature": "hot"}', {}, 400, "temperature"),
@@ -79,9 +80,9 @@ def test_it_continues_a_prompt(server: Any) -> None:
         (b'{"prompt": "a", "max_tokens": 3}', {}, 400, "choose among prompt, max_new_tokens"),
         (b'{"prompt": "\\ud800"}', {}, 400, ""),
         (b"[1]", {}, 400, "must be an object"),
-        (b"{", {}, 400, "no JSON"),
-        (b"\xff", {}, 400, "no JSON"),
-        (b"[" * 100_000, {}, 400, "no JSON"),
+        (b"{", {}, 400, "not valid JSON"),
+        (b"\xff", {}, 400, "not valid JSON"),
+        (b"[" * 100_000, {}, 400, "not valid JSON"),
         (b'{"prompt": "a"}', {"Content-Type": "text/plain"}, 415, "application/json"),
         (b'{"prompt": "a"}', {"Authorization": "Bearer another"}, 401, "key"),
         (b'{"prompt": "a"}', {"Authorization": "Bearer \xe9"}, 401, "key"),
@@ -89,7 +90,7 @@ def test_it_continues_a_prompt(server: Any) -> None:
         (b'{"prompt": "a"}', {"Content-Length": "-1"}, 411, "Content-Length"),
     ],
 )
-def test_bad_requests_are_refused(
+def test_bad_requests_are_rejected(
     server: Any, body: bytes, headers: dict[str, str], status: int, says: str
 ) -> None:
     found_status, found = ask(server, "/generate", body, **headers)
@@ -97,20 +98,49 @@ def test_bad_requests_are_refused(
     assert says in found["error"]
 
 
-def test_other_paths_are_not_there(server: Any) -> None:
+def test_other_paths_are_not_found(server: Any) -> None:
     assert ask(server, "/")[0] == 404
     assert ask(server, "/other", b"{}")[0] == 404
 
 
-def test_too_many_are_told_to_come_back(server: Any) -> None:
+def leave_places(server: Any, count: int) -> None:
+    """Leave ``count`` of the engine's places free."""
     while server.engine.places.acquire(blocking=False):
         pass
+    for _ in range(count):
+        server.engine.places.release()
+
+
+def test_too_many_are_told_to_come_back(server: Any) -> None:
     body = json.dumps({"prompt": "a", "max_new_tokens": 1}).encode()
+    leave_places(server, 0)
     assert ask(server, "/generate", body)[0] == 429
-    server.engine.places.release()
+    leave_places(server, 1)
     assert ask(server, "/generate", body)[0] == 200
     assert ask(server, "/generate", b"{")[0] == 400
     assert ask(server, "/generate", body)[0] == 200, "a place was not given back"
+
+
+@pytest.mark.parametrize("failure", [None, Gemma3ExportError("broken"), InputError("wrong")])
+def test_the_place_is_free_again_before_the_client_has_its_reply(
+    server: Any, example: dict[str, Any], monkeypatch: pytest.MonkeyPatch, failure: Exception | None
+) -> None:
+    def fail(asked: dict[str, Any]) -> dict[str, Any]:
+        raise failure
+
+    def reply(handler: Any, status: int, answer: dict[str, Any]) -> None:
+        free.append(server.engine.places.acquire(blocking=False))
+        send(handler, status, answer)
+
+    free: list[bool] = []
+    send = example["Handler"].reply
+    monkeypatch.setattr(example["Handler"], "reply", reply)
+    if failure is not None:
+        monkeypatch.setattr(server.engine, "answer", fail)
+    leave_places(server, 1)
+    status, _ = ask(server, "/generate", b'{"prompt": "a", "max_new_tokens": 1}')
+    assert status == {type(None): 200, Gemma3ExportError: 500, InputError: 400}[type(failure)]
+    assert free == [True]
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.0.7", "example.org", ""])
@@ -123,11 +153,11 @@ def test_other_addresses_need_a_key(example: dict[str, Any], host: str) -> None:
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1", "localhost", "127.8.8.8"])
-def test_this_machine_needs_none(example: dict[str, Any], host: str) -> None:
+def test_local_addresses_need_no_key(example: dict[str, Any], host: str) -> None:
     example["require_key"](host, None)
 
 
-def test_the_program_says_what_is_wrong(tmp_path: Path) -> None:
+def test_the_program_reports_a_folder_that_is_not_a_bundle(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, str(SCRIPT), str(tmp_path)], capture_output=True, text=True, check=False
     )
