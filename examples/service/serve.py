@@ -3,9 +3,9 @@
     python examples/service/serve.py gemma-3-270m
     curl localhost:8000/generate -H 'Content-Type: application/json' -d '{"prompt": "The sea is"}'
 
-The server accepts local connections only. To listen on another address, set GEMMA3_API_KEY to a key,
-which clients send as `Authorization: Bearer KEY`. Requests run one at a time. A few more may wait;
-the rest get status 429. This is a starting point: it has no TLS, no batching and no streaming.
+The server accepts local connections only. To listen on another address, set GEMMA3_API_KEY to a
+key, which clients send as `Authorization: Bearer KEY`. Requests run one at a time. A few more may
+wait; the rest get status 429. This is a starting point: no TLS, no batching and no streaming.
 """
 
 from __future__ import annotations
@@ -187,7 +187,7 @@ def require_key(host: str, key: str | None) -> None:
     except ValueError:
         is_local = False
     if not is_local and not key:
-        raise InputError(f"--host {host} is reachable from other machines; set {KEY_VARIABLE} to a key")
+        raise InputError(f"--host {host} is reachable from elsewhere; set {KEY_VARIABLE} to a key")
 
 
 @click.command()
