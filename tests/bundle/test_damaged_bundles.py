@@ -15,7 +15,8 @@ from gemma3_export.exporters.bundle_writer import link_files
 from gemma3_export.parity.intermediates import OnnxIntermediates
 from gemma3_export.reference.weights.bundle_weights import open_bundle_weights
 from gemma3_export.runtimes.onnx.runtime import OnnxRuntime
-from tests.cli.test_cli_errors import edit_json, error_line, run
+from tests.support.command_line import error_line, run
+from tests.support.exported_bundles import edit_json
 
 
 @pytest.fixture

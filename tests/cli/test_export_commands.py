@@ -10,6 +10,7 @@ import pytest
 
 from gemma3_export.bundle import Bundle
 from tests.support.command_line import RANDOM_EXPORT, error_line, run, run_ok, run_rejected
+from tests.support.exported_bundles import edit_json
 from tests.support.tiny_models import tiny_config, write_hf_folder
 from tests.support.tiny_tokenizers import tiny_gemma_tokenizer
 
@@ -139,9 +140,7 @@ def test_the_tokenizer_of_another_model_is_rejected(tiny_folder, output, tmp_pat
 
 def test_a_config_that_disagrees_with_the_weights_is_rejected(tmp_path, output):
     write_hf_folder(tmp_path / "weights", tiny_config())
-    config = tmp_path / "weights/config.json"
-    changed = json.loads(config.read_text(encoding="utf-8")) | {"intermediate_size": 96}
-    config.write_text(json.dumps(changed), encoding="utf-8")
+    edit_json(tmp_path / "weights/config.json", intermediate_size=96)
     message = run_rejected("onnx", "--weights", tmp_path / "weights", "-o", output)
     assert "model.layers.4.mlp" not in message  # the rest are only counted
     assert "(80, 48), the config needs (96, 48)" in message

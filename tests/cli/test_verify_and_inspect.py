@@ -12,6 +12,7 @@ import pytest
 
 from gemma3_export.bundle import Bundle
 from tests.support.command_line import error_line, run, run_ok
+from tests.support.exported_bundles import edit_json
 from tests.support.tiny_models import write_hf_folder
 
 BUNDLE_FILES = (
@@ -106,11 +107,6 @@ def test_a_missing_file_is_named(copied_bundle):
     (copied_bundle / "onnx/model.onnx_data").unlink()
     for command in (("inspect",), ("generate", "--prompt", "a"), ("verify",)):
         assert "onnx/model.onnx_data" in error_line(command[0], copied_bundle, *command[1:])
-
-
-def edit_json(path: Path, **changes: object) -> None:
-    data = json.loads(path.read_text(encoding="utf-8")) | changes
-    path.write_text(json.dumps(data), encoding="utf-8")
 
 
 def test_a_changed_manifest_is_rejected(copied_bundle):

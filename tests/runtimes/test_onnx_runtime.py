@@ -22,8 +22,7 @@ from gemma3_export.reference.loading import load_reference
 from gemma3_export.reference.runtime import ReferenceRuntime
 from gemma3_export.runtimes.onnx.runtime import OnnxRuntime
 from gemma3_export.runtimes.protocol import IntArray, KVCache, Logits, Runtime
-from tests.cli.test_cli_errors import edit_json
-from tests.support.exported_bundles import TARGETS, exported_bundle, source_of
+from tests.support.exported_bundles import TARGETS, edit_json, exported_bundle, source_of
 from tests.support.tiny_models import TINY
 
 TOLERANCE = 1e-5  # absolute; logits are about 1, and two correct float32 runs differ by 1e-6

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import tempfile
 from pathlib import Path
 
@@ -58,3 +59,9 @@ def export_once(target: str, variant: str) -> Path:
 def scratch() -> tempfile.TemporaryDirectory[str]:
     """Removed when the process ends."""
     return tempfile.TemporaryDirectory(prefix="gemma3-export-tests-")
+
+
+def edit_json(path: Path, **changes: object) -> None:
+    """Replace entries of a JSON object in a file, such as one of a copied bundle."""
+    data = json.loads(path.read_text(encoding="utf-8")) | changes
+    path.write_text(json.dumps(data), encoding="utf-8")
