@@ -28,7 +28,7 @@ def test_onnx_exports_and_reports_that_parity_passed(one_layer, tmp_path):
     assert Bundle(tmp_path / "out").graph("onnx").verified
     # One line per stage and no progress bar, because stderr is not a terminal.
     stages = result.stderr.splitlines()
-    assert stages[:3] == ["tracing ...", "writing weights ...", "computing the truth ..."]
+    assert stages[:3] == ["tracing ...", "writing weights ...", "computing expected values ..."]
     assert stages[3].startswith("comparing ")
     assert all(line.endswith(" ...") for line in stages)
     assert len(stages) < 8
