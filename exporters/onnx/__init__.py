@@ -1,1 +1,1 @@
-"""Write the model as an ONNX graph with external data."""
+"""The ONNX exporter: trace, graph passes and external data."""

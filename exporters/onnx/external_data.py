@@ -1,7 +1,7 @@
 """Stream weights into an ONNX graph's external data file.
 
-Each tensor is read, converted, written, hashed and dropped, so peak memory follows the largest
-tensor (or one chunk of it, when it is stored as it is read) and not the model.
+Each tensor is read, converted, written, hashed and released. Peak memory is that of the largest
+tensor, or of one chunk if the tensor needs no rearranging, whatever the size of the model.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from gemma3_export.bundle import (
     LOOKUP_SCALES,
     MINIMUMS,
     SCALES,
-    BlockTensor,
+    StoredTensor,
     WeightRecipe,
     block_tensors,
 )
@@ -31,14 +31,14 @@ from gemma3_export.reference.weights.block_matrix import pack_codes
 
 __all__ = ["ALIGNMENT_BYTES", "write_external_data"]
 
-ALIGNMENT_BYTES = 4096  # tensors begin on a page, so that a runtime can map them into memory
+ALIGNMENT_BYTES = 4096  # tensors start on a page boundary, so that runtimes can map them
 CHUNK_BYTES = 64 * 2**20
 
 OnWrite = Callable[[int], None]  # called with the number of bytes just written
 
 
 class HashingWriter:
-    """Writes a file and its SHA-256 in one pass."""
+    """A binary file and its SHA-256, written in one pass."""
 
     def __init__(self, file: BinaryIO, on_write: OnWrite | None) -> None:
         self.file = file
@@ -55,7 +55,7 @@ class HashingWriter:
             self.on_write(len(data))
 
     def align(self) -> None:
-        """Pad with zeros to the next page."""
+        """Pad with zeros to the next page boundary."""
         padding = -self.position % ALIGNMENT_BYTES
         self.file.write(bytes(padding))
         self.digest.update(bytes(padding))
@@ -72,16 +72,15 @@ def write_external_data(
     quantizer: Quantizer | None = None,
     on_write: OnWrite | None = None,
 ) -> str:
-    """Fill the graph's weights from ``source`` through the file ``path``.
+    """Write the graph's weights from ``source`` to ``path``, and attach them.
 
     Args:
-        graph: its initializers named in ``recipes`` have no value yet and get one that points
-            into the file.
-        recipes: how each stored tensor is made of canonical weights.
-        source: where the canonical weights come from.
-        path: the external data file, beside the graph's own file.
-        dtype: element type of matrices on disk; vectors, which are the norms', stay float32.
-        quantizer: makes the blocks of quantised matrices.
+        graph: its initializers named in ``recipes`` have no value; they will refer to the file.
+        recipes: how to make each stored tensor from canonical weights.
+        source: the canonical weights.
+        path: the external data file, in the graph's folder.
+        dtype: element type of matrices on disk; vectors (the norm weights) stay float32.
+        quantizer: makes the blocks of quantised matrices; required if any recipe has blocks.
         on_write: called with the number of bytes of each write.
 
     Returns:
@@ -103,8 +102,8 @@ def write_external_data(
             start = writer.position
             is_vector = len(shapes[recipe.names[0]]) == 1
             stored: DType = "float32" if is_vector else dtype
-            extents = write_tensor(writer, recipe, source, torch_dtype(stored))
-            attach(graph.initializers[name], BlockTensor(name, extents, stored), start, path)
+            shape = write_tensor(writer, recipe, source, torch_dtype(stored))
+            attach(graph.initializers[name], StoredTensor(name, shape, stored), start, path)
     return writer.digest.hexdigest()
 
 
@@ -135,65 +134,68 @@ def write_blocks(
     quantizer: Quantizer,
     path: Path,
 ) -> None:
-    """Write one quantised matrix: codes as they are made, then what is kept beside them."""
+    """Write one quantised matrix: codes as they are made, then scales and minimums."""
     writer.align()
-    places = {CODES: writer.position}
-    kept: dict[str, list[torch.Tensor]] = {SCALES: [], MINIMUMS: []}
+    offsets = {CODES: writer.position}
+    collected: dict[str, list[torch.Tensor]] = {SCALES: [], MINIMUMS: []}
     for matrix in quantizer.matrices(recipe):
         writer.write(raw_bytes(pack_codes(matrix)))
-        kept[SCALES].append(matrix.scales)
+        collected[SCALES].append(matrix.scales)
         if matrix.minimums is not None:
-            kept[MINIMUMS].append(matrix.minimums)
-    rows = sum(len(part) for part in kept[SCALES])
+            collected[MINIMUMS].append(matrix.minimums)
+    rows = sum(len(scales) for scales in collected[SCALES])
     assert recipe.blocks is not None
-    columns = kept[SCALES][0].shape[1] * recipe.blocks.block_size
-    parts = block_tensors(name, recipe.blocks, rows, columns)
-    for key, part in parts.items():
+    columns = collected[SCALES][0].shape[1] * recipe.blocks.block_size
+    tensors = block_tensors(name, recipe.blocks, rows, columns)
+    for key, spec in tensors.items():
         if key == CODES:
             continue
         writer.align()
-        places[key] = writer.position
-        tensor = torch.cat(kept[key]) if key in kept else torch.zeros(part.shape, dtype=torch.uint8)
+        offsets[key] = writer.position
+        if key in collected:
+            tensor = torch.cat(collected[key])
+        else:
+            tensor = torch.zeros(spec.shape, dtype=torch.uint8)  # zero points
         if key == SCALES:
             tensor = tensor.to(torch_dtype(recipe.blocks.scale_type))
             check_finite(f"{name}.{key} in {recipe.blocks.scale_type}", tensor)
         writer.write(raw_bytes(tensor.contiguous()))
-    for key, part in parts.items():
-        attach(graph.initializers[part.name], part, places[key], path)
+    for key, spec in tensors.items():
+        attach(graph.initializers[spec.name], spec, offsets[key], path)
     alias = graph.initializers.get(f"{name}.{LOOKUP_SCALES}")
     if alias is not None:
-        scales = parts[SCALES]
+        scales = tensors[SCALES]
         attach(
             alias,
-            BlockTensor(str(alias.name), (*scales.shape, 1), scales.dtype),
-            places[SCALES],
+            StoredTensor(str(alias.name), (*scales.shape, 1), scales.dtype),
+            offsets[SCALES],
             path,
         )
 
 
-def attach(value: ir.Value, part: BlockTensor, offset: int, path: Path) -> None:
-    """Let an initializer point into the external data."""
-    kind = ELEMENT_TYPES[part.dtype]
+def attach(value: ir.Value, spec: StoredTensor, offset: int, path: Path) -> None:
+    """Make an initializer refer to the external data at ``offset``, in bytes."""
+    kind = ELEMENT_TYPES[spec.dtype]
     value.const_value = ir.ExternalTensor(
         location=path.name,
         offset=offset,
-        length=math.prod(part.shape) * kind.size_bytes,
+        length=math.prod(spec.shape) * kind.size_bytes,
         dtype=ir.DataType(kind.onnx),
-        shape=ir.Shape(part.shape),
-        name=part.name,
+        shape=ir.Shape(spec.shape),
+        name=spec.name,
         base_dir=path.parent,
     )
-    value.shape = ir.Shape(part.shape)
+    value.shape = ir.Shape(spec.shape)
     value.type = ir.TensorType(ir.DataType(kind.onnx))
 
 
 def read_checked(source: WeightSource, name: str, dtype: torch.dtype) -> torch.Tensor:
-    """One whole canonical weight in ``dtype``, known to be finite."""
+    """Return one whole canonical weight in ``dtype``, checked to be finite."""
     tensor = source.read(name)
     check_finite(name, tensor)
     return tensor.to(dtype)
 
 
 def raw_bytes(tensor: torch.Tensor) -> memoryview:
-    """The tensor's memory, without a copy."""
+    """Return the tensor's memory, without a copy."""
     return tensor.view(torch.uint8).numpy().data.cast("B")

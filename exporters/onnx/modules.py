@@ -1,11 +1,11 @@
-"""Modules that stand in for the reference's while a graph is traced.
+"""The modules that replace those of the reference in an ONNX trace.
 
-Each computes what the module it replaces computes, in a form that ONNX Runtime has a good kernel
-for: projections packed into one matrix product, attention as one fused operator. The parity check
-holds them to the reference.
+Each computes the same function as the module it replaces, in a form that ONNX Runtime has a fast
+kernel for: projections packed into one matrix product, attention as one fused operator. The parity
+check compares them with the reference.
 
-In half precision, matrices and whatever is between two products are half, while norms and the
-residual stream are float32: there the numbers grow largest, and rounding adds up over the layers.
+In half precision, matrices and the activations between products are half, but norms and the
+residual stream are float32: values there are largest, and rounding errors accumulate over layers.
 
 Shapes: B batch rows, T new tokens, S all tokens, D hidden size, C vocabulary or feature columns.
 """
@@ -40,7 +40,7 @@ SLICE_TO_END = torch.iinfo(torch.int64).max
 
 
 class OnnxProjection(PackedProjection):
-    """A product with a matrix stored input-major, so that no transposition is left in the graph."""
+    """A product with a matrix stored input-major, so that the graph needs no transposition."""
 
     is_transposed = True
 
@@ -49,11 +49,11 @@ class OnnxProjection(PackedProjection):
         return x @ self.weight
 
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, ...]:
-        """As :class:`PackedProjection`; ``x`` is brought to the product's element type."""
+        """Cast ``x`` to the matrix's element type; see :class:`PackedProjection`."""
         return super().forward(x.to(self.weight.dtype))
 
     def split(self, y: Tensor) -> tuple[Tensor, ...]:
-        """As one node; torch's own split becomes a sequence and a node for each part."""
+        """Split in one node; torch's own split becomes a sequence and one node per part."""
         shapes = [(*y.shape[:-1], size) for size in self.out_features]
         return tuple(
             ops.symbolic_multi_out(
@@ -68,18 +68,18 @@ class OnnxProjection(PackedProjection):
 
 
 def split_heads(x: Tensor, head_dim: int) -> Tensor:
-    """[B, T, C] to [B, T, C/H, H], as one node; ``view`` would compute its shape in the graph."""
+    """Reshape [B, T, C] to [B, T, C/H, H] in one node; ``view`` would compute its shape first."""
     shape = (*x.shape[:-1], x.shape[-1] // head_dim, head_dim)
     return reshape(x, [0, 0, -1, head_dim], shape)
 
 
 def merge_heads(x: Tensor) -> Tensor:
-    """[B, T, N, H] to [B, T, N*H], as one node."""
+    """Reshape [B, T, N, H] to [B, T, N*H] in one node."""
     return reshape(x, [0, 0, -1], (*x.shape[:2], x.shape[2] * x.shape[3]))
 
 
 def reshape(x: Tensor, target: Sequence[int], shape: Sequence[int | torch.SymInt]) -> Tensor:
-    """ONNX Reshape, in whose ``target`` 0 copies an extent and -1 takes the rest."""
+    """Apply ONNX Reshape: in ``target``, 0 copies a size and -1 is inferred."""
     return ops.symbolic(
         "Reshape", [x, torch.tensor(target)], dtype=x.dtype, shape=shape, version=21
     )
@@ -87,22 +87,22 @@ def reshape(x: Tensor, target: Sequence[int], shape: Sequence[int | torch.SymInt
 
 @dataclass(kw_only=True)
 class FusedContext:
-    """What GroupQueryAttention takes in place of masks and angles."""
+    """GroupQueryAttention's inputs in place of masks and rotary angles."""
 
     cos: Tensor  # [max_position_embeddings, H/2] the whole table
     sin: Tensor
-    last_index: Tensor  # [B] int32 tokens of each row, less one
-    total: Tensor  # [] int32 longest row
+    last_index: Tensor  # [B] int32 number of tokens in each row, minus one
+    total: Tensor  # [] int32 length of the longest row
     attention_mask: Tensor  # [B, S]
 
 
 class FusedAttention(PackedAttention):
-    """Rotation, cache update, window and attention in one GroupQueryAttention node."""
+    """Attention with rotation, cache update and window in one GroupQueryAttention node."""
 
     def forward(  # type: ignore[override]
         self, x_BTD: Tensor, context: FusedContext, past: KeyValue
     ) -> tuple[Tensor, KeyValue]:
-        """As the reference's, but lengths come from the mask's sums: pad on the right only."""
+        """Attend as the reference does; row lengths are sums of the mask, so pad on the right."""
         config = self.config
         batch, new = x_BTD.shape[:2]
         q, k, v = self.project(x_BTD)
@@ -132,7 +132,7 @@ class FusedAttention(PackedAttention):
 
 
 class FloatNorm(RMSNorm):
-    """A norm on the residual stream: float32 out, whatever comes in."""
+    """A norm that returns float32, for the residual stream."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise the last axis of ``x``."""
@@ -140,16 +140,16 @@ class FloatNorm(RMSNorm):
 
 
 class FloatEmbedding(ScaledEmbedding):
-    """Token embedding that opens a float32 residual stream."""
+    """Token embedding that returns float32, for the residual stream."""
 
     def forward(self, ids_BT: Tensor) -> Tensor:
-        """[B, T] token ids to [B, T, D] float32; the scale is rounded to the weights' type."""
+        """Embed [B, T] token ids as [B, T, D] float32; round the scale to the weights' type."""
         scale = torch.tensor(self.hidden_size**0.5, dtype=torch.float32)
         return self.lookup(ids_BT).float() * scale.to(self.weight.dtype).float()
 
 
 class MarkedLayer(DecoderLayer):
-    """A layer whose input is marked, so that it can be cut out of the trace."""
+    """A layer that marks its input, so that a pass can cut the layer out of the trace."""
 
     def __init__(self, config: Gemma3Config, layer: int) -> None:
         super().__init__(config, layer)
@@ -159,43 +159,43 @@ class MarkedLayer(DecoderLayer):
     def forward(
         self, x: Tensor, context: LayerContext, past: KeyValue | None
     ) -> tuple[Tensor, KeyValue]:
-        """As the reference's."""
+        """Mark ``x`` and run the reference's layer."""
         return super().forward(layer_boundary(x), context, past)
 
 
 class SliceLastTokens(LastTokens):
-    """``x[:, -count:]`` with a ``count`` that is a graph input; -0 starts at 0 and keeps all."""
+    """``x[:, -count:]`` with ``count`` as a graph input; 0 keeps all tokens."""
 
     def forward(self, x_BTD: Tensor, count: Tensor | int) -> Tensor:
-        """[B, T, D] to [B, count, D]; the traced shape claims T, which is corrected afterwards."""
+        """Slice [B, T, D] to [B, count, D]; the trace claims T, and a pass drops that shape."""
         assert isinstance(count, Tensor)
         x_BTD = layer_boundary(x_BTD)  # the end of the last layer
         end, axis = torch.tensor([SLICE_TO_END]), torch.tensor([1])
-        # -count, by way of an extent: arithmetic on extents stays on the CPU, where a GPU's Slice
-        # wants its bounds, while a bare negation goes to the GPU and has to be copied back.
-        extent = ops.symbolic(
+        # Compute -count from a size: arithmetic on sizes stays on the CPU, where Slice needs its
+        # bounds on CUDA too. A plain negation would run on the GPU and be copied back.
+        size = ops.symbolic(
             "Shape", [x_BTD], {"start": 1, "end": 2}, dtype=torch.int64, shape=[1], version=21
         )
-        start = extent - count - extent
+        start = size - count - size
         return ops.symbolic(
             "Slice", [x_BTD, start, end, axis], dtype=x_BTD.dtype, shape=x_BTD.shape, version=13
         )
 
 
 class GemmHead(LMHead):
-    """Logits through a two-dimensional product, which takes the embedding untransposed.
+    """Logits from a two-dimensional product, which reads the embedding untransposed.
 
-    So one stored matrix serves the embedding and the head.
+    This lets the embedding and the head share one stored matrix.
     """
 
     def forward(self, x: Tensor, weight_VD: Tensor) -> Tensor:
-        """[B, T, D] to [B, T, V] float32."""
-        # Extents are read in the graph: the traced ones ignore num_logits_to_keep.
+        """Project [B, T, D] to [B, T, V] float32."""
+        # Read sizes in the graph: the traced ones ignore num_logits_to_keep.
         vocab_size, hidden_size = weight_VD.shape
         rows = reshape(x, [-1, hidden_size], (x.shape[0] * x.shape[1], hidden_size))
         rows = rows.to(weight_VD.dtype)
-        extents = ops.symbolic("Shape", [x], {"end": 2}, dtype=torch.int64, shape=[2], version=21)
-        target = torch.cat((extents, torch.tensor([vocab_size])))
+        sizes = ops.symbolic("Shape", [x], {"end": 2}, dtype=torch.int64, shape=[2], version=21)
+        target = torch.cat((sizes, torch.tensor([vocab_size])))
         logits = F.linear(rows, weight_VD).float()
         return ops.symbolic(
             "Reshape",
@@ -207,7 +207,7 @@ class GemmHead(LMHead):
 
 
 class PortableGemma3(Gemma3):
-    """The reference in standard operators, for any ONNX runtime; padding may stand anywhere."""
+    """The reference in standard operators, for any ONNX runtime and padding on either side."""
 
     attention: type[PackedAttention] = PackedAttention
 
@@ -223,14 +223,14 @@ class PortableGemma3(Gemma3):
             self.model.layers[index] = layer
 
     def round_matrices(self, dtype: torch.dtype) -> None:
-        """Hold matrices in ``dtype``; the vectors, which are the norms', stay float32."""
+        """Cast matrices to ``dtype``; vectors (the norm weights) stay float32."""
         for parameter in self.parameters():
             if parameter.ndim > 1:
                 parameter.data = parameter.data.to(dtype)
 
 
 class FusedGemma3(PortableGemma3):
-    """The reference with ONNX Runtime's fused attention; padding on the right only."""
+    """The reference with ONNX Runtime's fused attention, for padding on the right only."""
 
     attention = FusedAttention
 
@@ -240,7 +240,7 @@ class FusedGemma3(PortableGemma3):
         attention_mask: Tensor,
         past_key_values: Sequence[KeyValue],
     ) -> dict[str, FusedContext]:
-        """Rotary tables and row lengths; the tables are constants that a runtime folds on load."""
+        """Return rotary tables and row lengths; runtimes fold the tables into constants on load."""
         positions = torch.arange(self.config.max_position_embeddings)
         last_index = (attention_mask.sum(1) - 1).to(torch.int32)
         total = torch.scalar_tensor(attention_mask.shape[1], dtype=torch.int32)

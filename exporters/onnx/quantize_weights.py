@@ -1,17 +1,18 @@
-"""Put quantised matrices in the place of float ones in a traced graph.
+"""A graph pass that replaces float matrices with blocks of integers.
 
-The graph is rewritten after tracing, so that one model definition serves every format and each
-matrix may have its own: ``MatMul`` and ``Gemm`` become ``MatMulNBits``, the embedding's ``Gather``
-becomes ``GatherBlockQuantized``. The tied embedding stays one tensor.
+Quantising after the trace lets one model definition serve every format, and lets every matrix have
+a format of its own: ``MatMul`` and ``Gemm`` become ``MatMulNBits``, and the embedding's ``Gather``
+becomes ``GatherBlockQuantized``. The tied embedding remains one tensor.
 
-Where activations are half, so are the scales, and the kernels multiply as they are: rounding the
-inputs to int8 is for the CPU. Minimums stay float32, and so does what is subtracted.
+With half-precision activations the scales are half precision too, and the kernels use their inputs
+as they are; rounding inputs to int8 is a CPU technique. Block minimums, and the terms computed from
+them, stay float32.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import onnx_ir as ir
 
@@ -22,113 +23,185 @@ from gemma3_export.bundle import (
     SCALES,
     ZERO_POINTS,
     BlockFormat,
-    BlockTensor,
+    StoredTensor,
     WeightRecipe,
     block_tensors,
 )
-from gemma3_export.dtypes import ELEMENT_TYPES
+from gemma3_export.config import Gemma3Config
+from gemma3_export.dtypes import ELEMENT_TYPES, DType
+from gemma3_export.exporters.quantize.quantizers import Quantizer
 
-__all__ = ["quantize_graph"]
+__all__ = ["QuantizeWeights", "QuantizedShape", "quantized_recipes", "quantized_shapes"]
 
 DOMAIN = "com.microsoft"
 FLOAT = ir.DataType.FLOAT
-# MatMulNBits' accuracy_level: take the inputs as they are, or round them to int8 by block as well.
+# MatMulNBits' accuracy_level: use the inputs as they are, or round them to int8 blocks first.
 PLAIN_ACTIVATIONS, INT8_ACTIVATIONS = 0, 4
 
 
-def quantize_graph(
-    graph: ir.Graph,
+@dataclass(frozen=True, kw_only=True, slots=True)
+class QuantizedShape:
+    """Format and output-major shape of one quantised matrix."""
+
+    format: BlockFormat
+    rows: int
+    columns: int
+
+
+def quantized_shapes(
     recipes: Mapping[str, WeightRecipe],
-    formats: Mapping[str, BlockFormat],
-    shapes: Mapping[str, tuple[int, int]],
-) -> dict[str, WeightRecipe]:
-    """Rewrite every use of the matrices in ``formats``.
+    quantizer: Quantizer,
+    config: Gemma3Config,
+    scale_type: DType,
+) -> dict[str, QuantizedShape]:
+    """Return the stored matrices that ``quantizer`` quantises, by name.
 
-    Args:
-        graph: weights are initializers without a value.
-        recipes: how each stored tensor is made of canonical weights.
-        formats: stored tensor to its new format.
-        shapes: stored tensor to its [rows, columns], output-major.
-
-    Returns:
-        The new recipes.
+    Scales take ``scale_type``, the type of the graph's activations, whatever type the quantizer
+    computed them in.
     """
-    for name, block_format in formats.items():
-        value = graph.initializers[name]
-        matrix = StoredMatrix(graph, name, block_format, *shapes[name])
-        for node, _ in tuple(value.uses()):
-            if node.op_type == "Gather":
-                matrix.replace_lookup(node)
-            else:
-                assert node.op_type in {"MatMul", "Gemm"}, node.op_type
-                matrix.replace_product(node)
-        del graph.initializers[name]
+    canonical = dict(config.weight_shapes())
+    found: dict[str, QuantizedShape] = {}
+    for name, recipe in recipes.items():
+        if len(canonical[recipe.names[0]]) != 2:
+            continue
+        block_format = quantizer.format(recipe.names)
+        if block_format is not None:
+            found[name] = QuantizedShape(
+                format=replace(block_format, scale_type=scale_type),
+                rows=sum(canonical[part][0] for part in recipe.names),
+                columns=canonical[recipe.names[0]][1],
+            )
+    return found
+
+
+def quantized_recipes(
+    recipes: Mapping[str, WeightRecipe], matrices: Mapping[str, QuantizedShape]
+) -> dict[str, WeightRecipe]:
+    """Return ``recipes`` with the formats of the quantised matrices."""
     return {
-        name: replace(recipe, transposed=False, blocks=formats[name]) if name in formats else recipe
+        name: replace(recipe, transposed=False, blocks=matrices[name].format)
+        if name in matrices
+        else recipe
         for name, recipe in recipes.items()
     }
 
 
-class StoredMatrix:
-    """The initializers of one quantised matrix, and the nodes that use it."""
+class QuantizeWeights(ir.passes.InPlacePass):
+    """Pass that rewrites every use of the given matrices to read blocks of integers.
 
-    def __init__(
-        self, graph: ir.Graph, name: str, block_format: BlockFormat, rows: int, columns: int
-    ) -> None:
-        self.graph, self.name, self.format = graph, name, block_format
-        self.rows, self.columns = rows, columns
-        self.is_wide = block_format.scale_type == "float32"
-        self.scale_type = ir.DataType(ELEMENT_TYPES[block_format.scale_type].onnx)
-        self.parts: dict[str, ir.Value] = {}
-        for key, part in block_tensors(name, block_format, rows, columns).items():
-            self.parts[key] = self._initializer(part)
+    The new initializers have no values yet.
 
-    def _initializer(self, part: BlockTensor) -> ir.Value:
+    Args:
+        matrices: initializer name to its new format and shape.
+    """
+
+    def __init__(self, matrices: Mapping[str, QuantizedShape]) -> None:
+        self.matrices = matrices
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Replace each ``MatMul``, ``Gemm`` and ``Gather`` of the matrices."""
+        graph = model.graph
+        for name, shape in self.matrices.items():
+            value = graph.initializers[name]
+            matrix = _Matrix(graph, name, shape)
+            for node, _ in tuple(value.uses()):
+                if node.op_type == "Gather":
+                    matrix.replace_lookup(node)
+                else:
+                    assert node.op_type in {"MatMul", "Gemm"}, node.op_type
+                    matrix.replace_product(node)
+            del graph.initializers[name]
+        return ir.passes.PassResult(model, bool(self.matrices))
+
+
+class _Matrix:
+    """The initializers of one quantised matrix, and the nodes that read it."""
+
+    def __init__(self, graph: ir.Graph, name: str, shape: QuantizedShape) -> None:
+        self.graph, self.name, self.format = graph, name, shape.format
+        self.rows, self.columns = shape.rows, shape.columns
+        self.is_float32 = shape.format.scale_type == "float32"
+        self.scale_type = ir.DataType(ELEMENT_TYPES[shape.format.scale_type].onnx)
+        self.tensors: dict[str, ir.Value] = {}
+        for key, tensor in block_tensors(name, shape.format, shape.rows, shape.columns).items():
+            self.tensors[key] = self._initializer(tensor)
+
+    def _initializer(self, tensor: StoredTensor) -> ir.Value:
         value = ir.Value(
-            name=part.name,
-            type=ir.TensorType(ir.DataType(ELEMENT_TYPES[part.dtype].onnx)),
-            shape=ir.Shape(part.shape),
+            name=tensor.name,
+            type=ir.TensorType(ir.DataType(ELEMENT_TYPES[tensor.dtype].onnx)),
+            shape=ir.Shape(tensor.shape),
         )
-        self.graph.initializers[part.name] = value
+        self.graph.initializers[tensor.name] = value
         return value
 
     def replace_product(self, old: ir.Node) -> None:
-        """``MatMul(x, W)`` or ``Gemm(x, W)`` to ``MatMulNBits``, less ``sums(x) @ minimums``."""
+        """Replace ``MatMul(x, W)`` or ``Gemm(x, W)`` with ``MatMulNBits``.
+
+        With minimums, subtract ``block_sums(x) @ minimums`` from the product.
+        """
         x = old.inputs[0]
         assert x is not None
-        inputs = [x, self.parts[CODES], self.parts[SCALES], self.parts.get(ZERO_POINTS)]
+        inputs = [x, self.tensors[CODES], self.tensors[SCALES], self.tensors.get(ZERO_POINTS)]
         attributes = {
             "K": self.columns,
             "N": self.rows,
             "bits": self.format.bits,
             "block_size": self.format.block_size,
-            "accuracy_level": INT8_ACTIVATIONS if self.is_wide else PLAIN_ACTIVATIONS,
+            "accuracy_level": INT8_ACTIVATIONS if self.is_float32 else PLAIN_ACTIVATIONS,
         }
         product = self._insert(old, DOMAIN, "MatMulNBits", inputs, attributes)
         if self.format.has_minimum:
-            sums = self._block_sums(old, self._widened(old, x, "input"))
-            inputs = [sums, self.parts[MINIMUMS]]
+            sums = self._block_sums(old, self._to_float32(old, x, "input"))
+            inputs = [sums, self.tensors[MINIMUMS]]
             offset = self._insert(old, DOMAIN, "FusedMatMul", inputs, {"transB": 1}, FLOAT)
-            product = self._less(old, product, offset)
+            product = self._subtract(old, product, offset)
         self._take_over(old, product)
 
-    def _less(self, old: ir.Node, value: ir.Value, offset: ir.Value) -> ir.Value:
-        """``value - offset`` in the type of ``value``, computed in float32."""
-        wide = self._widened(old, value, "minuend")
+    def replace_lookup(self, old: ir.Node) -> None:
+        """Replace ``Gather(W, ids)`` with ``GatherBlockQuantized``."""
+        ids = old.inputs[1]
+        assert ids is not None
+        scales = self.tensors[SCALES]
+        assert scales.shape is not None
+        shape = (*scales.shape.numpy(), 1)
+        alias = self._initializer(
+            StoredTensor(f"{self.name}.{LOOKUP_SCALES}", shape, self.format.scale_type)
+        )
+        attributes = {
+            "bits": self.format.bits,
+            "block_size": self.format.block_size,
+            "gather_axis": 0,
+            "quantize_axis": 2,
+        }
+        assert ZERO_POINTS not in self.tensors, "lookup tables are widened to 8 bits first"
+        inputs = [self.tensors[CODES], ids, alias]
+        found = self._insert(old, DOMAIN, "GatherBlockQuantized", inputs, attributes)
+        if self.format.has_minimum:
+            inputs = [self.tensors[MINIMUMS], ids]
+            low = self._insert(old, "", "Gather", inputs, {"axis": 0}, FLOAT)
+            axis = self._integers(old, "axis", [-1])
+            low = self._insert(old, "", "Unsqueeze", [low, axis], kind=FLOAT)
+            found = self._subtract(old, found, low)
+        row = self._integers(old, "row", [0, 0, self.columns])
+        self._take_over(old, self._insert(old, "", "Reshape", [found, row]))
+
+    def _subtract(self, old: ir.Node, value: ir.Value, offset: ir.Value) -> ir.Value:
+        """Return ``value - offset``, computed in float32, in the type of ``value``."""
+        wide = self._to_float32(old, value, "minuend")
         difference = self._insert(old, "", "Sub", [wide, offset], kind=FLOAT)
-        if self.is_wide:
+        if self.is_float32:
             return difference
         return self._cast(old, difference, self.scale_type, "difference")
 
-    def _widened(self, old: ir.Node, value: ir.Value, role: str) -> ir.Value:
-        """``value`` in float32."""
-        return value if self.is_wide else self._cast(old, value, FLOAT, role)
+    def _to_float32(self, old: ir.Node, value: ir.Value, role: str) -> ir.Value:
+        return value if self.is_float32 else self._cast(old, value, FLOAT, role)
 
     def _cast(self, old: ir.Node, value: ir.Value, kind: ir.DataType, role: str) -> ir.Value:
         return self._insert(old, "", "Cast", [value], {"to": kind.value}, kind, role)
 
     def _block_sums(self, old: ir.Node, x: ir.Value) -> ir.Value:
-        """[..., K] to [..., G]: what each block's minimum is multiplied with."""
+        """Return the sum of each block, [..., K] to [..., G]: the factors of the minimums."""
         blocks = [0, 0, -1, self.format.block_size]  # Gemm's input has two axes, MatMul's three
         if old.op_type == "Gemm":
             del blocks[0]
@@ -137,33 +210,6 @@ class StoredMatrix:
         axis = self._integers(old, "axis", [-1])
         return self._insert(old, "", "ReduceSum", [split, axis], {"keepdims": 0}, FLOAT)
 
-    def replace_lookup(self, old: ir.Node) -> None:
-        """``Gather(W, ids)`` to ``GatherBlockQuantized``."""
-        ids = old.inputs[1]
-        assert ids is not None
-        scales = self.parts[SCALES]
-        assert scales.shape is not None
-        shape = (*scales.shape.numpy(), 1)
-        alias = self._initializer(
-            BlockTensor(f"{self.name}.{LOOKUP_SCALES}", shape, self.format.scale_type)
-        )
-        attributes = {
-            "bits": self.format.bits,
-            "block_size": self.format.block_size,
-            "gather_axis": 0,
-            "quantize_axis": 2,
-        }
-        assert ZERO_POINTS not in self.parts, "lookup tables are widened to 8 bits first"
-        inputs = [self.parts[CODES], ids, alias]
-        found = self._insert(old, DOMAIN, "GatherBlockQuantized", inputs, attributes)
-        if self.format.has_minimum:
-            low = self._insert(old, "", "Gather", [self.parts[MINIMUMS], ids], {"axis": 0}, FLOAT)
-            axis = self._integers(old, "axis", [-1])
-            low = self._insert(old, "", "Unsqueeze", [low, axis], kind=FLOAT)
-            found = self._less(old, found, low)
-        row = self._integers(old, "row", [0, 0, self.columns])
-        self._take_over(old, self._insert(old, "", "Reshape", [found, row]))
-
     def _insert(
         self,
         before: ir.Node,
@@ -171,8 +217,8 @@ class StoredMatrix:
         op_type: str,
         inputs: Sequence[ir.Value | None],
         attributes: Mapping[str, int] | None = None,
-        kind: ir.DataType | None = None,  # None: as what is replaced
-        role: str = "",  # where an operator stands twice
+        kind: ir.DataType | None = None,  # None: the type of the node that is replaced
+        role: str = "",  # distinguishes two nodes of one operator
     ) -> ir.Value:
         while inputs and inputs[-1] is None:
             inputs = inputs[:-1]

@@ -1,20 +1,21 @@
-"""A head for decoding, in the graph of our own runtime: the largest logits, exact and complete.
+"""A language-model head that screens the vocabulary, for decoding: exact top-k logits.
 
-The head is a model's largest matrix, and greedy or top-k decoding looks at a handful of the quarter
-million logits that it makes. So a copy in 8-bit blocks goes first and screens: it reads a quarter
-of the bytes and shows, with a proven bound, which tokens may be among the k largest. Only their
-rows are then multiplied in float32.
+The head is a model's largest matrix, but greedy and top-k decoding need only a handful of its
+quarter million logits. So a copy of the head in 8-bit blocks screens the vocabulary first: it reads
+a quarter of the bytes and, with a proven bound, finds the tokens that may be among the k largest.
+Only their rows are then multiplied in float32.
 
-For a hidden state h, a row w of the head and its copy c, by Cauchy and Schwarz
+For a hidden state h, a row w of the head and its 8-bit copy c, Cauchy-Schwarz gives
 
     |w.h - c.h| <= |w - c| |h|
 
-The kernel rounds its inputs to 8 bits by block. Therefore h is split into g, which lies on the grid
-that the kernel rounds to, and a rest r; the kernel multiplies g exactly, and errs on r by no more
-than |c| sqrt(D) max|r| / 254. Both bounds together are the reach of a row's logit around c.g + c.r.
-A token may be among the k largest when the top of its reach is not below the k-th largest bottom.
+The kernel rounds its inputs to 8-bit blocks. So h is split into g, which is on the grid that the
+kernel rounds to, and a remainder r. The kernel multiplies g exactly, and its error on r is at most
+|c| sqrt(D) max|r| / 254. The two bounds together are the margin of a row's logit around c.g + c.r.
+A token is a candidate if its upper bound reaches the k-th largest lower bound.
 
-Where that leaves too many tokens, or none since numbers are not finite, the graph gives all logits.
+If there are too many candidates, or none because numbers are not finite, the graph returns all
+logits instead.
 
 Shapes: B batch rows, T kept tokens, D hidden size, V vocabulary, G blocks, R screened rows,
 N candidates.
@@ -31,27 +32,27 @@ import onnx_ir as ir
 import torch
 from onnx import parser
 
-from gemma3_export.bundle import CODES, SCALES, BlockFormat, BlockTensor, block_tensors
+from gemma3_export.bundle import CODES, SCALES, BlockFormat, StoredTensor, block_tensors
 from gemma3_export.config import Gemma3Config
 from gemma3_export.errors import InputError
 from gemma3_export.exporters.onnx.external_data import HashingWriter, OnWrite, attach, raw_bytes
 from gemma3_export.reference.weights.block_matrix import pack_codes, quantize
 
-__all__ = ["add_screen", "is_screened", "screen_bytes"]
+__all__ = ["ScreenHead", "screen_bytes", "should_screen", "write_screen"]
 
 NAME = "head_screen"
 MARGINS = "margins"
-LEAST_BYTES = 32 * 2**20  # of a head in float32; smaller ones are no burden
-LIMIT_SHARE = 64  # more candidates than this part of the vocabulary: all logits instead
-LEAST_LIMIT = 256
+MIN_HEAD_BYTES = 32 * 2**20  # in float32; screening a smaller head saves nothing
+LIMIT_SHARE = 64  # with more candidates than this fraction of the vocabulary, return all logits
+MIN_LIMIT = 256
 CHUNK_BYTES = 64 * 2**20
-BLOCK_SIZES = (128, 64, 32, 16)  # the larger, the fewer scales to read
-# What sums of D products in float32 may be off, as a part of D |h| |w|; twice what it can be.
+BLOCK_SIZES = (128, 64, 32, 16)  # larger blocks have fewer scales to read
+# Bound of the rounding in float32 sums of D products, as a fraction of D |h| |w|: twice the worst.
 SUM_ERROR = 2.0**-23
 LEVELS = 127  # on each side of zero, of the grid that the kernel rounds its inputs to
-SLACK = 1.001  # bounds computed in float32 stay bounds
+SLACK = 1.001  # keeps bounds valid although they are computed in float32
 
-# Products of two halves of a row are in two rows, R apart.
+# The products of a state's two parts are R rows apart.
 GRAPH = """
 <ir_version: 10, opset_import: ["": 23, "com.microsoft": 1]>
 screen (
@@ -120,79 +121,80 @@ screen (
 """
 
 
-def is_screened(config: Gemma3Config, wanted: bool | None) -> bool:
-    """Whether to give a float32 head a screen; None is wherever the head is large.
+def should_screen(config: Gemma3Config, requested: bool | None) -> bool:
+    """Return whether to screen a float32 head; by default, if the head is large.
 
     Raises:
-        InputError: a screen is wanted, and no block size divides the hidden size.
+        InputError: screening is requested, and no block size divides the hidden size.
     """
     size = block_size(config)
-    if wanted and not size:
+    if requested and not size:
         sizes = ", ".join(map(str, BLOCK_SIZES))
         raise InputError(
-            f"blocks of {sizes} do not divide hidden_size {config.hidden_size}, so its head "
-            "cannot be screened; leave --screen out"
+            f"hidden_size {config.hidden_size} is not a multiple of any block size ({sizes}), so "
+            "the head cannot be screened; omit --screen"
         )
-    if wanted is None:
-        return bool(size) and 4 * config.vocab_size * config.hidden_size >= LEAST_BYTES
-    return wanted
+    if requested is None:
+        return bool(size) and 4 * config.vocab_size * config.hidden_size >= MIN_HEAD_BYTES
+    return requested
 
 
 def block_size(config: Gemma3Config) -> int:
-    """Columns of the copy that share a scale; 0 where none of the sizes divide."""
+    """Return how many columns of the copy share a scale; 0 if no size divides the hidden size."""
     return next((size for size in BLOCK_SIZES if config.hidden_size % size == 0), 0)
 
 
 def screen_format(config: Gemma3Config) -> BlockFormat:
-    """The blocks of the copy."""
+    """Return the block format of the copy."""
     return BlockFormat(bits=8, block_size=block_size(config))
 
 
 def screen_bytes(config: Gemma3Config) -> int:
-    """Bytes of the copy and its margins."""
+    """Return the size of the copy and its margins."""
     copy = screen_format(config).size_bytes(config.vocab_size, config.hidden_size)
     return copy + 2 * 4 * config.vocab_size
 
 
-def add_screen(
-    graph: ir.Graph, config: Gemma3Config, path: Path, on_write: OnWrite | None = None
-) -> str:
-    """Let ``graph`` choose candidates when its input ``num_candidates`` is not 0.
+class ScreenHead(ir.passes.InPlacePass):
+    """Pass that lets the graph return candidates if its new input ``num_candidates`` is not 0.
 
-    Then ``candidate_rows``, ``candidate_ids`` and ``candidate_logits`` [N] hold, among others, the
-    ``num_candidates`` largest logits of each row's first kept token, and ``logits`` is empty; or it
-    is the other way round, where too many tokens are candidates.
+    ``candidate_rows``, ``candidate_ids`` and ``candidate_logits`` [N] then include the
+    ``num_candidates`` largest logits of each row's first kept token, and ``logits`` is empty. With
+    too many candidates it is the other way round.
+
+    Activations and head must be float32. The new inputs and outputs have yet to be declared, and
+    :func:`write_screen` attaches the new weights.
 
     Args:
-        graph: activations are float32, the head is stored as such and has its values. Its new
-            inputs and outputs are still to be declared.
         config: the model.
-        path: the external data file to write, beside the graph's own.
-        on_write: called with the number of bytes of each write.
-
-    Returns:
-        The SHA-256 of the file.
     """
-    head = graph.initializers[config.head_name]
-    product = next(node for node, _ in head.uses() if node.op_type == "Gemm")
-    rows = product.inputs[0]
-    reshape = None if rows is None else rows.producer()
-    hidden = None if reshape is None else reshape.inputs[0]
-    assert hidden is not None
-    for node, _ in tuple(product.outputs[0].uses()):  # a Reshape, perhaps to no rows
-        node.attributes["allowzero"] = ir.AttrInt64("allowzero", 1)
-    screen = ir.from_proto(parser.parse_model(graph_text(config))).graph
-    for node, index in tuple(hidden.uses()):
-        node.replace_input_with(index, screen.outputs[-1])
-    splice(graph, screen, {"hidden": hidden, "head": head})
-    return write_screen(graph, head, config, path, on_write)
+
+    def __init__(self, config: Gemma3Config) -> None:
+        self.config = config
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Insert the screening subgraph before the head's ``Gemm``."""
+        graph = model.graph
+        head = graph.initializers[self.config.head_name]
+        product = next(node for node, _ in head.uses() if node.op_type == "Gemm")
+        rows = product.inputs[0]
+        reshape = None if rows is None else rows.producer()
+        hidden = None if reshape is None else reshape.inputs[0]
+        assert hidden is not None
+        for node, _ in tuple(product.outputs[0].uses()):  # a Reshape, possibly to no rows
+            node.attributes["allowzero"] = ir.AttrInt64("allowzero", 1)
+        screen = ir.from_proto(parser.parse_model(graph_text(self.config))).graph
+        for node, index in tuple(hidden.uses()):
+            node.replace_input_with(index, screen.outputs[-1])
+        splice(graph, screen, {"hidden": hidden, "head": head})
+        return ir.passes.PassResult(model, modified=True)
 
 
 def splice(graph: ir.Graph, part: ir.Graph, given: dict[str, ir.Value]) -> None:
-    """Move the nodes of ``part`` into ``graph``, behind the one that makes the first ``given``.
+    """Move the nodes of ``part`` into ``graph``, after the node that makes the first ``given``.
 
-    Integer inputs of ``part`` that are not given become inputs of ``graph``, others initializers;
-    all its outputs but the last become outputs.
+    Integer inputs of ``part`` that are not given become inputs of ``graph``, other inputs become
+    initializers; all outputs but the last become outputs.
     """
     nodes, constants = tuple(part), tuple(part.initializers.values())
     inputs, outputs = tuple(part.inputs), tuple(part.outputs[:-1])
@@ -221,14 +223,14 @@ def splice(graph: ir.Graph, part: ir.Graph, given: dict[str, ir.Value]) -> None:
 
 
 def graph_text(config: Gemma3Config) -> str:
-    """:data:`GRAPH` for one model."""
+    """Return :data:`GRAPH` with the sizes of one model."""
     size = screen_format(config).block_size
     numbers = {
         "BLOCK_SIZE": size,
         "BLOCKS": config.hidden_size // size,
         "COLUMNS": config.hidden_size,
         "ROWS": config.vocab_size,
-        "LIMIT": max(LEAST_LIMIT, config.vocab_size // LIMIT_SHARE),
+        "LIMIT": max(MIN_LIMIT, config.vocab_size // LIMIT_SHARE),
         "LAST": np.iinfo(np.int64).max,
         "LEVELS": float(LEVELS),
         "DOUBT": SLACK * math.sqrt(config.hidden_size) / (2 * LEVELS),
@@ -240,33 +242,47 @@ def graph_text(config: Gemma3Config) -> str:
 
 
 def write_screen(
-    graph: ir.Graph, head: ir.Value, config: Gemma3Config, path: Path, on_write: OnWrite | None
+    graph: ir.Graph, config: Gemma3Config, path: Path, on_write: OnWrite | None = None
 ) -> str:
-    """Write codes, scales and margins to ``path``, point to them, and return its SHA-256."""
+    """Write the weights that :class:`ScreenHead` added, and attach them to ``graph``.
+
+    Args:
+        graph: its head has values in an external data file.
+        config: the model.
+        path: the external data file to write, in the graph's folder.
+        on_write: called with the number of bytes just written.
+
+    Returns:
+        The SHA-256 of the file.
+    """
     block_format = screen_format(config)
-    assert isinstance(head.const_value, ir.ExternalTensor)
-    kept: dict[str, list[torch.Tensor]] = {SCALES: [], MARGINS: []}
+    head = graph.initializers[config.head_name].const_value
+    assert isinstance(head, ir.ExternalTensor)
+    collected: dict[str, list[torch.Tensor]] = {SCALES: [], MARGINS: []}
     with path.open("wb") as file:
         writer = HashingWriter(file, on_write)
-        places = {CODES: 0}
-        for chunk in row_chunks(head.const_value, config):
-            matrix = quantize(chunk, block_format)
+        offsets = {CODES: 0}
+        for rows in read_head(head, config):
+            matrix = quantize(rows, block_format)
             writer.write(raw_bytes(pack_codes(matrix)))
-            kept[SCALES].append(matrix.scales)
-            kept[MARGINS].append(row_margins(chunk, matrix.dequantize()))
+            collected[SCALES].append(matrix.scales)
+            collected[MARGINS].append(row_margins(rows, matrix.dequantize()))
         for key, axis in ((SCALES, 0), (MARGINS, 1)):
             writer.align()
-            places[key] = writer.position
-            writer.write(raw_bytes(torch.cat(kept[key], dim=axis)))
-    parts = block_tensors(NAME, block_format, config.vocab_size, config.hidden_size)
-    parts[MARGINS] = BlockTensor(f"{NAME}.{MARGINS}", (2, config.vocab_size), "float32")
-    for key, part in parts.items():
-        attach(graph.initializers[part.name], part, places[key], path)
+            offsets[key] = writer.position
+            writer.write(raw_bytes(torch.cat(collected[key], dim=axis)))
+    tensors = block_tensors(NAME, block_format, config.vocab_size, config.hidden_size)
+    tensors[MARGINS] = StoredTensor(f"{NAME}.{MARGINS}", (2, config.vocab_size), "float32")
+    for key, tensor in tensors.items():
+        attach(graph.initializers[tensor.name], tensor, offsets[key], path)
     return writer.digest.hexdigest()
 
 
-def row_chunks(stored: ir.ExternalTensor, config: Gemma3Config) -> Iterator[torch.Tensor]:
-    """Rows of the head as written, a few at a time; all of a mapped file would count as memory."""
+def read_head(stored: ir.ExternalTensor, config: Gemma3Config) -> Iterator[torch.Tensor]:
+    """Yield the head as written, some rows at a time.
+
+    Reading through a memory map would count the whole matrix as resident memory.
+    """
     columns = config.hidden_size
     step = max(1, CHUNK_BYTES // (4 * columns))
     with Path(stored.path).open("rb") as file:
@@ -277,7 +293,7 @@ def row_chunks(stored: ir.ExternalTensor, config: Gemma3Config) -> Iterator[torc
 
 
 def row_margins(weights: torch.Tensor, copies: torch.Tensor) -> torch.Tensor:
-    """[2, V]: per unit of |h| the longest error of a row's logit, and the length of its copy."""
+    """Return [2, V]: the largest logit error of each row per unit of |h|, and its copy's norm."""
     errors, lengths = (copies - weights).norm(dim=1), copies.norm(dim=1)
     rounding = SUM_ERROR * weights.shape[1] * lengths
     return SLACK * torch.stack((errors + rounding, lengths))

@@ -1,16 +1,17 @@
-"""Write the model as an ONNX graph with external data."""
+"""The graph writer for ONNX: ``onnx/model.onnx``, its sliding-window sibling and their weights."""
 
 from __future__ import annotations
 
 import math
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import ClassVar
 
 import onnx_ir as ir
 
-from gemma3_export.bundle import BlockFormat, Graph, Signature, WeightRecipe
+from gemma3_export.bundle import BlockFormat, Graph, WeightRecipe
 from gemma3_export.config import Gemma3Config
 from gemma3_export.dtypes import (
     ELEMENT_TYPES,
@@ -26,13 +27,19 @@ from gemma3_export.dtypes import (
 from gemma3_export.errors import InputError
 from gemma3_export.exporters.bundle_writer import half_precision
 from gemma3_export.exporters.onnx.external_data import OnWrite, write_external_data
-from gemma3_export.exporters.onnx.quantize_weights import quantize_graph
-from gemma3_export.exporters.onnx.screened_head import add_screen, is_screened, screen_bytes
-from gemma3_export.exporters.onnx.sliding_window import has_windows, make_windowed
-from gemma3_export.exporters.onnx.trace import TARGETS, declare_signature, trace_onnx
+from gemma3_export.exporters.onnx.passes import (
+    MODEL_PASSES,
+    SLIDING_WINDOW_PASSES,
+    GraphPlan,
+    apply_passes,
+)
+from gemma3_export.exporters.onnx.quantize_weights import quantized_recipes, quantized_shapes
+from gemma3_export.exporters.onnx.screened_head import screen_bytes, should_screen, write_screen
+from gemma3_export.exporters.onnx.sliding_window import has_sliding_layers
+from gemma3_export.exporters.onnx.trace import TARGETS, trace_onnx
 from gemma3_export.exporters.quantize.calibration import CalibrationPlan
 from gemma3_export.exporters.quantize.gptq_quantizer import GptqQuantizer, check_formats
-from gemma3_export.exporters.quantize.mixed_precision import calibrate_mixed
+from gemma3_export.exporters.quantize.mixed_precision import quantize_mixed
 from gemma3_export.exporters.quantize.quantizers import (
     GgufRepacker,
     Quantizer,
@@ -54,16 +61,17 @@ class OnnxWriter:
     Args:
         target: ``ort`` for ONNX Runtime's fused kernels, ``portable`` for standard operators.
         dtype: one of :func:`gemma3_export.dtypes.dtype_choices` for ``onnx``.
-        activations: what a quantised graph computes in: ``fp32``, ``bf16`` or ``fp16``.
+        activations: compute type of a quantised graph: ``fp32``, ``bf16`` or ``fp16``.
         block_size: columns of a quantised matrix that share a scale.
-        max_kld: how far the export may lie from full precision, mean nats a token; None is what
-            ``dtype`` keeps to.
-        calibration: the text that 4-bit weights are made with.
-        screen: store the head a second time, in 8 bits, so that greedy and top-k decoding reads a
-            quarter of it (target ``ort`` in fp32, on the CPU); None is wherever that pays.
+        max_kld: largest divergence from full precision at which the export passes, in mean nats
+            per token; defaults to that of ``dtype``.
+        calibration: the text for 4-bit weights.
+        screen: store an 8-bit copy of the head, so that greedy and top-k decoding reads a quarter
+            of the bytes (target ``ort`` in fp32, on the CPU); by default, if the head is large.
 
     Raises:
-        InputError: unknown target or dtype, two that do not go together, or an impossible budget.
+        InputError: unknown target or dtype, options that exclude each other, or an impossible
+            budget.
     """
 
     target: str = "ort"
@@ -82,7 +90,7 @@ class OnnxWriter:
             raise InputError(f"unknown target {self.target!r}; choose {' or '.join(TARGETS)}")
         if self.target != "ort" and self.dtype != "fp32":
             raise InputError(
-                f"target {self.target} has fp32 only; leave --target out to export in {self.dtype}"
+                f"target {self.target} supports fp32 only; omit --target to export in {self.dtype}"
             )
         if self.activations not in FLOAT_DTYPES:
             raise InputError(
@@ -92,13 +100,14 @@ class OnnxWriter:
         if self.activations != "fp32" and not self.is_quantized:
             quantized = (n for n in dtype_choices(self.runtime) if EXPORT_DTYPES[n].is_quantized)
             raise InputError(
-                f"--activations {self.activations} goes with --dtype {', '.join(quantized)}, and "
-                f"not with {self.dtype}; for all of it in one type: --dtype {self.activations}"
+                f"--activations {self.activations} requires --dtype {', '.join(quantized)}, not "
+                f"{self.dtype}; for weights and activations in one type, use "
+                f"--dtype {self.activations}"
             )
 
     @property
     def is_quantized(self) -> bool:
-        """Whether matrices are stored in blocks."""
+        """Whether matrices are stored in blocks of integers."""
         return EXPORT_DTYPES[self.dtype].is_quantized
 
     @property
@@ -114,22 +123,22 @@ class OnnxWriter:
 
     @property
     def budget(self) -> float:
-        """The divergence that the export is allowed, mean nats a token."""
+        """Largest divergence at which the export passes, in mean nats per token."""
         return EXPORT_DTYPES[self.dtype].max_kld if self.max_kld is None else self.max_kld
 
     def size_bytes(self, config: Gemma3Config) -> int:
-        """Weights and graph; blocks take 0.5 to 1.5 bytes a weight."""
+        """Return about how much space the files need; blocks take 0.5 to 1.5 bytes per weight."""
         itemsize = 1.25 if self.is_quantized else ELEMENT_TYPES[self.element].size_bytes
-        screened = (
-            self.dtype == "fp32" and self.target == "ort" and is_screened(config, self.screen)
+        is_screened = (
+            self.dtype == "fp32" and self.target == "ort" and should_screen(config, self.screen)
         )
-        screen = screen_bytes(config) if screened else 0
+        screen = screen_bytes(config) if is_screened else 0
         return int(config.num_parameters * itemsize) + screen + 2**22
 
     def write(
         self, source: WeightSource, folder: Path, progress: Progress
     ) -> tuple[Graph, dict[str, str]]:
-        """Trace without weights, then stream the weights into ``onnx/model.onnx_data``."""
+        """Trace without weights, then stream the weights to ``onnx/model.onnx_data``."""
         with tempfile.TemporaryDirectory(prefix="calibrated-", dir=folder) as scratch:
             quantizer = self._quantizer(source, folder, Path(scratch), progress)
             return self._write(source, folder, quantizer, progress)
@@ -137,21 +146,19 @@ class OnnxWriter:
     def _write(
         self, source: WeightSource, folder: Path, quantizer: Quantizer | None, progress: Progress
     ) -> tuple[Graph, dict[str, str]]:
-        signature = Signature.of(source.config, cache_dtype=self.element)
+        config = source.config
         progress("tracing", 0, 1)
-        model, recipes = trace_onnx(
-            source.config, signature, self.target, torch_dtype(self.element)
-        )
-        if quantizer is not None:
-            recipes = quantize_weights(model.graph, recipes, quantizer, source.config, self.element)
+        model, recipes = trace_onnx(config, self.target, torch_dtype(self.element))
+        plan = self._plan(config, recipes, quantizer)
+        apply_passes(MODEL_PASSES, model, plan)
+        recipes = quantized_recipes(recipes, plan.quantized)
         progress("tracing", 1, 1)
 
         path = folder / "onnx" / "model.onnx"
         path.parent.mkdir(exist_ok=True)
         data = path.with_name(path.name + "_data")
-        screens = self._screens(source.config, recipes)
-        total = stored_bytes(recipes, source.config, self.element)
-        total += screen_bytes(source.config) if screens else 0
+        total = stored_bytes(recipes, config, self.element)
+        total += screen_bytes(config) if plan.is_screened else 0
         written = 0
 
         def count(size: int) -> None:
@@ -171,9 +178,9 @@ class OnnxWriter:
         ir.save(model, path)
         hashes = {data: digest}
         windowed: Path | None = None
-        if self.target == "ort" and has_windows(source.config):
+        if self.target == "ort" and has_sliding_layers(config):
             windowed = path.with_name("model_windowed.onnx")
-            hashes |= self._write_windowed(model, source.config, windowed, screens, count)
+            hashes |= write_windowed(model, plan, windowed, count)
         graph = Graph(
             runtime=self.runtime,
             path=path.relative_to(folder).as_posix(),
@@ -182,47 +189,42 @@ class OnnxWriter:
             cache_dtype=self.element,
             weights=recipes,
             windowed_path=windowed.relative_to(folder).as_posix() if windowed else None,
-            is_screened=screens,
+            is_screened=plan.is_screened,
             max_kld=self.budget,
             calibration=quantizer.calibration if quantizer else None,
         )
         return graph, {file.relative_to(folder).as_posix(): sha for file, sha in hashes.items()}
 
-    def _write_windowed(
+    def _plan(
         self,
-        model: ir.Model,
         config: Gemma3Config,
-        path: Path,
-        screens: bool,
-        on_write: OnWrite,
-    ) -> dict[Path, str]:
-        """Turn ``model`` into its sibling and write that; hashes of weights of its own."""
-        hashes: dict[Path, str] = {}
-        make_windowed(model.graph, config)
-        if screens:
-            screen = path.with_name(path.name + "_data")
-            hashes[screen] = add_screen(model.graph, config, screen, on_write)
-        signature = Signature.of(
-            config, cache_dtype=self.element, is_windowed=True, is_screened=screens
+        recipes: Mapping[str, WeightRecipe],
+        quantizer: Quantizer | None,
+    ) -> GraphPlan:
+        quantized = quantized_shapes(recipes, quantizer, config, self.element) if quantizer else {}
+        return GraphPlan(
+            config=config,
+            target=self.target,
+            dtype=self.dtype,
+            cache_dtype=self.element,
+            quantized=quantized,
+            is_screened=self._is_screened(config, is_head_quantized=config.head_name in quantized),
         )
-        declare_signature(model.graph, signature)
-        ir.save(model, path)
-        return hashes
 
-    def _screens(self, config: Gemma3Config, recipes: dict[str, WeightRecipe]) -> bool:
-        """Whether to screen the head, which stands in the graph with windowed caches.
+    def _is_screened(self, config: Gemma3Config, *, is_head_quantized: bool) -> bool:
+        """Return whether ``model_windowed.onnx`` screens its head.
 
         Raises:
-            InputError: it is wanted and not to be had.
+            InputError: screening is requested but impossible.
         """
-        is_float = recipes[config.head_name].blocks is None and self.element == "float32"
-        if self.target == "ort" and is_float and has_windows(config):
-            return is_screened(config, self.screen)
+        is_float32 = not is_head_quantized and self.element == "float32"
+        if self.target == "ort" and is_float32 and has_sliding_layers(config):
+            return should_screen(config, self.screen)
         if self.screen:
             raise InputError(
-                f"--screen is for a head in float32 and sliding layers, with --target ort; this is "
-                f"--dtype {self.dtype} --target {self.target}, and layers are "
-                f"{', '.join(sorted(set(config.layer_types)))}; leave --screen out"
+                "--screen requires a float32 head, sliding-window layers and --target ort; this "
+                f"export has --dtype {self.dtype}, --target {self.target} and layers of type "
+                f"{', '.join(sorted(set(config.layer_types)))}; omit --screen"
             )
         return False
 
@@ -232,8 +234,7 @@ class OnnxWriter:
         if self.dtype == "keep":
             return GgufRepacker(source=source)
         if self.dtype == "int8":
-            block_format = self._format(bits=8)
-            formats = dict.fromkeys(matrix_names(source.config), block_format)
+            formats = dict.fromkeys(matrix_names(source.config), self._format(bits=8))
             return RoundToNearest(source=source, formats=formats)
         if EXPORT_DTYPES[self.dtype].is_calibrated:
             formats = dict.fromkeys(matrix_names(source.config), self._format(bits=4))
@@ -241,54 +242,46 @@ class OnnxWriter:
             text = self.calibration.load(source, tokenizer_in(folder), progress)
             if self.dtype == "int4":
                 return GptqQuantizer(source, text, scratch, progress).quantize(formats)
-            return calibrate_mixed(source, text, self.block_size, self.budget, scratch, progress)
+            return quantize_mixed(source, text, self.block_size, self.budget, scratch, progress)
         return None
 
     def _format(self, bits: int) -> BlockFormat:
         return BlockFormat(bits=bits, block_size=self.block_size, scale_type=self.element)
 
 
+def write_windowed(
+    model: ir.Model, plan: GraphPlan, path: Path, on_write: OnWrite
+) -> dict[Path, str]:
+    """Turn ``model`` into the sliding-window graph, and write it to ``path``.
+
+    Returns:
+        The SHA-256 of each data file that belongs to this graph alone.
+    """
+    apply_passes(SLIDING_WINDOW_PASSES, model, plan)
+    hashes: dict[Path, str] = {}
+    if plan.is_screened:
+        data = path.with_name(path.name + "_data")
+        hashes[data] = write_screen(model.graph, plan.config, data, on_write)
+    ir.save(model, path)
+    return hashes
+
+
 def tokenizer_in(folder: Path) -> Tokenizer | None:
-    """The tokenizer that was saved into a bundle, if any."""
+    """Return the tokenizer that was saved to a bundle, if any."""
     path = folder / "tokenizer.json"
     return load_tokenizer(path) if path.is_file() else None
 
 
-def quantize_weights(
-    graph: ir.Graph,
-    recipes: dict[str, WeightRecipe],
-    quantizer: Quantizer,
-    config: Gemma3Config,
-    scale_type: DType,
-) -> dict[str, WeightRecipe]:
-    """Let ``graph`` use the formats that ``quantizer`` chooses; return the new recipes.
-
-    Scales get the type of the graph's activations, whatever the quantizer made them in.
-    """
-    canonical = dict(config.weight_shapes())
-    formats: dict[str, BlockFormat] = {}
-    shapes: dict[str, tuple[int, int]] = {}
-    for name, recipe in recipes.items():
-        if len(canonical[recipe.names[0]]) == 2:
-            chosen = quantizer.format(recipe.names)
-            if chosen is not None:
-                formats[name] = replace(chosen, scale_type=scale_type)
-                rows = sum(canonical[part][0] for part in recipe.names)
-                shapes[name] = (rows, canonical[recipe.names[0]][1])
-    return quantize_graph(graph, recipes, formats, shapes)
-
-
-def stored_bytes(recipes: dict[str, WeightRecipe], config: Gemma3Config, dtype: DType) -> int:
-    """Bytes of all stored tensors."""
+def stored_bytes(recipes: Mapping[str, WeightRecipe], config: Gemma3Config, dtype: DType) -> int:
+    """Return the size of all stored tensors."""
     canonical = dict(config.weight_shapes())
     total = 0
     for recipe in recipes.values():
         shapes = [canonical[name] for name in recipe.names]
-        if recipe.blocks is None:
-            itemsize = (
-                4 if len(shapes[0]) == 1 else ELEMENT_TYPES[dtype].size_bytes
-            )  # norms stay float32
-            total += sum(math.prod(shape) for shape in shapes) * itemsize
-        else:
+        if recipe.blocks is not None:
             total += recipe.blocks.size_bytes(sum(shape[0] for shape in shapes), shapes[0][1])
+            continue
+        is_vector = len(shapes[0]) == 1  # norm weights, which stay float32
+        itemsize = 4 if is_vector else ELEMENT_TYPES[dtype].size_bytes
+        total += sum(math.prod(shape) for shape in shapes) * itemsize
     return total

@@ -28,9 +28,9 @@ from gemma3_export.reference.weights.block_matrix import quantize
 __all__ = [
     "DivergenceMeter",
     "Option",
-    "calibrate_mixed",
     "candidate_formats",
     "choose_options",
+    "quantize_mixed",
 ]
 
 Product = tuple[str, ...]  # canonical names of matrices that are stored as one
@@ -89,7 +89,7 @@ class OutputErrors:
         return min(SAMPLED_ROWS, dict(self.source.config.weight_shapes())[name][0])
 
 
-def calibrate_mixed(
+def quantize_mixed(
     source: WeightSource,
     text: Calibration,
     block_size: int,

@@ -18,7 +18,7 @@ __all__ = [
     "SCALES",
     "ZERO_POINTS",
     "BlockFormat",
-    "BlockTensor",
+    "StoredTensor",
     "block_tensors",
     "common_format",
 ]
@@ -104,7 +104,7 @@ def common_format(formats: list[BlockFormat]) -> BlockFormat:
 
 
 @dataclass(frozen=True, slots=True)
-class BlockTensor:
+class StoredTensor:
     """One tensor among those that a quantised matrix is stored as."""
 
     name: str
@@ -114,7 +114,7 @@ class BlockTensor:
 
 def block_tensors(
     name: str, block_format: BlockFormat, rows: int, columns: int
-) -> dict[str, BlockTensor]:
+) -> dict[str, StoredTensor]:
     """Return what the matrix ``name`` [rows, columns] is stored as, in the order of the file.
 
     ``lookup_scales`` is an alias of ``scales``, without bytes of its own.
@@ -130,5 +130,6 @@ def block_tensors(
         if block_format.bits == 4:
             shapes[ZERO_POINTS] = ((rows, (blocks + 1) // 2), "uint8")
     return {
-        part: BlockTensor(f"{name}.{part}", shape, dtype) for part, (shape, dtype) in shapes.items()
+        part: StoredTensor(f"{name}.{part}", shape, dtype)
+        for part, (shape, dtype) in shapes.items()
     }

@@ -24,7 +24,7 @@ from gemma3_export.gguf_file import GgufTensor, open_gguf
 __all__ = [
     "GgufStore",
     "SafetensorsStore",
-    "StoredTensor",
+    "TensorInfo",
     "TensorStore",
     "TorchStore",
     "read_shard_index",
@@ -32,7 +32,7 @@ __all__ = [
 
 
 @dataclass(frozen=True, slots=True)
-class StoredTensor:
+class TensorInfo:
     """Shape of a tensor in a file, and the element type that reading it gives."""
 
     shape: tuple[int, ...]
@@ -44,7 +44,7 @@ class TensorStore(ABC):
 
     kind: str
     files: tuple[Path, ...]
-    tensors: Mapping[str, StoredTensor]
+    tensors: Mapping[str, TensorInfo]
 
     @abstractmethod
     def read(self, name: str, start: int, stop: int) -> torch.Tensor:
@@ -71,7 +71,7 @@ class GgufStore(TensorStore):
         for tensor in {t.tensor_type: t for t in self.reader.tensors}.values():
             tensor.dequantize_rows(0, 1)  # a type that cannot be decoded is named here, not midway
         self.tensors = {
-            name: StoredTensor(tensor.shape, torch.float32) for name, tensor in self.blocks.items()
+            name: TensorInfo(tensor.shape, torch.float32) for name, tensor in self.blocks.items()
         }
 
     def read(self, name: str, start: int, stop: int) -> torch.Tensor:
@@ -103,7 +103,7 @@ class SafetensorsStore(TensorStore):
 
     def __init__(self, files: Sequence[Path]) -> None:
         self.files = tuple(files)
-        self.tensors: dict[str, StoredTensor] = {}
+        self.tensors: dict[str, TensorInfo] = {}
         self._file_of: dict[str, Path] = {}
         self._open: dict[Path, Any] = {}
         for path in self.files:
@@ -154,7 +154,7 @@ def read_shard_index(path: Path) -> tuple[list[Path], dict[str, str]]:
     return [path.parent / name for name in names], weight_map
 
 
-def _read_header(path: Path) -> dict[str, StoredTensor]:
+def _read_header(path: Path) -> dict[str, TensorInfo]:
     try:
         return _parse_header(path)
     except OSError as error:
@@ -163,7 +163,7 @@ def _read_header(path: Path) -> dict[str, StoredTensor]:
         raise InputError(f"{path.name}: {error}; download the file again") from error
 
 
-def _parse_header(path: Path) -> dict[str, StoredTensor]:
+def _parse_header(path: Path) -> dict[str, TensorInfo]:
     size = path.stat().st_size
     with path.open("rb") as file:
         prefix = file.read(8)
@@ -183,7 +183,7 @@ def _parse_header(path: Path) -> dict[str, StoredTensor]:
     return {name: _parse_entry(name, entry, size - 8 - length) for name, entry in header.items()}
 
 
-def _parse_entry(name: str, entry: Any, data_bytes: int) -> StoredTensor:
+def _parse_entry(name: str, entry: Any, data_bytes: int) -> TensorInfo:
     if not isinstance(entry, dict):
         raise InputError(f"the entry of {name!r:.80} is not an object")
     kind, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
@@ -202,7 +202,7 @@ def _parse_entry(name: str, entry: Any, data_bytes: int) -> StoredTensor:
     dtype = _DTYPES[kind]
     if math.prod(shape) * dtype.itemsize != end - begin:
         raise InputError(f"{name} of shape {shape} does not fill its {end - begin} bytes")
-    return StoredTensor(tuple(shape), torch.float32 if dtype == torch.float64 else dtype)
+    return TensorInfo(tuple(shape), torch.float32 if dtype == torch.float64 else dtype)
 
 
 def _are_counts(value: object) -> TypeGuard[list[int]]:
@@ -235,7 +235,7 @@ class TorchStore(TensorStore):
         self.model_config = _find_config(checkpoint)
         self._state = _find_state(checkpoint, path)
         self.tensors = {
-            name: StoredTensor(
+            name: TensorInfo(
                 tuple(tensor.shape),
                 torch.float32 if tensor.dtype == torch.float64 else tensor.dtype,
             )

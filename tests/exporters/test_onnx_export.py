@@ -194,12 +194,13 @@ def test_tracing_the_largest_model_needs_no_memory_for_its_weights() -> None:
     program = r"""
 import re
 from pathlib import Path
+from gemma3_export.exporters.onnx.passes import MODEL_PASSES, GraphPlan, apply_passes
 from gemma3_export.exporters.onnx.trace import trace_onnx
 from gemma3_export.config.presets import preset
-from gemma3_export.bundle.signature import Signature
 
 config = preset("27b").config
-model, recipes = trace_onnx(config, Signature.of(config), "ort")
+model, recipes = trace_onnx(config, "ort")
+apply_passes(MODEL_PASSES, model, GraphPlan(config=config))
 kinds = [
     "sliding_attention" if node.attributes["local_window_size"].value > 0 else "full_attention"
     for node in model.graph

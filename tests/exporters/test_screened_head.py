@@ -20,10 +20,10 @@ from gemma3_export.errors import Gemma3ExportError, InputError
 from gemma3_export.exporters.bundle_writer import export_bundle
 from gemma3_export.exporters.onnx.screened_head import (
     graph_text,
-    is_screened,
     row_margins,
     screen_bytes,
     screen_format,
+    should_screen,
 )
 from gemma3_export.exporters.onnx.writer import OnnxWriter
 from gemma3_export.parity import VerifyOptions, verify
@@ -338,9 +338,9 @@ class TestParity:
 
 class TestExport:
     def test_large_heads_are_screened_by_default(self) -> None:
-        assert is_screened(preset("270m").config, None)
-        assert not is_screened(CONFIG, None)
-        assert not is_screened(preset("270m").config, False)
+        assert should_screen(preset("270m").config, None)
+        assert not should_screen(CONFIG, None)
+        assert not should_screen(preset("270m").config, False)
         assert screen_format(preset("270m").config).block_size == 128
 
     def test_the_file_holds_the_copy_and_no_more(self) -> None:

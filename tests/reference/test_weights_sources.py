@@ -20,7 +20,7 @@ from gemma3_export.errors import InputError
 from gemma3_export.reference.weights import WeightSource, check_finite, open_weights
 from gemma3_export.reference.weights.checkpoint import CheckpointSource
 from gemma3_export.reference.weights.source import BLOCK_ELEMENTS
-from gemma3_export.reference.weights.stores import StoredTensor, TensorStore
+from gemma3_export.reference.weights.stores import TensorInfo, TensorStore
 from tests.support.exported_bundles import exported_bundle
 from tests.support.tiny_models import tiny_config, tiny_weights, write_gguf, write_hf_folder
 
@@ -434,7 +434,7 @@ class EndlessStore(TensorStore):
     files = ()
 
     def __init__(self, config: Gemma3Config) -> None:
-        self.tensors = {n: StoredTensor(s, torch.float32) for n, s in config.weight_shapes()}
+        self.tensors = {n: TensorInfo(s, torch.float32) for n, s in config.weight_shapes()}
 
     def read(self, name: str, start: int, stop: int) -> torch.Tensor:
         return torch.zeros(1, *self.tensors[name].shape[1:]).expand(stop - start, -1)
