@@ -17,8 +17,16 @@ from typing import ClassVar, Protocol
 import torch
 
 from gemma3_export import __version__
-from gemma3_export.bundle import MANIFEST, PARITY, Bundle, Graph, Manifest, write_manifest
-from gemma3_export.config import Gemma3Config, config_to_json
+from gemma3_export.bundle import (
+    MANIFEST,
+    PARITY,
+    Bundle,
+    Graph,
+    Manifest,
+    write_hf_metadata,
+    write_manifest,
+)
+from gemma3_export.config import Gemma3Config
 from gemma3_export.errors import Gemma3ExportError, InputError
 from gemma3_export.parity.activation_range import (
     calibration_sequences,
@@ -124,7 +132,7 @@ def export_bundle(
     with staged_directory(output, force=force or existing is not None) as folder:
         started = time.perf_counter()
         if existing is None:
-            write_model_files(folder, source.config, tokenizer)
+            write_hf_metadata(folder, source.config, tokenizer)
         else:
             link_files(existing, folder)
         graph, hashes = writer.write(source, folder, report)
@@ -243,33 +251,6 @@ def require_space(output: Path, size_bytes: int) -> None:
             f"the export needs about {size_bytes / 1e9:.2f} GB and {folder} has "
             f"{free / 1e9:.2f} GB left; free some space or choose another output"
         )
-
-
-def write_model_files(folder: Path, config: Gemma3Config, tokenizer: Tokenizer | None) -> None:
-    """Config, generation config and tokenizer, as Hugging Face writes them."""
-    write_json(folder / "config.json", config_to_json(config))
-    write_json(folder / "generation_config.json", generation_config(config))
-    if tokenizer is not None:
-        tokenizer.save(folder)
-
-
-def generation_config(config: Gemma3Config) -> dict[str, object]:
-    """Gemma's recommended sampling, for tools that read it; ours is greedy unless told."""
-    eos = config.eos_token_id
-    return {
-        "bos_token_id": config.bos_token_id,
-        "eos_token_id": eos[0] if len(eos) == 1 else list(eos),
-        "pad_token_id": config.pad_token_id,
-        "do_sample": True,
-        "temperature": 1.0,
-        "top_k": 64,
-        "top_p": 0.95,
-    }
-
-
-def write_json(path: Path, data: object) -> None:
-    """Pretty JSON with a final newline."""
-    path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
 
 
 def package_versions() -> dict[str, str]:

@@ -12,6 +12,7 @@ from gemma3_export.bundle.block_format import (
     common_format,
 )
 from gemma3_export.bundle.bundle import Bundle
+from gemma3_export.bundle.hf_metadata import write_hf_metadata
 from gemma3_export.bundle.manifest import (
     FORMAT_VERSION,
     MANIFEST,
@@ -63,5 +64,6 @@ __all__ = [
     "read_manifest",
     "sha256_of",
     "window_capacity",
+    "write_hf_metadata",
     "write_manifest",
 ]

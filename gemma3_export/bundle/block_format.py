@@ -1,4 +1,4 @@
-"""How quantised matrices are stored: small integers in blocks of columns that share a scale.
+"""The block formats of quantised matrices: small integers in blocks of columns that share a scale.
 
 A weight is ``scale * (code - zero_point) - minimum``. The layout is that of ONNX Runtime's
 ``MatMulNBits`` and ``GatherBlockQuantized``.
@@ -24,20 +24,20 @@ __all__ = [
 ]
 
 CODES, SCALES, MINIMUMS, ZERO_POINTS = "codes", "scales", "minimums", "zero_points"
-LOOKUP_SCALES = "lookup_scales"  # the scales again, in the shape that the embedding's lookup takes
+LOOKUP_SCALES = "lookup_scales"  # the scales in the shape that GatherBlockQuantized reads
 BITS = (4, 8)
 MINIMUM_BYTES = 4  # always float32
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BlockFormat:
-    """Storage of one quantised matrix [N, K] (N outputs, K inputs).
+    """Storage format of a quantised matrix [N, K] (N outputs, K inputs).
 
     Args:
-        bits: 4 or 8 for a weight.
-        block_size: consecutive inputs that share a scale: a power of two, at least 16.
-        has_minimum: each block also has a float that is subtracted (the K types of GGUF).
-        scale_type: of the scales, which the kernels want in the type of the activations.
+        bits: 4 or 8 per weight.
+        block_size: consecutive inputs that share a scale: a power of two from 16 to 256.
+        has_minimum: each block also has a float to subtract (GGUF's K types).
+        scale_type: element type of the scales; kernels require that of the activations.
 
     Raises:
         InputError: another number of bits or block size.
@@ -50,10 +50,10 @@ class BlockFormat:
 
     def __post_init__(self) -> None:
         if self.bits not in BITS:
-            raise InputError(f"weights of {self.bits} bits do not exist here; choose 4 or 8")
+            raise InputError(f"{self.bits}-bit weights are not supported; choose 4 or 8")
         size = self.block_size
         if not 16 <= size <= 256 or size & (size - 1):
-            raise InputError(f"the block size is {size}; choose 16, 32, 64, 128 or 256")
+            raise InputError(f"block size {size} is not supported; choose 16, 32, 64, 128 or 256")
 
     def __str__(self) -> str:
         scales = "" if self.scale_type == "float32" else f" {self.scale_type}"
@@ -61,23 +61,23 @@ class BlockFormat:
 
     @property
     def zero_point(self) -> int:
-        """The code of zero, before the minimum. With a minimum, 4-bit codes are unsigned."""
+        """The code that means zero before the minimum; 4-bit codes with a minimum are unsigned."""
         return 0 if self.has_minimum and self.bits == 4 else 1 << (self.bits - 1)
 
     def check_columns(self, name: str, columns: int) -> None:
-        """Refuse a matrix that blocks do not divide.
+        """Reject a matrix whose columns are not a multiple of the block size.
 
         Raises:
-            InputError: naming the matrix.
+            InputError: with the name of the matrix.
         """
         if columns % self.block_size:
             raise InputError(
-                f"{name} has {columns} columns, which blocks of {self.block_size} do not divide; "
-                "choose a smaller block size, or keep the matrix in float32"
+                f"{name} has {columns} columns, not a multiple of the block size "
+                f"{self.block_size}; choose a smaller --block-size, or a --dtype without blocks"
             )
 
     def size_bytes(self, rows: int, columns: int) -> int:
-        """Bytes of a stored matrix, all its parts."""
+        """Return the size of a stored matrix with scales, minimums and zero points."""
         blocks = columns // self.block_size
         size = (
             rows * columns * self.bits // 8
@@ -91,10 +91,10 @@ class BlockFormat:
 
 
 def common_format(formats: list[BlockFormat]) -> BlockFormat:
-    """The narrowest format that holds matrices of all ``formats`` without loss.
+    """Return the narrowest format that represents matrices of all ``formats`` without loss.
 
-    Matrices that are packed into one product share a format: wider codes hold narrower ones, and
-    small blocks repeat the scale of a large one.
+    Matrices that are packed into one product share a format: wider codes represent narrower ones,
+    and small blocks repeat the scale of a large one.
     """
     return BlockFormat(
         bits=max(item.bits for item in formats),
@@ -105,7 +105,7 @@ def common_format(formats: list[BlockFormat]) -> BlockFormat:
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """One tensor among those that a quantised matrix is stored as."""
+    """Name, shape and element type of one tensor in a graph's weight file."""
 
     name: str
     shape: tuple[int, ...]
@@ -115,9 +115,9 @@ class StoredTensor:
 def block_tensors(
     name: str, block_format: BlockFormat, rows: int, columns: int
 ) -> dict[str, StoredTensor]:
-    """Return what the matrix ``name`` [rows, columns] is stored as, in the order of the file.
+    """Return the tensors that store the quantised matrix ``name``, in the order of the file.
 
-    ``lookup_scales`` is an alias of ``scales``, without bytes of its own.
+    ``lookup_scales`` is not among them: it shares the bytes of ``scales``.
     """
     blocks = columns // block_format.block_size
     codes = (rows, blocks, block_format.block_size * block_format.bits // 8)
@@ -130,6 +130,5 @@ def block_tensors(
         if block_format.bits == 4:
             shapes[ZERO_POINTS] = ((rows, (blocks + 1) // 2), "uint8")
     return {
-        part: StoredTensor(f"{name}.{part}", shape, dtype)
-        for part, (shape, dtype) in shapes.items()
+        key: StoredTensor(f"{name}.{key}", shape, dtype) for key, (shape, dtype) in shapes.items()
     }

@@ -1,10 +1,10 @@
-"""The bundle: one folder that stands alone and says what it is.
+"""The bundle: one self-contained folder that describes itself.
 
     config.json generation_config.json tokenizer.json tokenizer_config.json
     onnx/model.onnx  onnx/model.onnx_data  onnx/model_windowed.onnx
     torchscript/model.ts  pt2/model.pt2
     manifest.json    format version, graphs, signature, origin and SHA-256 of every file
-    parity.json      the proof of each graph that was verified, by runtime
+    parity.json      the parity report of each verified graph, by runtime
 
 Reading a bundle needs neither torch nor ONNX Runtime.
 """
@@ -27,7 +27,7 @@ class Bundle:
     """An exported model on disk.
 
     Raises:
-        InputError: the folder is no bundle, or a newer or damaged one.
+        InputError: the folder is not a bundle, or is damaged or of a newer version.
     """
 
     def __init__(self, path: Path) -> None:
@@ -36,10 +36,10 @@ class Bundle:
         self.config: Gemma3Config = load_config(path / "config.json")
 
     def graph(self, runtime: str) -> Graph:
-        """The graph for ``runtime``.
+        """Return the graph for ``runtime``.
 
         Raises:
-            InputError: this bundle has none.
+            InputError: the bundle has none.
         """
         for graph in self.manifest.graphs:
             if graph.runtime == runtime:
@@ -51,7 +51,7 @@ class Bundle:
         )
 
     def is_quantized(self, runtime: str) -> bool:
-        """Whether the graph for ``runtime`` holds other weights than it was made from."""
+        """Return whether the graph for ``runtime`` stores quantised weights."""
         return any(
             recipe.blocks is not None
             for graph in self.manifest.graphs
@@ -60,12 +60,12 @@ class Bundle:
         )
 
     def max_kld(self, runtime: str) -> float:
-        """How far the graph for ``runtime`` may lie from full precision, mean nats a token."""
+        """Return the divergence budget of the graph for ``runtime``, in mean nats per token."""
         budgets = [graph.max_kld for graph in self.manifest.graphs if graph.runtime == runtime]
         return budgets[0] if budgets else DEFAULT_MAX_KLD
 
     def signature(self, graph: Graph, *, is_windowed: bool = False) -> Signature:
-        """The inputs and outputs of ``graph``, or of its windowed sibling."""
+        """Return the inputs and outputs of ``graph``, or of its sliding-window version."""
         return Signature.of(
             self.config,
             cache_dtype=graph.cache_dtype,
@@ -74,12 +74,12 @@ class Bundle:
         )
 
     def file_bytes(self, relative: str) -> int:
-        """Size of one file; 0 if the bundle has none of this name."""
+        """Return the size of one file, 0 if it is not in the bundle."""
         record = self.manifest.files.get(relative)
         return record.size_bytes if record else 0
 
     def file(self, relative: str) -> Path:
-        """Absolute path of a bundle file."""
+        """Return the path of one file of the bundle."""
         return self.path.joinpath(*PurePosixPath(relative).parts)
 
     def check_files(self, only: Sequence[str] | None = None) -> None:
@@ -89,7 +89,7 @@ class Bundle:
             only: relative paths to check; None means all.
 
         Raises:
-            InputError: files are missing or differ; all of them are named.
+            InputError: files are missing or differ; the message lists all of them.
         """
         problems = []
         for relative, record in self.manifest.files.items():
@@ -100,15 +100,15 @@ class Bundle:
                 problems.append(f"{relative}: {problem}")
         if problems:
             raise InputError(
-                f"{self.path} is not what was exported: {'; '.join(problems)}. "
-                "Copy the bundle again or export it anew"
+                f"{self.path} differs from its manifest: {'; '.join(problems)}; "
+                "copy the bundle again or export it again"
             )
 
     def check_sizes(self) -> None:
-        """The cheap part of :meth:`check_files`: every file is there and has its size.
+        """Check that every file exists and has its size: the cheap part of :meth:`check_files`.
 
         Raises:
-            InputError: files are missing or have another size.
+            InputError: files are missing or have another size; the message lists all of them.
         """
         problems = []
         for relative, record in self.manifest.files.items():
@@ -121,8 +121,8 @@ class Bundle:
                 )
         if problems:
             raise InputError(
-                f"{self.path} is damaged: {'; '.join(problems)}. "
-                "Copy the bundle again or export it anew"
+                f"{self.path} is damaged: {'; '.join(problems)}; "
+                "copy the bundle again or export it again"
             )
 
 

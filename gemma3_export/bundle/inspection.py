@@ -1,6 +1,7 @@
-"""What a bundle is, as data: model, graphs, files, origin, proof and the cost of its cache.
+"""Describe a bundle as data: model, graphs, files, origin, parity reports and cache sizes.
 
-Needs neither torch nor ONNX Runtime; operators are counted when the package ``onnx`` is there.
+This needs neither torch nor ONNX Runtime. Operators are counted if the package ``onnx`` is
+installed.
 """
 
 from __future__ import annotations
@@ -20,14 +21,14 @@ from gemma3_export.errors import InputError
 
 __all__ = ["CONTEXTS", "cache_bytes_per_token", "inspect_bundle", "parity_line", "read_proofs"]
 
-CONTEXTS = (2048, 8192, 32768)  # tokens for which the cache's size is shown
+CONTEXTS = (2048, 8192, 32768)  # numbers of tokens to report cache sizes for
 
 
 def inspect_bundle(bundle: Bundle) -> dict[str, Any]:
-    """Everything that ``gemma3-export inspect --json`` prints.
+    """Return the object that ``gemma3-export inspect --json`` prints.
 
     Raises:
-        InputError: the graph or the proof cannot be read.
+        InputError: a graph or parity report cannot be read.
     """
     config, manifest = bundle.config, bundle.manifest
     return {
@@ -68,19 +69,19 @@ def _describe_graph(bundle: Bundle, graph: Graph) -> dict[str, Any]:
 
 
 def screen_bytes(bundle: Bundle, graph: Graph) -> int | None:
-    """Bytes of the head's 8-bit copy; None if there is none."""
+    """Return the size of the head's 8-bit copy, None if there is none."""
     if not graph.is_screened:
         return None
     return bundle.manifest.files[f"{graph.windowed_path}_data"].size_bytes
 
 
 def cache_bytes_per_token(bundle: Bundle, graph: Graph) -> int:
-    """Bytes of keys and values that one token of one row occupies."""
+    """Return the size of keys and values per token of one row."""
     return sum(map(_bytes_per_token, bundle.signature(graph).past))
 
 
 def windowed_cache_bytes(bundle: Bundle, graph: Graph, tokens: int) -> int:
-    """Bytes of one row's cache of ``tokens`` where sliding layers keep their window only."""
+    """Return the size of one row's cache if sliding layers keep only their window."""
     capacity = window_capacity(bundle.config)
     return sum(
         _bytes_per_token(spec) * (capacity if bundle.config.is_sliding(index // 2) else tokens)
@@ -94,7 +95,7 @@ def _bytes_per_token(spec: TensorSpec) -> int:
 
 
 def _operators(bundle: Bundle, graph: Graph) -> dict[str, Any]:
-    """Opsets and nodes by operator; None, with the reason, when they cannot be counted."""
+    """Return opsets and node counts by operator; None, with a reason, if unavailable."""
     if graph.runtime != "onnx":
         return {"opsets": None, "operators": None, "operators_missing": "no ONNX graph"}
     try:
@@ -104,9 +105,9 @@ def _operators(bundle: Bundle, graph: Graph) -> dict[str, Any]:
     path = bundle.file(graph.path)
     try:
         model = onnx.load(path, load_external_data=False)
-    except Exception as error:  # protobuf raises what it likes
+    except Exception as error:  # protobuf has no common error type
         raise InputError(
-            f"{path} cannot be read: {error!r:.200}; export the bundle anew"
+            f"{path} cannot be read: {error!r:.200}; export the bundle again"
         ) from error
     counts = Counter(
         f"{node.domain}::{node.op_type}" if node.domain else node.op_type
@@ -119,7 +120,7 @@ def _operators(bundle: Bundle, graph: Graph) -> dict[str, Any]:
 
 
 def read_proofs(bundle: Bundle) -> dict[str, Any]:
-    """The parity reports that the bundle carries, by runtime; empty when it was never verified.
+    """Return the bundle's parity reports by runtime; empty if it was never verified.
 
     Raises:
         InputError: the file is damaged.
@@ -130,24 +131,25 @@ def read_proofs(bundle: Bundle) -> dict[str, Any]:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise InputError(f"{path} is damaged: {error}; export the bundle anew") from error
+        raise InputError(f"{path} is damaged: {error}; export the bundle again") from error
     if not isinstance(data, dict) or not all(isinstance(v, dict) for v in data.values()):
-        raise InputError(f"{path} is damaged: it holds no objects; export the bundle anew")
+        raise InputError(
+            f"{path} is damaged: it is not an object of reports; export the bundle again"
+        )
     return data
 
 
 def parity_line(report: Mapping[str, Any]) -> str:
-    """A parity report, as ``parity.json`` holds it, in one line.
+    """Summarise a report from ``parity.json`` in one line.
 
     Raises:
-        InputError: it is absent or no parity report.
+        InputError: ``report`` is not a parity report.
     """
     try:
         return _parity_line(report)
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(
-            f"{PARITY} does not hold the proof of this graph ({error!r:.200}); "
-            "export the bundle anew"
+            f"{PARITY} has no valid report of this graph ({error!r:.200}); export the bundle again"
         ) from error
 
 
@@ -175,6 +177,6 @@ def _parity_line(report: Mapping[str, Any]) -> str:
     )
     verdict = "passed" if report.get("passed") else "FAILED"
     return (
-        f"{verdict}; {len(cases)} cases, {positions} positions, largest error of a logit "
+        f"{verdict}; {len(cases)} cases, {positions} positions, largest logit error "
         f"{error:.2g}, worst error {worst:.2f} x the noise floor of {report[f'{floor}_dtype']}"
     )

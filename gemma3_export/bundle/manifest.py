@@ -1,21 +1,20 @@
-"""``manifest.json``: what a bundle says about itself, written last and read first.
+"""``manifest.json``: the description of a bundle, written last and read first.
 
-It names the graphs with the recipe of every stored weight, the signature's cache type, the origin
-of the weights, the versions of the packages that made it, and the size and SHA-256 of every file.
+It lists the graphs with their cache types and the recipe of every stored weight, the origin of the
+weights, the versions of the packages that made the bundle, and the size and SHA-256 of every file.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Iterator, Mapping
-from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
-from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any
 
 from gemma3_export.bundle.block_format import BlockFormat
+from gemma3_export.bundle.json_dataclass import dataclass_from_json
 from gemma3_export.dtypes import DEFAULT_MAX_KLD, DType
 from gemma3_export.errors import InputError
 from gemma3_export.staging import write_text_atomically
@@ -36,9 +35,9 @@ __all__ = [
 ]
 
 FORMAT_VERSION = 1
-RUNTIMES = ("onnx", "torchscript", "pt2", "reference")  # what runs a bundle; all but the last
-# have a graph of their own in it
-ONNX_TARGETS = ("ort", "portable")  # of ONNX graphs: fused kernels, or standard operators only
+# Backends that run a bundle. All but the reference have a graph of their own in it.
+RUNTIMES = ("onnx", "torchscript", "pt2", "reference")
+ONNX_TARGETS = ("ort", "portable")  # ONNX Runtime's fused kernels, or standard operators only
 MANIFEST = "manifest.json"
 PARITY = "parity.json"
 MANIFEST_LIMIT_BYTES = 64 * 2**20
@@ -46,22 +45,20 @@ MANIFEST_LIMIT_BYTES = 64 * 2**20
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WeightRecipe:
-    """How a graph's stored tensor is made of canonical weights.
+    """How to make a stored tensor of a graph from canonical weights.
 
-    Rows are concatenated, then transposed, or quantised in blocks.
-
-    The recipe is also what turns a bundle back into a state dict, so that a bundle can be verified
-    without the weights that it came from.
+    Rows are concatenated, then transposed or quantised in blocks. Inverting the recipe recovers the
+    canonical weights, so a bundle can be verified without the checkpoint that it was made from.
     """
 
     names: tuple[str, ...]
     transposed: bool = False
-    blocks: BlockFormat | None = None  # quantised; see gemma3_export.bundle.block_format
+    blocks: BlockFormat | None = None  # None: not quantised
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FileRecord:
-    """Size and hash of one file of the bundle."""
+    """Size and hash of one file of a bundle."""
 
     sha256: str
     size_bytes: int
@@ -69,27 +66,27 @@ class FileRecord:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Graph:
-    """One executable form of the model inside a bundle."""
+    """One executable graph of a bundle."""
 
     runtime: str  # one of RUNTIMES
     path: str  # relative, with forward slashes
-    dtype: str  # as --dtype named it: fp32, bf16, int8, ...
-    target: str  # which form of it, such as portable or ort
+    dtype: str  # as --dtype names it: fp32, bf16, int8, ...
+    target: str  # such as portable or ort
     cache_dtype: DType
     weights: dict[str, WeightRecipe]  # stored tensor -> canonical weights
-    windowed_path: str | None = None  # the same graph with caches that let go of old tokens
-    is_screened: bool = False  # its head can give candidates: exporters/onnx/screened_head.py
-    max_kld: float = DEFAULT_MAX_KLD  # the divergence that the export was allowed
-    calibration: dict[str, Any] | None = None  # the text that quantisation looked at
-    verified: bool = False  # parity.json holds this graph's proof
+    windowed_path: str | None = None  # the same model with sliding-window caches
+    is_screened: bool = False  # windowed_path screens its head: exporters/onnx/screened_head.py
+    max_kld: float = DEFAULT_MAX_KLD  # divergence budget of the parity check, mean nats per token
+    calibration: dict[str, Any] | None = None  # the text that quantisation used
+    verified: bool = False  # parity.json holds this graph's report
 
 
 @dataclass(kw_only=True, slots=True)
 class Manifest:
-    """What ``manifest.json`` holds."""
+    """The content of ``manifest.json``."""
 
     graphs: list[Graph]
-    source: dict[str, Any]  # the fingerprint of the weights
+    source: dict[str, Any]  # fingerprint of the weights
     versions: dict[str, str]  # of the packages that made the bundle
     files: dict[str, FileRecord] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
@@ -100,8 +97,8 @@ def write_manifest(path: Path, manifest: Manifest, hashes: Mapping[str, str]) ->
 
     Args:
         path: the bundle's folder.
-        manifest: everything but ``files``, which is filled here.
-        hashes: SHA-256 of files that the writer hashed as it wrote them.
+        manifest: complete except for ``files``, which this function fills in.
+        hashes: known SHA-256 of files, by relative path; other files are hashed now.
     """
     manifest.files = {}
     for relative in _files_below(path):
@@ -114,7 +111,7 @@ def write_manifest(path: Path, manifest: Manifest, hashes: Mapping[str, str]) ->
 
 
 def sha256_of(path: Path) -> str:
-    """Hex SHA-256 of a file, read in a stream."""
+    """Return the hexadecimal SHA-256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -130,7 +127,7 @@ def read_manifest(path: Path) -> Manifest:
     """Read and check the manifest of the bundle at ``path``.
 
     Raises:
-        InputError: the folder is not a bundle, or its manifest is damaged or of another version.
+        InputError: the folder is not a bundle, or its manifest is damaged or has another version.
     """
     file = path / MANIFEST
     if not file.is_file():
@@ -144,26 +141,25 @@ def read_manifest(path: Path) -> Manifest:
         data = json.loads(file.read_text(encoding="utf-8"))
         version = data["format_version"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise InputError(f"{file} is damaged: {error!r:.200}; export the bundle anew") from error
+        raise InputError(f"{file} is damaged: {error!r:.200}; export the bundle again") from error
     if version != FORMAT_VERSION:
         raise InputError(
             f"{path} has bundle format version {version!r:.20} and this gemma3-export reads "
-            f"{FORMAT_VERSION}; upgrade gemma3-export or export the bundle anew"
+            f"{FORMAT_VERSION}; upgrade gemma3-export or export the bundle again"
         )
     try:
-        manifest = from_json(Manifest, data)
-        assert isinstance(manifest, Manifest)
+        manifest = dataclass_from_json(Manifest, data)
         _check_graphs(manifest)
     except ValueError as error:
-        raise InputError(f"{file} is damaged: {error}; export the bundle anew") from error
+        raise InputError(f"{file} is damaged: {error}; export the bundle again") from error
     return manifest
 
 
 def _check_graphs(manifest: Manifest) -> None:
-    """Refuse paths that lead out of the bundle, and graphs that contradict the rest.
+    """Reject paths that lead out of the bundle, and graphs that contradict the rest.
 
     Raises:
-        ValueError: naming the path.
+        ValueError: with the path or runtime in question.
     """
     for relative in manifest.files:
         _check_inside(relative)
@@ -172,7 +168,9 @@ def _check_graphs(manifest: Manifest) -> None:
         raise ValueError(f"it has {len(twice)} graphs for the runtime {twice[0]}")
     for graph in manifest.graphs:
         if graph.cache_dtype == "int64":
-            raise ValueError(f"the cache of {graph.path!r:.60} is int64; it must be of floats")
+            raise ValueError(
+                f"the cache of {graph.path!r:.60} is int64; it must be a floating-point type"
+            )
         for path in (graph.path, graph.windowed_path):
             if path is not None and path not in manifest.files:
                 _check_inside(path)
@@ -183,76 +181,3 @@ def _check_inside(relative: str) -> None:
     parts = PurePosixPath(relative).parts
     if not parts or relative.startswith("/") or ".." in parts or "\\" in relative:
         raise ValueError(f"path {relative!r:.60} leads out of the bundle")
-
-
-# JSON as dataclasses, every value checked against its annotation.
-
-WORDS = {str: "a string", bool: "true or false", int: "a whole number", NoneType: "null"}
-
-
-def from_json(kind: Any, data: object, where: str = "") -> Any:
-    """``data`` as ``kind``, which is made of dataclasses, containers, unions and plain types.
-
-    Args:
-        kind: an annotation; ``Any`` lets everything pass.
-        data: what ``json.loads`` gave.
-        where: names ``data`` in errors.
-
-    Raises:
-        ValueError: a value is absent, unknown or of another type.
-    """
-    origin, parts = get_origin(kind), get_args(kind)
-    if kind is Any:
-        return data
-    if is_dataclass(kind):
-        return _record(kind, _object(data, where), where)
-    if origin in (Union, UnionType):
-        return None if data is None else from_json(_not_none(parts), data, where)
-    if origin is Literal:
-        return _checked(data in parts, data, where, f"one of {', '.join(map(str, parts))}")
-    if origin is dict:
-        items = _object(data, where).items()
-        return {key: from_json(parts[1], value, _below(where, key)) for key, value in items}
-    if origin in (list, tuple):
-        _checked(isinstance(data, list), data, where, "a list")
-        assert isinstance(data, list)
-        return origin(from_json(parts[0], value, f"{where}[{i}]") for i, value in enumerate(data))
-    if kind is float:
-        is_number = type(data) in (int, float) and math.isfinite(data)  # type: ignore[arg-type]
-        return _checked(is_number, data, where, "a finite number")
-    return _checked(type(data) is kind, data, where, WORDS[kind])
-
-
-def _record(kind: Any, data: dict[str, Any], where: str) -> Any:
-    hints = get_type_hints(kind)
-    known = {item.name: item for item in fields(kind)}
-    if unknown := data.keys() - known.keys():
-        raise ValueError(f"{_below(where, min(unknown))} is unknown")
-    for name, item in known.items():
-        has_default = item.default is not MISSING or item.default_factory is not MISSING
-        if name not in data and not has_default:
-            raise ValueError(f"{_below(where, name)} is missing")
-    return kind(
-        **{name: from_json(hints[name], value, _below(where, name)) for name, value in data.items()}
-    )
-
-
-def _not_none(parts: tuple[Any, ...]) -> Any:
-    (kind,) = (part for part in parts if part is not NoneType)
-    return kind
-
-
-def _object(data: object, where: str) -> dict[str, Any]:
-    _checked(isinstance(data, dict), data, where, "an object")
-    assert isinstance(data, dict)
-    return data
-
-
-def _checked(is_right: bool, data: object, where: str, words: str) -> Any:
-    if not is_right:
-        raise ValueError(f"{where or 'it'} is {data!r:.60}; it must be {words}")
-    return data
-
-
-def _below(where: str, key: str) -> str:
-    return f"{where}.{key:.60}" if where else f"{key:.60}"

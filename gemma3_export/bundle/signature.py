@@ -1,8 +1,8 @@
-"""The one KV-cache signature of a cached decoder step.
+"""The signature of a cached decoder step: names, types and axes of its inputs and outputs.
 
-The trace wrapper, every exporter, every runtime, the manifest and the tests iterate what is here;
-nobody parses tensor names. Axis names are what optimum, transformers.js and onnxruntime-genai
-expect of a decoder: an empty past is legal, and positions come from the mask, so there are no
+The trace wrapper, exporters, runtimes, manifest and tests all iterate this definition instead of
+parsing tensor names. Names and axes are those that optimum, transformers.js and onnxruntime-genai
+expect from a decoder. The past may be empty, and positions come from the mask, so there are no
 ``position_ids``.
 """
 
@@ -16,10 +16,10 @@ from gemma3_export.dtypes import DType
 
 __all__ = ["MODEL_PREFIX", "WINDOW_MARGIN", "Axis", "Signature", "TensorSpec", "window_capacity"]
 
-MODEL_PREFIX = "decoder"  # of every weight's name in a trace and in a torch archive
-WINDOW_MARGIN = 64  # tokens that a windowed cache holds beyond its window, or a window's worth
+MODEL_PREFIX = "decoder"  # prefix of every weight's name in a trace and in a torch archive
+WINDOW_MARGIN = 64  # tokens a sliding-window cache holds beyond its window, at most one window
 
-Axis = int | str  # a literal extent, or the name of a dynamic one
+Axis = int | str  # a fixed size, or the name of a dynamic one
 CANDIDATES: tuple[tuple[str, DType], ...] = (
     ("rows", "int64"),
     ("ids", "int64"),
@@ -37,7 +37,7 @@ class TensorSpec:
     optional: bool = False  # an input with a default
 
     def to_json(self) -> dict[str, object]:
-        """The form that the manifest stores."""
+        """Return the signature's entry in JSON output."""
         return {"name": self.name, "dtype": self.dtype, "axes": list(self.axes)}
 
 
@@ -45,7 +45,8 @@ class TensorSpec:
 class Signature:
     """Ordered inputs and outputs of one cached decoder step.
 
-    ``past_keys``, ``past_values``, ``present_keys`` and ``present_values`` have one entry a layer.
+    ``past_keys``, ``past_values``, ``present_keys`` and ``present_values`` have one entry per
+    layer.
     """
 
     input_ids: TensorSpec
@@ -56,7 +57,7 @@ class Signature:
     logits: TensorSpec
     present_keys: tuple[TensorSpec, ...]
     present_values: tuple[TensorSpec, ...]
-    num_candidates: TensorSpec | None = None  # of a screened head, as are the candidates
+    num_candidates: TensorSpec | None = None  # None unless the head is screened
     candidates: tuple[TensorSpec, ...] = ()  # rows, token ids and logits
 
     @classmethod
@@ -68,10 +69,13 @@ class Signature:
         is_windowed: bool = False,
         is_screened: bool = False,
     ) -> Signature:
-        """The signature of ``config`` with a cache of ``cache_dtype``.
+        """Return the signature of a decoder step of ``config``.
 
-        With ``is_windowed`` the sliding layers' caches hold a window and a margin, whatever the
-        length of the text. With ``is_screened`` the head can give candidates instead of logits.
+        Args:
+            config: the model.
+            cache_dtype: element type of keys and values.
+            is_windowed: sliding layers have caches of fixed size: their window and a margin.
+            is_screened: the head can return candidates instead of logits.
         """
 
         def cache(template: str, length: str) -> tuple[TensorSpec, ...]:
@@ -145,7 +149,7 @@ class Signature:
         return (self.logits, *self.present, *self.candidates)
 
     def to_json(self) -> dict[str, object]:
-        """The form that the manifest stores."""
+        """Return the signature's entry in JSON output."""
         return {
             "inputs": [spec.to_json() | {"optional": spec.optional} for spec in self.inputs],
             "outputs": [spec.to_json() for spec in self.outputs],
@@ -153,9 +157,9 @@ class Signature:
 
 
 def window_capacity(config: Gemma3Config) -> int:
-    """Tokens that a sliding layer's windowed cache has room for.
+    """Return the number of tokens that a sliding layer's cache of fixed size holds.
 
-    Old tokens are moved out once in as many steps as there is room beyond the window.
+    The cache evicts old tokens once per as many steps as it holds tokens beyond the window.
     """
     return config.sliding_window + min(WINDOW_MARGIN, config.sliding_window)
 

@@ -11,34 +11,17 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from gemma3_export.config import Gemma3Config, config_to_json
+from gemma3_export.bundle import write_hf_metadata
 from gemma3_export.errors import Gemma3ExportError
 from gemma3_export.progress import Progress
 from gemma3_export.reference.weights import WeightSource, check_finite
 from gemma3_export.staging import staged_directory, write_text_atomically
 from gemma3_export.tokenizer import Tokenizer, load_tokenizer
 
-__all__ = ["export_hf_folder", "write_description", "write_weights"]
+__all__ = ["export_hf_folder", "write_weights"]
 
 SHARD_BYTES = 4 * 2**30
 INDEX = "model.safetensors.index.json"
-
-
-def write_description(folder: Path, config: Gemma3Config, tokenizer: Tokenizer | None) -> None:
-    """Write everything but the weights: config, generation config and tokenizer."""
-    write_text_atomically(
-        folder / "config.json", json.dumps(config_to_json(config), indent=2) + "\n"
-    )
-    generation = {
-        "bos_token_id": config.bos_token_id,
-        "eos_token_id": list(config.eos_token_id),
-        "pad_token_id": config.pad_token_id,
-    }
-    write_text_atomically(
-        folder / "generation_config.json", json.dumps(generation, indent=2) + "\n"
-    )
-    if tokenizer is not None:
-        tokenizer.save(folder)
 
 
 def write_weights(folder: Path, weights: Mapping[str, Tensor], dtype: torch.dtype) -> None:
@@ -88,7 +71,7 @@ def export_hf_folder(
     if tokenizer is not None:
         tokenizer.check_vocab_size(source.config.vocab_size)
     with staged_directory(output, force=force) as folder:
-        write_description(folder, source.config, tokenizer)
+        write_hf_metadata(folder, source.config, tokenizer)
         shards = _plan_shards(source, dtype)
         names = [
             f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, 1 + len(shards))

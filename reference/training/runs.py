@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from gemma3_export import __version__
+from gemma3_export.bundle import write_hf_metadata
 from gemma3_export.config import load_config, load_json_object
 from gemma3_export.errors import Gemma3ExportError, InputError
 from gemma3_export.reference.model import Gemma3
@@ -30,7 +31,6 @@ from gemma3_export.reference.training.initialization import (
     model_from_pretrained,
 )
 from gemma3_export.reference.training.metrics import MetricsLog, draw_loss_curve
-from gemma3_export.reference.training.model_folder import write_description
 from gemma3_export.reference.training.options import TrainOptions
 from gemma3_export.reference.training.token_data import TokenMeta, open_token_data
 from gemma3_export.reference.training.trainer import Trainer, TrainState
@@ -178,7 +178,7 @@ def _check_same_data(found: TokenMeta, recorded: dict[str, Any], where: Path) ->
 def _write_folder(run: Path, trainer: Trainer, source: WeightSource | None) -> None:
     data, model = trainer.data, trainer.module.model
     run.mkdir(parents=True)
-    write_description(run, model.config, data.tokenizer())
+    write_hf_metadata(run, model.config, data.tokenizer())
     record = {
         "format_version": 1,
         "options": trainer.options.to_json(),

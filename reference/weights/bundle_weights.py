@@ -1,10 +1,16 @@
-"""The weights inside a bundle, whichever graph holds them."""
+"""Canonical weights read back from a bundle's graph.
+
+The recipes of the manifest are inverted: transposed tensors are transposed back, packed tensors
+split, quantised tensors dequantised. So a bundle can be verified, or loaded into the reference
+model, without the checkpoint that it was made from.
+"""
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import onnx_ir as ir
@@ -25,12 +31,7 @@ from gemma3_export.reference.weights.block_matrix import BlockMatrix, unpack_cod
 from gemma3_export.reference.weights.source import WeightSource
 from gemma3_export.runtimes.torch.runtime import ArchiveRuntime, Pt2Runtime, TorchScriptRuntime
 
-__all__ = [
-    "ArchiveWeights",
-    "OnnxBlocks",
-    "OnnxWeights",
-    "open_bundle_weights",
-]
+__all__ = ["ArchiveWeights", "BundleWeights", "OnnxWeights", "open_bundle_weights"]
 
 ARCHIVES: dict[str, type[ArchiveRuntime]] = {
     "torchscript": TorchScriptRuntime,
@@ -40,8 +41,13 @@ ARCHIVES: dict[str, type[ArchiveRuntime]] = {
 
 def open_bundle_weights(
     bundle: Bundle, runtime: str | None = None, *, trust: bool = False
-) -> WeightSource:
-    """Canonical weights read back from the graph for ``runtime``, or from any graph.
+) -> BundleWeights:
+    """Open the weights of the graph for ``runtime``, or of any graph if there is none.
+
+    Args:
+        bundle: the bundle.
+        runtime: the preferred runtime; None takes the first graph.
+        trust: load a torch archive whose hash differs from the manifest.
 
     Raises:
         InputError: the graph cannot be read or contradicts the config.
@@ -53,172 +59,228 @@ def open_bundle_weights(
     return OnnxWeights(bundle)
 
 
-# Read a quantised matrix back out of an ONNX graph's initializers.
+class StoredMatrix(Protocol):
+    """A tensor of a graph's weight file, whose canonical weights are ranges of rows."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape before transposing or quantising: [rows, columns], or [rows] of a vector."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Element type that :meth:`read` returns."""
+
+    def read(self, start: int, stop: int) -> torch.Tensor:
+        """Return a copy of rows [start, stop)."""
 
 
-class OnnxBlocks:
-    """One quantised matrix of a graph, mapped from its file.
-
-    Raises:
-        InputError: parts are missing, or do not have the shapes of the format.
-    """
-
-    def __init__(
-        self, initializers: Mapping[str, ir.Value], name: str, block_format: BlockFormat
-    ) -> None:
-        keys = (CODES, SCALES, MINIMUMS) if block_format.has_minimum else (CODES, SCALES)
-        self.format = block_format
-        self.parts = {key: tensor_of(initializers, f"{name}.{key}") for key in keys}
-        rows, blocks = self.parts[SCALES].shape.numpy()[:2]
-        self.shape = (rows, blocks * block_format.block_size)
-        expected = block_tensors(name, block_format, *self.shape)
-        for key, tensor in self.parts.items():
-            if tuple(tensor.shape) != expected[key].shape:
-                raise InputError(
-                    f"the graph stores {name}.{key} as {list(tensor.shape)}, but its format "
-                    f"({block_format}) needs {list(expected[key].shape)}; export the bundle anew"
-                )
-
-    def blocks(self, start: int, stop: int) -> BlockMatrix:
-        """Rows [start, stop) as they are stored."""
-        part = {key: read_rows(tensor, start, stop) for key, tensor in self.parts.items()}
-        codes = unpack_codes(part[CODES], self.format)
-        return BlockMatrix(self.format, codes, part[SCALES].float(), part.get(MINIMUMS))
-
-
-def read_rows(tensor: ir.TensorProtocol, start: int, stop: int) -> torch.Tensor:
-    """Rows [start, stop) of a stored tensor, copied."""
-    rows = np.array(tensor.numpy()[start:stop])
-    if tensor.dtype == ir.DataType.BFLOAT16:  # which torch does not take from numpy
-        return torch.from_numpy(rows.view(np.uint16)).view(torch.bfloat16)
-    return torch.from_numpy(rows)
-
-
-def tensor_of(initializers: Mapping[str, ir.Value], name: str) -> ir.TensorProtocol:
-    """The stored tensor ``name``.
+class BundleWeights(WeightSource):
+    """The canonical weights of one graph of a bundle.
 
     Raises:
-        InputError: there is none of two axes or three.
-    """
-    value = initializers.get(name)
-    if value is None or value.const_value is None or len(value.const_value.shape) not in (2, 3):
-        raise InputError(f"the graph lacks {name}, which its manifest names; export it anew")
-    return value.const_value
-
-
-# Read the canonical weights back out of an ONNX bundle.
-#
-# Recipes are inverted: transposed tensors are turned back, packed ones cut apart, quantised ones
-# dequantised. So a bundle can be
-# verified, or loaded into the reference, without the weights that it came from.
-
-
-class OnnxWeights(WeightSource):
-    """The weights of a bundle's ONNX graph, mapped from its external data.
-
-    Raises:
-        InputError: the graph cannot be read, or lacks a weight that its config needs.
+        InputError: the graph lacks a weight that its config needs, or has another shape.
     """
 
-    def __init__(self, bundle: Bundle) -> None:
-        self.config = bundle.config
-        self.origin = f"the ONNX graph in {bundle.path}"
+    def __init__(self, bundle: Bundle, runtime: str, origin: str) -> None:
         self.bundle = bundle
-        self.graph = bundle.graph("onnx")
-        path = bundle.file(self.graph.path)
-        try:
-            initializers = ir.load(path).graph.initializers
-        except Exception as error:  # protobuf and onnx_ir raise what they like
-            raise InputError(f"{path} cannot be read: {error}; export the bundle anew") from error
-        for stored in initializers.values():
-            if isinstance(stored.const_value, ir.ExternalTensor):
-                stored.const_value = resolved(stored.const_value, bundle, path)
-        self.shapes = dict(self.config.weight_shapes())
-        self.stored: dict[str, tuple[Any, WeightRecipe, int]] = {}
-        for name, recipe in self.graph.weights.items():
-            if recipe.blocks is not None:
-                self._locate(OnnxBlocks(initializers, name, recipe.blocks), recipe, path)
-                continue
-            value = initializers.get(name)
-            if value is not None and value.const_value is not None:
-                self._locate(value.const_value, recipe, path)
-        if missing := self.shapes.keys() - self.stored.keys():
+        self.config = bundle.config
+        self.origin = origin
+        self.recipes = bundle.graph(runtime).weights
+        self._rows: dict[str, tuple[StoredMatrix, int]] = {}  # canonical name to its first row
+        for name, recipe in self.recipes.items():
+            matrix = self._open_matrix(name, recipe)
+            if matrix is not None:
+                self._assign_rows(matrix, recipe)
+        if missing := self._shapes.keys() - self._rows.keys():
             raise InputError(
-                f"{path} lacks {len(missing)} weights of its config, such as "
-                f"{', '.join(sorted(missing)[:3])}; export the bundle anew"
+                f"{self.origin} lacks {len(missing)} weights of its config, such as "
+                f"{', '.join(sorted(missing)[:3])}; export the bundle again"
             )
 
-    def _locate(self, tensor: Any, recipe: WeightRecipe, path: Path) -> None:
+    @abstractmethod
+    def _open_matrix(self, name: str, recipe: WeightRecipe) -> StoredMatrix | None:
+        """Return the stored tensor ``name``, None if the graph lacks it."""
+
+    def _assign_rows(self, matrix: StoredMatrix, recipe: WeightRecipe) -> None:
         rows = 0
         for name in recipe.names:
-            if name not in self.shapes:
-                raise InputError(f"{path} stores {name}, which its config does not have")
-            self.stored[name] = (tensor, recipe, rows)
-            rows += self.shapes[name][0]
-        shape: tuple[int, ...] = (rows, *self.shapes[recipe.names[0]][1:])
-        expected = shape[::-1] if recipe.transposed else shape
-        if tuple(tensor.shape) != expected:
+            if name not in self._shapes:
+                raise InputError(
+                    f"{self.origin} stores {name}, which its config does not have; config.json or "
+                    "the graph was changed; export the bundle again"
+                )
+            self._rows[name] = (matrix, rows)
+            rows += self._shapes[name][0]
+        expected = (rows, *self._shapes[recipe.names[0]][1:])
+        if matrix.shape != expected:
             raise InputError(
-                f"{path} stores {' + '.join(recipe.names)} as {list(tensor.shape)}, but its "
+                f"{self.origin} stores {' + '.join(recipe.names)} as {list(matrix.shape)}, but its "
                 f"config needs {list(expected)}; config.json or the graph was changed"
             )
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
-        """See :class:`gemma3_export.reference.weights.WeightSource`."""
-        tensor, recipe, first = self.stored[name]
-        stop = self.shapes[name][0] if stop is None else stop
+        """See :meth:`WeightSource.read`."""
+        start, stop = self._row_range(name, start, stop)
+        matrix, first = self._rows[name]
         try:
-            if isinstance(tensor, OnnxBlocks):
-                return tensor.blocks(first + start, first + stop).dequantize()
-            array = tensor.numpy()  # a view of the mapped file
+            return matrix.read(first + start, first + stop)
         except Exception as error:  # missing or truncated external data
-            raise InputError(f"{self.origin}: {name} cannot be read: {error}") from error
-        rows = slice(first + start, first + stop)
-        part = np.ascontiguousarray(array[:, rows].T if recipe.transposed else array[rows])
-        if tensor.dtype == ir.DataType.BFLOAT16:  # which torch does not take from numpy
-            return torch.from_numpy(part.view(np.uint16).copy()).view(torch.bfloat16)
-        return torch.from_numpy(part.copy())
+            raise InputError(
+                f"{self.origin}: cannot read {name} ({error}); copy the bundle again"
+            ) from error
+
+    def stored_dtype(self, name: str) -> torch.dtype:
+        """See :meth:`WeightSource.stored_dtype`."""
+        return self._rows[name][0].dtype
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Return the fingerprint of the weights that the bundle was made from."""
+        return self.bundle.manifest.source
+
+
+# ONNX graphs
+
+
+class OnnxWeights(BundleWeights):
+    """The weights of a bundle's ONNX graph, memory-mapped from its external data.
+
+    Raises:
+        InputError: the graph cannot be read, or does not fit its config.
+    """
+
+    def __init__(self, bundle: Bundle) -> None:
+        path = bundle.file(bundle.graph("onnx").path)
+        try:
+            self._initializers: Mapping[str, ir.Value] = ir.load(path).graph.initializers
+        except Exception as error:  # protobuf and onnx_ir have no common error type
+            raise InputError(f"{path} cannot be read: {error}; export the bundle again") from error
+        for stored in self._initializers.values():
+            if isinstance(stored.const_value, ir.ExternalTensor):
+                stored.const_value = resolved(stored.const_value, bundle, path)
+        super().__init__(bundle, "onnx", origin=str(path))
+
+    def _open_matrix(self, name: str, recipe: WeightRecipe) -> StoredMatrix | None:
+        if recipe.blocks is not None:
+            return OnnxBlocks(self._initializers, name, recipe.blocks)
+        value = self._initializers.get(name)
+        if value is None or value.const_value is None:
+            return None
+        return OnnxTensor(value.const_value, is_transposed=recipe.transposed)
 
     @property
     def activation_blocks(self) -> Mapping[str, int]:
         """See :class:`gemma3_export.reference.weights.WeightSource`."""
         return {
             name: recipe.blocks.block_size
-            for recipe in self.graph.weights.values()
+            for recipe in self.recipes.values()
             if recipe.blocks is not None and recipe.blocks.scale_type == "float32"
             for name in recipe.names
         }
 
-    def stored_dtype(self, name: str) -> torch.dtype:
-        """See :class:`gemma3_export.reference.weights.WeightSource`."""
-        return self.read(name, 0, 1).dtype
 
-    def fingerprint(self) -> dict[str, Any]:
-        """The fingerprint of the weights that the bundle was made from."""
-        return self.bundle.manifest.source
+class OnnxTensor:
+    """A float tensor of an ONNX graph; see :class:`StoredMatrix`."""
+
+    def __init__(self, tensor: ir.TensorProtocol, *, is_transposed: bool) -> None:
+        self.tensor, self.is_transposed = tensor, is_transposed
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape before transposing."""
+        shape = tuple(self.tensor.shape.numpy())
+        return shape[::-1] if self.is_transposed else shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Element type in the file."""
+        return self.read(0, 1).dtype
+
+    def read(self, start: int, stop: int) -> torch.Tensor:
+        """Return a copy of rows [start, stop)."""
+        array = self.tensor.numpy()  # a view of the mapped file
+        rows = array[:, start:stop].T if self.is_transposed else array[start:stop]
+        return torch_tensor(self.tensor, rows)
+
+
+class OnnxBlocks:
+    """A quantised matrix of an ONNX graph; see :class:`StoredMatrix`.
+
+    Raises:
+        InputError: tensors are missing, or do not have the shapes of the format.
+    """
+
+    dtype = torch.float32
+
+    def __init__(
+        self, initializers: Mapping[str, ir.Value], name: str, block_format: BlockFormat
+    ) -> None:
+        keys = (CODES, SCALES, MINIMUMS) if block_format.has_minimum else (CODES, SCALES)
+        self.format = block_format
+        self.tensors = {key: initializer(initializers, f"{name}.{key}") for key in keys}
+        rows, blocks = self.tensors[SCALES].shape.numpy()[:2]
+        self.shape: tuple[int, ...] = (rows, blocks * block_format.block_size)
+        expected = block_tensors(name, block_format, *self.shape)
+        for key, tensor in self.tensors.items():
+            if tuple(tensor.shape) != expected[key].shape:
+                raise InputError(
+                    f"the graph stores {name}.{key} as {list(tensor.shape)}, but its format "
+                    f"({block_format}) needs {list(expected[key].shape)}; export the bundle again"
+                )
+
+    def read(self, start: int, stop: int) -> torch.Tensor:
+        """Return rows [start, stop), dequantised."""
+        part = {
+            key: torch_tensor(tensor, tensor.numpy()[start:stop])
+            for key, tensor in self.tensors.items()
+        }
+        codes = unpack_codes(part[CODES], self.format)
+        matrix = BlockMatrix(self.format, codes, part[SCALES].float(), part.get(MINIMUMS))
+        return matrix.dequantize()
+
+
+def torch_tensor(tensor: ir.TensorProtocol, rows: Any) -> torch.Tensor:
+    """Return ``rows`` of the values of ``tensor``, copied."""
+    copied = np.array(rows, order="C")
+    if tensor.dtype == ir.DataType.BFLOAT16:  # torch cannot convert numpy's bfloat16
+        return torch.from_numpy(copied.view(np.uint16)).view(torch.bfloat16)
+    return torch.from_numpy(copied)
+
+
+def initializer(initializers: Mapping[str, ir.Value], name: str) -> ir.TensorProtocol:
+    """Return the value of an initializer with two or three axes.
+
+    Raises:
+        InputError: the graph has none of this name.
+    """
+    value = initializers.get(name)
+    if value is None or value.const_value is None or len(value.const_value.shape) not in (2, 3):
+        raise InputError(
+            f"the graph lacks {name}, which its manifest lists; export the bundle again"
+        )
+    return value.const_value
 
 
 def resolved(tensor: ir.ExternalTensor, bundle: Bundle, graph: Path) -> ir.ExternalTensor:
-    """``tensor`` with the real path of its file, which may be a link, as in the Hub's cache.
+    """Return ``tensor`` with the real path of its file, which may be a link, as in the Hub's cache.
 
-    onnx_ir refuses links that lead out of the graph's folder, and files with several names. Here
-    the file is one that the manifest lists with its hash, whatever lies behind its name.
+    onnx_ir rejects links out of the graph's folder and files with several hard links. Those are
+    safe here because the manifest lists the file with its hash.
 
     Raises:
-        InputError: the graph names another file.
+        InputError: the graph refers to a file outside of the bundle.
     """
     location = PurePosixPath(tensor.location)
     relative = (PurePosixPath(bundle.graph("onnx").path).parent / location).as_posix()
     if relative not in bundle.manifest.files:
         raise InputError(
             f"{graph} reads {str(location)!r:.80}, which is not among the bundle's files; export "
-            "it anew"
+            "the bundle again"
         )
     file = bundle.file(relative).resolve()
     if not file.is_file():
-        raise InputError(f"{bundle.file(relative)} is missing or no file; copy the bundle again")
+        raise InputError(f"{bundle.file(relative)} is missing or not a file; copy the bundle again")
     return ir.ExternalTensor(
-        file,  # without a folder that it would have to lie in
+        file,  # without base_dir, which would have to contain it
         tensor.offset,
         tensor.length,
         tensor.dtype,
@@ -227,95 +289,72 @@ def resolved(tensor: ir.ExternalTensor, bundle: Bundle, graph: Path) -> ir.Exter
     )
 
 
-# Read the canonical weights back out of a torch archive: TorchScript's or torch.export's.
+# Torch archives
 
 
-class ArchiveWeights(WeightSource):
-    """The weights of a bundle's archive, which is loaded as its runtime would load it.
+class ArchiveWeights(BundleWeights):
+    """The weights of a bundle's torch archive, which is loaded as its runtime loads it.
 
     Raises:
-        InputError: the archive was changed, or lacks a weight that its config needs.
+        InputError: the archive was changed, or does not fit its config.
     """
 
     def __init__(self, bundle: Bundle, runtime: str, *, trust: bool = False) -> None:
-        self.bundle = bundle
-        self.config = bundle.config
-        self.origin = f"the {runtime} archive in {bundle.path}"
-        self.shapes = dict(self.config.weight_shapes())
-        opened = ARCHIVES[runtime](bundle, device="cpu", trust=trust)
-        module = opened.module
-        self.stored: dict[str, tuple[torch.Tensor | ArchiveBlocks, int]] = {}
-        for name, recipe in bundle.graph(runtime).weights.items():
-            if recipe.blocks is None:
-                self._locate(stored_tensor(module, name), recipe)
-            else:
-                self._locate(ArchiveBlocks(owner_of(module, name), recipe.blocks), recipe)
-        if missing := self.shapes.keys() - self.stored.keys():
-            raise InputError(
-                f"{self.origin} lacks {len(missing)} weights of its config, such as "
-                f"{', '.join(sorted(missing)[:3])}; export the bundle anew"
-            )
+        self._module = ARCHIVES[runtime](bundle, device="cpu", trust=trust).module
+        super().__init__(bundle, runtime, origin=f"the {runtime} archive in {bundle.path}")
 
-    def _locate(self, tensor: torch.Tensor | ArchiveBlocks, recipe: WeightRecipe) -> None:
-        start = 0
-        for name in recipe.names:
-            self.stored[name] = (tensor, start)
-            start += self.shapes.get(name, (0,))[0]
-        if tensor.shape[0] != start:
-            raise InputError(
-                f"{self.origin} stores {' + '.join(recipe.names)} with {tensor.shape[0]} rows, "
-                f"but its config needs {start}; config.json or the archive was changed"
-            )
+    def _open_matrix(self, name: str, recipe: WeightRecipe) -> StoredMatrix:
+        owner = owner_of(self._module, name)
+        if recipe.blocks is not None:
+            return ArchiveBlocks(owner, recipe.blocks)
+        tensor: torch.Tensor = getattr(owner, name.rpartition(".")[2])
+        return ArchiveTensor(tensor if tensor.numel() else owner.packed)
 
-    def read(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
-        """See :class:`gemma3_export.reference.weights.WeightSource`."""
-        tensor, first = self.stored[name]
-        stop = self.shapes[name][0] if stop is None else stop
-        if isinstance(tensor, ArchiveBlocks):
-            return tensor.read(first + start, first + stop)
-        if tensor.is_mkldnn:  # laid out for the CPU; the way back is exact
-            tensor = tensor.to_dense()
-        return tensor[first + start : first + stop].clone()
 
-    def stored_dtype(self, name: str) -> torch.dtype:
-        """See :class:`gemma3_export.reference.weights.WeightSource`."""
-        tensor = self.stored[name][0]
-        return torch.float32 if isinstance(tensor, ArchiveBlocks) else tensor.dtype
+class ArchiveTensor:
+    """A float tensor of a torch archive; see :class:`StoredMatrix`."""
 
-    def fingerprint(self) -> dict[str, Any]:
-        """The fingerprint of the weights that the bundle was made from."""
-        return self.bundle.manifest.source
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor
+        self.shape, self.dtype = tuple(tensor.shape), tensor.dtype
+
+    def read(self, start: int, stop: int) -> torch.Tensor:
+        """Return a copy of rows [start, stop)."""
+        # Converting from oneDNN's layout is exact.
+        tensor = self.tensor.to_dense() if self.tensor.is_mkldnn else self.tensor
+        return tensor[start:stop].clone()
 
 
 class ArchiveBlocks:
-    """A quantised matrix of a loaded archive; see ``torchscript_matrix.BlockedMatrix``."""
+    """A quantised matrix of a torch archive; see :class:`StoredMatrix`.
+
+    Args:
+        matrix: a :class:`gemma3_export.exporters.torch.matrix.BlockedMatrix` of a loaded archive.
+        block_format: its format.
+    """
+
+    dtype = torch.float32
 
     def __init__(self, matrix: Any, block_format: BlockFormat) -> None:
         self.codes: torch.Tensor = matrix.codes  # [G, N, block] int8
         self.scales: torch.Tensor = matrix.scales  # [G, N]
         self.format = block_format
-        self.shape = (self.codes.shape[1],)
+        groups, rows, size = self.codes.shape
+        self.shape: tuple[int, ...] = (rows, groups * size)
 
     def read(self, start: int, stop: int) -> torch.Tensor:
-        """Rows [start, stop), dequantised."""
+        """Return rows [start, stop), dequantised."""
         codes = self.codes[:, start:stop].transpose(0, 1).flatten(1).to(torch.int16)
         codes = (codes + self.format.zero_point).to(torch.uint8)
         scales = self.scales[:, start:stop].t().contiguous()
         return BlockMatrix(self.format, codes, scales).dequantize()
 
 
-def stored_tensor(module: Any, name: str) -> torch.Tensor:
-    """The tensor behind a parameter's name in a loaded archive, packed or not."""
-    owner = owner_of(module, name)
-    tensor: torch.Tensor = getattr(owner, name.rpartition(".")[2])
-    return tensor if tensor.numel() else owner.packed
-
-
 def owner_of(module: Any, name: str) -> Any:
-    """The module that holds a parameter in a loaded archive."""
+    """Return the module that holds a parameter in a loaded archive."""
     *path, _ = f"{MODEL_PREFIX}.{name}".split(".")
     owner = module
     for part in path:
-        # An untied head's matrix belongs to the head itself in TorchScript.
+        # In TorchScript, the matrix of an untied head belongs to the head itself.
         owner = getattr(owner, "head" if part == "lm_head" and not hasattr(owner, part) else part)
     return getattr(owner, "matrix", owner)

@@ -44,7 +44,7 @@ MISSING = object()
         (("graphs", 0, "runtime"), None, "graphs[0].runtime is None; it must be a string"),
         (("graphs", 0, "runtime"), MISSING, "graphs[0].runtime is missing"),
         (("graphs", 0, "cache_dtype"), "float128", "graphs[0].cache_dtype is 'float128'"),
-        (("graphs", 0, "cache_dtype"), "int64", "is int64; it must be of floats"),
+        (("graphs", 0, "cache_dtype"), "int64", "is int64; it must be a floating-point type"),
         (("graphs", 0, "verified"), 1, "graphs[0].verified is 1; it must be true or false"),
         (("graphs", 0, "max_kld"), float("nan"), "max_kld is nan; it must be a finite number"),
         (("graphs", 0, "extra"), 1, "graphs[0].extra is unknown"),

@@ -361,7 +361,11 @@ class TestExport:
                 tiny_config(layer_types=("full_attention",) * 5),
                 "layers are full_attention",
             ),
-            (OnnxWriter(screen=True), tiny_config(hidden_size=40), "do not divide hidden_size 40"),
+            (
+                OnnxWriter(screen=True),
+                tiny_config(hidden_size=40),
+                "hidden_size 40 is not a multiple",
+            ),
         ],
     )
     def test_heads_that_cannot_be_screened_are_refused(
