@@ -180,7 +180,7 @@ def test_mixed_exports_keep_to_their_budget_and_are_smaller_the_larger_it_is() -
 
 @pytest.mark.parametrize("dtype", ["int4", "mixed"])
 def test_blocks_that_do_not_divide_a_matrix_are_refused(dtype: str, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="48 columns, which blocks of 32"):
+    with pytest.raises(InputError, match="48 columns, not a multiple of the block size 32"):
         export_bundle(SOURCE, tmp_path / "bundle", OnnxWriter(dtype=dtype, calibration=PLAN))
     assert list(tmp_path.iterdir()) == []
 

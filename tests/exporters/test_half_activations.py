@@ -161,7 +161,7 @@ def test_fp16_activations_that_overflow_are_refused_with_the_option_that_holds_t
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_activations_go_with_quantised_matrices_only(dtype: str) -> None:
-    with pytest.raises(InputError, match=rf"not with {dtype}; .*--dtype fp16"):
+    with pytest.raises(InputError, match=rf"not {dtype}; .*--dtype fp16"):
         OnnxWriter(dtype=dtype, activations="fp16")
     with pytest.raises(InputError, match="choose fp32, bf16, fp16"):
         OnnxWriter(dtype="int8", activations="int8")

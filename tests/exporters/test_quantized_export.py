@@ -178,7 +178,7 @@ def test_an_export_over_its_budget_fails_with_the_number_and_leaves_nothing(
 @pytest.mark.parametrize(
     ("writer", "message"),
     [
-        (OnnxWriter(dtype="int8", block_size=32), "48 columns, which blocks of 32"),
+        (OnnxWriter(dtype="int8", block_size=32), "48 columns, not a multiple of the block size 32"),
         (OnnxWriter(dtype="keep"), "no quantised matrix"),
     ],
 )
