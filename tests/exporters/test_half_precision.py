@@ -104,5 +104,5 @@ def test_a_bf16_bundle_without_the_onnx_package_says_what_to_do(
 
 @pytest.mark.parametrize("dtype", TYPES)
 def test_standard_operators_have_no_half_precision(dtype: str) -> None:
-    with pytest.raises(InputError, match="portable has fp32 only"):
+    with pytest.raises(InputError, match="portable supports fp32 only"):
         OnnxWriter(target="portable", dtype=dtype)

@@ -178,7 +178,7 @@ def test_an_export_over_its_budget_fails_with_the_number_and_leaves_nothing(
 @pytest.mark.parametrize(
     ("writer", "message"),
     [
-        (OnnxWriter(dtype="int8", block_size=32), "48 columns, not a multiple of the block size 32"),
+        (OnnxWriter(dtype="int8", block_size=32), "48 columns, not a multiple of"),
         (OnnxWriter(dtype="keep"), "no quantised matrix"),
     ],
 )
@@ -192,7 +192,7 @@ def test_what_cannot_be_quantised_is_refused(
 
 @pytest.mark.parametrize("size", [0, 8, 48, 512])
 def test_block_sizes_that_no_kernel_has_are_refused(size: int) -> None:
-    with pytest.raises(InputError, match=f"block size is {size}"):
+    with pytest.raises(InputError, match=f"block size {size} is not supported"):
         BlockFormat(bits=8, block_size=size)
 
 

@@ -359,7 +359,7 @@ class TestExport:
             (
                 OnnxWriter(screen=True),
                 tiny_config(layer_types=("full_attention",) * 5),
-                "layers are full_attention",
+                "layers of type full_attention",
             ),
             (
                 OnnxWriter(screen=True),
