@@ -1,1 +1,1 @@
-"""What only developers run: measurements, peers, the recorded training. Not in the wheel."""
+"""Tools for developers, not in the wheel: measurements, peers, and training the demo model."""

@@ -49,7 +49,7 @@ RATES = (1e-4, 3e-3, 1e-2)  # the first is the ancestor's
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """What differs between two runs."""
+    """A model, its optimizer and its schedule."""
 
     label: str
     model: Gemma3

@@ -27,7 +27,7 @@ NO_AMX = "-mno-amx-tile -mno-amx-int8 -mno-amx-bf16" if platform.machine() == "x
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Peer:
-    """How to install an engine and start its worker.
+    """An engine to install, and its worker.
 
     ``gemma3_export.bench.peers.ENGINES`` has its formats.
     """

@@ -1,4 +1,4 @@
-"""Peers: the engines that a benchmark can measure beside a bundle.
+"""Find the peers that a benchmark measures a bundle against.
 
 Some run in this environment (:data:`BUILT_IN_PEERS`). Every other engine has its own environment,
 which a checkout sets up with ``python -m benchmarks.peers``. All that a benchmark needs to know

@@ -76,7 +76,7 @@ def benchmark_texts(tokenizer: Tokenizer, bos_token_id: int) -> list[list[int]]:
 
 
 def read_logits(worker: Worker, ids: Sequence[int], file: Path) -> torch.Tensor:
-    """Return a candidate's logits [T, V]; ``file`` is where they are passed on."""
+    """Return a candidate's logits [T, V]; the worker passes them through ``file``."""
     worker.write_logits(ids, file)
     logits = torch.from_numpy(np.load(file))
     file.unlink()

@@ -48,7 +48,7 @@ PACKAGES = {  # what a candidate needs, and how to install it
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BenchmarkOptions:
-    """What to measure: every prompt length with every batch size.
+    """The measurements to make: every prompt length with every batch size.
 
     Raises:
         InputError: an option is invalid, or a peer is unknown.

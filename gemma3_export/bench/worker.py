@@ -72,7 +72,7 @@ class RuntimeCandidate:
 
 
 def most_likely(row: Logits | Candidates) -> int:
-    """Return the token with the largest logit, the first one of equals."""
+    """Return the token with the largest logit, or the first of several."""
     if isinstance(row, Candidates):
         return int(row.ids[row.scores.argmax()])
     return int(row.argmax())

@@ -1,1 +1,1 @@
-"""CUDA without guesswork: the doctor, and operator placement shown without a GPU."""
+"""Diagnose CUDA, and check where a graph's nodes run on a GPU without having one."""

@@ -1,4 +1,4 @@
-"""onnxruntime-genai with a model from its own builder; see ``serving.py``.
+"""Run onnxruntime-genai with a model from its own builder.
 
 Legend: B batch, T tokens, V vocabulary.
 """
@@ -15,34 +15,34 @@ from numpy.typing import NDArray
 
 __all__ = ["GenaiCandidate", "convert", "load"]
 
-READ_BYTES = "read_bytes.json"  # how much a token reads
+READ_BYTES = "read_bytes.json"  # bytes of weights that one decode step reads
 IntArray = NDArray[np.int64]
 
 
 class GenaiCandidate:
-    """Greedy search by the library's own generator, its cache as it allocates it."""
+    """The library's own generator with greedy search and its own cache."""
 
-    def __init__(self, path: Path, form: str) -> None:
+    def __init__(self, path: Path, weight_format: str) -> None:
         self.model = og.Model(str(path))
-        self.form = form
+        self.weight_format = weight_format
         options = json.loads((path / "genai_config.json").read_text(encoding="utf-8"))
         session = options["model"]["decoder"]["session_options"]
         self.threads = session["intra_op_num_threads"]
         self.bytes_per_token = json.loads((path / READ_BYTES).read_text(encoding="utf-8"))
 
     def describe(self) -> dict[str, object]:
-        """See ``serving.Candidate``."""
+        """See ``Candidate`` in ``serving.py``."""
         return {
             "runtime": "onnxruntime-genai",
             "onnxruntime-genai": og.__version__,
-            "dtype": self.form,
+            "dtype": self.weight_format,
             "device": self.model.device_type,
             "threads": self.threads,
             "bytes_per_token": self.bytes_per_token,
         }
 
     def generator(self, rows: int, length: int) -> og.Generator:
-        """A greedy generator with room for ``length`` tokens in each of ``rows``."""
+        """Return a greedy generator for ``rows`` sequences of ``length`` tokens."""
         parameters = og.GeneratorParams(self.model)
         parameters.set_search_options(
             batch_size=rows, max_length=length, min_length=length, do_sample=False
@@ -50,7 +50,7 @@ class GenaiCandidate:
         return og.Generator(self.model, parameters)
 
     def run(self, prompt: IntArray, new_tokens: int) -> tuple[float, float, IntArray]:
-        """See ``serving.Candidate``."""
+        """See ``Candidate`` in ``serving.py``."""
         rows, length = prompt.shape
         started = time.perf_counter()
         generator = self.generator(rows, length + new_tokens + 2)
@@ -64,15 +64,15 @@ class GenaiCandidate:
         return first - started, ended - first, tokens.astype(np.int64)
 
     def logits(self, ids: IntArray) -> NDArray[np.float32]:
-        """See ``serving.Candidate``."""
+        """See ``Candidate`` in ``serving.py``."""
         generator = self.generator(1, len(ids) + 2)
         generator.append_tokens(ids[None].astype(np.int32))
         found: NDArray[np.float32] = np.asarray(generator.get_output("logits"), np.float32)[0]
         return found
 
 
-def load(model: Path, form: str, threads: int) -> GenaiCandidate:
-    """Load what :func:`convert` wrote, with ``threads`` in its configuration."""
+def load(model: Path, weight_format: str, threads: int) -> GenaiCandidate:
+    """Load what :func:`convert` wrote, after writing ``threads`` to its configuration."""
     file = model / "genai_config.json"
     options = json.loads(file.read_text(encoding="utf-8"))
     session = options["model"]["decoder"]["session_options"]
@@ -81,22 +81,22 @@ def load(model: Path, form: str, threads: int) -> GenaiCandidate:
         partial = file.with_suffix(".partial")
         partial.write_text(json.dumps(options, indent=1), encoding="utf-8")
         partial.replace(file)
-    return GenaiCandidate(model, form)
+    return GenaiCandidate(model, weight_format)
 
 
-def convert(source: Path, target: Path, form: str) -> None:
-    """Let the library's builder make a CPU model; int4 with 8-bit activations, its fastest."""
-    build(source, target, form, "cpu")
+def convert(source: Path, target: Path, weight_format: str) -> None:
+    """Build a CPU model with the library's builder; int4 uses 8-bit activations, the fastest."""
+    build(source, target, weight_format, "cpu")
 
 
-def build(source: Path, target: Path, form: str, provider: str) -> None:
-    """Make the model and note how much a token reads of it."""
+def build(source: Path, target: Path, weight_format: str, provider: str) -> None:
+    """Build the model, and record the bytes of weights that one decode step reads."""
     from onnx_bytes import bytes_per_token
     from onnxruntime_genai.models.builder import create_model
 
-    extra = {"int4_accuracy_level": 4} if (form, provider) == ("int4", "cpu") else {}
+    extra = {"int4_accuracy_level": 4} if (weight_format, provider) == ("int4", "cpu") else {}
     cache = target / "cache"
-    create_model(None, str(source), str(target), form, provider, str(cache), **extra)
+    create_model(None, str(source), str(target), weight_format, provider, str(cache), **extra)
     if cache.exists():
         cache.rmdir()
     count = bytes_per_token(target / "model.onnx")

@@ -1,4 +1,4 @@
-"""llama.cpp through the C functions that llama-cpp-python binds; see ``serving.py``.
+"""Run llama.cpp through the C API that llama-cpp-python binds.
 
 Legend: B batch, T tokens, V vocabulary.
 """
@@ -28,27 +28,27 @@ IntArray = NDArray[np.int64]
 class LlamaCppCandidate:
     """A GGUF file, with llama.cpp's defaults for cache types, flash attention and batches."""
 
-    def __init__(self, path: Path, form: str, threads: int) -> None:
+    def __init__(self, path: Path, weight_format: str, threads: int) -> None:
         c.llama_backend_init()
-        self.log = c.llama_log_callback(print_errors)  # llama.cpp calls it as long as we live
+        self.log = c.llama_log_callback(print_errors)  # llama.cpp keeps the pointer
         c.llama_log_set(self.log, None)
         parameters = c.llama_model_default_params()
         parameters.n_gpu_layers = 0
         self.model = c.llama_model_load_from_file(str(path).encode(), parameters)
         if not self.model:
             raise OSError(f"llama.cpp cannot load {path}")
-        self.form, self.threads = form, threads
+        self.weight_format, self.threads = weight_format, threads
         self.vocab_size = c.llama_vocab_n_tokens(c.llama_model_get_vocab(self.model))
 
     def describe(self) -> dict[str, object]:
-        """See ``serving.Candidate``."""
+        """See ``Candidate`` in ``serving.py``."""
         context = self.context(1, 16, 1)
         threads = c.llama_n_threads(context)
         c.llama_free(context)
         return {
             "runtime": "llama.cpp",
             "llama-cpp-python": c.__version__,
-            "dtype": self.form,
+            "dtype": self.weight_format,
             "device": "cpu",
             "threads": threads,
             "bytes_per_token": c.llama_model_size(self.model),
@@ -56,7 +56,7 @@ class LlamaCppCandidate:
         }
 
     def context(self, rows: int, length: int, outputs: int) -> Any:
-        """A cache and buffers for ``rows`` sequences of ``length`` tokens."""
+        """Return a context, with cache and buffers, for ``rows`` sequences of ``length`` tokens."""
         parameters = c.llama_context_default_params()
         parameters.n_ctx = rows * length
         parameters.n_batch = min(CHUNK_TOKENS, rows * length)
@@ -65,16 +65,16 @@ class LlamaCppCandidate:
         parameters.n_threads = parameters.n_threads_batch = self.threads
         context = c.llama_init_from_model(self.model, parameters)
         if not context:
-            raise MemoryError(f"llama.cpp refused a context of {rows} x {length} tokens")
+            raise MemoryError(f"llama.cpp cannot create a context of {rows} x {length} tokens")
         return context
 
     def run(self, prompt: IntArray, new_tokens: int) -> tuple[float, float, IntArray]:
-        """See ``serving.Candidate``."""
+        """See ``Candidate`` in ``serving.py``."""
         rows, length = prompt.shape
         started = time.perf_counter()
         context = self.context(rows, length + new_tokens + 1, rows)
         batch = c.llama_batch_init(max(CHUNK_TOKENS, rows), 0, 1)
-        # One row after another, so that a chunk has at most one row's end or some whole rows.
+        # Rows follow one another, so a chunk contains the end of one row, or several whole rows.
         flat = [
             (int(token), position, row)
             for row in range(rows)
@@ -101,7 +101,7 @@ class LlamaCppCandidate:
         return first - started, ended - first, np.stack(tokens, axis=1)
 
     def logits(self, ids: IntArray) -> NDArray[np.float32]:
-        """See ``serving.Candidate``."""
+        """See ``Candidate`` in ``serving.py``."""
         length = len(ids)
         context = self.context(1, length, length)
         batch = c.llama_batch_init(length, 0, 1)
@@ -113,19 +113,19 @@ class LlamaCppCandidate:
         return found
 
     def row_logits(self, context: Any, index: int) -> NDArray[np.float32]:
-        """Logits [V] of a batch's token; a view that the next decoding overwrites."""
+        """Return the logits [V] of a token in the batch, a view that the next decode overwrites."""
         pointer = c.llama_get_logits_ith(context, index)
         return np.ctypeslib.as_array(pointer, shape=(self.vocab_size,))
 
 
 def print_errors(level: int, text: bytes, _: object) -> None:
-    """Pages of details of every context would hide the benchmark's own table."""
+    """Print errors only: llama.cpp also logs pages of details about every context."""
     if level == ERROR:
         sys.stderr.write(text.decode(errors="replace"))
 
 
 def fill(batch: Any, entries: Sequence[tuple[int, int, int]], wanted: Sequence[bool]) -> Any:
-    """Put (token, position, sequence) into llama.cpp's batch."""
+    """Fill llama.cpp's batch with (token, position, sequence) entries."""
     batch.n_tokens = len(entries)
     for index, (token, position, row) in enumerate(entries):
         batch.token[index] = token
@@ -137,37 +137,39 @@ def fill(batch: Any, entries: Sequence[tuple[int, int, int]], wanted: Sequence[b
 
 
 def decode(context: Any, batch: Any) -> None:
-    """Run a batch; its results are in the context."""
+    """Run a batch; the context receives the results."""
     if code := c.llama_decode(context, batch):
         raise RuntimeError(f"llama_decode returned {code}")
 
 
-def load(model: Path, form: str, threads: int) -> LlamaCppCandidate:
+def load(model: Path, weight_format: str, threads: int) -> LlamaCppCandidate:
     """Load what :func:`convert` wrote."""
-    return LlamaCppCandidate(model / "model.gguf", form, threads)
+    return LlamaCppCandidate(model / "model.gguf", weight_format, threads)
 
 
-def convert(source: Path, target: Path, form: str) -> None:
-    """Write a folder of float32 safetensors as GGUF and let llama.cpp quantise it as it does.
+def convert(source: Path, target: Path, weight_format: str) -> None:
+    """Convert a folder of float32 safetensors to GGUF, and quantise it with llama.cpp.
 
-    The file has no vocabulary: token ids are all that a benchmark feeds.
+    The file has no vocabulary, because the benchmark feeds token ids.
     """
     full = target / "full.gguf"
     write_gguf(source, full)
-    if form == "F32":
+    if weight_format == "F32":
         full.rename(target / "model.gguf")
         return
     parameters = c.llama_model_quantize_default_params()
-    parameters.ftype = FTYPES[form]
+    parameters.ftype = FTYPES[weight_format]
     parameters.nthread = 1
     paths = (str(path).encode() for path in (full, target / "model.gguf"))
     if c.llama_model_quantize(*paths, ctypes.byref(parameters)):
-        raise RuntimeError(f"llama.cpp could not quantise to {form}; its output above says why")
+        raise RuntimeError(
+            f"llama.cpp cannot quantise to {weight_format}; its output above says why"
+        )
     full.unlink()
 
 
 def write_gguf(source: Path, target: Path) -> None:
-    """The model in float32, with what llama.cpp's converter writes for Gemma 3."""
+    """Write the float32 model with the metadata that llama.cpp's converter writes for Gemma 3."""
     from gguf import MODEL_ARCH, GGUFWriter, RopeScalingType, get_tensor_name_map
     from safetensors import safe_open
 
@@ -195,7 +197,7 @@ def write_gguf(source: Path, target: Path) -> None:
         with safe_open(file, framework="numpy") as weights:
             for name in weights.keys():  # noqa: SIM118  (not a mapping)
                 tensor = weights.get_tensor(name).astype(np.float32)
-                # GGUF stores a norm's scale itself, Hugging Face what is added to one.
+                # GGUF stores the scale of a norm; Hugging Face stores the scale minus one.
                 stored = tensor + 1 if name.endswith("norm.weight") else tensor
                 writer.add_tensor(names.get_name(name, (".weight",)), stored)
     writer.write_header_to_file()

@@ -1,4 +1,4 @@
-"""How many bytes of an ONNX model's weights one decoded token reads; needs the package onnx."""
+"""Count the bytes of an ONNX model's weights that one decode step reads; needs onnx."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["bytes_per_token"]
 
 
 def bytes_per_token(path: Path) -> int:
-    """All weights but those of which only rows are read: embeddings, and tables of rotations."""
+    """Add up all weights except those that are only indexed: embeddings and RoPE tables."""
     graph = onnx.load(path, load_external_data=False).graph
     read = {
         name
@@ -27,7 +27,7 @@ def bytes_per_token(path: Path) -> int:
 
 
 def bits(data_type: int) -> int:
-    """Bits of one element."""
+    """Return the bits per element."""
     if data_type in (onnx.TensorProto.INT4, onnx.TensorProto.UINT4):
         return 4
     return int(onnx.helper.tensor_dtype_to_np_dtype(data_type).itemsize) * 8

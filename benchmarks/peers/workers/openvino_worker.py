@@ -1,4 +1,4 @@
-"""OpenVINO GenAI with a model from optimum-intel; see ``serving.py``.
+"""Run OpenVINO GenAI with a model from optimum-intel.
 
 Legend: B batch, T tokens, V vocabulary.
 """
@@ -19,10 +19,10 @@ IntArray = NDArray[np.int64]
 
 
 class OpenVinoCandidate:
-    """The library's text pipeline, which keeps the cache and chooses the tokens itself."""
+    """The library's text pipeline, which manages the cache and selects the tokens."""
 
-    def __init__(self, path: Path, form: str, threads: int) -> None:
-        self.path, self.form = path, form
+    def __init__(self, path: Path, weight_format: str, threads: int) -> None:
+        self.path, self.weight_format = path, weight_format
         self.properties = {"INFERENCE_NUM_THREADS": threads, "ENABLE_HYPER_THREADING": True}
         # Without a tokenizer: prompts are token ids.
         self.pipeline = openvino_genai.LLMPipeline(
@@ -30,19 +30,19 @@ class OpenVinoCandidate:
         )
 
     def describe(self) -> dict[str, object]:
-        """See ``serving.Candidate``."""
+        """See ``Candidate`` in ``serving.py``."""
         return {
             "runtime": "openvino",
             "openvino": openvino.__version__,
             "openvino-genai": openvino_genai.__version__,
-            "dtype": self.form,
+            "dtype": self.weight_format,
             "device": "CPU",
             "threads": self.properties["INFERENCE_NUM_THREADS"],
             "bytes_per_token": bytes_per_token(self.path / "openvino_model.xml"),
         }
 
     def run(self, prompt: IntArray, new_tokens: int) -> tuple[float, float, IntArray]:
-        """See ``serving.Candidate``."""
+        """See ``Candidate`` in ``serving.py``."""
         options = openvino_genai.GenerationConfig()
         options.max_new_tokens = 1 + new_tokens
         options.ignore_eos = True
@@ -56,7 +56,7 @@ class OpenVinoCandidate:
         return first_s, whole_s - first_s, np.array(done.tokens, np.int64)
 
     def logits(self, ids: IntArray) -> NDArray[np.float32]:
-        """See ``serving.Candidate``; the same file, run by OpenVINO's core."""
+        """See ``Candidate`` in ``serving.py``, run by OpenVINO's core on the same file."""
         compiled = openvino.Core().compile_model(
             self.path / "openvino_model.xml", "CPU", self.properties
         )
@@ -74,7 +74,7 @@ class OpenVinoCandidate:
 
 
 def bytes_per_token(path: Path) -> int:
-    """All constants but those of which only rows are gathered: of an embedding, one row is read."""
+    """Add up all constants except those that are only gathered from, such as an embedding."""
     total = 0
     for node in openvino.Core().read_model(path).get_ops():
         if node.get_type_name() != "Constant":
@@ -87,7 +87,7 @@ def bytes_per_token(path: Path) -> int:
 
 
 def only_gathered(node: openvino.Node) -> bool:
-    """Whether every path from a constant leads to a Gather, decompression left aside."""
+    """Return whether every path from a constant leads to a Gather, ignoring decompression."""
     targets = [port.get_node() for output in node.outputs() for port in output.get_target_inputs()]
     if not targets:
         return False
@@ -99,18 +99,18 @@ def only_gathered(node: openvino.Node) -> bool:
     )
 
 
-def load(model: Path, form: str, threads: int) -> OpenVinoCandidate:
+def load(model: Path, weight_format: str, threads: int) -> OpenVinoCandidate:
     """Load what :func:`convert` wrote."""
-    return OpenVinoCandidate(model, form, threads)
+    return OpenVinoCandidate(model, weight_format, threads)
 
 
-def convert(source: Path, target: Path, form: str) -> None:
-    """Let optimum-intel export and compress; int8 and int4 with its defaults."""
+def convert(source: Path, target: Path, weight_format: str) -> None:
+    """Export and compress with optimum-intel, with its defaults for int8 and int4."""
     from openvino_tokenizers import convert_tokenizer
     from optimum.intel import OVModelForCausalLM, OVWeightQuantizationConfig
     from transformers import AutoTokenizer
 
-    bits = {"int8": 8, "int4": 4}.get(form)
+    bits = {"int8": 8, "int4": 4}.get(weight_format)
     quantization = None if bits is None else OVWeightQuantizationConfig(bits=bits)
     model = OVModelForCausalLM.from_pretrained(
         source,

@@ -1,4 +1,4 @@
-"""optimum-onnx with a model from its own exporter; see ``serving.py``.
+"""Run optimum-onnx with a model from its own exporter.
 
 Legend: B batch, T tokens, V vocabulary.
 """
@@ -18,37 +18,37 @@ from optimum.onnxruntime import ORTModelForCausalLM
 
 __all__ = ["OptimumCandidate", "convert", "load"]
 
-READ_BYTES = "read_bytes.json"  # how much a token reads
+READ_BYTES = "read_bytes.json"  # bytes of weights that one decode step reads
 IntArray = NDArray[np.int64]
 
 
 class OptimumCandidate:
-    """The model's own forward with its own cache handling, fed token by token."""
+    """The library's model and its cache, fed token by token."""
 
-    def __init__(self, path: Path, form: str, threads: int) -> None:
+    def __init__(self, path: Path, weight_format: str, threads: int) -> None:
         torch.set_num_threads(threads)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         self.model = ORTModelForCausalLM.from_pretrained(
             path, provider="CPUExecutionProvider", session_options=options
         )
-        self.form = form
+        self.weight_format = weight_format
         self.bytes_per_token = json.loads((path / READ_BYTES).read_text(encoding="utf-8"))
 
     def describe(self) -> dict[str, object]:
-        """See ``serving.Candidate``."""
+        """See ``Candidate`` in ``serving.py``."""
         return {
             "runtime": "optimum-onnx",
             "optimum-onnx": version("optimum-onnx"),
             "onnxruntime": onnxruntime.__version__,
-            "dtype": self.form,
+            "dtype": self.weight_format,
             "device": "cpu",
             "threads": self.model.model.get_session_options().intra_op_num_threads,
             "bytes_per_token": self.bytes_per_token,
         }
 
     def run(self, prompt: IntArray, new_tokens: int) -> tuple[float, float, IntArray]:
-        """See ``serving.Candidate``."""
+        """See ``Candidate`` in ``serving.py``."""
         with torch.inference_mode():
             started = time.perf_counter()
             ids = torch.from_numpy(prompt)
@@ -68,7 +68,7 @@ class OptimumCandidate:
         return first - started, ended - first, torch.cat(tokens, dim=1).numpy()
 
     def logits(self, ids: IntArray) -> NDArray[np.float32]:
-        """See ``serving.Candidate``."""
+        """See ``Candidate`` in ``serving.py``."""
         with torch.inference_mode():
             batch = torch.from_numpy(ids)[None]
             output = self.model(batch, attention_mask=torch.ones_like(batch), use_cache=True)
@@ -76,13 +76,13 @@ class OptimumCandidate:
         return found
 
 
-def load(model: Path, form: str, threads: int) -> OptimumCandidate:
+def load(model: Path, weight_format: str, threads: int) -> OptimumCandidate:
     """Load what :func:`convert` wrote."""
-    return OptimumCandidate(model, form, threads)
+    return OptimumCandidate(model, weight_format, threads)
 
 
-def convert(source: Path, target: Path, form: str) -> None:
-    """Let the library export; ``form`` is fp32, the only one."""
+def convert(source: Path, target: Path, weight_format: str) -> None:
+    """Export with the library; ``weight_format`` is always fp32."""
     from onnx_bytes import bytes_per_token
 
     ORTModelForCausalLM.from_pretrained(source, export=True).save_pretrained(target)
