@@ -1,4 +1,4 @@
-"""The benchmark's report and refusals, on tiny bundles; no test looks at a time."""
+"""The benchmark's report and its errors, on tiny bundles; no test depends on timing."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def test_an_int8_archive_is_measured(tmp_path: Path) -> None:
     assert report["cases"][0]["candidates"]["torchscript"]["share_of_bandwidth"] > 0
 
 
-def test_onnx_alone_loads_no_torch() -> None:
+def test_onnx_alone_does_not_load_torch() -> None:
     with own(exported_bundle("ort")) as worker:
         maps = Path(f"/proc/{worker.process.pid}/maps")
         if not maps.exists():
@@ -181,13 +181,13 @@ def test_a_missing_gpu_is_reported_by_the_worker() -> None:
         (["--runtime", "reference", "--against", "reference"], "measured against itself"),
     ],
 )
-def test_bad_options_are_refused(arguments: list[str], message: str) -> None:
+def test_bad_options_are_rejected(arguments: list[str], message: str) -> None:
     done = run(str(exported_bundle("ort")), *SMALL, *arguments)
     assert done.exit_code == InputError.exit_code, done.output
     assert message in done.stderr
 
 
-def test_a_folder_that_is_no_bundle_is_refused(tmp_path: Path) -> None:
+def test_a_folder_that_is_not_a_bundle_is_rejected(tmp_path: Path) -> None:
     done = run(str(tmp_path))
     assert done.exit_code == InputError.exit_code
     assert "not a gemma3-export bundle" in done.stderr

@@ -1,4 +1,4 @@
-"""What the set-up gives to peers is our weights; no peer is needed to look at it."""
+"""The converters give our weights to the peers; these tests need no peer."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from gemma3_export.api.exporting import open_weights
 
 
 def load_worker(name: str) -> ModuleType:
-    """A worker as its own Python loads it: by its path, beside no package."""
+    """Load a worker as its own Python does: from its path, outside any package."""
     spec = importlib.util.spec_from_file_location(name, WORKERS / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
@@ -40,11 +40,11 @@ def test_llama_cpp_gets_a_gguf_with_the_same_weights(
         shapes = dict(ours.config.weight_shapes())
         assert dict(back.config.weight_shapes()) == shapes
         for name in shapes:
-            # Norms are stored with one added, which rounds.
+            # Norms are stored plus one, which rounds.
             np.testing.assert_allclose(back.read(name), ours.read(name), rtol=0, atol=1e-7)
 
 
-def test_bytes_per_token_leave_out_tables_of_which_rows_are_read(tmp_path: Path) -> None:
+def test_bytes_per_token_exclude_tables_that_are_only_indexed(tmp_path: Path) -> None:
     worker = load_worker("onnx_bytes")
     tables = {
         "embedding": np.zeros((10, 4), np.float32),

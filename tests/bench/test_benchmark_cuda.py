@@ -1,4 +1,4 @@
-"""What a benchmark on a GPU needs, as far as it runs without one."""
+"""The parts of a benchmark on a GPU that run without one."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ def worker(name: str, device: str | None) -> Any:
     return SimpleNamespace(name=name, facts={"describe": facts})
 
 
-def test_memory_is_read_at_a_positive_speed() -> None:
+def test_measured_bandwidths_are_positive() -> None:
     found = measure_gpu_bandwidths("cpu", read_bytes=2**22, times=2)
     assert len(found) == 2
     assert min(found) > 0
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
-def test_a_gpu_whose_memory_cannot_be_measured_is_no_error_but_a_reason() -> None:
+def test_unmeasurable_gpu_memory_gives_a_reason_instead_of_an_error() -> None:
     found, missing = bandwidths_of("cuda:0", threads=1)
     assert found == []
     assert missing is not None
     assert re.search(r"cuda:0 cannot be measured.*gemma3-export doctor", missing)
 
 
-def test_without_torch_the_command_that_brings_it_is_named(
+def test_without_torch_the_error_names_the_install_command(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(benchmark_device.importlib.util, "find_spec", lambda name: None)
@@ -47,7 +47,7 @@ def test_without_torch_the_command_that_brings_it_is_named(
         gpu_bandwidths("cuda:0")
 
 
-def test_the_gpu_is_what_the_candidates_say_they_use() -> None:
+def test_the_device_is_the_one_that_the_candidates_report() -> None:
     assert same_device([worker("onnx", "cuda"), worker("genai", "CUDA")]) == "cuda:0"
     assert same_device([worker("onnx", "cuda:1"), worker("fake", None)]) == "cuda:1"
 
@@ -58,7 +58,7 @@ def test_candidates_on_different_devices_are_not_compared() -> None:
 
 
 @pytest.mark.slow
-def test_a_static_cache_and_compiled_steps_give_the_tokens_of_the_plain_model() -> None:
+def test_a_static_cache_and_compiled_steps_give_the_same_tokens_as_the_plain_model() -> None:
     bundle = Bundle(exported_bundle("ort"))
     plain, static = (kind(bundle, "cpu", 1) for kind in (TransformersCandidate, StaticCandidate))
     for seed, rows, length in ((0, 2, 20), (1, 2, 20), (2, 1, 5)):

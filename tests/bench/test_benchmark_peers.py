@@ -1,4 +1,4 @@
-"""Benchmarks against engines in other environments, played by one whose numbers are known."""
+"""Benchmarks against engines in other environments, with a fake engine of known speed."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def write_python(path: Path, command: str) -> None:
 
 @pytest.fixture
 def engine(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The fake engine among those that a checkout can set up."""
+    """Add the fake engine to those that a checkout can set up."""
     monkeypatch.setattr(benchmarks.peers, "WORKERS", FAKE_WORKER.parent)
     monkeypatch.setitem(PEERS, "fake", Peer(name="fake", module="fake_worker"))
     monkeypatch.setitem(ENGINES, "fake", ("good", "bad"))
@@ -55,7 +55,7 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def add_fake(tmp_path: Path) -> AddFake:
-    """Puts the fake in place as the set-up would; returns the folder of all peers."""
+    """Install the fake engine as the set-up does, and return the folder of all peers."""
 
     def add(bundle: Path, weight_format: str = "good", **habits: Any) -> Path:
         folder = tmp_path / "peers"
@@ -76,7 +76,7 @@ def add_fake(tmp_path: Path) -> AddFake:
     return add
 
 
-def test_a_peer_takes_turns_and_its_numbers_are_its_own(
+def test_a_peer_takes_turns_and_reports_its_own_numbers(
     add_fake: AddFake, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
@@ -105,12 +105,12 @@ def test_a_peer_takes_turns_and_its_numbers_are_its_own(
     assert case["same_tokens"] == {"fake:good": 0.0, "reference": 1.0}
 
 
-def test_cases_are_every_prompt_with_every_batch_the_smallest_first() -> None:
+def test_cases_combine_every_prompt_with_every_batch_smallest_first() -> None:
     options = BenchmarkOptions(prompt_tokens=(16, 4), batch=(1, 3, 8))
     assert options.cases() == [(4, 1), (4, 3), (16, 1), (4, 8), (16, 3), (16, 8)]
 
 
-def test_ratios_are_taken_round_by_round() -> None:
+def test_ratios_are_computed_within_a_round() -> None:
     def one(prefill: float, decode: float, memory: int) -> dict[str, float]:
         return {
             "prefill_tokens_per_s": prefill,
@@ -161,7 +161,7 @@ def test_quality_is_measured_against_full_precision(
     assert quality["onnx"]["top1_agreement"] == 1
     assert quality["onnx"]["perplexity_ratio"] == pytest.approx(1, abs=1e-4)
     assert quality["onnx"]["positions"] > 500
-    # All tokens alike: the divergence is what the truth's entropy lacks of the whole.
+    # With uniform logits, the divergence is log(400) minus the entropy of the reference.
     assert 1e-4 < quality["fake:good"]["mean_kld"] < np.log(400)
     assert quality["fake:good"]["top1_agreement"] < 0.1
 
@@ -190,13 +190,13 @@ def test_a_peer_that_is_not_set_up_is_reported_with_the_command(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("spec", ["llama.cpp:Q9", "onnx", "fake2"])
-def test_unknown_peers_and_formats_are_refused(spec: str) -> None:
+def test_unknown_peers_and_formats_are_rejected(spec: str) -> None:
     done = run(str(exported_bundle("ort")), *SMALL, "--against", spec)
     assert done.exit_code == InputError.exit_code
     assert spec.rpartition(":")[2] in done.stderr
 
 
-def test_unknown_peers_are_refused_with_all_choices(add_fake: AddFake) -> None:
+def test_unknown_peers_are_rejected_with_all_choices(add_fake: AddFake) -> None:
     bundle = exported_bundle("ort")
     place = add_fake(bundle)
     for spec in ("fake2", "fake:bad"):
@@ -207,7 +207,7 @@ def test_unknown_peers_are_refused_with_all_choices(add_fake: AddFake) -> None:
             assert choice in done.stderr
 
 
-def test_an_engine_is_run_in_its_default_format_and_in_no_other(
+def test_an_engine_runs_in_its_default_format_unless_another_is_named(
     engine: None, add_fake: AddFake
 ) -> None:
     place = add_fake(exported_bundle("ort"), "bad")
@@ -239,7 +239,7 @@ def test_a_damaged_description_is_reported_with_its_file(text: str, add_fake: Ad
     assert f"{file} does not describe a peer" in done.stderr
 
 
-def test_modules_of_the_benchmark_shadow_nothing_in_a_peers_environment(
+def test_the_benchmark_s_modules_shadow_nothing_in_a_peer_s_environment(
     add_fake: AddFake,
 ) -> None:
     with peer_worker(find_peer("fake", add_fake(exported_bundle("ort"))), threads=1) as worker:
@@ -259,7 +259,7 @@ def test_the_packaged_benchmark_does_not_need_a_checkout() -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_a_peer_with_other_weights_is_refused(add_fake: AddFake) -> None:
+def test_a_peer_with_other_weights_is_rejected(add_fake: AddFake) -> None:
     bundle = exported_bundle("ort")
     place = add_fake(bundle)
     peer = find_peer("fake", place)
@@ -298,7 +298,7 @@ def test_a_peer_that_misbehaves_is_reported(
         ("exit 9", r"ended \(exit code 9\)"),
     ],
 )
-def test_garbage_instead_of_answers_is_reported(
+def test_garbage_instead_of_an_answer_is_reported(
     command: str, message: str, add_fake: AddFake
 ) -> None:
     bundle = exported_bundle("ort")
@@ -313,7 +313,7 @@ def setting_up(place: Path, *arguments: str) -> Any:
     return CliRunner().invoke(peers_command, [*arguments, "--peers", str(place)])
 
 
-def test_the_set_up_converts_float32_weights_and_says_from_what(
+def test_the_set_up_converts_float32_weights_and_records_their_origin(
     tiny_folder: Path, portable_bundle: Path, engine: None, tmp_path: Path
 ) -> None:
     place = tmp_path / "peers"
@@ -327,7 +327,7 @@ def test_the_set_up_converts_float32_weights_and_says_from_what(
     assert sorted(path.name for path in place.iterdir()) == ["fake", "models"]
 
 
-def test_a_conversion_that_fails_leaves_nothing(
+def test_a_failed_conversion_leaves_nothing(
     tiny_folder: Path, engine: None, tmp_path: Path
 ) -> None:
     place = tmp_path / "peers"
@@ -338,7 +338,7 @@ def test_a_conversion_that_fails_leaves_nothing(
     assert list((place / "models").iterdir()) == []
 
 
-def test_an_installation_that_fails_leaves_no_environment(
+def test_a_failed_installation_leaves_no_environment(
     tiny_folder: Path, engine: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(command: Any, purpose: str, variables: Any = None) -> None:

@@ -1,4 +1,4 @@
-"""The measurement of drafts: its prompts, its turns, and what it holds to the goals."""
+"""The benchmark of drafts: its prompts, its turns, and how it judges the goals."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ VOCAB_SIZE = 400
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of a context that the prompts fit, which a small vocabulary makes long."""
+    """Export a bundle with room for the prompts, which a small vocabulary makes long."""
     parent = tmp_path_factory.mktemp("long context")
     config = tiny_config(vocab_size=VOCAB_SIZE, max_position_embeddings=2048)
     write_hf_folder(parent / "weights", config)
@@ -31,7 +31,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def rounds_of(*ratios: float) -> list[Any]:
-    """What a case's rounds gave, all of equally many tokens."""
+    """Return rounds with these ratios, all with the same number of tokens."""
     return [
         speculation.Turns(
             tokens=10,
@@ -71,8 +71,8 @@ def test_all_groups_are_measured_and_all_texts_compared(bundle: Path, tmp_path: 
     assert "16 of 16 texts the same with drafts" in result.output
 
 
-def test_without_drafts_is_without_drafts(monkeypatch: Any) -> None:
-    """In turns, and only the second one drafts."""
+def test_only_the_second_turn_drafts(monkeypatch: Any) -> None:
+    """They take turns, and only the second one drafts."""
     drafts: list[int] = []
     complete = speculation.complete
 
@@ -89,7 +89,7 @@ def test_without_drafts_is_without_drafts(monkeypatch: Any) -> None:
     assert turns.equal_texts == 1
 
 
-def test_another_text_is_noticed(monkeypatch: Any) -> None:
+def test_a_different_text_is_noticed(monkeypatch: Any) -> None:
     answers = iter([b"abcabcabcabcabc", b"abcabcabcabXabc"])
     complete = speculation.complete
 
@@ -101,7 +101,7 @@ def test_another_text_is_noticed(monkeypatch: Any) -> None:
 
 
 def test_copies_are_in_their_prompts() -> None:
-    """What a faithful model writes stands there, but for the names that change."""
+    """The prompt contains what a faithful model writes, except for the changed names."""
     for module, name, new_name, asked, old, new in speculation.EDITS:
         source = speculation.function_source(module, name)
         prompt = speculation.edit_prompt(module, name, new_name, asked, old, new)
@@ -136,7 +136,7 @@ def test_free_text_has_nothing_to_copy() -> None:
         ("free text", [(2.0, 2.0, 2.0), (0.8, 0.95, 1.0)], 0.95, True),
     ],
 )
-def test_goals_are_held(
+def test_goals_are_judged(
     group: str,
     cases: list[tuple[float, ...]],
     ratio: float,

@@ -1,9 +1,9 @@
-"""Every format on a GPU: held to the reference, to the CPU, and to itself run in other ways.
+"""Compare every format on a GPU with the reference, with the CPU, and with itself run differently.
 
-The same functions run on the CPU with the code paths of a GPU where they can (decode steps at fixed
-addresses, candidates), so that they are known to work before a GPU is at hand: one ONNX and one
-torch format in every test run, all of them among the slow tests. `make test-cuda` runs all of them
-on a GPU, with CUDA graphs too.
+The same tests run on the CPU with as much of the GPU's code as possible (decode steps at fixed
+addresses, candidates), so they are known to work before a GPU is available. Every test run includes
+one ONNX and one torch format; the slow tests include all formats. `make test-cuda` runs all of them
+on a GPU, also with CUDA graphs.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from tests.support.tiny_models import TINY
 OPTIONS = VerifyOptions(decode_steps=12, greedy_steps=6)
 W = TINY.sliding_window
 NEW_TOKENS = 2 * W + 3
-# Ragged, and on both sides of the window before and after.
+# Ragged, and shorter and longer than the window before and after decoding
 PROMPTS = [[2, 5, 9, 3], [2, 7, 8, 9, 10, 11, 4, 17, 20], [2, 40, 41, 42, 43, 44], [2]]
 EVERY_RUN = {"bf16", "torchscript fp32"}
 
@@ -50,7 +50,7 @@ class Place:
 
     format: CudaFormat
     device: str
-    graph: bool = False  # as a CUDA graph; the CPU has none
+    graph: bool = False  # run as a CUDA graph; GPU only
 
     def open(self) -> Any:
         return opened(self.format, self.device, self.graph)
@@ -85,12 +85,12 @@ def opened(form: CudaFormat, device: str, graph: bool) -> Any:
 
 @functools.cache
 def reference(form: CudaFormat, dtype: torch.dtype) -> ReferenceRuntime:
-    """The definition with the weights as the format stores them."""
+    """Return the reference model with the weights as the format stores them."""
     return ReferenceRuntime(load_reference(open_bundle_weights(Bundle(form.bundle())), dtype))
 
 
 def both(form: CudaFormat, ids: Sequence[int]) -> tuple[Logits, float]:
-    """Exact logits [T, V] after each of ``ids``, and how far the format's precision is off."""
+    """Return exact logits [T, V] after each of ``ids``, and the error of the format's precision."""
     exact, rounded = (
         model.step(np.array([ids]), model.new_cache(1, len(ids)), num_logits=0)[0]
         for model in (
@@ -113,7 +113,7 @@ def texts(
 def assert_same_text(
     form: CudaFormat, prompt: Sequence[int], found: Sequence[int], expected: Sequence[int]
 ) -> None:
-    """Equal up to where two tokens are equal within the rounding of the format."""
+    """Check for equality, up to tokens that tie within the rounding of the format."""
     assert len(found) == len(expected)
     for place, (token, wanted) in enumerate(zip(found, expected, strict=True)):
         if token != wanted:
@@ -159,7 +159,7 @@ def test_rows_of_a_batch_are_what_they_are_alone(place: Place) -> None:
 def test_a_seed_gives_the_same_text(place: Place, params: SamplingParams) -> None:
     found = texts(place, PROMPTS, params)
     assert texts(place, PROMPTS, params) == found
-    if place.format.floor == "float32":  # in half precision a draw may fall beside a boundary
+    if place.format.floor == "float32":  # in half precision, rounding may change a draw
         model = reference(place.format, torch.float32)
         done = generate(model, PROMPTS, params, max_new_tokens=NEW_TOKENS, stop_token_ids=())
         assert [completion.token_ids for completion in done.collect()] == found
@@ -229,7 +229,7 @@ def test_the_cache_is_on_the_device(place: Place) -> None:
 
 
 def placement_of(bundle: Bundle) -> PlacementReport:
-    """Where the real session puts the graph's nodes."""
+    """Check where a real session places the graph's nodes."""
     from gemma3_export.cuda.partition_worker import partition
 
     graph = bundle.graph("onnx").path
@@ -240,7 +240,7 @@ def placement_of(bundle: Bundle) -> PlacementReport:
 @pytest.mark.cuda
 @pytest.mark.parametrize("form", ONNX_FORMATS, ids=lambda form: form.name)
 def test_nothing_falls_back_to_the_cpu(form: CudaFormat) -> None:
-    """Not by session.disable_cpu_ep_fallback, which refuses shape scalars on the CPU too."""
+    """session.disable_cpu_ep_fallback would also reject shape scalars on the CPU."""
     report = placement_of(Bundle(form.bundle()))
     assert report.passed, report.problems
 

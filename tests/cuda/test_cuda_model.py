@@ -1,4 +1,4 @@
-"""The model of speeds on a GPU: its page is current, and its figures come from what we know."""
+"""The model of GPU speeds: its page is current, and its figures follow from known facts."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.runtimes.test_device_decoding import counted
 REPOSITORY = Path(__file__).parents[2]
 
 
-def test_the_page_has_the_tables_that_the_program_prints() -> None:
+def test_the_page_has_the_tables_that_the_script_prints() -> None:
     tables = "\n".join(cuda_model.model_lines(cuda_model.Assumptions())) + "\n"
     page = (REPOSITORY / "docs" / "cuda.md").read_text(encoding="utf-8")
     assert page == cuda_model.page_with(tables), "run python -m benchmarks.cuda_model --write"
@@ -29,12 +29,12 @@ def test_bytes_are_those_of_the_model() -> None:
     weights = [cuda_model.weight_bytes(config, form) for form in cuda_model.FORMATS.values()]
     assert weights[0] == 2 * config.num_parameters
     assert weights[0] > weights[1] > weights[2] > weights[0] / 4
-    held, read = (cuda_model.cache_bytes(config, 4096, is_read=flag) for flag in (False, True))
-    assert held == 4096 * 18 * 2 * 256 * 2
+    stored, read = (cuda_model.cache_bytes(config, 4096, is_read=flag) for flag in (False, True))
+    assert stored == 4096 * 18 * 2 * 256 * 2
     assert read == (4096 * 3 + 512 * 15) * 2 * 256 * 2
 
 
-def test_a_graph_helps_where_the_host_is_the_limit() -> None:
+def test_a_cuda_graph_helps_if_the_host_is_the_bottleneck() -> None:
     assumed = cuda_model.Assumptions()
     card = cuda_model.CARDS[0]
 
@@ -52,7 +52,7 @@ def test_a_graph_helps_where_the_host_is_the_limit() -> None:
 
 @pytest.mark.placement
 @pytest.mark.parametrize("layers", [1, 3])
-def test_kernels_are_as_many_as_the_stub_counts(layers: int, tmp_path: Path) -> None:
+def test_the_number_of_kernels_is_what_the_stub_counts(layers: int, tmp_path: Path) -> None:
     config = replace(
         preset("270m").config,
         num_hidden_layers=layers,
@@ -68,7 +68,7 @@ def test_kernels_are_as_many_as_the_stub_counts(layers: int, tmp_path: Path) -> 
     ):
         step = counted(bundle, graph=graph)["steps"][-1]
         found = step["launches"] + step["library_calls"] + step["graph_launches"]
-        assert found == expected, "count anew, and run python -m benchmarks.cuda_model --write"
+        assert found == expected, "count again, and run python -m benchmarks.cuda_model --write"
 
 
 def written(config: dict[str, Any], folder: Path) -> Path:

@@ -1,4 +1,4 @@
-"""What the command line lets CUDA do, and what happens where there is none."""
+"""The command line's CUDA options, and what they do without CUDA."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class ReachedError(Exception):
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """What reaches the runtime; nothing is opened."""
+    """Return what would reach the runtime; nothing is opened."""
     found: dict[str, Any] = {}
 
     def opened(bundle: object, runtime: str, **options: Any) -> None:
@@ -67,7 +67,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 
 def examined(monkeypatch: pytest.MonkeyPatch, *, is_usable: bool, gpus: int = 1) -> list[str]:
-    """Have the doctor find this; returns what it is asked."""
+    """Have the doctor find this, and return the requests that it gets."""
     devices = []
 
     def examine(device: str, runtime: str) -> Report:
@@ -226,7 +226,7 @@ def test_auto_falls_back_and_warns_where_there_is_a_gpu(
 
 
 def test_a_real_fallback_generates_on_the_cpu(ort_bundle: Path) -> None:
-    """Whatever is missing on this machine: there is no 64th GPU."""
+    """Whatever is missing on this machine, it has no 64th GPU."""
     arguments = ("--device", "cuda:63", "--json")
     refused = run("generate", ort_bundle, *arguments)
     assert refused.exit_code == 3
@@ -240,7 +240,7 @@ def test_a_real_fallback_generates_on_the_cpu(ort_bundle: Path) -> None:
 
 
 def test_bench_decodes_as_generate_does(ort_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Candidates from the device where there are any, and the same tokens."""
+    """It takes candidates from the device if there are any, and gets the same tokens."""
     prompt = np.array([[2, 5, 9, 3], [2, 8, 4, 7]])
     candidate = open_candidate("onnx", ort_bundle, "cpu", 1)
     assert isinstance(candidate, RuntimeCandidate)
@@ -260,7 +260,7 @@ def test_bench_decodes_as_generate_does(ort_bundle: Path, monkeypatch: pytest.Mo
 
 @pytest.mark.placement
 def test_over_the_stub_the_provider_gets_the_options(ort_bundle: Path) -> None:
-    """bench shows what its process has opened; half precision, as CUDA has no float32 kernel."""
+    """bench shows what its process opened. Half precision, since CUDA has no float32 kernel."""
     from tests.exporters.test_half_precision import exported
 
     python = cuda_python()

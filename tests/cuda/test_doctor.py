@@ -1,4 +1,4 @@
-"""``gemma3-export doctor`` names what is broken, and the command that repairs it."""
+"""``gemma3-export doctor`` names what is broken, and the command that fixes it."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ def doctor(*arguments: str) -> Result:
     return result
 
 
-def told(*arguments: str, code: int = 3) -> list[dict[str, Any]]:
-    """The problems that block, of a doctor that must end with ``code``."""
+def blocking_problems(*arguments: str, code: int = 3) -> list[dict[str, Any]]:
+    """Run the doctor, which must exit with ``code``, and return the problems that block."""
     result = doctor(*arguments, "--json")
     assert result.exit_code == code, result.output
     found = json.loads(result.stdout)
@@ -54,7 +54,7 @@ def told(*arguments: str, code: int = 3) -> list[dict[str, Any]]:
     return [problem for problem in found["problems"] if problem["blocks"]]
 
 
-def test_a_gpu_on_which_all_is_well(fake: FakeCuda) -> None:
+def test_a_working_gpu_is_usable(fake: FakeCuda) -> None:
     fake.onnxruntime_gpu(CUBLAS, CUDART)
     fake.wheel("nvidia-cublas", "13.1.0", CUBLAS)
     fake.wheel("nvidia-cuda-runtime", "13.0.9", CUDART)
@@ -84,8 +84,8 @@ def test_a_missing_library_and_its_package(fake: FakeCuda) -> None:
 
 
 @pytest.mark.parametrize("is_crash", [False, True])
-def test_a_damaged_library_is_installed_anew(fake: FakeCuda, is_crash: bool) -> None:
-    """A truncated file may be refused by the loader, or kill the process with SIGBUS."""
+def test_a_damaged_library_is_reinstalled(fake: FakeCuda, is_crash: bool) -> None:
+    """The loader may reject a truncated file, or die from SIGBUS."""
     fake.onnxruntime_gpu(CUDART, CUBLAS, "libcurand.so.10", wrong_by=1)
     fake.wheel("nvidia-cuda-runtime", "13.0.9", CUDART)
     fake.wheel("nvidia-curand", "10.4.0", "libcurand.so.10")
@@ -96,7 +96,7 @@ def test_a_damaged_library_is_installed_anew(fake: FakeCuda, is_crash: bool) -> 
     else:
         file.write_bytes(b"\x7fELF\x02\x01 half of a file")
     fake.driver()
-    (problem,) = told()
+    (problem,) = blocking_problems()
     assert problem["what"].startswith(f"{CUBLAS} does not load: ")
     assert ("SIGSEGV" in problem["what"]) == is_crash
     assert problem["fix"] == "pip install --force-reinstall --no-deps nvidia-cublas==13.1.0"
@@ -115,37 +115,37 @@ def test_a_damaged_library_is_installed_anew(fake: FakeCuda, is_crash: bool) -> 
         ({"major": 6}, "compute capability 6.6; CUDA 13 needs 7.5", "newer GPU"),
     ],
 )
-def test_drivers_and_gpus_that_do_not_do(
+def test_unusable_drivers_and_gpus_are_reported(
     fake: FakeCuda, driver: dict[str, int], what: str, fix: str
 ) -> None:
     fake.onnxruntime_gpu(wrong_by=1)
     fake.driver(**driver)
-    (problem,) = told()
+    (problem,) = blocking_problems()
     assert what in problem["what"]
     assert fix in problem["fix"]
 
 
-def test_a_gpu_that_is_not_there(fake: FakeCuda) -> None:
+def test_a_missing_gpu_is_reported(fake: FakeCuda) -> None:
     fake.onnxruntime_gpu()
     fake.driver(count=2)
-    (problem,) = told("--device", "cuda:2")
+    (problem,) = blocking_problems("--device", "cuda:2")
     assert problem["what"] == "there is no cuda:2; the driver offers cuda:0 to cuda:1"
     assert problem["fix"] == "pass --device cuda:0"
 
 
-def test_no_driver_at_all(fake: FakeCuda) -> None:
+def test_a_missing_driver_is_reported(fake: FakeCuda) -> None:
     fake.onnxruntime_gpu()
     if examine("cuda").facts.driver.is_found:
         pytest.skip("this machine has an NVIDIA driver")
-    (problem,) = told()
+    (problem,) = blocking_problems()
     assert "driver (libcuda.so.1) is not installed" in problem["what"]
     assert problem["fix"].startswith("sudo apt install nvidia-driver-580")
 
 
-def test_values_that_are_wrong_are_not_usable(fake: FakeCuda) -> None:
+def test_a_device_that_computes_wrong_values_is_not_usable(fake: FakeCuda) -> None:
     fake.onnxruntime_gpu(wrong_by=1)
     fake.driver()
-    (problem,) = told()
+    (problem,) = blocking_problems()
     assert problem["what"] == "onnxruntime 1.31.1 computes wrong values on cuda:0"
 
 
@@ -162,16 +162,16 @@ def test_an_onnxruntime_that_breaks_is_reported(fake: FakeCuda, code: str, what:
     fake.onnxruntime_gpu()
     fake.module("onnxruntime", code)
     fake.driver()
-    (problem,) = told()
+    (problem,) = blocking_problems()
     assert what in problem["what"]
     assert problem["fix"] == BOTH
 
 
-def test_a_driver_that_hangs_is_given_up(fake: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_probe_that_hangs_is_stopped(fake: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
     fake.onnxruntime_gpu()
     fake.module("onnxruntime", "import time; time.sleep(60)")
     monkeypatch.setattr(report, "TIMEOUT_S", 0.05)
-    (problem, *_) = told()
+    (problem, *_) = blocking_problems()
     assert "no answer in 0.05 seconds" in problem["what"]
 
 
@@ -181,18 +181,18 @@ def test_a_damaged_provider_is_reported(fake: FakeCuda) -> None:
     fake.driver()
     for data in (b"", b"\x7fELF\x02\x01", b"text", provider.read_bytes()[:3000]):
         provider.write_bytes(data)
-        (problem,) = told()
+        (problem,) = blocking_problems()
         assert "libonnxruntime_providers_cuda.so does not load" in problem["what"]
         assert problem["fix"] == BOTH
 
 
 def test_both_packages_hide_cuda(fake: FakeCuda) -> None:
-    """As pip leaves it: the CPU package's files over those of the other."""
+    """pip leaves the CPU package's files in place of the GPU package's."""
     fake.distribution("onnxruntime-gpu", "1.31.1")
     fake.distribution("onnxruntime", "1.31.1")
     fake.module("onnxruntime", "def get_available_providers(): return ['CPUExecutionProvider']")
     fake.driver()
-    (problem,) = told()
+    (problem,) = blocking_problems()
     assert "both installed" in problem["what"]
     assert problem["fix"] == BOTH
 
@@ -205,7 +205,7 @@ def test_damaged_metadata_stops_nothing(fake: FakeCuda) -> None:
 
 
 def facts(**changes: Any) -> Facts:
-    """A machine on which all is well but the trial, which failed."""
+    """Return the facts of a machine with no problem but a failed trial."""
     values: dict[str, Any] = {
         "device": "cuda:0",
         "runtime": "onnx",
@@ -302,7 +302,7 @@ def test_each_cause_has_its_fix(changes: dict[str, Any], what: str, fix: str) ->
     assert problem.fix == fix
 
 
-def test_what_does_not_keep_cuda_from_working_is_a_note() -> None:
+def test_problems_that_do_not_block_are_notes() -> None:
     turing = replace(GPU, compute_capability=(7, 5))
     found = facts(
         driver=Driver(is_found=True, cuda_version=(13, 0), gpus=(turing,)),
@@ -330,7 +330,7 @@ def test_unknown_devices_are_bad_usage(device: str) -> None:
     assert result.stdout == ""
 
 
-def test_torch_is_imported_only_when_it_is_asked_about(fake: FakeCuda) -> None:
+def test_torch_is_imported_only_for_its_own_runtimes(fake: FakeCuda) -> None:
     fake.module("torch", "raise SystemExit('torch was imported')")
     assert doctor("--device", "cpu").exit_code == 0
     result = doctor("--device", "cpu", "--runtime", "torchscript")
@@ -344,7 +344,7 @@ def test_torch_on_the_cpu_is_examined() -> None:
     assert found.facts.trial.framework.startswith("torch ")
 
 
-def test_needed_libraries_are_those_of_readelf(fake: FakeCuda) -> None:
+def test_needed_libraries_are_read_from_the_elf_file(fake: FakeCuda) -> None:
     fake.onnxruntime_gpu(CUBLAS, CUDART)
     provider = fake.packages / "onnxruntime/capi/libonnxruntime_providers_cuda.so"
     assert needed_libraries(provider)[:2] == (CUBLAS, CUDART)
@@ -360,8 +360,8 @@ def test_errors_about_cuda_lead_to_the_doctor(ort_bundle: Path, command: str) ->
 
 
 @pytest.mark.placement
-def test_over_the_stub_all_is_found_and_the_values_are_wrong() -> None:
-    """The only thing that the stub does not do is to compute, and the doctor sees that."""
+def test_over_the_stub_everything_is_found_and_the_values_are_wrong() -> None:
+    """The stub does everything except compute, and the doctor notices."""
     python = cuda_python()
     with cuda_environment(python) as environment:
         done = subprocess.run(

@@ -1,4 +1,4 @@
-"""Where ONNX Runtime's CUDA provider puts exported graphs, on a machine without a GPU."""
+"""The placement of exported graphs by ONNX Runtime's CUDA provider, without a GPU."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ ON_GPU = ("Gather", "RMSNormalization", "MatMul", "GroupQueryAttention", "Gemm")
 
 
 def found(**changes: Any) -> dict[str, Any]:
-    """What the worker prints for a graph that is where it should be."""
+    """Return what the worker prints for a correctly placed graph."""
     nodes = [{"provider": CUDA, "operator": op, "name": op} for op in ON_GPU]
-    nodes += [{"provider": CPU, "operator": "Squeeze", "name": "extent"}]
+    nodes += [{"provider": CPU, "operator": "Squeeze", "name": "shape"}]
     facts = {
         "onnxruntime": "1.0",
         "providers": [CUDA, CPU],
@@ -38,7 +38,7 @@ def found(**changes: Any) -> dict[str, Any]:
     return facts | changes
 
 
-def test_only_extents_may_be_on_the_cpu() -> None:
+def test_only_shape_computations_may_run_on_the_cpu() -> None:
     assert judge("model.onnx", found()).passed
     moved = [
         {**node, "provider": CPU} if node["operator"] == "MatMul" else node
@@ -49,7 +49,7 @@ def test_only_extents_may_be_on_the_cpu() -> None:
 
 
 @pytest.mark.parametrize("missing", ["Gather", "RMSNormalization", "GroupQueryAttention"])
-def test_what_reads_the_model_has_to_be_on_the_gpu(missing: str) -> None:
+def test_operators_that_read_weights_or_caches_must_run_on_the_gpu(missing: str) -> None:
     nodes = [node for node in found()["nodes"] if node["operator"] != missing]
     (problem,) = judge("model.onnx", found(nodes=nodes)).problems
     assert problem.startswith("no ")
@@ -83,7 +83,7 @@ def test_a_missing_wheel_or_compiler_is_named_with_its_fix(
         compile_stub(tmp_path / "library.so", tmp_path)
 
 
-def test_inspect_says_how_to_get_what_it_needs(
+def test_inspect_says_how_to_install_what_it_needs(
     ort_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("gemma3_export.cuda.stub.PROVIDER", "not there")

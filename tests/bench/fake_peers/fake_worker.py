@@ -1,4 +1,4 @@
-"""A peer whose numbers are known; what it does wrong is written in its model's folder."""
+"""A peer with known numbers; a file in its model's folder makes it misbehave."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ FIRST_S, DECODE_S = 0.5, 0.25
 
 
 class FakeCandidate:
-    """Answers with constants, after a turn's worth of nothing."""
+    """Answers with constants, without computing."""
 
     def __init__(self, habits: dict[str, Any], form: str, threads: int) -> None:
         self.habits, self.form, self.threads = habits, form, threads
@@ -36,7 +36,7 @@ class FakeCandidate:
         if self.habits.get("in measurement") == "die":
             os._exit(7)
         print("a library's chatter on stdout")
-        if prompt.tobytes() in self.seen:  # as engines that cache known prefixes
+        if prompt.tobytes() in self.seen:  # like an engine with a prefix cache
             return FIRST_S / 100, DECODE_S, np.zeros((prompt.shape[0], 1 + new_tokens), np.int64)
         self.seen.add(prompt.tobytes())
         return FIRST_S, DECODE_S, np.zeros((prompt.shape[0], 1 + new_tokens), np.int64)
