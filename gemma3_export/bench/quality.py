@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from gemma3_export.bench.process import Worker, own_worker
+from gemma3_export.bench.worker import FULL_PRECISION
 from gemma3_export.bundle import Bundle
 from gemma3_export.errors import InputError
 from gemma3_export.parity.differences import LogitDifference, compare_logits
@@ -51,11 +52,11 @@ def measure_divergence(
             "export with a tokenizer, or leave out --weights"
         )
     sequences = benchmark_texts(Tokenizer.from_folder(bundle.path), bundle.config.bos_token_id)
-    request = {"name": "truth", "weights": weights, "threads": threads}
+    request = {"name": FULL_PRECISION, "weights": weights, "threads": threads}
     found: dict[str, list[LogitDifference]] = {worker.name: [] for worker in workers}
     with (
         tempfile.TemporaryDirectory(prefix="gemma3-quality-") as folder,
-        own_worker("truth", request) as reference,
+        own_worker(FULL_PRECISION, request) as reference,
     ):
         file = Path(folder) / "logits.npy"
         for ids in sequences:

@@ -19,13 +19,12 @@ from gemma3_export.device import CudaOptions
 from gemma3_export.dtypes import ELEMENT_TYPES, EXPORT_DTYPES
 from gemma3_export.runtimes.generation.candidates import Candidates, SelectsCandidates
 from gemma3_export.runtimes.generation.sampling import SamplingParams
-from gemma3_export.runtimes.onnx.runtime import OnnxRuntime
-from gemma3_export.runtimes.protocol import IntArray, KVCache, Logits, Runtime
+from gemma3_export.runtimes.protocol import IntArray, KVCache, Logits, Runtime, RuntimeInfo
 
-__all__ = ["open_candidate"]
+__all__ = ["FULL_PRECISION", "open_candidate"]
 
 TRANSFORMERS = ("transformers", "transformers:static")
-TRUTH = "truth"  # the float32 reference model, with weights other than the bundle's
+FULL_PRECISION = "full precision"  # the float32 reference model with weights of its own
 PREFILL_CHUNK = 512  # as in `generate`
 
 
@@ -100,31 +99,31 @@ def open_candidate(
         kind = StaticCandidate if name.endswith(":static") else TransformersCandidate
         return kind(bundle, device, threads)
     runtime = open_runtime(bundle, name, device=device, threads=threads, cuda=cuda)
-    size = weight_bytes(bundle, name)
-    if isinstance(runtime, OnnxRuntime) and runtime.is_screened:
-        size -= 4 * bundle.config.vocab_size * bundle.config.hidden_size
-        size += bundle.file_bytes(f"{bundle.graph(name).windowed_path}_data")
-    return RuntimeCandidate(runtime, size)
+    return RuntimeCandidate(runtime, weight_bytes(bundle, runtime.info))
 
 
-def weight_bytes(bundle: Bundle, name: str) -> int:
+def weight_bytes(bundle: Bundle, info: RuntimeInfo) -> int:
     """Return the bytes of weights that one decode step reads.
 
-    These are all weights, since a tied head reads the whole embedding.
+    These are all weights, since a tied head reads the whole embedding. A screened head reads its
+    small copy of the embedding instead.
     """
-    if name == "onnx":
-        path = bundle.graph(name).path  # small tensors are in it, the others in external data
-        return bundle.file_bytes(path) + bundle.file_bytes(f"{path}_data")
-    if name == "reference":
+    if info.name == "reference":
         return 4 * bundle.config.num_parameters
-    graph = bundle.graph(name)
+    graph = bundle.graph(info.name)
+    if info.name == "onnx":  # small tensors are in the graph, the others in external data
+        size = bundle.file_bytes(graph.path) + bundle.file_bytes(f"{graph.path}_data")
+        if info.has_screened_head:
+            size -= 4 * bundle.config.vocab_size * bundle.config.hidden_size
+            size += bundle.file_bytes(f"{graph.windowed_path}_data")
+        return size
     exported = EXPORT_DTYPES[graph.dtype]
     if exported.element is None:  # quantized: the archive contains little besides the weights
         return bundle.file_bytes(graph.path)
     return ELEMENT_TYPES[exported.element].size_bytes * bundle.config.num_parameters
 
 
-def open_truth(weights: str, threads: int) -> Candidate:
+def open_full_precision(weights: str, threads: int) -> Candidate:
     """Load the float32 reference model.
 
     Args:
@@ -158,8 +157,8 @@ def opener(request: dict[str, Any]) -> Load:
     """Return what loads the requested candidate; see :func:`gemma3_export.bench.serving.serve`."""
     name, threads = request["name"], request["threads"]
     import_framework(name)
-    if name == TRUTH:
-        return lambda: open_truth(request["weights"], threads)
+    if name == FULL_PRECISION:
+        return lambda: open_full_precision(request["weights"], threads)
     cuda = CudaOptions(**request["cuda"]) if "cuda" in request else None
     return lambda: open_candidate(name, Path(request["bundle"]), request["device"], threads, cuda)
 
