@@ -119,8 +119,8 @@ def bench(
     """Measure load time, prefill, decode and memory, each candidate in its own process.
 
     With --against, the candidates take turns on the same prompts. Ratios are computed within each
-    round; above 1, the bundle is better. The column "of limit" shows the memory bandwidth that
-    reading the weights takes while decoding, as a share of the bandwidth measured in the same run.
+    round; above 1, the bundle is better. The column "of limit" is the share of the machine's memory
+    bandwidth, measured in the same run, that decoding uses to read the weights.
     """
     from gemma3_export.bench.report import table_lines
     from gemma3_export.bench.run import BenchmarkOptions, run_benchmark
