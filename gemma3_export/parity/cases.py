@@ -39,11 +39,8 @@ from gemma3_export.runtimes.protocol import (
 
 __all__ = [
     "Case",
-    "PlanningRuntime",
     "cases_for",
-    "chunk_size",
     "needed_positions",
-    "padded_batch",
 ]
 
 LONG = 0  # index of the long random sequence
@@ -78,7 +75,11 @@ def cases_for(
         {min(n, long) for n in (window - 1, window, window + 1, 2 * window + 3) if n > 0}
     )
     cases = [
-        Case(f"prefill-{n}", f"{n} tokens at once", partial(prefill, sequences=sequences, length=n))
+        Case(
+            f"prefill-{n}",
+            f"{n} tokens in one step",
+            partial(prefill, sequences=sequences, length=n),
+        )
         for n in lengths
     ]
     chunk = chunk_size(config, lengths[-1])
@@ -121,7 +122,7 @@ def cases_for(
             Case(
                 "padded",
                 "two rows in one padded batch",
-                partial(padded, sequences=sequences),
+                partial(padded_batch, sequences=sequences),
                 checks_variants=True,
                 padded_sequences=SHORT,
             )
@@ -134,7 +135,7 @@ def cases_for(
 
 
 def chunk_size(config: Gemma3Config, length: int) -> int:
-    """Return the tokens per chunk: at most a fifth of the window, and no divisor of either."""
+    """Return the tokens per chunk: a fifth of the window at most, dividing neither length."""
     window = config.sliding_window
     chunk = max(2, min(window, length) // 5)
     while chunk < length and (length % chunk == 0 or window % chunk == 0):
@@ -220,11 +221,6 @@ def kept_logits(runtime: Runtime, *, sequences: Sequences) -> Iterator[Observati
         yield from feed.step(length, keep=min(keep, length))
 
 
-def padded(runtime: Runtime, *, sequences: Sequences) -> Iterator[Observation]:
-    """Feed two sequences of different lengths in one padded batch."""
-    yield from padded_batch(runtime, sequences, SHORT)
-
-
 def text(runtime: Runtime, *, sequences: Sequences, index: int) -> Iterator[Observation]:
     """Feed a text prompt in one step and compare all its logits."""
     feed = TeacherForcing(runtime, sequences, [index])
@@ -232,10 +228,8 @@ def text(runtime: Runtime, *, sequences: Sequences, index: int) -> Iterator[Obse
     yield from feed.read()
 
 
-def padded_batch(
-    runtime: Runtime, sequences: Sequence[TokenSequence], rows: Sequence[int]
-) -> list[Observation]:
-    """Prefill whole sequences in one padded batch without a past.
+def padded_batch(runtime: Runtime, *, sequences: Sequences) -> Iterator[Observation]:
+    """Prefill two sequences of different lengths in one padded batch without a past.
 
     Our own generation loop never pads, but other consumers do: on the left where positions come
     from the mask, and on the right where GroupQueryAttention takes lengths from the mask's sums.
@@ -243,20 +237,17 @@ def padded_batch(
     assert isinstance(runtime, PaddedBatches)
     side = runtime.padding_side
     assert side is not None
-    ids, mask = pad([sequences[row].ids for row in rows], runtime.config.pad_token_id, side)
+    ids, mask = pad([sequences[row].ids for row in SHORT], runtime.config.pad_token_id, side)
     logits, present = runtime.run_padded(ids, mask)
-    observations: list[Observation] = []
-    for index, row in enumerate(rows):
+    for index, row in enumerate(SHORT):
         keep = np.flatnonzero(mask[index])
         layers = [
             (key[index][:, keep], value[index][:, keep])
             for key, value in zip(present[::2], present[1::2], strict=True)
         ]
-        positions = np.arange(len(keep))
-        observations.append(LogitObservation(row, positions, logits[index][keep], step=0))
+        yield LogitObservation(row, np.arange(len(keep)), logits[index][keep], step=0)
         required = required_tokens(runtime.config, len(keep))
-        observations.append(CacheObservation(row, len(keep), layers, required))
-    return observations
+        yield CacheObservation(row, len(keep), layers, required)
 
 
 def pad(rows: Sequence[IntArray], token_id: int, side: PaddingSide) -> tuple[IntArray, IntArray]:

@@ -1,6 +1,6 @@
-"""Half-precision exports whose numbers leave the type are refused; others say how near they come.
+"""Half-precision exports are refused when values exceed the dtype; others report their range.
 
-The models are tiny; a factor on some weights makes their numbers large.
+The models are tiny; a factor on some weights makes their values large.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from gemma3_export.parity.judge import at_most
 from gemma3_export.parity.options import HalfPrecision
 from gemma3_export.parity.report.model import HalfRanges
 from gemma3_export.parity.sequences import TokenSequence, random_ids
+from gemma3_export.progress import ignore_progress
 from gemma3_export.reference.weights.source import RandomSource
 from gemma3_export.runtimes.onnx.runtime import OnnxRuntime
 from tests.support.exported_bundles import scratch
@@ -44,7 +45,7 @@ HALF = HalfPrecision(dtype=torch.float16, holds_residual=False)
 
 
 class ScaledSource(RandomSource):
-    """Random weights, some of them times a factor."""
+    """Random weights, some of them multiplied by a factor."""
 
     factors: Mapping[str, float] = {}
 
@@ -58,12 +59,8 @@ def scaled(factors: Mapping[str, float]) -> ScaledSource:
     return source
 
 
-def quiet(stage: str, done: int, total: int) -> None:
-    pass
-
-
 def measured(source: RandomSource, half: HalfPrecision = HALF) -> HalfRanges:
-    return measure_ranges(source, calibration_sequences(source.config, None), half, quiet)
+    return measure_ranges(source, calibration_sequences(source.config, None), half, ignore_progress)
 
 
 @functools.cache
@@ -121,10 +118,10 @@ def test_an_ordinary_fp16_export_passes_and_carries_its_ranges(tmp_path: Path) -
 
 @pytest.mark.parametrize("is_tied", [True, False])
 def test_no_value_that_the_graph_holds_in_half_is_left_out(is_tied: bool) -> None:
-    """Every float16 value of the graph has the size of one that is reported."""
+    """Every float16 value of the graph is as large as one that is reported."""
     source = RandomSource(replace(SMALL, tie_word_embeddings=is_tied), 5)
     ids = random_ids(TINY, 0, 3, 24)
-    ranges = measure_ranges(source, [TokenSequence("only", ids)], HALF, quiet)
+    ranges = measure_ranges(source, [TokenSequence("only", ids)], HALF, ignore_progress)
     seen = 0
     for layer, operator, largest in half_values(Bundle(exported(is_tied)), ids):
         if operator == "Gelu":
@@ -138,7 +135,7 @@ def test_no_value_that_the_graph_holds_in_half_is_left_out(is_tied: bool) -> Non
 
 
 def half_values(bundle: Bundle, ids: np.ndarray) -> list[tuple[int | None, str, float]]:
-    """Layer, operator and largest number of each float16 value of a prefill of ``ids``."""
+    """Return layer, operator and largest element of every float16 value in a prefill of ``ids``."""
     runtime = OnnxRuntime(bundle, device="cpu", threads=1)
     model = onnx.load(runtime.path)
     known = {value.name for value in model.graph.output}
@@ -184,7 +181,7 @@ def test_a_residual_stream_beyond_fp16_is_refused_where_it_is_half(tmp_path: Pat
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_floor_that_is_not_finite_proves_nothing() -> None:
+def test_an_infinite_noise_floor_proves_nothing() -> None:
     assert at_most("error", 1.0, 0.5, 4.0).passed
     assert not at_most("error", 1.0, math.inf, math.inf).passed
 
@@ -201,7 +198,7 @@ def test_weights_that_fp16_cannot_hold_are_named(
 
 
 def test_a_bundle_that_overflows_fails_its_range_gate() -> None:
-    """As when it was made before there was a check."""
+    """For example one that an older version exported without this check."""
     runtime = OnnxRuntime(exported(True), device="cpu", threads=1)
     report = verify(runtime, scaled(LOUD), options=VerifyOptions(decode_steps=2, locate=False))
     gates = {gate.name: gate for gate in report.gates}

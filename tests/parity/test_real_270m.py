@@ -1,4 +1,4 @@
-"""The main job on the real Gemma 3 270M: weights to ONNX to text, through the command line."""
+"""The main workflow on the real Gemma 3 270M: weights to ONNX to text, on the command line."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def run_ok(*arguments: object) -> Result:
 
 @pytest.fixture(scope="module")
 def real_export(real_gguf, tmp_path_factory) -> tuple[Path, str]:
-    """The bundle for ONNX Runtime, and what the export printed."""
+    """The bundle for ONNX Runtime, and the output of the export."""
     output = tmp_path_factory.mktemp("real") / "270m"
     return output, run_ok("onnx", "--weights", real_gguf, "-o", output).stdout
 
@@ -37,7 +37,7 @@ def test_the_export_is_proven(real_export):
     assert facts["files"]["onnx/model.onnx_data"]["size_bytes"] < 1.01 * 268_098_176 * 4
 
 
-def test_it_continues_what_everybody_knows(real_export):
+def test_it_continues_well_known_series(real_export):
     prompts = [part for text in SERIES for part in ("--prompt", text)]
     printed = run_ok("generate", real_export[0], *prompts, "--max-new-tokens", 8, "--json").stdout
     days, numbers = [json.loads(line)["text"] for line in printed.splitlines()]
@@ -45,7 +45,7 @@ def test_it_continues_what_everybody_knows(real_export):
     assert numbers.startswith(" five, six, seven")
 
 
-def test_a_batch_gives_what_single_prompts_give(real_export):
+def test_a_batch_gives_the_same_tokens_as_single_prompts(real_export):
     def tokens(*texts: str) -> list[list[int]]:
         prompts = [part for text in texts for part in ("--prompt", text)]
         arguments = ("generate", real_export[0], *prompts, "--max-new-tokens", 12, "--json")

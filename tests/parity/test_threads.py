@@ -1,4 +1,4 @@
-"""How many threads exports and parity checks use: as asked, and one for small models."""
+"""Exports and parity checks use the requested threads, and one thread for small models."""
 
 from __future__ import annotations
 
@@ -26,32 +26,32 @@ BEFORE = 3
 
 @pytest.fixture
 def seen(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[tuple[int, int | None]]]:
-    """Threads of torch and of the runtime under test, of all that are checked."""
+    """The threads of PyTorch and of the runtime, for every runtime that is checked."""
     found: set[tuple[int, int | None]] = set()
     open_runtime, judge_case = verifying.open_runtime, check.judge_case
 
     def spy(*arguments: Any, **options: Any) -> Any:
         runtime = open_runtime(*arguments, **options)
-        asked[0] = options["threads"]
+        requested[0] = options["threads"]
         return runtime
 
     def spied_case(*arguments: Any, **options: Any) -> Any:
-        found.add((torch.get_num_threads(), asked[0]))
+        found.add((torch.get_num_threads(), requested[0]))
         return judge_case(*arguments, **options)
 
-    asked: list[int | None] = [None]
+    requested: list[int | None] = [None]
     monkeypatch.setattr(verifying, "open_runtime", spy)
     monkeypatch.setattr(check, "judge_case", spied_case)
     threads = torch.get_num_threads()
     torch.set_num_threads(BEFORE)
     yield found
-    assert torch.get_num_threads() == BEFORE, "what was there before is there afterwards"
+    assert torch.get_num_threads() == BEFORE, "the previous number must be restored"
     torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("command", ["onnx", "torchscript", "pt2"])
 @pytest.mark.parametrize(("options", "expected"), [((), 1), (("--threads", 2), 2)])
-def test_exports_are_proven_with_the_threads_asked_for(
+def test_exports_are_checked_with_the_requested_threads(
     one_layer: Path,
     tmp_path: Path,
     seen: set[tuple[int, int | None]],
@@ -88,7 +88,7 @@ def test_verify_uses_one_thread_for_a_small_model(
     assert seen == {(expected, expected)}
 
 
-def test_large_models_get_all_processors() -> None:
+def test_large_models_get_all_cores() -> None:
     assert threads_for(preset("270m").config, None) is None
     assert threads_for(preset("270m").config, 4) == 4
     before = torch.get_num_threads()
@@ -96,7 +96,7 @@ def test_large_models_get_all_processors() -> None:
         assert torch.get_num_threads() == before
 
 
-def test_no_threads_at_all_are_refused(tmp_path: Path) -> None:
+def test_zero_threads_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="threads is 0"):
         threads_for(tiny_config(), 0)
     with pytest.raises(InputError, match="threads is -1"):

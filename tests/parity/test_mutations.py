@@ -1,4 +1,4 @@
-"""Mutation proof: break the model in every way that ports are known to break, and be caught.
+"""Break the model in every way in which ports are known to break; every defect is caught.
 
 The tiny model's layers are full, sliding, sliding, full, sliding; its window is 6.
 """
@@ -6,7 +6,7 @@ The tiny model's layers are full, sliding, sliding, full, sliding; its window is
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,17 +22,9 @@ from gemma3_export.reference.runtime import ReferenceRuntime
 from gemma3_export.reference.weights import WeightSource, open_weights
 from tests.support.tiny_models import tiny_config, write_hf_folder
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 WINDOW = 6
 OPTIONS = VerifyOptions(decode_steps=12, greedy_steps=6)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Tiny tensors only lose time to the hand-over between threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -164,7 +156,7 @@ def group_heads_the_other_way(model: Any) -> None:
 
 
 def count_cache_of_a_sliding_layer(model: Any) -> None:
-    """Positions restart at the window, as if a windowed layer's cache told the length."""
+    """Restart positions at the window, as if a sliding layer's cache determined the length."""
     original = model.layer_contexts
 
     def layer_contexts(ids: Any, mask: Any, past: Any) -> Any:
@@ -313,8 +305,8 @@ def test_padding_that_shifts_positions_is_caught_by_the_batches_alone(
     assert report.divergence is not None
 
 
-def test_defects_lie_far_above_the_limit(source: WeightSource, ground_truth: GroundTruth) -> None:
-    """The factor separates: the subtlest of these defects is a hundred times the floor."""
+def test_defects_are_far_above_the_limit(source: WeightSource, ground_truth: GroundTruth) -> None:
+    """The subtlest of these defects is a hundred times the noise floor, far above the factor."""
     for mutation in MUTATIONS[:5]:
         report = check(source, ground_truth, mutation.mutate)
         worst = max(

@@ -1,15 +1,14 @@
-"""Parity of exported graphs: right ones pass, broken ones are caught and located."""
+"""Parity of exported graphs: correct ones pass, broken ones are caught and located."""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import onnx
 import pytest
-import torch
 
 from gemma3_export.bundle import Bundle, write_manifest
 from gemma3_export.errors import InputError
@@ -22,16 +21,8 @@ from gemma3_export.runtimes.onnx.runtime import OnnxRuntime
 from tests.support.exported_bundles import SEED, TARGETS, exported_bundle, source_of
 from tests.support.tiny_models import tiny_config
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 OPTIONS = VerifyOptions(decode_steps=12, greedy_steps=6)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Tiny tensors only lose time to the hand-over between threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +113,7 @@ def change_scale(model: Any) -> None:
 
 
 def swap_rotary_tables(model: Any) -> None:
-    """A sliding layer gets the angles of a full one."""
+    """Give a sliding layer the angles of a full-attention layer."""
     full, sliding = (in_layer(model, n, "GroupQueryAttention") for n in (0, 2))
     sliding.input[7], sliding.input[8] = full.input[7], full.input[8]
 
