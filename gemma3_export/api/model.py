@@ -331,26 +331,22 @@ class Model:
     def _open(self, needs_every_token: bool) -> Runtime:
         """Open the runtime, again if its sliding-window caches evict tokens that are needed."""
         with self._opening:
-            evicts = (
-                isinstance(self._runtime, CacheVariants) and self._runtime.uses_sliding_window_cache
-            )
-            is_free = self.options.sliding_window_cache is None
-            if self._runtime is None or (evicts and needs_every_token and is_free):
+            wanted = self.options.sliding_window_cache
+            is_free = wanted is None
+            if self._runtime is None or (needs_every_token and is_free and evicts(self._runtime)):
                 self._runtime = None  # release its memory first
-                sliding_window_cache = (
-                    False if needs_every_token and is_free else self.options.sliding_window_cache
-                )
                 self._runtime = open_runtime(
                     self.bundle,
-                    self.options.runtime,
-                    device=self.options.device,
-                    threads=self.options.threads,
-                    trust=self.options.trust,
-                    cuda=self.options.cuda,
-                    sliding_window_cache=sliding_window_cache,
+                    sliding_window_cache=False if needs_every_token and is_free else wanted,
                     shares_weights=self.options.shares_weights,
+                    **self._how_to_open(),
                 )
             return self._runtime
+
+    def _how_to_open(self) -> dict[str, Any]:
+        """Return what the model and a draft model have in common."""
+        names = ("runtime", "device", "threads", "trust", "cuda")
+        return {name: getattr(self.options, name) for name in names}
 
     def _needs_every_token(self, prompts: Sequence[list[int]], options: GenerateOptions) -> bool:
         """Return whether caches must hold every token rather than a sliding window.
@@ -380,14 +376,15 @@ class Model:
     def _prefix_cache(
         self, runtime: Runtime, prompts: Sequence[list[int]], options: GenerateOptions
     ) -> PrefixCache | None:
-        """Return the cache of prefixes to use, if it is worth one."""
+        """Return the cache of prefixes to use, if there is enough to share."""
         granularity = options.prefill_chunk if self._is_inexact(runtime) else FEWEST_SHARED_TOKENS
         if size := self.options.kept_prefix_bytes:
-            if self._prefixes is None:
-                self._prefixes = PrefixCache(runtime, max_bytes=size, granularity=granularity)
-            return self._prefixes
+            with self._opening:
+                if self._prefixes is None:
+                    self._prefixes = PrefixCache(runtime, max_bytes=size, granularity=granularity)
+                return self._prefixes
         fewest = max(granularity, FEWEST_SHARED_TOKENS)
-        if not options.prefix_cache_bytes or shared_length(prompts) < fewest:
+        if not options.prefix_cache_bytes or evicts(runtime) or shared_length(prompts) < fewest:
             return None
         return PrefixCache(runtime, max_bytes=options.prefix_cache_bytes, granularity=granularity)
 
@@ -423,12 +420,8 @@ class Model:
                     )
                 self._drafts[path] = open_runtime(
                     bundle,
-                    self.options.runtime,
-                    device=self.options.device,
-                    threads=self.options.threads,
-                    trust=self.options.trust,
-                    cuda=self.options.cuda,
                     sliding_window_cache=False,  # wrong drafts are cut off as far back as they go
+                    **self._how_to_open(),
                 )
             return self._drafts[path]
 
@@ -544,6 +537,11 @@ def bundle_tokenizer(bundle: Bundle) -> Tokenizer | None:
     tokenizer = Tokenizer.from_file(path)
     tokenizer.check_vocab_size(bundle.config.vocab_size)
     return tokenizer
+
+
+def evicts(runtime: Runtime) -> bool:
+    """Return whether the runtime's caches let go of tokens outside the sliding window."""
+    return isinstance(runtime, CacheVariants) and runtime.uses_sliding_window_cache
 
 
 def shared_length(prompts: Sequence[Sequence[int]]) -> int:

@@ -209,13 +209,9 @@ class TestWhatIsDecidedHere:
 
         def noting(*arguments: object, **options: object) -> object:
             asked.append(options["sliding_window_cache"])
-            return real(*arguments, **options) if len(asked) > 1 else Windowed()
-
-        class Windowed:
-            is_windowed = True
-
-            def with_other_cache(self) -> None:
-                raise AssertionError
+            if len(asked) == 1:  # as for a model whose window is longer than the tiny one's
+                options["sliding_window_cache"] = True
+            return real(*arguments, **options)
 
         monkeypatch.setattr(model_module, "open_runtime", noting)
         model = opened(ort_bundle)
@@ -224,6 +220,15 @@ class TestWhatIsDecidedHere:
         assert model.generate(prompts, max_new_tokens=2)[1].reused_tokens == len(LONG)
         model.generate("A", max_new_tokens=2)
         assert asked == [None, False]
+
+    def test_a_window_that_was_asked_for_is_kept_and_shares_nothing(self, ort_bundle: Path) -> None:
+        model = opened(ort_bundle, sliding_window_cache=True)
+        prompts = [[*LONG, 5], [*LONG, 6]]
+        found = model.generate(prompts, max_new_tokens=6)
+        assert [done.reused_tokens for done in found] == [0, 0]
+        plain = opened(ort_bundle, sliding_window_cache=False)
+        for done, prompt in zip(found, prompts, strict=True):
+            assert done.token_ids == plain.generate(prompt, max_new_tokens=6).token_ids
 
     def test_prefixes_are_kept_between_calls_on_request(self, ort_bundle: Path) -> None:
         model = gemma3_export.load(
