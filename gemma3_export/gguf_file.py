@@ -1,9 +1,9 @@
-"""Opens GGUF files: checks the whole header first, then hands out metadata and mapped tensors.
+"""Open GGUF files: validate the header, then provide metadata and memory-mapped tensors.
 
-The package ``gguf`` reads a header by building one array object per vocabulary entry (seconds for
-262,144 of them) and trusts every length in it. This reader walks the header once, believes no
-number that the file's size does not allow, and leaves the rest of the file on disk. Fields and
-tensors are called as in ``gguf.GGUFReader``, so code that reads metadata works with either.
+The reader of the package ``gguf`` creates an array object per vocabulary entry, which takes seconds
+for 262,144 entries, and it trusts all lengths in the file. This reader makes one pass over the
+header, checks every number against the file size, and leaves the tensor data on disk. Fields and
+tensors have the names of ``gguf.GGUFReader``, so code that reads metadata works with both.
 """
 
 from __future__ import annotations
@@ -40,23 +40,23 @@ _STRING, _ARRAY = 8, 9
 _MAX_KEY_BYTES = 65_535
 _MAX_FIELDS = 100_000
 _MAX_TENSORS = 100_000
-_MAX_ARRAY_ITEMS = 2**24  # bounds the time of a walk; Gemma's vocabulary has 2**18
+_MAX_ARRAY_ITEMS = 2**24  # bounds parsing time; Gemma's vocabulary has 2**18 entries
 _MAX_DIMS = 4
 _MAX_ALIGNMENT = 2**20
 
 
 @dataclass(frozen=True, slots=True)
 class GgufField:
-    """One metadata entry; arrays are decoded only when asked for."""
+    """A metadata entry; its value is decoded on access."""
 
     name: str
     _data: memoryview
     _offset: int  # of the first item
-    _kind: int  # of the value, or of the items of an array
-    _count: int | None  # items of an array, None for a single value
+    _kind: int  # type of the value, or of the items of an array
+    _count: int | None  # number of items of an array; None for a single value
 
     def contents(self, index: int | None = None) -> Any:
-        """The value (a list for an array), or item ``index`` of an array.
+        """Return the value (a list for an array), or item ``index`` of an array.
 
         Raises:
             InputError: a string is not UTF-8.
@@ -69,12 +69,12 @@ class GgufField:
 
     @property
     def is_array(self) -> bool:
-        """Whether the value is a list."""
+        """Return True if the value is an array."""
         return self._count is not None
 
     @property
     def size(self) -> int:
-        """Number of items; 1 for a single value."""
+        """Return the number of items; 1 for a single value."""
         return 1 if self._count is None else self._count
 
     def _decode(self, count: int) -> list[Any]:
@@ -91,45 +91,45 @@ class GgufField:
                 offset += length
         except UnicodeDecodeError as error:
             raise InputError(
-                f"GGUF metadata {self.name} is not UTF-8 text; is it corrupt?"
+                f"GGUF metadata {self.name} is not UTF-8 text; download the file again"
             ) from error
         return found
 
 
 @dataclass(frozen=True, slots=True)
 class GgufTensor:
-    """One tensor, still quantised and still on disk."""
+    """A tensor, quantized and memory-mapped."""
 
     name: str
     tensor_type: Any  # gguf.GGMLQuantizationType
-    shape: tuple[int, ...]  # as in torch: rows first (gguf's own order is the reverse)
+    shape: tuple[int, ...]  # in torch's order, the reverse of the order in the file
     n_bytes: int
     data_offset: int  # from the start of the file
-    data: npt.NDArray[np.uint8]  # [rows, bytes of one row], mapped
+    data: npt.NDArray[np.uint8]  # [rows, bytes per row], memory-mapped
 
     def dequantize_rows(self, start: int, stop: int) -> npt.NDArray[np.float32]:
-        """Rows [start, stop) of the tensor, flattened to two axes, in float32.
+        """Dequantize rows [start, stop) of the tensor, viewed as a matrix, to float32.
 
         Raises:
-            InputError: ``gguf`` cannot decode this quantisation.
+            InputError: ``gguf`` cannot decode this quantization type.
         """
         gguf = gguf_module()
         try:
-            with np.errstate(all="ignore"):  # what is not finite is reported by name elsewhere
+            with np.errstate(all="ignore"):  # callers report values that are not finite
                 rows = gguf.quants.dequantize(
                     np.ascontiguousarray(self.data[start:stop]), self.tensor_type
                 )
         except NotImplementedError as error:
             raise InputError(
-                f"tensor {self.name} has quantisation {self.tensor_type.name}, which cannot be "
-                "decoded; give a file in F32, F16, BF16, Q8_0, Q4_0 or a K quantisation"
+                f"tensor {self.name} has quantization type {self.tensor_type.name}, which cannot "
+                "be decoded; use a file in F32, F16, BF16, Q8_0, Q4_0 or a K-quant"
             ) from error
         return np.asarray(rows, dtype=np.float32).reshape(stop - start, self.shape[-1])
 
 
 @dataclass(frozen=True, slots=True)
 class GgufFile:
-    """A validated GGUF file; its tensors are read-only views of the mapped file."""
+    """A validated GGUF file, whose tensors are read-only views of the mapped file."""
 
     path: Path
     fields: Mapping[str, GgufField]
@@ -137,17 +137,17 @@ class GgufFile:
     alignment: int
 
     def get_field(self, key: str) -> GgufField | None:
-        """The metadata entry called ``key``, or None."""
+        """Return the metadata entry ``key``, or None."""
         return self.fields.get(key)
 
     def value(self, key: str, default: Any = None) -> Any:
-        """The value of metadata ``key``, or ``default`` where it is absent."""
+        """Return the value of the metadata entry ``key``, or ``default`` if it is missing."""
         field = self.fields.get(key)
         return default if field is None else field.contents()
 
 
 def gguf_module() -> Any:
-    """The package ``gguf``, which knows the block formats.
+    """Import the package ``gguf``, which decodes the block formats.
 
     Raises:
         UnavailableError: it is not installed.
@@ -157,16 +157,16 @@ def gguf_module() -> Any:
         import gguf.quants
     except ImportError as error:
         raise UnavailableError(
-            "GGUF files need the package gguf: pip install 'gemma3-export[export]'"
+            "GGUF files need the package gguf; run: pip install 'gemma3-export[export]'"
         ) from error
     return gguf
 
 
 def open_gguf(path: str | Path) -> GgufFile:
-    """Check the header of a GGUF file and map its tensors.
+    """Validate the header of a GGUF file and map its tensors.
 
     Raises:
-        InputError: the file is absent, truncated, corrupt, or of a version that is not supported.
+        InputError: the file is missing, truncated, corrupt, or of an unsupported version.
         UnavailableError: the package ``gguf`` is not installed.
     """
     path = Path(path)
@@ -176,7 +176,7 @@ def open_gguf(path: str | Path) -> GgufFile:
     except FileNotFoundError:
         raise InputError(f"{path} does not exist; give the path of a .gguf file") from None
     except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be mapped as a GGUF file: {error}") from error
+        raise InputError(f"{path} cannot be mapped: {error}; give a readable .gguf file") from error
     try:
         return _Header(data, gguf).parse(path)
     except InputError as error:
@@ -184,7 +184,7 @@ def open_gguf(path: str | Path) -> GgufFile:
 
 
 class _Header:
-    """Walks a header once; every number is checked against the file's size before it is used."""
+    """A parser of the header that checks every number against the file size before use."""
 
     def __init__(self, data: npt.NDArray[np.uint8], gguf: Any) -> None:
         self.array = data
@@ -204,7 +204,7 @@ class _Header:
         for _ in range(field_count):
             field = self._field()
             if field.name in fields:
-                raise InputError(f"metadata {field.name} is there twice")
+                raise InputError(f"metadata {field.name} occurs twice")
             fields[field.name] = field
         alignment = self._alignment(fields)
         infos = [self._tensor_info(alignment) for _ in range(tensor_count)]
@@ -221,7 +221,7 @@ class _Header:
 
     def _start(self) -> int:
         if bytes(self.view[:4]) != b"GGUF":
-            raise InputError("this is not a GGUF file (it does not begin with GGUF)")
+            raise InputError("this is not a GGUF file (it does not start with GGUF)")
         self.offset = 4
         (version,) = self._take("I")
         if version not in (2, 3):
@@ -242,7 +242,7 @@ class _Header:
     def _skip(self, size_bytes: int) -> None:
         if size_bytes > self.size - self.offset:
             raise InputError(
-                f"the header claims {size_bytes} bytes where {self.size - self.offset} are left; "
+                f"the header claims {size_bytes} bytes, but {self.size - self.offset} are left; "
                 "the file is truncated or corrupt"
             )
         self.offset += size_bytes
@@ -271,7 +271,7 @@ class _Header:
         field = GgufField(name, self.view, self.offset, kind, count)
         items = 1 if count is None else count
         if kind == _STRING:
-            if 8 * items > self.size - self.offset:  # else a huge count costs a long walk
+            if 8 * items > self.size - self.offset:  # otherwise a huge count takes long to parse
                 raise InputError(f"metadata {name} claims {items} strings; the file is corrupt")
             for _ in range(items):
                 self._skip(self._take("Q")[0])
@@ -302,7 +302,7 @@ class _Header:
         except ValueError:
             raise InputError(f"tensor {name} has the unknown type {kind}") from None
         if offset % alignment:
-            raise InputError(f"tensor {name} begins at {offset}, which is not aligned")
+            raise InputError(f"tensor {name} starts at {offset}, not at a multiple of {alignment}")
         return name, shape, tensor_type, offset
 
     def _map(
@@ -316,7 +316,7 @@ class _Header:
         first, size = start + offset, rows * row_bytes
         if first + size > self.size:
             raise InputError(
-                f"tensor {name} reaches to byte {first + size} of a file of {self.size}; "
+                f"tensor {name} ends at byte {first + size}, but the file has {self.size}; "
                 "the file is truncated or corrupt"
             )
         data = self.array[first : first + size].reshape(rows, row_bytes)

@@ -1,4 +1,4 @@
-"""The model configuration: its dataclass, published presets, and every dialect it is read from."""
+"""Model configuration: the dataclass, published sizes, and readers for every config dialect."""
 
 from gemma3_export.config.gemma3_config import (
     EMBEDDING,

@@ -1,8 +1,8 @@
-"""The one description of a Gemma 3 text model that everything else reads.
+"""Define the configuration of a Gemma 3 text model.
 
-Field names are those of Hugging Face's ``Gemma3TextConfig``. Reading and writing its JSON
-dialects lives in :mod:`gemma3_export.config.hugging_face`, the published sizes in
-:mod:`gemma3_export.config.presets`.
+Field names are those of Hugging Face's ``Gemma3TextConfig``. The module
+:mod:`gemma3_export.config.hugging_face` reads and writes the JSON dialects, and
+:mod:`gemma3_export.config.presets` has the published sizes.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ LayerType = Literal["sliding_attention", "full_attention"]
 
 
 def default_layer_types(num_hidden_layers: int, pattern: int = 6) -> tuple[LayerType, ...]:
-    """Every ``pattern``-th layer sees the whole context, the others a sliding window."""
+    """Return layer types in which every ``pattern``-th layer has full attention."""
     return tuple(
         "full_attention" if (index + 1) % pattern == 0 else "sliding_attention"
         for index in range(num_hidden_layers)
@@ -31,10 +31,10 @@ def default_layer_types(num_hidden_layers: int, pattern: int = 6) -> tuple[Layer
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Gemma3Config:
-    """Shapes and constants of one Gemma 3 text model.
+    """The shapes and constants of a Gemma 3 text model.
 
     Raises:
-        InputError: a value is impossible, or two values contradict each other.
+        InputError: a value is out of range, or two values contradict each other.
     """
 
     vocab_size: int  # rows of the token embedding
@@ -42,36 +42,36 @@ class Gemma3Config:
     intermediate_size: int  # width of the gated feed-forward
     num_hidden_layers: int
     num_attention_heads: int  # query heads
-    num_key_value_heads: int  # key and value heads, each shared by a group of query heads
-    head_dim: int  # width of one head; independent of hidden_size
-    max_position_embeddings: int  # longest context in tokens
-    sliding_window: int  # keys that a sliding layer sees, the query's own included
-    query_pre_attn_scalar: float  # attention scores are scaled by this to the power -0.5
-    layer_types: tuple[LayerType, ...]  # one entry a layer
+    num_key_value_heads: int  # each is shared by a group of query heads
+    head_dim: int  # width of a head; independent of hidden_size
+    max_position_embeddings: int  # in tokens
+    sliding_window: int  # keys visible to a sliding-window layer, including the query's own
+    query_pre_attn_scalar: float  # attention scores are multiplied by its inverse square root
+    layer_types: tuple[LayerType, ...]  # one per layer
 
     rope_theta: float = 1_000_000.0  # RoPE base of the full-attention layers
-    rope_local_base_freq: float = 10_000.0  # RoPE base of the sliding layers
-    rope_scaling_factor: float = 1.0  # linear position scaling of the full-attention layers
+    rope_local_base_freq: float = 10_000.0  # RoPE base of the sliding-window layers
+    rope_scaling_factor: float = 1.0  # linear RoPE scaling of the full-attention layers
     rms_norm_eps: float = 1e-6
-    tie_word_embeddings: bool = True  # the head is the embedding
-    initializer_range: float = 0.02  # standard deviation of freshly drawn matrices
+    tie_word_embeddings: bool = True  # the head shares the weight of the embedding
+    initializer_range: float = 0.02  # standard deviation of random matrices
 
     pad_token_id: int = 0
     bos_token_id: int = 2
-    eos_token_id: tuple[int, ...] = (1,)  # generation ends at any of these
+    eos_token_id: tuple[int, ...] = (1,)  # any of these ends generation
 
     def __post_init__(self) -> None:
         self._check_positive()
         if len(self.layer_types) != self.num_hidden_layers:
             raise InputError(
                 f"layer_types has {len(self.layer_types)} entries, but num_hidden_layers is "
-                f"{self.num_hidden_layers}; give one entry a layer"
+                f"{self.num_hidden_layers}; give one entry per layer"
             )
         for index, layer_type in enumerate(self.layer_types):
             if layer_type not in get_args(LayerType):
                 raise InputError(
-                    f"layer_types[{index}] is {layer_type!r:.80}; Gemma 3 knows "
-                    f"{' and '.join(get_args(LayerType))}"
+                    f"layer_types[{index}] is {layer_type!r:.80}; it must be "
+                    f"{' or '.join(get_args(LayerType))}"
                 )
         if self.num_attention_heads % self.num_key_value_heads:
             raise InputError(
@@ -79,11 +79,13 @@ class Gemma3Config:
                 f"num_key_value_heads ({self.num_key_value_heads})"
             )
         if self.head_dim % 2:
-            raise InputError(f"head_dim is {self.head_dim}; rotary embeddings need an even number")
+            raise InputError(
+                f"head_dim is {self.head_dim}; rotary embeddings require an even number"
+            )
         token_ids = (self.pad_token_id, self.bos_token_id, *self.eos_token_id)
         if bad := [token_id for token_id in token_ids if not 0 <= token_id < self.vocab_size]:
             raise InputError(
-                f"special token ids {bad!s:.80} lie outside the vocabulary of {self.vocab_size}; "
+                f"special token ids {bad!s:.80} are outside the vocabulary of {self.vocab_size}; "
                 "set pad_token_id, bos_token_id and eos_token_id"
             )
 
@@ -102,7 +104,7 @@ class Gemma3Config:
         for name in counts:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 2**31:
-                raise InputError(f"{name} is {value!r:.80}; it must be a positive whole number")
+                raise InputError(f"{name} is {value!r:.80}; it must be a positive integer")
         reals = (
             "query_pre_attn_scalar",
             "rope_theta",
@@ -118,25 +120,25 @@ class Gemma3Config:
 
     @property
     def attention_scale(self) -> float:
-        """What query-key products are multiplied with."""
+        """Return the factor of the attention scores."""
         return 1.0 / math.sqrt(self.query_pre_attn_scalar)
 
     @property
     def query_size(self) -> int:
-        """Width of all query heads together."""
+        """Return the total width of the query heads."""
         return self.num_attention_heads * self.head_dim
 
     @property
     def key_value_size(self) -> int:
-        """Width of all key heads (or all value heads) together."""
+        """Return the total width of the key heads, which is also that of the value heads."""
         return self.num_key_value_heads * self.head_dim
 
     def is_sliding(self, layer: int) -> bool:
-        """Whether layer ``layer`` attends within the sliding window only."""
+        """Return True if ``layer`` attends only within the sliding window."""
         return self.layer_types[layer] == "sliding_attention"
 
     def weight_shapes(self) -> Iterator[tuple[str, tuple[int, ...]]]:
-        """Canonical (Hugging Face) name and shape of every weight, in model order."""
+        """Yield the canonical (Hugging Face) name and the shape of every weight, in model order."""
         hidden, head = self.hidden_size, self.head_dim
         yield EMBEDDING, (self.vocab_size, hidden)
         for layer in range(self.num_hidden_layers):
@@ -160,16 +162,10 @@ class Gemma3Config:
 
     @property
     def head_name(self) -> str:
-        """Canonical name of the weight that makes logits; a tied head is the embedding."""
+        """Return the canonical name of the head's weight; if tied, that of the embedding."""
         return EMBEDDING if self.tie_word_embeddings else HEAD
 
     @property
     def num_parameters(self) -> int:
-        """Count of all weights; a tied head counts once."""
-        total = 0
-        for _, shape in self.weight_shapes():
-            size = 1
-            for extent in shape:
-                size *= extent
-            total += size
-        return total
+        """Return the number of parameters; a tied head does not count twice."""
+        return sum(math.prod(shape) for _, shape in self.weight_shapes())

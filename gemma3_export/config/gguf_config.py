@@ -1,4 +1,4 @@
-"""Reads the model's config from the metadata of a GGUF file."""
+"""Read the model config from the metadata of a GGUF file."""
 
 from __future__ import annotations
 
@@ -48,10 +48,11 @@ _KNOWN = {
 
 
 def config_from_gguf(reader: GgufFile) -> Gemma3Config:
-    """The config that a GGUF file's metadata and embedding describe.
+    """Read the config from the metadata of a GGUF file and the shape of its embedding.
 
     Raises:
-        InputError: another architecture, a split file, or metadata that is absent or not supported.
+        InputError: the architecture is another one, the file is split, or metadata is missing or
+            not supported.
     """
     try:
         return _Metadata(reader).config()
@@ -73,9 +74,11 @@ class _Metadata:
             self._must_equal(key, head_dim)
         self._must_equal("attention.causal", True)
         if not 0 < layers <= 4096:
-            raise InputError(f"{_ARCHITECTURE}.block_count is {layers}")
+            raise InputError(
+                f"{_ARCHITECTURE}.block_count is {layers}; it must be between 1 and 4096"
+            )
         vocab_size = self._vocab_size(hidden)
-        # llama.cpp hard-codes this: the 27B divides by hidden/heads, the others by the head size.
+        # As hard-coded in llama.cpp: hidden/heads for the 27B, the head size for the others.
         scalar = hidden / max(heads, 1) if layers == _LAYERS_27B else head_dim
         token = "tokenizer.ggml.{}_token_id".format
         return Gemma3Config(
@@ -109,7 +112,7 @@ class _Metadata:
         splits = value("split.count", 0)
         if not isinstance(splits, int) or splits > 1:
             raise InputError(
-                f"split.count is {splits!r:.20}: this is one part of a split GGUF; join the parts "
+                f"split.count is {splits!r:.20}: this is one part of a split GGUF; merge the parts "
                 "with `llama-gguf-split --merge` first"
             )
         prefix = _ARCHITECTURE + "."
@@ -127,18 +130,18 @@ class _Metadata:
     def _whole(self, key: str, default: int | None = None) -> int:
         value = self._value(key, default)
         if isinstance(value, list) and value and len(set(value)) == 1:
-            value = value[0]  # one entry a layer, all alike
+            value = value[0]  # one entry per layer, all equal
         if not isinstance(value, int) or isinstance(value, bool):
-            raise InputError(f"{_ARCHITECTURE}.{key} is {value!r:.60}; it must be one whole number")
+            raise InputError(f"{_ARCHITECTURE}.{key} is {value!r:.60}; it must be an integer")
         return value
 
     def _real(self, key: str, default: float) -> float:
         value = self._value(key, default)
         if not isinstance(value, float):
-            raise InputError(f"{_ARCHITECTURE}.{key} is {value!r:.60}; it must be one number")
+            raise InputError(f"{_ARCHITECTURE}.{key} is {value!r:.60}; it must be a number")
         if not np.isfinite(np.float32(value)):
             raise InputError(f"{_ARCHITECTURE}.{key} is {value!r}; it must be finite")
-        # Stored in float32: take the shortest decimal that means the same, 1e-06 for 9.9999999e-07.
+        # The value is a float32; take its shortest decimal: 1e-06 instead of 9.9999999e-07.
         return float(str(np.float32(value)))
 
     def _must_equal(self, key: str, expected: object) -> None:
@@ -153,7 +156,7 @@ class _Metadata:
         shape = shapes.get("token_embd.weight")
         if shape is None or len(shape) != 2:
             raise InputError(
-                "there is no matrix token_embd.weight; is this a vocabulary-only file?"
+                "the matrix token_embd.weight is missing; is this a vocabulary-only file?"
             )
         if shape[1] != hidden:
             raise InputError(
@@ -169,7 +172,7 @@ class _Metadata:
         if isinstance(pattern, int) and not isinstance(pattern, bool) and pattern > 0:
             return default_layer_types(layers, pattern)
         raise InputError(
-            f"{_ARCHITECTURE}.{key} is {pattern!r:.60}; it must be a period or one flag a layer"
+            f"{_ARCHITECTURE}.{key} is {pattern!r:.60}; it must be a period, or one flag per layer"
         )
 
     def _rope_factor(self) -> float:
@@ -185,7 +188,7 @@ class _Metadata:
     def _token_id(self, key: str, default: int) -> int:
         value = self.reader.value(key, default)
         if not isinstance(value, int) or isinstance(value, bool):
-            raise InputError(f"{key} is {value!r:.60}; it must be a whole number")
+            raise InputError(f"{key} is {value!r:.60}; it must be an integer")
         return value
 
     def _eos_ids(self, vocab_size: int) -> tuple[int, ...]:
@@ -194,7 +197,7 @@ class _Metadata:
             if key in self.reader.fields:
                 found.append(self._token_id(key, 1))
         if vocab_size == TEXT_VOCAB_SIZE and self._ends_turns():
-            found += [1, END_OF_TURN_ID]  # instruction models stop at both
+            found += [1, END_OF_TURN_ID]  # instruction-tuned models stop at both
         return tuple(sorted(set(found)))
 
     def _ends_turns(self) -> bool:

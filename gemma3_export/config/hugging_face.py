@@ -1,9 +1,9 @@
-"""Reads and writes ``config.json`` in every dialect that a Gemma 3 checkpoint comes with.
+"""Read and write ``config.json`` in every dialect of Gemma 3 checkpoints.
 
-Hugging Face has three (flat keys with a layer pattern, ``layer_types``, and nested
-``rope_parameters``), multimodal checkpoints wrap the text half in ``text_config``, and the notebook
-that this project descends from has its own dictionary. A key that would change the computation in a
-way that is not implemented is refused by name, never dropped.
+Hugging Face has three dialects: flat keys with a layer pattern, ``layer_types``, and nested
+``rope_parameters``. Multimodal checkpoints wrap the text config in ``text_config``. The notebook
+that this project descends from uses a dictionary of its own. A key that would change the
+computation in a way that is not implemented raises an error; no key is dropped silently.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ __all__ = [
     "refuse_unknown_keys",
 ]
 
-PADDED_VOCAB_SIZE = 262_208  # the official multimodal files pad the text vocabulary to this
+PADDED_VOCAB_SIZE = 262_208  # embedding rows of the official multimodal checkpoints
 MAX_JSON_BYTES = 64 * 2**20
-MAX_LAYERS = 4096  # a bound for lists built from a number in a file
-GPT2_VOCAB_SIZE = 50_257  # the ancestors' custom model; its last id ends a text
+MAX_LAYERS = 4096  # bounds the lists that a number in a file allocates
+GPT2_VOCAB_SIZE = 50_257  # the ancestors' custom model; its last id is <|endoftext|>
 
 ANCESTOR_KEYS = {
     "vocab_size": "vocab_size",
@@ -45,22 +45,165 @@ ANCESTOR_KEYS = {
     "n_layers": "num_hidden_layers",
     "hidden_dim": "intermediate_size",
     "head_dim": "head_dim",
-    "n_kv_groups": "num_key_value_heads",  # the count of key heads, in spite of its name
+    "n_kv_groups": "num_key_value_heads",  # the number of key-value heads, despite its name
     "sliding_window": "sliding_window",
     "rope_base": "rope_theta",
     "rope_local_base": "rope_local_base_freq",
     "query_pre_attn_scalar": "query_pre_attn_scalar",
 }
 
+# Values of omitted keys: the defaults of Gemma3TextConfig in transformers.
+TEXT_DEFAULTS: Mapping[str, int | float] = {
+    "vocab_size": 262_208,
+    "hidden_size": 2304,
+    "intermediate_size": 9216,
+    "num_hidden_layers": 26,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "max_position_embeddings": 131_072,
+    "sliding_window": 4096,
+    "query_pre_attn_scalar": 256,
+    "rms_norm_eps": 1e-6,
+    "initializer_range": 0.02,
+}
+
+TEXT_KEYS = {
+    *TEXT_DEFAULTS,
+    "model_type",
+    "layer_types",
+    "sliding_window_pattern",
+    "_sliding_window_pattern",
+    "rope_theta",
+    "rope_local_base_freq",
+    "rope_scaling",
+    "rope_parameters",
+    "tie_word_embeddings",
+    "pad_token_id",
+    "bos_token_id",
+    "eos_token_id",
+}
+
+WRAPPER_KEYS = {
+    "model_type",
+    "text_config",
+    "vision_config",  # does not affect the text model
+    "boi_token_index",
+    "eoi_token_index",
+    "image_token_index",
+    "boi_token_id",
+    "eoi_token_id",
+    "image_token_id",
+    "mm_tokens_per_image",
+    "initializer_range",
+    "tie_word_embeddings",
+    "pad_token_id",
+    "bos_token_id",
+    "eos_token_id",
+}
+
+# Keys about the file, training or generation, which do not affect the forward pass.
+BENIGN_KEYS = {
+    "_attn_implementation",
+    "_attn_implementation_autoset",
+    "_commit_hash",
+    "_name_or_path",
+    "architectures",
+    "attention_dropout",
+    "attn_implementation",
+    "cache_implementation",
+    "chunk_size_feed_forward",
+    "dtype",
+    "finetuning_task",
+    "id2label",
+    "label2id",
+    "output_attentions",
+    "output_hidden_states",
+    "prefix",
+    "problem_type",
+    "return_dict",
+    "return_dict_in_generate",
+    "sep_token_id",
+    "task_specific_params",
+    "tokenizer_class",
+    "torch_dtype",
+    "torchscript",
+    "transformers_version",
+    "transformers.js_config",
+    "unsloth_fixed",
+    "unsloth_version",
+    "use_bfloat16",
+    "use_cache",
+    # generation settings that older versions of transformers wrote into config.json
+    "bad_words_ids",
+    "begin_suppress_tokens",
+    "decoder_start_token_id",
+    "diversity_penalty",
+    "do_sample",
+    "early_stopping",
+    "encoder_no_repeat_ngram_size",
+    "exponential_decay_length_penalty",
+    "forced_bos_token_id",
+    "forced_eos_token_id",
+    "length_penalty",
+    "max_length",
+    "min_length",
+    "no_repeat_ngram_size",
+    "num_beam_groups",
+    "num_beams",
+    "num_return_sequences",
+    "output_scores",
+    "remove_invalid_values",
+    "repetition_penalty",
+    "suppress_tokens",
+    "temperature",
+    "top_k",
+    "top_p",
+    "typical_p",
+    # checked by refuse_unimplemented
+    "add_cross_attention",
+    "attention_bias",
+    "attn_logit_softcapping",
+    "cross_attention_hidden_size",
+    "final_logit_softcapping",
+    "hidden_act",
+    "hidden_activation",
+    "is_decoder",
+    "is_encoder_decoder",
+    "mlp_bias",
+    "pruned_heads",
+    "tf_legacy_loss",
+    "tie_encoder_decoder",
+    "use_bidirectional_attention",
+}
+
+_ACTIVATION = "gelu_pytorch_tanh"
+_MUST_BE_ABSENT = {
+    "attn_logit_softcapping": "Gemma 3 has no logit softcapping; is this a Gemma 2 model?",
+    "final_logit_softcapping": "Gemma 3 has no logit softcapping; is this a Gemma 2 model?",
+    "attention_bias": "Gemma 3 projections have no bias",
+    "mlp_bias": "Gemma 3 projections have no bias",
+    "add_cross_attention": "only decoders without cross-attention are supported",
+    "cross_attention_hidden_size": "only decoders without cross-attention are supported",
+    "is_encoder_decoder": "only decoders are supported",
+    "pruned_heads": "pruned models are not supported",
+    "tie_encoder_decoder": "only decoders are supported",
+    "quantization_config": "use the unquantized checkpoint or a GGUF file",
+    "auto_map": "custom model code is never executed; use a checkpoint of the stock architecture",
+}
+
+_ROPE_FIELDS = ("rope_theta", "rope_local_base_freq", "rope_scaling_factor")
+_ROPE_KEYS = {"rope_type", "type", "factor", "rope_theta", "original_max_position_embeddings"}
+
 
 def load_config(path: Path) -> Gemma3Config:
-    """Read ``path``, a ``config.json`` or the folder that holds one.
+    """Read a ``config.json``, given its path or that of its folder.
 
-    The end-of-text ids of a ``generation_config.json`` beside it are added, because instruction
-    models name ``<end_of_turn>`` only there.
+    The ``eos_token_id`` of a ``generation_config.json`` in the same folder is added, because only
+    that file of an instruction-tuned model lists ``<end_of_turn>``.
 
     Raises:
-        InputError: a file is absent, is not JSON, or describes something not implemented.
+        InputError: a file is missing, is not JSON, or describes something not implemented.
     """
     if path.is_dir():
         path = path / "config.json"
@@ -74,7 +217,11 @@ def load_config(path: Path) -> Gemma3Config:
 
 
 def config_from_json(data: object, *, where: str) -> Gemma3Config:
-    """The config that parsed JSON of any dialect describes; ``where`` names it in errors.
+    """Convert parsed JSON of any dialect to a config.
+
+    Args:
+        data: the parsed JSON.
+        where: name of the file for error messages.
 
     Raises:
         InputError: ``data`` is malformed, contradictory, or describes something not implemented.
@@ -83,7 +230,7 @@ def config_from_json(data: object, *, where: str) -> Gemma3Config:
 
 
 def config_to_json(config: Gemma3Config) -> dict[str, Any]:
-    """``config`` as a ``config.json`` that transformers 4.57 and 5 both read."""
+    """Convert ``config`` to the ``config.json`` format that transformers 4.57 and 5 both read."""
     scalar = config.query_pre_attn_scalar
     scaled = config.rope_scaling_factor != 1.0
     eos = list(config.eos_token_id)
@@ -101,7 +248,7 @@ def config_to_json(config: Gemma3Config) -> dict[str, Any]:
         "max_position_embeddings": config.max_position_embeddings,
         "sliding_window": config.sliding_window,
         "layer_types": list(config.layer_types),
-        # transformers insists on a whole number here
+        # transformers requires an integer here
         "query_pre_attn_scalar": int(scalar) if scalar == int(scalar) else scalar,
         "rope_theta": config.rope_theta,
         "rope_local_base_freq": config.rope_local_base_freq,
@@ -124,14 +271,16 @@ def config_to_json(config: Gemma3Config) -> dict[str, Any]:
 
 
 def load_json_object(path: Path) -> dict[str, Any]:
-    """Parse a JSON file that holds one object.
+    """Parse a JSON file whose top level is an object.
 
     Raises:
-        InputError: the file is absent, unreadable, too large, not JSON, or not an object.
+        InputError: the file is missing, unreadable, too large, not JSON, or not an object.
     """
     try:
         if path.stat().st_size > MAX_JSON_BYTES:
-            raise InputError(f"{path} is larger than {MAX_JSON_BYTES} bytes; it is no JSON config")
+            raise InputError(
+                f"{path} is larger than {MAX_JSON_BYTES} bytes; it is not a JSON config"
+            )
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"{path} does not exist; give the path of a config.json") from None
@@ -176,7 +325,9 @@ def _from_hugging_face(top: dict[str, Any], extra_eos: tuple[int, ...]) -> Gemma
     layer_types = _layer_types(text, fields["num_hidden_layers"])
     if text.get("sliding_window", 0) is None:
         if "sliding_attention" in layer_types:
-            raise InputError("sliding_window is null, but layer_types has sliding layers; set it")
+            raise InputError(
+                "sliding_window is null, but layer_types has sliding-window layers; set it"
+            )
         fields["sliding_window"] = fields["max_position_embeddings"]
     return _build(
         **fields,
@@ -190,12 +341,12 @@ def _from_hugging_face(top: dict[str, Any], extra_eos: tuple[int, ...]) -> Gemma
 
 def _from_ancestor(top: dict[str, Any], extra_eos: tuple[int, ...]) -> Gemma3Config:
     if top.get("qk_norm", True) is not True:
-        raise InputError(f"qk_norm is {top['qk_norm']!r:.80}; Gemma 3 normalises queries and keys")
+        raise InputError(f"qk_norm is {top['qk_norm']!r:.80}; Gemma 3 normalizes queries and keys")
     known = {*ANCESTOR_KEYS, "qk_norm", "layer_types", "dtype"}
     known |= {"tie_word_embeddings", "pad_token_id", "bos_token_id", "eos_token_id"}
     refuse_unknown_keys(top, known)
     fields = {new: top[old] for old, new in ANCESTOR_KEYS.items() if top.get(old) is not None}
-    # The notebook scales by the head size where no scalar is given.
+    # Without a scalar, the notebook scales by the head size.
     fields.setdefault("query_pre_attn_scalar", fields.get("head_dim"))
     required = ("rope_base", "rope_local_base", "query_pre_attn_scalar")
     missing = [
@@ -204,7 +355,7 @@ def _from_ancestor(top: dict[str, Any], extra_eos: tuple[int, ...]) -> Gemma3Con
     if missing:
         raise InputError(f"required keys are missing: {', '.join(missing)}")
     tokens = _other_token_ids(top, top)
-    if fields["vocab_size"] == GPT2_VOCAB_SIZE:  # GPT-2 has one special token, the last id
+    if fields["vocab_size"] == GPT2_VOCAB_SIZE:  # GPT-2 has one special token, with the last id
         end = GPT2_VOCAB_SIZE - 1
         tokens = {"pad_token_id": end, "bos_token_id": end} | tokens
         top = {"eos_token_id": end} | top
@@ -235,7 +386,7 @@ def _check_model_type(top: Mapping[str, Any]) -> None:
             "model_type is 'gemma3_text', but there is a text_config; keep one of them"
         )
     if model_type is None:
-        raise InputError("model_type is missing; a Gemma 3 config says gemma3_text or gemma3")
+        raise InputError("model_type is missing; set it to gemma3_text or gemma3")
     if model_type not in ("gemma3", "gemma3_text"):
         raise InputError(
             f"model_type is {model_type!r:.80}; only Gemma 3 text models (gemma3_text, or gemma3 "
@@ -246,14 +397,14 @@ def _check_model_type(top: Mapping[str, Any]) -> None:
 def _layer_types(text: Mapping[str, Any], num_hidden_layers: object) -> tuple[LayerType, ...]:
     layers = _whole(num_hidden_layers, "num_hidden_layers")
     if not 0 < layers <= MAX_LAYERS:
-        raise InputError(f"num_hidden_layers is {layers}; it must be within 1 and {MAX_LAYERS}")
+        raise InputError(f"num_hidden_layers is {layers}; it must be between 1 and {MAX_LAYERS}")
     public, private = text.get("sliding_window_pattern"), text.get("_sliding_window_pattern")
     listed = text.get("layer_types")
     if listed is not None:
         if not isinstance(listed, list) or not all(isinstance(item, str) for item in listed):
-            raise InputError("layer_types must be a list of strings, one a layer")
+            raise InputError("layer_types must be a list of strings, one per layer")
         listed = tuple(listed)
-    # transformers 5 writes _sliding_window_pattern 6 beside any layer_types: there it says nothing.
+    # transformers 5 writes _sliding_window_pattern 6 next to any layer_types, so ignore it there.
     if public is not None and private is not None and public != private:
         raise InputError(
             f"sliding_window_pattern ({public!r:.80}) and _sliding_window_pattern "
@@ -281,7 +432,9 @@ def _is_tied(top: Mapping[str, Any], text: Mapping[str, Any]) -> bool:
         if not isinstance(value, bool):
             raise InputError(f"tie_word_embeddings is {value!r:.80}; it must be true or false")
     if len(set(values)) > 1:
-        raise InputError("tie_word_embeddings of text_config and of the file contradict each other")
+        raise InputError(
+            "tie_word_embeddings differs between text_config and the top level; keep one"
+        )
     return values[0] if values else True
 
 
@@ -311,9 +464,131 @@ def _token_ids(value: object, *, where: str) -> tuple[int, ...]:
     return tuple(_whole(item, where) for item in values)
 
 
+def refuse_unimplemented(part: Mapping[str, Any]) -> None:
+    """Raise an error if a key selects a computation that is not implemented.
+
+    Raises:
+        InputError: naming the key, its value and the remedy.
+    """
+    bidirectional = part.get("use_bidirectional_attention")
+    if bidirectional not in (None, False):
+        raise InputError(
+            f"use_bidirectional_attention is {bidirectional!r:.80}: this is an embedding model "
+            "such as EmbeddingGemma, which does not generate text; use a causal Gemma 3 checkpoint"
+        )
+    for key in ("hidden_activation", "hidden_act"):
+        if part.get(key) not in (None, _ACTIVATION):
+            raise InputError(f"{key} is {part[key]!r:.60}; only {_ACTIVATION} is supported")
+    for key, reason in _MUST_BE_ABSENT.items():
+        value = part.get(key)
+        # a softcap of 0 does not mean "off", so only null, false and empty containers pass
+        if value is not None and value is not False and value not in ({}, []):
+            raise InputError(f"{key} is {value!r:.80}: {reason}")
+
+
+def refuse_unknown_keys(part: Mapping[str, Any], known: Set[str]) -> None:
+    """Raise an error if there are unknown keys, except those whose value is null.
+
+    Raises:
+        InputError: naming the keys and their values.
+    """
+    unknown = [key for key, value in part.items() if key not in known and value is not None]
+    if unknown:
+        shown = ", ".join(f"{key:.40} = {part[key]!r:.40}" for key in sorted(unknown)[:10])
+        more = f" and {len(unknown) - 10} more" if len(unknown) > 10 else ""
+        raise InputError(
+            f"unknown keys may change the computation, so they are not ignored: {shown}{more}; "
+            "remove them if they are only metadata"
+        )
+
+
+def read_rope(text: Mapping[str, Any]) -> dict[str, float]:
+    """Read the ``rope_*`` fields of :class:`Gemma3Config` from the flat and the nested dialect.
+
+    Raises:
+        InputError: the scaling type is not supported, or the two dialects contradict each other.
+    """
+    flat, nested = _read_flat_rope(text), _read_nested_rope(text)
+    for key in _ROPE_FIELDS:
+        if key in flat and key in nested and flat[key] != nested[key]:
+            raise InputError(
+                f"{key} is {nested[key]!r:.80} in rope_parameters, but {flat[key]!r:.80} in the "
+                "flat keys; keep one dialect"
+            )
+    return flat | nested
+
+
+def _read_flat_rope(text: Mapping[str, Any]) -> dict[str, Any]:
+    found = {key: text[key] for key in _ROPE_FIELDS[:2] if text.get(key) is not None}
+    scaling = text.get("rope_scaling")
+    if scaling is not None:
+        factor, theta = _read_rope_parameters(scaling, where="rope_scaling")
+        found["rope_scaling_factor"] = factor
+        if theta is not None and found.setdefault("rope_theta", theta) != theta:
+            raise InputError(
+                f"rope_scaling.rope_theta ({theta!r:.80}) contradicts rope_theta; keep one"
+            )
+    return found
+
+
+def _read_nested_rope(text: Mapping[str, Any]) -> dict[str, Any]:
+    parameters = text.get("rope_parameters")
+    if parameters is None:
+        return {}
+    kinds = {"full_attention", "sliding_attention"}
+    if not isinstance(parameters, dict) or not set(parameters) <= kinds:
+        raise InputError(
+            f"rope_parameters is {parameters!r:.100}; it must have one object for "
+            "full_attention and one for sliding_attention"
+        )
+    found: dict[str, Any] = {}
+    if parameters.get("full_attention") is not None:
+        factor, theta = _read_rope_parameters(
+            parameters["full_attention"], where="rope_parameters.full_attention"
+        )
+        found["rope_scaling_factor"] = factor
+        if theta is not None:
+            found["rope_theta"] = theta
+    if parameters.get("sliding_attention") is not None:
+        where = "rope_parameters.sliding_attention"
+        factor, theta = _read_rope_parameters(parameters["sliding_attention"], where=where)
+        if factor != 1.0:
+            raise InputError(
+                f"{where}.factor is {factor!r:.80}; Gemma 3 scales only full attention"
+            )
+        if theta is not None:
+            found["rope_local_base_freq"] = theta
+    return found
+
+
+def _read_rope_parameters(parameters: object, *, where: str) -> tuple[Any, Any]:
+    """Return the scaling factor and the base (None if missing) of one set of parameters."""
+    if not isinstance(parameters, dict):
+        raise InputError(f"{where} is {parameters!r:.60}; it must be an object")
+    kind, old_kind = parameters.get("rope_type"), parameters.get("type")
+    if kind is not None and old_kind is not None and kind != old_kind:
+        raise InputError(
+            f"{where}: rope_type {kind!r:.80} and type {old_kind!r:.80} contradict each other"
+        )
+    kind = kind if kind is not None else (old_kind if old_kind is not None else "default")
+    if kind not in ("default", "linear"):
+        raise InputError(
+            f"{where}.rope_type is {kind!r:.60}; only default and linear are supported"
+        )
+    unknown = {k: v for k, v in parameters.items() if k not in _ROPE_KEYS and v is not None}
+    if unknown.pop("partial_rotary_factor", 1.0) != 1.0 or unknown:
+        raise InputError(f"{where} is {parameters!r:.120}; its extra keys are not supported")
+    factor = parameters.get("factor")
+    if kind == "linear" and factor is None:
+        raise InputError(f"{where} is linear without a factor; add one")
+    if kind == "default" and factor not in (None, 1.0):
+        raise InputError(f"{where}.factor is {factor!r:.60} but its rope_type is default; drop one")
+    return (1.0 if factor is None else factor), parameters.get("rope_theta")
+
+
 def _whole(value: object, key: str) -> int:
     if not isinstance(value, int) or isinstance(value, bool):
-        raise InputError(f"{key} is {value!r:.60}; it must be a whole number")
+        raise InputError(f"{key} is {value!r:.60}; it must be an integer")
     if abs(value) >= 2**63:
         raise InputError(f"{key} is too large")
     return value
@@ -330,274 +605,5 @@ def _real(value: object, key: str) -> float:
 
 def _object(data: object, *, where: str) -> dict[str, Any]:
     if not isinstance(data, dict):
-        raise InputError(f"{where} must hold a JSON object, not {type(data).__name__}")
+        raise InputError(f"{where} must be a JSON object, not {type(data).__name__}")
     return data
-
-
-# Which keys of a ``config.json`` mean what: read, harmless, or refused by name.
-
-# What a file that omits a key means by that: the defaults of transformers' Gemma3TextConfig.
-TEXT_DEFAULTS: Mapping[str, int | float] = {
-    "vocab_size": 262_208,
-    "hidden_size": 2304,
-    "intermediate_size": 9216,
-    "num_hidden_layers": 26,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "head_dim": 256,
-    "max_position_embeddings": 131_072,
-    "sliding_window": 4096,
-    "query_pre_attn_scalar": 256,
-    "rms_norm_eps": 1e-6,
-    "initializer_range": 0.02,
-}
-
-TEXT_KEYS = {
-    *TEXT_DEFAULTS,
-    "model_type",
-    "layer_types",
-    "sliding_window_pattern",
-    "_sliding_window_pattern",
-    "rope_theta",
-    "rope_local_base_freq",
-    "rope_scaling",
-    "rope_parameters",
-    "tie_word_embeddings",
-    "pad_token_id",
-    "bos_token_id",
-    "eos_token_id",
-}
-
-WRAPPER_KEYS = {
-    "model_type",
-    "text_config",
-    "vision_config",  # the text half does not depend on it
-    "boi_token_index",
-    "eoi_token_index",
-    "image_token_index",
-    "boi_token_id",
-    "eoi_token_id",
-    "image_token_id",
-    "mm_tokens_per_image",
-    "initializer_range",
-    "tie_word_embeddings",
-    "pad_token_id",
-    "bos_token_id",
-    "eos_token_id",
-}
-
-# Keys that say something about the file, about training, or about how somebody generates text.
-BENIGN_KEYS = {
-    "_attn_implementation",
-    "_attn_implementation_autoset",
-    "_commit_hash",
-    "_name_or_path",
-    "architectures",
-    "attention_dropout",
-    "attn_implementation",
-    "cache_implementation",
-    "chunk_size_feed_forward",
-    "dtype",
-    "finetuning_task",
-    "id2label",
-    "label2id",
-    "output_attentions",
-    "output_hidden_states",
-    "prefix",
-    "problem_type",
-    "return_dict",
-    "return_dict_in_generate",
-    "sep_token_id",
-    "task_specific_params",
-    "tokenizer_class",
-    "torch_dtype",
-    "torchscript",
-    "transformers_version",
-    "transformers.js_config",
-    "unsloth_fixed",
-    "unsloth_version",
-    "use_bfloat16",
-    "use_cache",
-    # generation settings that older transformers wrote into the model's config
-    "bad_words_ids",
-    "begin_suppress_tokens",
-    "decoder_start_token_id",
-    "diversity_penalty",
-    "do_sample",
-    "early_stopping",
-    "encoder_no_repeat_ngram_size",
-    "exponential_decay_length_penalty",
-    "forced_bos_token_id",
-    "forced_eos_token_id",
-    "length_penalty",
-    "max_length",
-    "min_length",
-    "no_repeat_ngram_size",
-    "num_beam_groups",
-    "num_beams",
-    "num_return_sequences",
-    "output_scores",
-    "remove_invalid_values",
-    "repetition_penalty",
-    "suppress_tokens",
-    "temperature",
-    "top_k",
-    "top_p",
-    "typical_p",
-    # handled by refuse_unimplemented, harmless once that has passed
-    "add_cross_attention",
-    "attention_bias",
-    "attn_logit_softcapping",
-    "cross_attention_hidden_size",
-    "final_logit_softcapping",
-    "hidden_act",
-    "hidden_activation",
-    "is_decoder",
-    "is_encoder_decoder",
-    "mlp_bias",
-    "pruned_heads",
-    "tf_legacy_loss",
-    "tie_encoder_decoder",
-    "use_bidirectional_attention",
-}
-
-_ACTIVATION = "gelu_pytorch_tanh"
-_MUST_BE_ABSENT = {
-    "attn_logit_softcapping": "Gemma 3 caps no logits; is this a Gemma 2 model?",
-    "final_logit_softcapping": "Gemma 3 caps no logits; is this a Gemma 2 model?",
-    "attention_bias": "Gemma 3 projections have no bias",
-    "mlp_bias": "Gemma 3 projections have no bias",
-    "add_cross_attention": "only decoders without cross-attention are supported",
-    "cross_attention_hidden_size": "only decoders without cross-attention are supported",
-    "is_encoder_decoder": "only decoders are supported",
-    "pruned_heads": "pruned models are not supported",
-    "tie_encoder_decoder": "only decoders are supported",
-    "quantization_config": "give the unquantised checkpoint, or a GGUF file",
-    "auto_map": "custom model code is never run; give a checkpoint of the stock architecture",
-}
-
-
-def refuse_unimplemented(part: Mapping[str, Any]) -> None:
-    """Stop at a key that changes the computation in a way that is not implemented.
-
-    Raises:
-        InputError: naming the key, its value and what to do.
-    """
-    bidirectional = part.get("use_bidirectional_attention")
-    if bidirectional not in (None, False):
-        raise InputError(
-            f"use_bidirectional_attention is {bidirectional!r:.80}: this is an embedding model "
-            "such as EmbeddingGemma, which generates no text; give a causal Gemma 3 checkpoint"
-        )
-    for key in ("hidden_activation", "hidden_act"):
-        if part.get(key) not in (None, _ACTIVATION):
-            raise InputError(f"{key} is {part[key]!r:.60}; only {_ACTIVATION} is supported")
-    for key, reason in _MUST_BE_ABSENT.items():
-        value = part.get(key)
-        # 0 and 0.0 are no "off" for a cap, so only null, false and empty containers pass
-        if value is not None and value is not False and value not in ({}, []):
-            raise InputError(f"{key} is {value!r:.80}: {reason}")
-
-
-def refuse_unknown_keys(part: Mapping[str, Any], known: Set[str]) -> None:
-    """Stop at keys that nothing here understands, unless they are null.
-
-    Raises:
-        InputError: naming every such key with its value.
-    """
-    unknown = [key for key, value in part.items() if key not in known and value is not None]
-    if unknown:
-        shown = ", ".join(f"{key:.40} = {part[key]!r:.40}" for key in sorted(unknown)[:10])
-        more = f" and {len(unknown) - 10} more" if len(unknown) > 10 else ""
-        raise InputError(
-            f"unknown keys may change the computation and are not ignored: {shown}{more}; "
-            "remove them if they are only metadata"
-        )
-
-
-# Reads the rotary embedding's settings from the flat and from the nested dialect.
-
-_FIELDS = ("rope_theta", "rope_local_base_freq", "rope_scaling_factor")
-_KNOWN = {"rope_type", "type", "factor", "rope_theta", "original_max_position_embeddings"}
-
-
-def read_rope(text: Mapping[str, Any]) -> dict[str, float]:
-    """The ``rope_*`` fields of :class:`Gemma3Config` that ``text`` states, in either dialect.
-
-    Raises:
-        InputError: an unsupported kind of scaling, or two dialects that contradict each other.
-    """
-    flat, nested = _read_flat(text), _read_nested(text)
-    for key in _FIELDS:
-        if key in flat and key in nested and flat[key] != nested[key]:
-            raise InputError(
-                f"rope_parameters says {key} is {nested[key]!r:.80}, the flat keys say "
-                f"{flat[key]!r:.80}; keep one dialect"
-            )
-    return flat | nested
-
-
-def _read_flat(text: Mapping[str, Any]) -> dict[str, Any]:
-    found = {key: text[key] for key in _FIELDS[:2] if text.get(key) is not None}
-    scaling = text.get("rope_scaling")
-    if scaling is not None:
-        factor, theta = _read_kind(scaling, where="rope_scaling")
-        found["rope_scaling_factor"] = factor
-        if theta is not None and found.setdefault("rope_theta", theta) != theta:
-            raise InputError(f"rope_scaling.rope_theta ({theta!r:.80}) contradicts rope_theta")
-    return found
-
-
-def _read_nested(text: Mapping[str, Any]) -> dict[str, Any]:
-    parameters = text.get("rope_parameters")
-    if parameters is None:
-        return {}
-    kinds = {"full_attention", "sliding_attention"}
-    if not isinstance(parameters, dict) or not set(parameters) <= kinds:
-        raise InputError(
-            f"rope_parameters is {parameters!r:.100}; it must hold one object for each of "
-            "full_attention and sliding_attention"
-        )
-    found: dict[str, Any] = {}
-    if parameters.get("full_attention") is not None:
-        factor, theta = _read_kind(
-            parameters["full_attention"], where="rope_parameters.full_attention"
-        )
-        found["rope_scaling_factor"] = factor
-        if theta is not None:
-            found["rope_theta"] = theta
-    if parameters.get("sliding_attention") is not None:
-        where = "rope_parameters.sliding_attention"
-        factor, theta = _read_kind(parameters["sliding_attention"], where=where)
-        if factor != 1.0:
-            raise InputError(
-                f"{where}.factor is {factor!r:.80}; Gemma 3 scales only full attention"
-            )
-        if theta is not None:
-            found["rope_local_base_freq"] = theta
-    return found
-
-
-def _read_kind(parameters: object, *, where: str) -> tuple[Any, Any]:
-    """Scaling factor and base (None when not stated) of one set of rope parameters."""
-    if not isinstance(parameters, dict):
-        raise InputError(f"{where} is {parameters!r:.60}; it must be an object")
-    kind, old_kind = parameters.get("rope_type"), parameters.get("type")
-    if kind is not None and old_kind is not None and kind != old_kind:
-        raise InputError(
-            f"{where}: rope_type {kind!r:.80} and type {old_kind!r:.80} contradict each other"
-        )
-    kind = kind if kind is not None else (old_kind if old_kind is not None else "default")
-    if kind not in ("default", "linear"):
-        raise InputError(
-            f"{where}.rope_type is {kind!r:.60}; only default and linear are supported"
-        )
-    unknown = {k: v for k, v in parameters.items() if k not in _KNOWN and v is not None}
-    if unknown.pop("partial_rotary_factor", 1.0) != 1.0 or unknown:
-        raise InputError(f"{where} is {parameters!r:.120}; its extra keys are not supported")
-    factor = parameters.get("factor")
-    if kind == "linear" and factor is None:
-        raise InputError(f"{where} is linear without a factor; add one")
-    if kind == "default" and factor not in (None, 1.0):
-        raise InputError(f"{where}.factor is {factor!r:.60} but its rope_type is default; drop one")
-    return (1.0 if factor is None else factor), parameters.get("rope_theta")

@@ -1,8 +1,8 @@
-"""The published Gemma 3 sizes: their configs and their official repositories.
+"""Define the published Gemma 3 sizes: their configs and official repositories.
 
-Figures are from the model cards and ``config.json`` files of the official repositories. The 4b and
-larger models are multimodal there; here they are their text half, whose embedding has 262,144 rows
-(the official file pads it to 262,208 with image placeholders).
+The numbers are from the official model cards and ``config.json`` files. The 4b and larger models
+are multimodal; these configs describe their text model. Its embedding has 262,144 rows, which the
+official checkpoints pad to 262,208 for image placeholders.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from gemma3_export.config.gemma3_config import Gemma3Config, default_layer_types
 from gemma3_export.errors import InputError
 
-__all__ = ["SIZES", "TEXT_VOCAB_SIZE", "Preset", "preset"]
+__all__ = ["END_OF_TURN_ID", "SIZES", "TEXT_VOCAB_SIZE", "Preset", "preset"]
 
 TEXT_VOCAB_SIZE = 262_144
 END_OF_TURN_ID = 106
@@ -20,7 +20,7 @@ END_OF_TURN_ID = 106
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Preset:
-    """One published model: ``size`` is what ``--size`` takes."""
+    """A published model; ``size`` is a value of ``--size``."""
 
     size: str
     hub_id: str
@@ -65,14 +65,14 @@ SIZES: tuple[str, ...] = tuple(size + suffix for size in _CONFIGS for suffix in 
 
 
 def preset(size: str) -> Preset:
-    """The published model called ``size``, such as ``270m``, ``270M`` or ``4b-it``.
+    """Return the published model of a size such as ``270m``, ``270M`` or ``4b-it``.
 
     Raises:
-        InputError: no such size was published.
+        InputError: there is no such size.
     """
-    asked, size = size, size.lower()
+    given, size = size, size.lower()
     if size not in SIZES:
-        raise InputError(f"unknown size {asked!r:.80}; choose one of {', '.join(SIZES)}")
+        raise InputError(f"unknown size {given!r:.80}; choose one of {', '.join(SIZES)}")
     base = size.removesuffix("-it")
     config = _CONFIGS[base]
     if size.endswith("-it"):

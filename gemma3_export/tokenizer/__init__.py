@@ -1,4 +1,4 @@
-"""Text to token ids and back, and chat prompts."""
+"""Tokenizers and the chat format."""
 
 from gemma3_export.tokenizer.chat import (
     CHAT_TEMPLATE,

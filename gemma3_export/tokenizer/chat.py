@@ -1,13 +1,12 @@
-"""Gemma's chat format, in plain Python.
+"""Convert conversations to Gemma's chat format.
 
-A conversation becomes a row of turns; a turn is ``<start_of_turn>``, the speaker's name, a newline,
-the text, ``<end_of_turn>`` and a newline. There is no system speaker: a system message is put in
-front of the first user message, with a blank line between them.
+A conversation is a sequence of turns. A turn is ``<start_of_turn>``, the speaker's name, a newline,
+the text, ``<end_of_turn>`` and a newline. There is no system speaker: a system message is prepended
+to the first user message, with a blank line between them.
 
-Text that people send may contain ``<end_of_turn>`` and so pretend that a turn ended. A rendered
-string cannot tell such text from the real thing, so ``render_chat`` refuses it;
-``Tokenizer.encode_chat`` works on turns, not on the string, and encodes it as the plain characters
-that it is.
+The text of a message may contain ``<end_of_turn>`` and so pretend to end its turn. In a rendered
+string that is indistinguishable from the control token, so ``render_chat`` raises an error.
+``Tokenizer.encode_chat`` encodes each turn separately and treats such text as plain characters.
 """
 
 from __future__ import annotations
@@ -45,7 +44,7 @@ CONTROL_TOKENS = (
     "<image_soft_token>",
 )
 
-# The same rules for tools that read tokenizer_config.json; tests hold it equal to render_chat.
+# The same format for tools that read tokenizer_config.json. Tests compare it with render_chat.
 CHAT_TEMPLATE = """\
 {%- macro plain(content, index, trimmed) -%}
   {%- if content is string -%}
@@ -85,7 +84,7 @@ CHAT_TEMPLATE = """\
 
 
 class ChatMessage(TypedDict):
-    """One message; ``role`` is system, user or assistant (``model`` means assistant)."""
+    """A message; ``role`` is system, user or assistant (``model`` is an alias of assistant)."""
 
     role: str
     content: str | Sequence[Mapping[str, object]]
@@ -93,7 +92,7 @@ class ChatMessage(TypedDict):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Turn:
-    """What one speaker says; ``index`` is the message it comes from, for error messages."""
+    """A turn of one speaker; ``index`` is its message, for error messages."""
 
     index: int
     speaker: str
@@ -101,18 +100,20 @@ class Turn:
 
 
 def chat_turns(messages: Sequence[ChatMessage]) -> list[Turn]:
-    """Check a conversation and fold its system message into the first user turn.
+    """Check a conversation and merge its system message into the first user turn.
 
-    Content is trimmed as the official template trims it: every string and every text part on its
-    own, the system message not at all. All text parts of a system message count (the official
-    template drops all but the first).
+    Content is trimmed as the official template does: each string and each text part separately,
+    but not the system message. All text parts of a system message are used; the official template
+    drops all but the first.
 
     Raises:
         InputError: the conversation is empty or has no user message, a role is unknown or out of
-            order, or a content is not text; the message names the index and the role.
+            order, or content is not text.
     """
     if isinstance(messages, (str, bytes, Mapping)) or not isinstance(messages, Sequence):
-        raise InputError(f"a conversation is a list of messages, not {type(messages).__name__}")
+        raise InputError(
+            f"a conversation must be a list of messages, not {type(messages).__name__}"
+        )
     if not messages:
         raise InputError("the conversation is empty; give at least one user message")
     turns: list[Turn] = []
@@ -122,7 +123,7 @@ def chat_turns(messages: Sequence[ChatMessage]) -> list[Turn]:
         if role == "system":
             if index:
                 raise InputError(
-                    f"message {index} has role 'system'; a system message can only come first"
+                    f"message {index} has role 'system'; only message 0 can be a system message"
                 )
             prefix = _text(index, role, message, trimmed=False) + "\n\n"
             continue
@@ -130,27 +131,25 @@ def chat_turns(messages: Sequence[ChatMessage]) -> list[Turn]:
         if role != expected:
             wanted = "assistant" if expected == "model" else "user"
             raise InputError(
-                f"message {index} has role {message['role']!r:.80} where {wanted!r} is due; roles "
-                "must alternate between user and assistant, beginning with user"
+                f"message {index} has role {message['role']!r:.80} instead of {wanted!r}; roles "
+                "must alternate between user and assistant, starting with user"
             )
         text = _text(index, role, message, trimmed=True)
         turns.append(Turn(index=index, speaker=role, text=text if turns else prefix + text))
     if not turns:
-        raise InputError(
-            "message 0 has role 'system' and nothing follows it; add a user message after it"
-        )
+        raise InputError("the conversation has only a system message; add a user message after it")
     return turns
 
 
 def render_chat(messages: Sequence[ChatMessage], *, add_generation_prompt: bool = True) -> str:
-    """The conversation as Gemma's template writes it, without the leading ``<bos>``.
+    """Render a conversation as Gemma's template does, without the leading ``<bos>``.
 
-    To get token ids use ``Tokenizer.encode_chat``, which also accepts text that spells control
+    To get token ids, use ``Tokenizer.encode_chat``, which also accepts text that contains control
     tokens.
 
     Raises:
-        InputError: as ``chat_turns``; or a content contains a control token, which in a string
-            could not be told from a real one.
+        InputError: see :func:`chat_turns`; or a message contains a control token, which a string
+            cannot distinguish from a real one.
     """
     parts: list[str] = []
     for turn in chat_turns(messages):
@@ -168,7 +167,7 @@ def render_chat(messages: Sequence[ChatMessage], *, add_generation_prompt: bool 
 def _role(index: int, message: object) -> str:
     if not isinstance(message, Mapping):
         raise InputError(
-            f"message {index} is a {type(message).__name__}; it must have role and content"
+            f"message {index} is of type {type(message).__name__}; it must have a role and content"
         )
     role = message.get("role")
     if role in ("assistant", "model"):
@@ -193,8 +192,8 @@ def _text(index: int, role: str, message: Mapping[str, object], *, trimmed: bool
         if kind != "text":
             named = f"type {kind!r:.80}" if kind else "no type"
             raise InputError(
-                f"message {index} ({role}): content part {number} has {named}; this is the text "
-                "half of Gemma 3, only parts of type 'text' are supported"
+                f"message {index} ({role}): content part {number} has {named}; only parts of type "
+                "'text' are supported"
             )
         text = part.get("text")
         if not isinstance(text, str):

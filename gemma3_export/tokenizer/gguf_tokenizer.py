@@ -1,8 +1,8 @@
-"""Gemma's tokenizer rebuilt from the metadata of a GGUF file.
+"""Rebuild Gemma's tokenizer from the metadata of a GGUF file.
 
-A GGUF keeps the SentencePiece view: pieces with scores, no merges. The merges follow from it: every
-way to cut a piece into two other pieces is one, and better pieces merge first. For the official
-vocabulary this gives the official ``tokenizer.json``, entry by entry.
+A GGUF file stores SentencePiece pieces with scores, but no merges. The merges follow from these:
+each way to split a piece into two other pieces is a merge, and pieces with higher scores merge
+first. For the official vocabulary, the result equals the official ``tokenizer.json``.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ __all__ = ["MetadataReader", "merges_from_scores", "tokenizer_from_gguf"]
 
 # Token types of the GGUF specification.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
-# Gemma's longest piece has 31 characters. The bounds keep the search for merges, which tries every
-# cut of every piece, from running for hours on a made-up file.
+# Gemma's longest piece has 31 characters. The bounds limit the time of the search for merges, which
+# tries every split of every piece, for malicious files.
 MAX_PIECE_CHARACTERS = 256
 MAX_TOKENS = 2**20
 _PREFIX = "tokenizer.ggml."
@@ -32,40 +32,38 @@ _N = TypeVar("_N", int, float)
 
 
 class MetadataReader(Protocol):
-    """What is needed of an opened file: ``gguf_file.GgufFile`` and ``gguf.GGUFReader`` have it."""
+    """The interface that ``gguf_file.GgufFile`` and ``gguf.GGUFReader`` share."""
 
     def get_field(self, key: str) -> Any:
-        """An object whose ``contents()`` is the value of ``key``, or None."""
+        """Return an object whose ``contents()`` is the value of ``key``, or None."""
 
 
 def tokenizer_from_gguf(reader: MetadataReader) -> Tokenizer:
-    """Rebuild the tokenizer that ``reader``'s file was converted from.
+    """Rebuild the tokenizer that the file of ``reader`` was converted from.
 
-    Takes 4 s for Gemma's vocabulary.
+    This takes 4 s for Gemma's vocabulary.
 
     Raises:
-        InputError: the file has no Gemma tokenizer, or its metadata contradict themselves.
+        InputError: the file has no Gemma tokenizer, or its metadata is inconsistent.
     """
     _check_kind(reader)
     pieces = _read_pieces(reader)
     types = np.array(_read_numbers(reader, "token_type", len(pieces), int))
     scores = np.array(_read_numbers(reader, "scores", len(pieces), float))
     if not np.isfinite(scores).all():
-        raise InputError(f"{_PREFIX}scores holds values that are not finite; convert the file anew")
+        raise InputError(f"{_PREFIX}scores has values that are not finite; convert the file again")
     if bad := sorted({int(kind) for kind in types} - set(range(NORMAL, BYTE + 1))):
-        raise InputError(
-            f"{_PREFIX}token_type holds unknown types {bad[:5]}; convert the file anew"
-        )
-    # Rows that a conversion appended to match the padded embedding of the multimodal models.
+        raise InputError(f"{_PREFIX}token_type has unknown types {bad[:5]}; convert the file again")
+    # Drop entries that a conversion added for the padded embedding of the multimodal models.
     while pieces and (types[len(pieces) - 1] == UNUSED or pieces[-1] == IMAGE_PLACEHOLDER):
         pieces.pop()
-    # llama.cpp matches these in raw text; Gemma's own file writes them as everywhere, with "▁".
+    # llama.cpp matches these in raw text; Gemma's own file writes their spaces as "▁" too.
     for index in np.flatnonzero(types[: len(pieces)] == USER_DEFINED).tolist():
         pieces[index] = pieces[index].replace(" ", "▁")
     vocab = {piece: index for index, piece in enumerate(pieces)}
     if len(vocab) != len(pieces):
         doubles = [piece for index, piece in enumerate(pieces) if vocab[piece] != index]
-        raise InputError(f"{_PREFIX}tokens lists {doubles[0]!r} twice; convert the file anew")
+        raise InputError(f"{_PREFIX}tokens lists {doubles[0]!r} twice; convert the file again")
     _check_special_ids(reader, vocab)
     merges = merges_from_scores(vocab, types, scores)
     return Tokenizer(_build(vocab, merges, types))
@@ -74,16 +72,21 @@ def tokenizer_from_gguf(reader: MetadataReader) -> Tokenizer:
 def merges_from_scores(
     vocab: dict[str, int], types: npt.NDArray[np.int64], scores: npt.NDArray[np.float64]
 ) -> list[tuple[str, str]]:
-    """All merges of ``vocab`` (piece to id, ids from 0 without gaps), first ones first.
+    """Return all merges, in the order in which they apply.
 
-    The order is by score of the whole, then length of the left and of the right part, each from
-    high to low; then by the ids of the whole, the left and the right part, from low to high.
+    They are sorted by the score of the whole piece, then by the lengths of the left and the right
+    part, all descending; then by the ids of the whole, the left and the right part, ascending.
+
+    Args:
+        vocab: piece to id; ids start at 0 and have no gaps.
+        types: GGUF token types by id.
+        scores: SentencePiece scores by id.
     """
     pieces = list(vocab)
-    # Only normal pieces have a score of their own; SentencePiece gives the others 0.
+    # SentencePiece ranks all pieces except normal ones with a score of 0.
     rank = np.where(types == NORMAL, scores, 0.0)
     look_up = vocab.get
-    found: list[int] = []  # flat: half a million tuples would keep the garbage collector busy
+    found: list[int] = []  # flat, because half a million tuples are slow to garbage-collect
     for whole, piece in enumerate(pieces):
         if types[whole] in (UNKNOWN, UNUSED):
             continue
@@ -111,7 +114,7 @@ def _build(
     model = models.BPE(
         vocab=vocab,
         merges=merges,
-        unk_token="<unk>",  # noqa: S106 -- no password
+        unk_token="<unk>",  # noqa: S106 -- not a password
         fuse_unk=True,
         byte_fallback=True,
     )
@@ -126,7 +129,7 @@ def _build(
         single="<bos> $A", pair="<bos> $A <bos>:1 $B:1", special_tokens=[("<bos>", bos_id)]
     )
     added = [
-        # A GGUF counts unused and mask tokens as control tokens; officially they are not special.
+        # GGUF marks unused and mask tokens as control tokens; officially they are not special.
         AddedToken(piece, normalized=False, special=piece in CONTROL_TOKENS)
         for piece, kind in zip(vocab, types.tolist(), strict=False)
         if kind in (CONTROL, USER_DEFINED) and piece != IMAGE_PLACEHOLDER
@@ -138,15 +141,15 @@ def _build(
 def _check_kind(reader: MetadataReader) -> None:
     kind = _contents(reader, "model")
     if kind is None:
-        raise InputError("the GGUF has no tokenizer; give a tokenizer.json beside it")
+        raise InputError("the GGUF file has no tokenizer; provide a tokenizer.json as well")
     if kind != "llama":
         raise InputError(
-            f"the GGUF's tokenizer is of kind {kind!r}; only Gemma's, kind 'llama', can be "
-            "rebuilt: give the original tokenizer.json"
+            f"the GGUF file has a tokenizer of type {kind!r}, and only Gemma's type 'llama' can be "
+            "rebuilt; provide the original tokenizer.json"
         )
     if _contents(reader, "add_space_prefix"):
         raise InputError(
-            f"{_PREFIX}add_space_prefix is set, which Gemma 3 never does; give the original "
+            f"{_PREFIX}add_space_prefix is set, which Gemma 3 does not use; provide the original "
             "tokenizer.json"
         )
 
@@ -156,21 +159,21 @@ def _check_special_ids(reader: MetadataReader, vocab: dict[str, int]) -> None:
     for name, piece in names.items():
         if piece not in vocab:
             raise InputError(
-                f"{_PREFIX}tokens has no {piece}, so this is no Gemma tokenizer; give the original "
-                "tokenizer.json"
+                f"{_PREFIX}tokens has no {piece}, so this is not a Gemma tokenizer; provide the "
+                "original tokenizer.json"
             )
         token_id = _contents(reader, f"{name}_token_id")
-        # Instruction models may name <end_of_turn> as their end; both stay in the vocabulary.
+        # Instruction-tuned models may set <end_of_turn> as their eos token.
         allowed = {None, vocab[piece]} | ({vocab.get("<end_of_turn>")} if name == "eos" else set())
         if type(token_id) not in (int, type(None)) or token_id not in allowed:
             raise InputError(
                 f"{_PREFIX}{name}_token_id is {token_id!r}, but {piece} is token {vocab[piece]}; "
-                "convert the file anew"
+                "convert the file again"
             )
 
 
 def _contents(reader: MetadataReader, name: str) -> object:
-    """The value of a metadata entry, or None where it is missing."""
+    """Return the value of a metadata entry, or None if it is missing."""
     field = reader.get_field(_PREFIX + name)
     if field is None:
         return None
@@ -178,7 +181,7 @@ def _contents(reader: MetadataReader, name: str) -> object:
         value: object = field.contents()
     except UnicodeDecodeError as error:
         raise InputError(
-            f"{_PREFIX}{name} is not UTF-8 ({error}); convert the file anew"
+            f"{_PREFIX}{name} is not UTF-8 ({error}); convert the file again"
         ) from error
     return value
 
@@ -187,15 +190,15 @@ def _read_array(reader: MetadataReader, name: str, kind: type[_T]) -> list[_T]:
     values = _contents(reader, name)
     if values is None:
         raise InputError(
-            f"the GGUF has no {_PREFIX}{name}; give a tokenizer.json beside it, or convert it anew"
+            f"the GGUF file has no {_PREFIX}{name}; convert it again or provide a tokenizer.json"
         )
     if not isinstance(values, list) or any(type(value) is not kind for value in values):
         raise InputError(
-            f"{_PREFIX}{name} is not an array of {kind.__name__}; convert the file anew"
+            f"{_PREFIX}{name} is not an array of {kind.__name__}; convert the file again"
         )
     if not 0 < len(values) <= MAX_TOKENS:
         raise InputError(
-            f"{_PREFIX}{name} has {len(values)} entries; between 1 and {MAX_TOKENS} are expected"
+            f"{_PREFIX}{name} has {len(values)} entries; it must have between 1 and {MAX_TOKENS}"
         )
     return values
 
@@ -205,8 +208,8 @@ def _read_pieces(reader: MetadataReader) -> list[str]:
     for index, piece in enumerate(pieces):
         if not 0 < len(piece) <= MAX_PIECE_CHARACTERS:
             raise InputError(
-                f"{_PREFIX}tokens: entry {index} has {len(piece)} characters; between 1 and "
-                f"{MAX_PIECE_CHARACTERS} are expected"
+                f"{_PREFIX}tokens: entry {index} has {len(piece)} characters; it must have "
+                f"between 1 and {MAX_PIECE_CHARACTERS}"
             )
     return pieces
 
@@ -215,6 +218,6 @@ def _read_numbers(reader: MetadataReader, name: str, count: int, kind: type[_N])
     values = _read_array(reader, name, kind)
     if len(values) != count:
         raise InputError(
-            f"{_PREFIX}{name} has {len(values)} entries for {count} tokens; convert the file anew"
+            f"{_PREFIX}{name} has {len(values)} entries for {count} tokens; convert the file again"
         )
     return values

@@ -1,4 +1,4 @@
-"""Open a tokenizer by its path or name, whatever kind of file holds it."""
+"""Load a tokenizer from any supported file format."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ TIKTOKEN_PREFIX = "tiktoken:"
 
 
 def load_tokenizer(path: Path | str) -> Tokenizer:
-    """Read a tokenizer.
+    """Load a tokenizer from a file, a folder, or tiktoken.
 
     Args:
         path: a ``tokenizer.json``, a folder that contains one, a ``.gguf`` file, or
-            ``tiktoken:NAME`` for one of tiktoken's encodings.
+            ``tiktoken:NAME`` for an encoding of tiktoken.
 
     Raises:
-        InputError: there is no readable tokenizer at ``path``.
-        UnavailableError: the package that reads this kind of tokenizer is not installed.
+        InputError: there is no valid tokenizer at ``path``.
+        UnavailableError: the package that this type of tokenizer needs is not installed.
     """
     if str(path).startswith(TIKTOKEN_PREFIX):
         from gemma3_export.tokenizer.tiktoken_tokenizer import load_tiktoken
@@ -31,7 +31,7 @@ def load_tokenizer(path: Path | str) -> Tokenizer:
         return Tokenizer.from_folder(path)
     if path.suffix.lower() != ".gguf":
         return Tokenizer.from_file(path)
-    # Imported here because the thin runtime does not need the gguf package.
+    # Imported here because only GGUF files need these modules.
     from gemma3_export.gguf_file import open_gguf
     from gemma3_export.tokenizer.gguf_tokenizer import tokenizer_from_gguf
 

@@ -1,9 +1,9 @@
-"""tiktoken encodings (GPT-2 and kin) as tokenizers that need no tiktoken to run.
+"""Convert tiktoken encodings such as GPT-2's to tokenizers that run without tiktoken.
 
-tiktoken merges whichever neighbours form the token of lowest rank, and knows no list of merges;
-``tokenizers`` needs one. The two agree when every token is merged from the pair that tiktoken
-itself arrives at when it encodes that token's bytes: inside a longer text the bytes of a token are
-merged in the same order as on their own.
+tiktoken merges the neighbors that form the token of lowest rank and has no list of merges, which
+``tokenizers`` needs. The merge of each token is the last pair that remains when tiktoken encodes
+the bytes of that token alone. Both libraries then agree, because the bytes of a token merge in the
+same order within a longer text.
 """
 
 from __future__ import annotations
@@ -27,54 +27,54 @@ _Ranks = Mapping[bytes, int]
 
 
 def load_tiktoken(name: str = "gpt2") -> Tokenizer:
-    """The tiktoken encoding called ``name``, such as ``gpt2`` or ``cl100k_base``.
+    """Load the tiktoken encoding ``name``, such as ``gpt2`` or ``cl100k_base``.
 
-    tiktoken downloads the encoding once and keeps it in ``TIKTOKEN_CACHE_DIR``.
+    tiktoken downloads the encoding once and caches it in ``TIKTOKEN_CACHE_DIR``.
 
     Raises:
         InputError: there is no such encoding.
-        UnavailableError: tiktoken is not installed, or cannot get the encoding's files.
+        UnavailableError: tiktoken is not installed, or it cannot download the encoding.
     """
     try:
         import tiktoken
     except ImportError as error:
         raise UnavailableError(
-            "tiktoken is not installed: pip install 'gemma3-export[tiktoken]'"
+            "tiktoken is not installed; run: pip install 'gemma3-export[tiktoken]'"
         ) from error
     names = tiktoken.list_encoding_names()
     if name not in names:
         raise InputError(f"tiktoken has no encoding {name!r}; choose one of {', '.join(names)}")
     try:
         encoding = tiktoken.get_encoding(name)
-    # The download can fail in as many ways as there are networks, caches and proxies.
+    # The download can fail with any exception of the network and cache libraries.
     except Exception as error:
         raise UnavailableError(
-            f"tiktoken cannot get the files of {name!r} ({error}); connect to the network once, or "
-            "point TIKTOKEN_CACHE_DIR at a folder in which a connected machine has cached them"
+            f"tiktoken cannot download {name!r} ({error}); connect to the network once, or set "
+            "TIKTOKEN_CACHE_DIR to a folder in which another machine has cached it"
         ) from error
     return tokenizer_from_tiktoken(encoding)
 
 
 def tokenizer_from_tiktoken(encoding: tiktoken.Encoding) -> Tokenizer:
-    """A tokenizer that gives the same ids as ``encoding``.
+    """Convert ``encoding`` to a tokenizer that yields the same ids.
 
     Raises:
-        InputError: the encoding has a feature that cannot be carried over.
-        UnavailableError: the installed tiktoken keeps its encodings in an unknown form.
+        InputError: the encoding has a feature that cannot be converted.
+        UnavailableError: the installed version of tiktoken is not supported.
     """
     try:
-        # tiktoken offers no public way to these three.
+        # tiktoken has no public API for these three.
         ranks: _Ranks = encoding._mergeable_ranks
         specials: Mapping[str, int] = encoding._special_tokens
         pattern: str = encoding._pat_str
     except AttributeError as error:
         raise UnavailableError(
-            f"this version of tiktoken is not supported ({error}); pip install 'tiktoken<1'"
+            f"this version of tiktoken is not supported ({error}); run: pip install 'tiktoken<1'"
         ) from error
     if missing := [byte for byte in range(256) if bytes([byte]) not in ranks]:
         raise InputError(
             f"the encoding {encoding.name!r} has no token for {len(missing)} of the 256 bytes "
-            f"(first: {missing[0]}); it cannot encode every text"
+            f"(first: {missing[0]}), so it cannot encode every text; choose another encoding"
         )
     splitter = pre_tokenizers.Sequence(
         [
@@ -83,11 +83,11 @@ def tokenizer_from_tiktoken(encoding: tiktoken.Encoding) -> Tokenizer:
         ]
     )
     for special in specials:
-        # It must be in the vocabulary to keep its id, where ordinary text must not find it.
+        # It must be in the vocabulary to keep its id, but ordinary text must not match it.
         if len(splitter.pre_tokenize_str(special)) < 2:
             raise InputError(
                 f"the encoding {encoding.name!r} has the special token {special!r}, which its "
-                "pattern does not take apart: ordinary text could yield it; rename the token"
+                "pattern does not split, so ordinary text could yield it; rename the token"
             )
     backend = tokenizers.Tokenizer(_byte_level_model(ranks, specials))
     backend.pre_tokenizer = splitter
@@ -97,7 +97,7 @@ def tokenizer_from_tiktoken(encoding: tiktoken.Encoding) -> Tokenizer:
 
 
 def merge_of_token(token: bytes, ranks: _Ranks) -> tuple[bytes, bytes] | None:
-    """The last two parts that tiktoken merges into ``token``; None if it never gets there."""
+    """Return the last two parts that tiktoken merges into ``token``; None if it never does."""
     parts = [token[index : index + 1] for index in range(len(token))]
     while len(parts) > 2:
         candidates = [
@@ -126,17 +126,19 @@ def _byte_level_model(ranks: _Ranks, specials: Mapping[str, int]) -> models.BPE:
     ]
     vocab = {written(token): rank for token, rank in by_rank} | dict(specials)
     if len(set(vocab.values())) != len(ranks) + len(specials):
-        raise InputError("two tokens of the encoding have the same id or the same text")
-    # tiktoken looks a whole word up before it merges anything: ignore_merges does that.
+        raise InputError(
+            "two tokens of the encoding have the same id or the same text; choose another encoding"
+        )
+    # Like tiktoken, ignore_merges looks up the whole word before it merges anything.
     return models.BPE(vocab=vocab, merges=merges, ignore_merges=True)
 
 
 def _to_oniguruma(pattern: str) -> str:
-    """``pattern`` as the regular expressions of ``tokenizers`` write it.
+    """Convert ``pattern`` to the regular expression syntax of ``tokenizers`` (Oniguruma).
 
-    Two signs mean something else there: ``$`` and ``^`` match at every line, and ``{1,3}+`` repeats
-    once more instead of refusing to backtrack. At the end of an alternative nothing can make it
-    backtrack, and the plus may go.
+    Two constructs differ: ``$`` and ``^`` match at every line, and ``{1,3}+`` is a repetition
+    instead of a possessive quantifier. At the end of an alternative nothing can cause backtracking,
+    so the plus is dropped there.
     """
     result: list[str] = []
     in_class = 0
@@ -154,7 +156,7 @@ def _to_oniguruma(pattern: str) -> str:
             if depth or pattern[match.end() : match.end() + 1] not in ("", "|"):
                 raise InputError(
                     f"the encoding's pattern has {text!r} inside an alternative, which cannot be "
-                    "carried over; write it as an atomic group (?>...)"
+                    "converted; write it as an atomic group (?>...)"
                 )
             text = text.removesuffix("+")
         result.append(text)

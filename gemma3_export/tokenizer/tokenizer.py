@@ -1,9 +1,9 @@
-"""Text to token ids and back, over the ``tokenizers`` library.
+"""Encode text to token ids and decode them, using the ``tokenizers`` library.
 
-Two kinds of tokenizer occur: Gemma's (BPE over characters, spaces written as ``▁``, unknown
-characters as byte pieces ``<0xE2>``) and GPT-2's (BPE over bytes). In both, every token stands for
-a fixed row of bytes, whatever surrounds it; decoding is done on that fact here, so that streaming
-costs the same for every token and its parts always add up to the whole.
+Two types of tokenizers are supported: Gemma's (BPE over characters, spaces written as ``▁``,
+unknown characters as byte pieces such as ``<0xE2>``) and GPT-2's (byte-level BPE). In both, every
+token stands for a fixed sequence of bytes, whatever its neighbors are. Decoding relies on this, so
+streaming has a constant cost per token, and its parts always add up to the full text.
 """
 
 from __future__ import annotations
@@ -39,17 +39,27 @@ __all__ = [
     "read_tokenizer_json",
 ]
 
-MAX_PADDING_ROWS = 128
+MAX_PADDING_ROWS = 128  # of an embedding with more rows than the tokenizer has tokens
+# Its id is outside the vocabulary of the text models; only the multimodal processor uses it.
+IMAGE_PLACEHOLDER = "<image_soft_token>"
+
+_BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
+_GEMMA_DECODERS = [
+    {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
+    {"type": "ByteFallback"},
+    {"type": "Fuse"},
+]
 
 
 class Tokenizer:
-    """A Gemma or GPT-2 style tokenizer; safe to share between threads.
+    """A Gemma or GPT-2 style tokenizer, which threads can share.
 
-    ``backend`` must not have the image placeholder as an added token: use ``from_file``, which
-    drops it.
+    Args:
+        backend: a tokenizer without the image placeholder as an added token; :meth:`from_file`
+            drops it.
 
     Raises:
-        InputError: ``backend`` is neither of the two kinds.
+        InputError: ``backend`` is of neither type.
     """
 
     def __init__(self, backend: tokenizers.Tokenizer) -> None:
@@ -63,8 +73,7 @@ class Tokenizer:
             for token_id, token in added
             if token.special or token.content in CONTROL_TOKENS
         )
-        # The same tokenizer (the model is shared, not copied) that knows no special tokens: to it
-        # they are text like any other.
+        # The same tokenizer without special tokens, which it encodes as text. The model is shared.
         self._ordinary = tokenizers.Tokenizer(backend.model)
         self._ordinary.normalizer = backend.normalizer
         self._ordinary.pre_tokenizer = backend.pre_tokenizer
@@ -81,57 +90,57 @@ class Tokenizer:
         """Read a ``tokenizer.json``.
 
         Raises:
-            InputError: the file is missing, truncated or no Gemma or GPT-2 style tokenizer.
+            InputError: the file is missing, truncated, or not a Gemma or GPT-2 style tokenizer.
         """
         return cls(read_tokenizer_json(Path(path)))
 
     @classmethod
     def from_folder(cls, folder: Path | str) -> Tokenizer:
-        """Read ``tokenizer.json`` out of ``folder``.
+        """Read the ``tokenizer.json`` in ``folder``.
 
         Raises:
-            InputError: as ``from_file``.
+            InputError: see :meth:`from_file`.
         """
         folder = Path(folder)
         path = folder / "tokenizer.json"
         if not path.is_file():
             hint = ""
             if (folder / "tokenizer.model").is_file():
-                hint = "; its tokenizer.model (SentencePiece) is not read, fetch tokenizer.json too"
+                hint = "; tokenizer.model (SentencePiece) is not supported, download tokenizer.json"
             raise InputError(f"{folder} has no tokenizer.json{hint}")
         return cls.from_file(path)
 
     @cached_property
     def vocab_size(self) -> int:
-        """Largest token id + 1, not counting the image placeholder."""
+        """Return the largest token id plus one, not counting the image placeholder."""
         vocab = self._backend.get_vocab(with_added_tokens=True)
         vocab.pop(IMAGE_PLACEHOLDER, None)
         return max(vocab.values(), default=-1) + 1
 
     @property
     def special_token_ids(self) -> frozenset[int]:
-        """Ids that decoding skips and that text handled as ordinary never yields."""
+        """Return the ids that decoding skips and that ordinary text never yields."""
         return self._special_ids
 
     @property
     def is_gemma(self) -> bool:
-        """Whether this tokenizer has Gemma's turn tokens, and so can encode a conversation."""
+        """Return True if the tokenizer has Gemma's turn tokens and so can encode a conversation."""
         needed = (self.bos_token_id, self.token_id(START_OF_TURN), self.token_id(END_OF_TURN))
         return None not in needed
 
     def has_tokens_of(self, other: Tokenizer) -> bool:
-        """Whether all token ids mean the same to both."""
+        """Return True if both tokenizers have the same vocabulary."""
         return bool(self._backend.get_vocab() == other._backend.get_vocab())
 
     def token_id(self, token: str) -> int | None:
-        """Id of the vocabulary entry ``token``, or None."""
+        """Return the id of the vocabulary entry ``token``, or None."""
         return self._backend.token_to_id(token)
 
     def encode(self, text: str, *, add_bos: bool = True) -> list[int]:
-        """Token ids of ``text``, in which special tokens are recognised.
+        """Encode ``text``, in which special tokens are recognized.
 
-        With ``add_bos`` the ids begin with exactly one ``<bos>``, also when the text itself begins
-        with some; a tokenizer without ``<bos>`` adds none.
+        With ``add_bos`` the ids begin with exactly one ``<bos>``, even if the text itself begins
+        with one or more. A tokenizer without ``<bos>`` adds none.
 
         Raises:
             InputError: ``text`` is not a string of Unicode characters.
@@ -145,7 +154,7 @@ class Tokenizer:
         return [self.bos_token_id, *ids[start:]]
 
     def encode_ordinary(self, text: str) -> list[int]:
-        """Token ids of ``text``, in which special tokens are plain characters; no ``<bos>``.
+        """Encode ``text`` without ``<bos>``, treating special tokens as plain text.
 
         Raises:
             InputError: ``text`` is not a string of Unicode characters.
@@ -153,7 +162,7 @@ class Tokenizer:
         return _encode(self._ordinary, text)
 
     def encode_ordinary_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """``encode_ordinary`` of many texts, on all processors.
+        """Encode many texts as :meth:`encode_ordinary` does, on all cores.
 
         Raises:
             InputError: a text is not a string of Unicode characters.
@@ -161,30 +170,33 @@ class Tokenizer:
         try:
             encodings = self._ordinary.encode_batch_fast(list(texts), add_special_tokens=False)
         except (TypeError, UnicodeEncodeError) as error:
-            raise InputError(f"the texts cannot be encoded: {error}") from error
+            raise InputError(
+                f"the texts cannot be encoded: {error}; they must be strings of Unicode characters"
+            ) from error
         return [list(encoding.ids) for encoding in encodings]
 
     def encode_chat(
         self, messages: Sequence[ChatMessage], *, add_generation_prompt: bool = True
     ) -> list[int]:
-        """Token ids of a conversation, beginning with one ``<bos>``.
+        """Encode a conversation, beginning with one ``<bos>``.
 
-        The same ids as encoding what the official template renders, but for content that spells
-        special tokens: here it stays plain characters and cannot end its turn.
+        The ids equal those of the text that the official chat template renders, except where
+        content spells out special tokens: it is encoded as plain text and cannot end its turn.
 
         Raises:
-            InputError: as ``chat_turns``; or this tokenizer has no turn tokens.
+            InputError: see :func:`chat_turns`; or this tokenizer has no turn tokens.
         """
         bos, start, end = (self.token_id(token) for token in ("<bos>", START_OF_TURN, END_OF_TURN))
         if bos is None or start is None or end is None:
             raise InputError(
-                f"this tokenizer lacks <bos>, {START_OF_TURN} or {END_OF_TURN} and so cannot "
-                "encode a conversation; use plain text, or an instruction model's tokenizer"
+                f"this tokenizer lacks <bos>, {START_OF_TURN} or {END_OF_TURN}, so it cannot "
+                "encode a conversation; use plain text or the tokenizer of an instruction-tuned "
+                "model"
             )
         newline = self.encode_ordinary("\n")
         ids = [bos]
-        # Special tokens split the text before anything else happens to it, so that encoding the
-        # stretches between them one by one is exact.
+        # The tokenizer first splits text at special tokens, so encoding the parts separately is
+        # exact.
         for turn in chat_turns(messages):
             ids += [start, *self.encode_ordinary(f"{turn.speaker}\n{turn.text}"), end, *newline]
         if add_generation_prompt:
@@ -192,10 +204,10 @@ class Tokenizer:
         return ids
 
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
-        """The text of ``ids``; bytes that are no UTF-8 become U+FFFD.
+        """Decode ``ids`` to text; bytes that are not UTF-8 become U+FFFD.
 
-        Broken bytes do not spoil the characters next to them, unlike in ``tokenizers``, which
-        gives up on a whole run of byte pieces; otherwise the result is the same.
+        The result is that of ``tokenizers``, except that invalid bytes do not affect valid
+        characters in the same run of byte pieces.
 
         Raises:
             InputError: an id is negative.
@@ -205,7 +217,7 @@ class Tokenizer:
         return data.decode("utf-8", errors="replace")
 
     def token_bytes(self, token_id: int) -> bytes:
-        """What the token stands for; empty for an id without a token, such as a padding row.
+        """Return the bytes of a token; empty for an id without a token, such as a padding row.
 
         Raises:
             InputError: the id is negative.
@@ -218,7 +230,7 @@ class Tokenizer:
         return piece_bytes(piece, is_byte_level=self._is_byte_level)
 
     def token_text(self, token_id: int) -> str:
-        """The text of one token, special or not; part of a character shows as U+FFFD.
+        """Return the text of a token, special or not; part of a character becomes U+FFFD.
 
         Raises:
             InputError: the id is negative.
@@ -226,22 +238,22 @@ class Tokenizer:
         return self.token_bytes(token_id).decode("utf-8", errors="replace")
 
     def check_vocab_size(self, config_vocab_size: int) -> None:
-        """Check that a model with ``config_vocab_size`` rows of embeddings fits this tokenizer.
+        """Check that this tokenizer fits a model with ``config_vocab_size`` embedding rows.
 
         Raises:
-            InputError: the tokenizer has more tokens than the model, or over 128 fewer.
+            InputError: the tokenizer has more tokens than the model, or more than 128 fewer.
         """
         spare = config_vocab_size - self.vocab_size
         if 0 <= spare <= MAX_PADDING_ROWS:
             return
-        problem = "cannot look up all of them" if spare < 0 else "would yield ids without a token"
+        problem = "has no embedding for some of them" if spare < 0 else "yields ids without a token"
         raise InputError(
-            f"the tokenizer has {self.vocab_size} tokens and the model's vocab_size is "
-            f"{config_vocab_size}, which {problem}; use the tokenizer the model was trained with"
+            f"the tokenizer has {self.vocab_size} tokens, but the model's vocab_size is "
+            f"{config_vocab_size}, so it {problem}; use the tokenizer of the model"
         )
 
     def save(self, folder: Path | str) -> None:
-        """Write ``tokenizer.json`` and ``tokenizer_config.json`` for us and for transformers.
+        """Write ``tokenizer.json`` and ``tokenizer_config.json``, which transformers can read.
 
         Raises:
             InputError: the folder cannot be written.
@@ -253,10 +265,13 @@ class Tokenizer:
             (folder / "tokenizer.json").write_text(self._backend.to_str(), encoding="utf-8")
             (folder / "tokenizer_config.json").write_text(config, encoding="utf-8")
         except OSError as error:
-            raise InputError(f"cannot write the tokenizer into {folder}: {error}") from error
+            raise InputError(
+                f"cannot write the tokenizer to {folder}: {error}; free some disk space or choose "
+                "another folder"
+            ) from error
 
     def _hub_config(self) -> dict[str, object]:
-        # transformers' Gemma class would add a <mask>, out of the model's range, where none is.
+        # Without <mask>, transformers' GemmaTokenizer would add one, which has no embedding.
         is_hub_gemma = self.is_gemma and self.token_id("<mask>") is not None
         config: dict[str, object] = {
             "tokenizer_class": "GemmaTokenizer" if is_hub_gemma else "PreTrainedTokenizerFast",
@@ -277,9 +292,13 @@ class Tokenizer:
 
 
 class StreamingDecoder:
-    """Decodes ids as they come; what it returns adds up to ``tokenizer.decode`` of them all.
+    """An incremental decoder whose results add up to ``tokenizer.decode`` of all ids.
 
-    Bytes of an unfinished character are held back, at most three; nothing is decoded twice.
+    It holds back the bytes of an incomplete character, at most three, and decodes nothing twice.
+
+    Args:
+        tokenizer: the tokenizer of the ids.
+        skip_special_tokens: leave out special tokens.
     """
 
     def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True) -> None:
@@ -288,7 +307,7 @@ class StreamingDecoder:
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def push(self, token_id: int) -> str:
-        """Take one id and return the text that is now certain, which may be empty.
+        """Add an id and return the newly completed text, which may be empty.
 
         Raises:
             InputError: the id is negative.
@@ -298,7 +317,7 @@ class StreamingDecoder:
         return self._decoder.decode(self._tokenizer.token_bytes(token_id))
 
     def flush(self) -> str:
-        """Return what is left (U+FFFD for an unfinished character) and start anew."""
+        """Return the rest of the text (U+FFFD for an incomplete character) and reset."""
         text = self._decoder.decode(b"", final=True)
         self._decoder.reset()
         return text
@@ -310,21 +329,15 @@ def _encode(backend: tokenizers.Tokenizer, text: str) -> list[int]:
     except (TypeError, UnicodeEncodeError) as error:
         raise InputError(
             f"the text {text!r:.60} cannot be encoded; it must be a string of Unicode characters "
-            "(half a surrogate pair is none)"
+            "without lone surrogates"
         ) from error
 
 
-# Reading ``tokenizer.json`` into the ``tokenizers`` library, for text models.
-
-# Its id lies outside the text models' vocabulary; only the multimodal processor may use it.
-IMAGE_PLACEHOLDER = "<image_soft_token>"
-
-
 def read_tokenizer_json(path: Path) -> tokenizers.Tokenizer:
-    """Read the file at ``path``, leaving out the image placeholder.
+    """Read a ``tokenizer.json`` for text models, dropping the image placeholder.
 
     Raises:
-        InputError: the file is missing, truncated or no tokenizer.
+        InputError: the file is missing, truncated, or not a tokenizer.
     """
     try:
         return parse_tokenizer_json(path.read_text(encoding="utf-8"))
@@ -335,10 +348,10 @@ def read_tokenizer_json(path: Path) -> tokenizers.Tokenizer:
 
 
 def parse_tokenizer_json(text: str) -> tokenizers.Tokenizer:
-    """Read the contents of a ``tokenizer.json``, leaving out the image placeholder.
+    """Parse the contents of a ``tokenizer.json``, dropping the image placeholder.
 
     Raises:
-        InputError: ``text`` is no tokenizer.
+        InputError: ``text`` is not a tokenizer.
     """
     try:
         if IMAGE_PLACEHOLDER in text:
@@ -346,15 +359,15 @@ def parse_tokenizer_json(text: str) -> tokenizers.Tokenizer:
         return tokenizers.Tokenizer.from_str(text)
     except (KeyboardInterrupt, SystemExit):
         raise
-    # The library reports broken files with bare Exception, and odd ones with a Rust panic, which
-    # is not even an Exception.
+    # The library raises Exception for most invalid files, and a Rust panic, which is not even an
+    # Exception, for some.
     except BaseException as error:
-        raise InputError(f"is not a readable tokenizer.json ({error}); fetch it again") from error
+        raise InputError(f"is not a valid tokenizer.json ({error}); download it again") from error
 
 
 def _without_image_placeholder(text: str) -> str:
-    """``text`` without the added token that text models have no embedding for."""
-    # Only the list is parsed, which comes early: all of Gemma's 33 MB would take a second more.
+    """Remove the added token for which text models have no embedding."""
+    # Parse only the list, which is near the start: parsing all of Gemma's 33 MB takes a second.
     _, found, rest = text.partition('"added_tokens"')
     if found and (tail := rest.lstrip()).startswith(":"):
         start = len(text) - len(tail[1:].lstrip())
@@ -370,18 +383,8 @@ def _without_placeholder(added: list[dict[str, object]]) -> list[dict[str, objec
     return [token for token in added if token["content"] != IMAGE_PLACEHOLDER]
 
 
-# The bytes that a vocabulary entry stands for, in the two kinds of tokenizer that occur.
-
-_BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
-_GEMMA_DECODERS = [
-    {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
-    {"type": "ByteFallback"},
-    {"type": "Fuse"},
-]
-
-
 def has_byte_level_decoder(backend: tokenizers.Tokenizer) -> bool:
-    """Whether ``backend`` writes bytes as GPT-2 does (True) or as Gemma does (False).
+    """Return True if ``backend`` represents bytes as GPT-2 does, False if as Gemma does.
 
     Raises:
         InputError: it does neither.
@@ -398,11 +401,11 @@ def has_byte_level_decoder(backend: tokenizers.Tokenizer) -> bool:
 
 
 def piece_bytes(piece: str, *, is_byte_level: bool) -> bytes:
-    """The bytes of the vocabulary entry ``piece``."""
+    """Return the bytes of the vocabulary entry ``piece``."""
     if is_byte_level:
         try:
             return bytes([_BYTE_OF_CHARACTER[character] for character in piece])
-        except KeyError:  # an added token, which is kept as it is written
+        except KeyError:  # an added token, which is written as plain text
             return piece.encode()
     if match := _BYTE_PIECE.fullmatch(piece):
         return bytes([int(match[1], 16)])
@@ -410,7 +413,7 @@ def piece_bytes(piece: str, *, is_byte_level: bool) -> bytes:
 
 
 def character_of_byte() -> dict[int, str]:
-    """GPT-2's way to write bytes: printable ones as themselves, the rest from U+0100 on."""
+    """Return GPT-2's characters for bytes: printable ones unchanged, the others from U+0100 on."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     rest = [byte for byte in range(256) if byte not in printable]
     table = {byte: chr(byte) for byte in printable}

@@ -70,7 +70,7 @@ def test_arrays_decode_on_demand(tmp_path: Path) -> None:
 
 ABSURD = {
     "empty": (b"", "mapped"),
-    "not GGUF": (b"PK\x03\x04" + b"0" * 99, "does not begin with GGUF"),
+    "not GGUF": (b"PK\x03\x04" + b"0" * 99, "does not start with GGUF"),
     "short": (b"GGUF\x03", "ends early"),
     "version 1": (header([], version=1), "version 1"),
     "big-endian": (b"GGUF\x00\x00\x00\x03" + b"\0" * 16, "big-endian"),
@@ -92,8 +92,8 @@ ABSURD = {
         header([text("general.alignment") + struct.pack("<II", 4, 3)]),
         "power of two",
     ),
-    "outside": (header([], [tensor("t", (4, 2**40))]) + b"0" * 99, "reaches to byte"),
-    "far offset": (header([], [tensor("t", (4,), offset=2**60)]) + b"0" * 99, "reaches to byte"),
+    "outside": (header([], [tensor("t", (4, 2**40))]) + b"0" * 99, "ends at byte"),
+    "far offset": (header([], [tensor("t", (4,), offset=2**60)]) + b"0" * 99, "ends at byte"),
     "unaligned": (header([], [tensor("t", (4,), offset=5)]) + b"0" * 99, "not aligned"),
     "no rows": (header([], [tensor("t", (4, 0))]) + b"0" * 99, "cannot have shape"),
     "half block": (header([], [tensor("t", (31,), kind=8)]) + b"0" * 99, "cannot have shape"),
@@ -107,7 +107,7 @@ ABSURD = {
 def test_absurd_headers_are_refused(tmp_path: Path, case: str) -> None:
     data, message = ABSURD[case]
     if message == "bytes are left":
-        message = r"claims \d+ bytes where 0 are left"
+        message = r"claims \d+ bytes, but 0 are left"
     (tmp_path / "m.gguf").write_bytes(data)
     with pytest.raises(InputError, match=message) as caught:
         open_gguf(tmp_path / "m.gguf")
@@ -153,12 +153,12 @@ def test_damaged_headers_never_escape_as_anything_else(tmp_path: Path, original:
         ({"attention.value_length": 8}, "value_length is 8"),
         ({"attention.causal": False}, "attention.causal is False"),
         ({"context_length": None}, "missing: gemma3.context_length"),
-        ({"embedding_length": "x"}, "one whole number"),
+        ({"embedding_length": "x"}, "must be an integer"),
         ({"embedding_length": 64}, "embedding_length is 64"),
         ({"block_count": 2**31}, "block_count"),
-        ({"attention.sliding_window_pattern": [True]}, "one flag a layer"),
+        ({"attention.sliding_window_pattern": [True]}, "one flag per layer"),
         ({"rope.freq_base": 0.0}, "rope_theta"),
-        ({"attention.head_count_kv": [1, 2, 2, 2, 2]}, "one whole number"),
+        ({"attention.head_count_kv": [1, 2, 2, 2, 2]}, "must be an integer"),
     ],
 )
 def test_metadata_that_is_not_supported(tmp_path: Path, metadata: Any, message: str) -> None:

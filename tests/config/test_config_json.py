@@ -241,7 +241,7 @@ def test_wrapper_contradictions_are_refused() -> None:
             "tie",
         ),
         ({"text_config": text | {"model_type": "llama"}}, "llama"),
-        ({"text_config": [1]}, "text_config must hold a JSON object"),
+        ({"text_config": [1]}, "text_config must be a JSON object"),
         ({"audio_config": {}, "extra": 1}, "extra"),
     ]:
         with pytest.raises(InputError, match=message):

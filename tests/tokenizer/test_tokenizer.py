@@ -211,7 +211,7 @@ def test_truncated_and_missing_files_are_refused(gemma, tmp_path):
     gemma.save(tmp_path)
     path = tmp_path / "tokenizer.json"
     path.write_text(path.read_text()[:-100])
-    with pytest.raises(InputError, match="fetch it again"):
+    with pytest.raises(InputError, match="download it again"):
         load_tokenizer(path)
     path.unlink()
     with pytest.raises(InputError, match=r"no tokenizer\.json"):
