@@ -7,7 +7,7 @@ import platform
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
 import torch
@@ -38,6 +38,7 @@ from gemma3_export.parity.report.model import (
     Divergence,
     GateResult,
     HalfRanges,
+    ModelSummary,
     ParityReport,
 )
 from gemma3_export.parity.sequences import held_out_sequences
@@ -251,22 +252,14 @@ class Check:
         gates: tuple[GateResult, ...],
         divergence: Divergence | None,
     ) -> ParityReport:
-        config = self.source.config
         reference: dict[str, object] = {"runtime": "reference", "dtype": "float64"}
         return ParityReport(
             candidate=self.candidate.info.to_json(),
             baseline=reference if self.baseline is None else self.baseline.info.to_json(),
-            model={
-                "num_hidden_layers": config.num_hidden_layers,
-                "hidden_size": config.hidden_size,
-                "vocab_size": config.vocab_size,
-                "sliding_window": config.sliding_window,
-                "layer_types": list(config.layer_types),
-                "num_parameters": config.num_parameters,
-            },
+            model=ModelSummary.of(self.source.config),
             source=self.source.fingerprint(),
             files=dict(self.files),
-            options=asdict(ground_truth.options),
+            options=ground_truth.options,
             versions={
                 "gemma3-export": __version__,
                 "python": platform.python_version(),

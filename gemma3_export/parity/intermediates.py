@@ -219,11 +219,11 @@ class OnnxIntermediates:
         wanted = list(dict.fromkeys(self.names.values()))
         keys = [spec.name for spec in self.runtime.signature.present_keys]
         logits = self.runtime.signature.logits.name
-        seen = len(before) + len(new)
+        total = len(before) + len(new)
         found = dict(
             zip(
                 [*wanted, *keys, logits],
-                map(as_float32, self._run([*wanted, *keys, logits], new, past, seen)),
+                map(as_float32, self._run([*wanted, *keys, logits], new, past, total)),
                 strict=True,
             )
         )

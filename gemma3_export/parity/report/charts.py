@@ -12,7 +12,7 @@ from gemma3_export.parity.report.model import LayerResult, ParityReport, PointRe
 __all__ = ["Chart", "charts_for"]
 
 WIDTH, HEIGHT = 720, 320
-LEFT, RIGHT, TOP, BOTTOM = 56, WIDTH - 14, 14, HEIGHT - 48  # edges of the plot area
+LEFT, RIGHT, TOP, BOTTOM = 56, WIDTH - 22, 14, HEIGHT - 48  # edges of the plot area
 MAX_DOTS = 600
 
 
@@ -122,7 +122,7 @@ def position_chart(report: ParityReport) -> Chart:
         at, text = x(position), f"position {position}: {error:.2e}, noise floor {floor:.2e}"
         dots.append(Dot(at, y(exponent(floor)), "noise", text))
         dots.append(Dot(at, y(exponent(error)), "key" if error <= limit else "beyond", text))
-    window = int(str(report.model["sliding_window"]))
+    window = report.model.sliding_window
     edges = [(window, f"window {window}"), (2 * window, f"twice the window: {2 * window}")]
     return Chart(
         title="Logit error by position",
@@ -144,7 +144,7 @@ def layer_chart(report: ParityReport) -> Chart:
         known = worst.get((item.layer, item.kind))
         if known is None or item.max_abs / item.limit > known.max_abs / known.limit:
             worst[item.layer, item.kind] = item
-    count = int(str(report.model["num_hidden_layers"]))
+    count = report.model.num_hidden_layers
     x = Scale(-0.5, count - 0.5, LEFT, RIGHT)
     values = [n for item in worst.values() for n in (item.max_abs, item.noise_floor)]
     y = Scale(*decade_range(values), BOTTOM, TOP)
@@ -162,8 +162,7 @@ def layer_chart(report: ParityReport) -> Chart:
             )
             for item in items
         ]
-    kinds = report.model["layer_types"]
-    assert isinstance(kinds, list)
+    kinds = report.model.layer_types
     return Chart(
         title="KV cache error by layer",
         note="Dots: runtime. Lines: noise floor of the same tensor.",
@@ -180,7 +179,7 @@ def layer_chart(report: ParityReport) -> Chart:
 def divergence_chart(report: ParityReport) -> Chart:
     """Count the KL divergences of all positions by half decade; zeros go into the first."""
     values = [point.kld for case in report.cases for point in case.points]
-    limit = float(str(report.options["max_mean_kld"]))
+    limit = report.options.max_mean_kld
     low, high = decade_range([value for value in values if value > 1e-18])
     x = Scale(low, high, LEFT, RIGHT)
     counts = [0] * (2 * (high - low))

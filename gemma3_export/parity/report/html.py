@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from dataclasses import asdict
 from importlib import resources
 
 from jinja2 import Environment, StrictUndefined
@@ -35,7 +36,9 @@ def render_html(report: ParityReport) -> str:
         failures=failed_metrics(report),
         environment=flatten({"candidate": report.candidate, "baseline": report.baseline})
         | report.versions,
-        settings={name.replace("_", " "): text for name, text in flatten(report.options).items()}
+        settings={
+            name.replace("_", " "): str(value) for name, value in asdict(report.options).items()
+        }
         | {name: f"{value:.1f} s" for name, value in report.seconds.items()},
         files=flatten({"source": report.source}) | report.files,
     )
@@ -50,7 +53,7 @@ def headline_numbers(report: ParityReport) -> list[tuple[str, str]]:
     return [
         (
             f"{format_ratio(report.worst_ratio)} \N{MULTIPLICATION SIGN}",
-            f"worst error as a multiple of the noise floor (limit {report.options['factor']:g})",
+            f"worst error as a multiple of the noise floor (limit {report.options.factor:g})",
         ),
         (format_number(max((point.max_abs for point in points), default=0.0)), "max logit error"),
         (format_number(kld), "mean KL divergence, nats"),

@@ -7,6 +7,9 @@ import math
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
+from gemma3_export.config import Gemma3Config
+from gemma3_export.parity.options import VerifyOptions
+
 __all__ = [
     "SCHEMA_ID",
     "SCHEMA_VERSION",
@@ -17,6 +20,7 @@ __all__ = [
     "LayerResult",
     "MatrixRange",
     "MetricResult",
+    "ModelSummary",
     "ParityReport",
     "PointResult",
     "TensorRange",
@@ -186,15 +190,32 @@ class HalfRanges:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ModelSummary:
+    """The shape of the checked model."""
+
+    num_hidden_layers: int
+    hidden_size: int
+    vocab_size: int
+    sliding_window: int
+    layer_types: tuple[str, ...]
+    num_parameters: int
+
+    @classmethod
+    def of(cls, config: Gemma3Config) -> ModelSummary:
+        """Summarize a config."""
+        return cls(**{item.name: getattr(config, item.name) for item in fields(cls)})
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ParityReport:
     """The complete result of one parity check."""
 
     candidate: dict[str, object]  # the runtime's description of itself
     baseline: dict[str, object]
-    model: dict[str, object]
+    model: ModelSummary
     source: dict[str, object]
     files: dict[str, str]  # SHA-256 of the bundle's files
-    options: dict[str, object]
+    options: VerifyOptions
     versions: dict[str, str]
     noise_floor_dtype: str
     gates: tuple[GateResult, ...]

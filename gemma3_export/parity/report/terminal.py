@@ -66,7 +66,7 @@ def verdict_line(report: ParityReport) -> str:
     return (
         f"PASS  {len(report.cases)} cases, {report.positions} positions, every KV tensor; worst "
         f"error {format_ratio(report.worst_ratio)} x the noise floor "
-        f"(limit {report.options['factor']:g}){ties}, {seconds:.1f} s"
+        f"(limit {report.options.factor:g}){ties}, {seconds:.1f} s"
     )
 
 
