@@ -11,6 +11,7 @@ import click
 
 from gemma3_export.bench.report import scaled, spread
 from gemma3_export.bundle import RUNTIMES
+from gemma3_export.cli.options import threads_option
 from gemma3_export.staging import write_text_atomically
 
 __all__ = [
@@ -26,12 +27,6 @@ __all__ = [
 bundle_argument = click.argument("bundle_path", metavar="DIR", type=click.Path(path_type=Path))
 runtime_option = click.option(
     "--runtime", type=click.Choice(RUNTIMES), default="onnx", show_default=True
-)
-threads_option = click.option(
-    "--threads",
-    type=click.IntRange(min=1),
-    metavar="N",
-    help="Intra-op threads (default: all cores).",
 )
 rounds_option = click.option(
     "--rounds",
