@@ -16,13 +16,8 @@ from gemma3_export.runtimes.protocol import (
     RuntimeInfo,
     check_step,
 )
-from gemma3_export.runtimes.torch.cache import (
-    TorchCache,
-    as_numpy,
-    device_of,
-    dtype_of,
-    to_device,
-)
+from gemma3_export.runtimes.torch.cache import TorchCache
+from gemma3_export.runtimes.torch.tensors import as_numpy, device_of, dtype_of, to_device
 
 __all__ = ["ReferenceRuntime"]
 

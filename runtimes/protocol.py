@@ -1,7 +1,7 @@
-"""What a backend must offer: a cache, and a step that advances it.
+"""The protocol of a backend: a cache, a step that advances it, typed facts and capabilities.
 
 The generation loop, the parity check and the benchmark see backends only through this module.
-Arrays that cross it are numpy; what stays on a device is the backend's own business.
+Arrays that cross it are numpy; what stays on a device is internal to the backend.
 
 Shapes: B batch rows, T new tokens, V vocabulary, K key-value heads, L cached tokens, H head size.
 """
@@ -96,15 +96,15 @@ class RuntimeInfo:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class KVSegment:
-    """Keys and values of consecutive tokens, apart from any cache.
+    """Keys and values of consecutive tokens, outside of any cache.
 
-    They lie where their cache's lie and in its type, as the backend's own tensors [K, n, H] (or
-    with a leading 1), and hold exactly what they are said to hold.
+    They are the backend's own tensors [K, n, H] (or with a leading 1), on the device and in the
+    dtype of the cache that they were copied from.
     """
 
     tensors: Sequence[Any]  # the key and the value of each layer in turn
     length: int  # n
-    layout: str  # what a cache must have in common with the one that they came from
+    layout: str  # must equal the layout of the cache that loads them
     size_bytes: int
 
 
@@ -124,17 +124,17 @@ class KVCache(Protocol):
         """[B] tokens that each row holds."""
 
     def read(self, row: int) -> list[LayerKV]:
-        """One (key, value) a layer of ``row``, without padding, for comparison (a copy).
+        """Return a copy of one (key, value) per layer of ``row``, without padding.
 
-        Sliding layers may give the newest tokens only, their window at least.
+        Sliding layers may return the newest tokens only, at least their window.
         """
 
     def truncate(self, row: int, length: int) -> None:
-        """Forget all but the first ``length`` tokens of ``row``; the next step follows them.
+        """Drop all but the first ``length`` tokens of ``row``; the next step continues there.
 
         Raises:
-            InputError: the row does not hold so many tokens, or a windowed cache has let go of
-                what it would need.
+            InputError: the row holds fewer tokens, or a sliding-window cache has evicted tokens
+                that would be needed.
         """
 
 
@@ -150,7 +150,7 @@ class Runtime(Protocol):
         """Versions, precision, device and providers in use."""
 
     def new_cache(self, batch_size: int, capacity: int) -> KVCache:
-        """An empty cache of ``batch_size`` rows with room for ``capacity`` tokens each.
+        """Return an empty cache of ``batch_size`` rows with room for ``capacity`` tokens each.
 
         Raises:
             InputError: ``capacity`` exceeds ``config.max_position_embeddings``.
@@ -161,16 +161,16 @@ class Runtime(Protocol):
     ) -> Logits:
         """Append tokens to the cache and return the logits of the last ``num_logits`` of them.
 
-        With ``row`` None, ``input_ids`` is [B, T]: every row takes T tokens, after whatever that
-        row already holds (rows may be of different length). With ``row`` given, ``input_ids`` is
-        [1, T] and only that row advances: this is how prompts of different lengths are prefilled,
-        in as many chunks as one likes, before batched decoding.
+        With ``row`` None, ``input_ids`` is [B, T]: every row takes T tokens after those it already
+        holds; rows may differ in length. With ``row`` given, ``input_ids`` is [1, T] and only that
+        row advances: prompts of different lengths are prefilled this way, in any number of chunks,
+        before batched decoding.
 
         Returns:
             [rows, num_logits, V] float32; ``num_logits`` 0 means all T.
 
         Raises:
-            InputError: a row has no room for T more tokens, T is 0, or the arguments do not fit
+            InputError: a row has no room for T more tokens, T is 0, or the arguments do not match
                 each other or the cache.
         """
 
@@ -178,7 +178,7 @@ class Runtime(Protocol):
 def check_step(
     cache: KVCache, input_ids: IntArray, num_logits: int, row: int | None = None
 ) -> None:
-    """Refuse an impossible step in the same words on every backend, before anything is computed.
+    """Reject an invalid step, with the same message on every backend, before computing anything.
 
     Raises:
         InputError: see :meth:`Runtime.step`.
@@ -199,16 +199,16 @@ def check_step(
 
 
 def check_capacity(cache: KVCache, new_tokens: int, row: int | None = None) -> None:
-    """Refuse tokens that would not fit, before anything is computed.
+    """Reject tokens that would not fit, before computing anything.
 
     Raises:
-        InputError: there are none, there is no such row, or it would grow past the capacity.
+        InputError: there are none, the row does not exist, or it would exceed the capacity.
     """
     if new_tokens < 1:
-        raise InputError(f"a step of {new_tokens} tokens was asked for; give at least one")
+        raise InputError(f"cannot run a step of {new_tokens} tokens; give at least one")
     if row is not None and not 0 <= row < cache.batch_size:
         raise InputError(
-            f"row {row} was asked for, and the cache has {cache.batch_size}, counted from 0"
+            f"row {row} does not exist: the cache has {cache.batch_size} rows, numbered from 0"
         )
     lengths = cache.lengths if row is None else cache.lengths[row : row + 1]
     longest = int(lengths.max(initial=0))
@@ -220,7 +220,7 @@ def check_capacity(cache: KVCache, new_tokens: int, row: int | None = None) -> N
 
 
 def check_truncation(cache: KVCache, row: int, length: int) -> None:
-    """Refuse to keep tokens that are not there.
+    """Reject a truncation to more tokens than the row holds.
 
     Raises:
         InputError: ``length`` is negative or more than the row holds.
@@ -231,49 +231,49 @@ def check_truncation(cache: KVCache, row: int, length: int) -> None:
 
 
 def check_export(cache: KVCache, row: int, start: int, stop: int) -> None:
-    """Refuse to copy tokens that are not there.
+    """Reject an export of tokens that the row does not hold.
 
     Raises:
-        InputError: the row does not hold [``start``, ``stop``), or that is nothing.
+        InputError: the row does not hold [``start``, ``stop``), or that range is empty.
     """
     held = int(cache.lengths[row])
     if not 0 <= start < stop <= held:
         raise InputError(f"row {row} holds {held} tokens; [{start}, {stop}) cannot be copied")
 
 
-def check_segment(cache: TransferableCache, row: int, stored: KVSegment, count: int) -> None:
-    """Refuse tokens that do not fit a cache, before anything is copied.
+def check_segment(cache: TransferableCache, row: int, segment: KVSegment, count: int) -> None:
+    """Reject tokens that do not fit a cache, before copying anything.
 
     Raises:
-        InputError: they are of another layout, there are not so many, or there is no room.
+        InputError: the layouts differ, the segment holds fewer tokens, or the row has no room.
     """
-    if stored.layout != cache.layout:
+    if segment.layout != cache.layout:
         raise InputError(
-            f"stored tokens of {stored.layout} cannot be put into a cache of {cache.layout}; "
-            "store them with the runtime that is to use them"
+            f"stored tokens ({segment.layout}) do not fit into a cache of {cache.layout}; store "
+            "them with the runtime that will use them"
         )
-    if not 0 < count <= stored.length:
-        raise InputError(f"{count} of {stored.length} stored tokens were asked for")
+    if not 0 < count <= segment.length:
+        raise InputError(f"cannot load {count} tokens of a segment of {segment.length}")
     check_capacity(cache, count, row)
 
 
 def describe_layout(count: int, shape: tuple[int, int], dtype: str, device: str) -> str:
-    """The ``layout`` of a cache of ``count`` tensors with ``shape`` (K, H)."""
+    """Return the ``layout`` of a cache of ``count`` tensors with ``shape`` (K, H)."""
     heads, size = shape
-    return f"{count} tensors of {heads} x {size} {dtype} a token on {device}"
+    return f"{count} tensors of {heads} x {size} {dtype} per token on {device}"
 
 
 def empty_lengths(config: Gemma3Config, batch_size: int, capacity: int) -> IntArray:
-    """Zero tokens in each row.
+    """Return the lengths [B] of a new cache, all zero.
 
     Raises:
-        InputError: the batch is empty or the capacity is beyond the model's context.
+        InputError: the batch is empty, or the capacity exceeds the model's context.
     """
     if batch_size < 1:
         raise InputError(f"batch_size is {batch_size}; it must be at least 1")
     if not 0 < capacity <= config.max_position_embeddings:
         raise InputError(
-            f"a cache of {capacity} tokens was asked for; this model's context is 1 to "
+            f"cannot create a cache of {capacity} tokens; this model's context is 1 to "
             f"{config.max_position_embeddings} tokens (max_position_embeddings)"
         )
     return np.zeros(batch_size, dtype=np.int64)
@@ -281,30 +281,30 @@ def empty_lengths(config: Gemma3Config, batch_size: int, capacity: int) -> IntAr
 
 @runtime_checkable
 class TransferableCache(KVCache, Protocol):
-    """A cache that can give tokens away and take them over."""
+    """A cache whose tokens can be copied to another cache of the same layout."""
 
     @property
     def layout(self) -> str:
-        """Tensors, their shape and type, and where they lie, of caches that can share tokens."""
+        """Number, shape, dtype and device of its tensors, equal for caches that share tokens."""
 
     @property
     def kv_bytes_per_token(self) -> int:
         """Size of one token's keys and values."""
 
     def export_tokens(self, row: int, start: int, stop: int) -> KVSegment:
-        """Copy the tokens [``start``, ``stop``) of ``row``, bit by bit and on the device.
+        """Return a bitwise copy of the tokens [``start``, ``stop``) of ``row``, on the device.
 
         Raises:
             InputError: the row does not hold them.
         """
 
-    def load_tokens(self, row: int, stored: KVSegment, count: int) -> None:
-        """Append copies of the first ``count`` of ``stored`` to ``row``, as a step would.
+    def load_tokens(self, row: int, segment: KVSegment, count: int) -> None:
+        """Append copies of the first ``count`` tokens of ``segment`` to ``row``, as a step would.
 
-        Keys carry their position, so they must be put where they were, and after the same tokens.
+        Keys contain their position, so they must be loaded where they were, after the same tokens.
 
         Raises:
-            InputError: they are of another layout, there are not so many, or there is no room.
+            InputError: the layouts differ, the segment holds fewer tokens, or there is no room.
         """
 
 
@@ -332,19 +332,22 @@ class PaddedBatches(Protocol):
 
 @runtime_checkable
 class Float32MatMul(Protocol):
-    """A runtime whose quantised products can also be computed in float32, slowly."""
+    """A runtime that can also multiply quantised matrices by float32 activations, slowly."""
 
     def with_float32_matmul(self) -> Runtime | None:
-        """The same graph without rounding of activations; None if it does not round them."""
+        """Return the same graph with unquantised activations; None if they already are."""
 
 
 @runtime_checkable
 class CacheVariants(Protocol):
-    """A runtime whose graph may have a sibling with another kind of cache."""
+    """A runtime whose graph may have a variant with another kind of cache."""
 
     @property
     def uses_sliding_window_cache(self) -> bool:
-        """Whether sliding layers' caches let go of old tokens."""
+        """Whether the caches of sliding layers evict old tokens."""
 
     def with_other_cache(self) -> Runtime | None:
-        """The sibling, with windowed caches if this one's are full; None if there is none."""
+        """Return the variant with full instead of sliding-window caches, or vice versa.
+
+        None if the bundle or ONNX Runtime has no such variant.
+        """

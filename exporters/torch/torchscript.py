@@ -31,7 +31,7 @@ from gemma3_export.parity.options import HalfPrecision
 from gemma3_export.progress import Progress
 from gemma3_export.reference.weights import WeightSource, check_finite
 from gemma3_export.reference.weights.block_matrix import BlockMatrix
-from gemma3_export.runtimes.torch.runtime import torchscript
+from gemma3_export.runtimes.torch.torchscript import torchscript
 from gemma3_export.staging import check_disk_space
 
 __all__ = [

@@ -83,7 +83,7 @@ def _open_reference(bundle: Bundle, device: str, threads: int | None) -> Runtime
     from gemma3_export.reference.loading import load_reference
     from gemma3_export.reference.runtime import ReferenceRuntime
     from gemma3_export.reference.weights.bundle_weights import open_bundle_weights
-    from gemma3_export.runtimes.torch.runtime import torch_device
+    from gemma3_export.runtimes.torch.tensors import torch_device
 
     place = torch_device(device)
     if threads is not None:

@@ -20,7 +20,7 @@ from gemma3_export.config import EMBEDDING, HEAD, Gemma3Config, config_to_json
 from gemma3_export.dtypes import torch_dtype
 from gemma3_export.reference.weights.bundle_weights import open_bundle_weights
 from gemma3_export.runtimes.protocol import IntArray, Logits
-from gemma3_export.runtimes.torch.runtime import torch_device
+from gemma3_export.runtimes.torch.tensors import torch_device
 
 __all__ = [
     "StaticCandidate",

@@ -22,14 +22,9 @@ from torch import Tensor, nn
 from gemma3_export.errors import UnavailableError
 from gemma3_export.reference.model import Gemma3, KeyValue
 from gemma3_export.runtimes.onnx.graph_rewrites import read_graph
+from gemma3_export.runtimes.onnx.ort_values import as_float32, run_graph, zeros
 from gemma3_export.runtimes.onnx.runtime import OnnxRuntime
-from gemma3_export.runtimes.onnx.session import (
-    WEIGHTS_FOLDER,
-    as_float32,
-    import_onnxruntime,
-    run_graph,
-    zeros,
-)
+from gemma3_export.runtimes.onnx.session import WEIGHTS_FOLDER, import_onnxruntime
 from gemma3_export.runtimes.protocol import IntArray, Runtime
 
 __all__ = [

@@ -23,7 +23,7 @@ from gemma3_export.runtimes.protocol import (
     check_truncation,
     empty_lengths,
 )
-from gemma3_export.runtimes.torch.cache import device_of, dtype_of
+from gemma3_export.runtimes.torch.tensors import device_of, dtype_of
 
 __all__ = ["TransformersRuntime"]
 

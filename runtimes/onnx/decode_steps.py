@@ -1,9 +1,10 @@
-"""Decode steps whose tensors stay where they are: on the device, at fixed addresses.
+"""Single-token decode steps over preallocated buffers, which fetch candidates instead of logits.
 
-A step moves the new token to the device and the candidates back. Cache, mask and logits are
-allocated once for a cache; with a CUDA graph the whole step is one launch.
+:class:`DeviceDecodeSteps` is for GPUs: a step moves the new tokens to the device and the candidates
+back; with a CUDA graph it is one launch. :class:`ScreenedDecodeSteps` is for graphs with a screened
+head on the CPU.
 
-Shapes: B rows, C capacity, V vocabulary, k candidates.
+Shapes: B rows, C capacity, V vocabulary, k candidates requested, N candidates found.
 """
 
 from __future__ import annotations
@@ -29,11 +30,14 @@ __all__ = [
     "has_known_rounding",
 ]
 
-GRAPH_ID = "gpu_graph_id"  # a run option: which captured CUDA graph to replay
+GRAPH_ID = "gpu_graph_id"  # run option: which captured CUDA graph to replay
+# The screened head's proof includes how the kernel rounds its inputs; elsewhere that may differ.
+KNOWN_MACHINES = ("x86_64", "AMD64")
+FIRST_PAUSE, LONGEST_PAUSE = 4, 256  # steps without screening after one that did not help
 
 
 class HelperSessions:
-    """The tiny graphs that write masks and choose candidates, opened on one device."""
+    """Sessions of the small graphs that write masks and select candidates on one device."""
 
     def __init__(self, device: Device) -> None:
         self.device = device
@@ -42,15 +46,15 @@ class HelperSessions:
 
 
 class DeviceDecodeSteps:
-    """One token for each row of one cache, again and again.
+    """Decode steps of all rows of one cache, whose tensors stay on the device at fixed addresses.
 
     Args:
-        session: of the model.
-        signature: of the model's graph.
-        cache: its buffers never move.
+        session: the model's session.
+        signature: the interface of the model's graph.
+        cache: the cache, whose buffers never move; it must outlive the steps.
         vocab_size: V.
-        helpers: the tiny graphs' sessions.
-        graph_id: of the CUDA graph to capture in the first step; None runs without one.
+        helpers: sessions of the small graphs.
+        graph_id: the CUDA graph to capture in the first step; None runs without one.
     """
 
     def __init__(
@@ -64,7 +68,7 @@ class DeviceDecodeSteps:
     ) -> None:
         ort = import_onnxruntime()
         device, rows = helpers.device, cache.batch_size
-        self.session = session  # not the cache, which owns its steps
+        self.session = session
 
         def place(array: np.ndarray[Any, Any]) -> Any:
             return ort.OrtValue.ortvalue_from_numpy(array, device.kind, device.index)
@@ -101,7 +105,7 @@ class DeviceDecodeSteps:
         cache.advance(self.binding, 1, None)
 
     def fetch(self) -> Logits:
-        """[B, V] all logits of the last step."""
+        """Return all logits [B, V] of the last step."""
         logits: Logits = self.logits.numpy()[:, 0]
         return logits
 
@@ -111,7 +115,7 @@ class DeviceDecodeSteps:
 
 
 class Selection:
-    """The largest logits of each row, brought to the host."""
+    """Fetches the largest logits of each row."""
 
     def __init__(self, session: Any, logits: Any, rows: int) -> None:
         self.session, self.logits, self.rows = session, logits, rows
@@ -119,7 +123,7 @@ class Selection:
         self.binding: Any = None
 
     def run(self, count: int) -> Logits:
-        """[B, 2 * count + 1]: values, largest first, their ids, and the sum of all logits."""
+        """Return [B, 2 * count + 1]: values, largest first, ids, and the sum of all logits."""
         if count != self.count:
             self._bind(count)
         self.session.run_with_iobinding(self.binding)
@@ -138,32 +142,22 @@ class Selection:
         self.binding.bind_output("packed", "cpu", 0, np.float32, shape, address)
 
 
-# Decode steps on the CPU that fetch candidates from a screened head instead of all logits.
-#
-# See :mod:`gemma3_export.exporters.onnx.screened_head` for what the graph proves about them.
-#
-# Shapes: B rows, C capacity, V vocabulary, N candidates.
-
-# What the kernel rounds its inputs to is part of the proof. Elsewhere it may be another grid.
-KNOWN_MACHINES = ("x86_64", "AMD64")
-FIRST_PAUSE, LONGEST_PAUSE = 4, 256  # steps without screening after one that was of no use
-
-
 def has_known_rounding() -> bool:
-    """Whether this processor's kernels round as the screened head takes for granted."""
+    """Return whether this processor's kernels round as the screened head assumes."""
     return platform.machine() in KNOWN_MACHINES
 
 
 class ScreenedDecodeSteps:
-    """One token for each row of one cache, again and again.
+    """Decode steps on the CPU that fetch candidates from a screened head instead of all logits.
 
-    Where a model's logits lie so close together that screening leaves too many, it is given up for
-    a while, longer each time.
+    :mod:`gemma3_export.exporters.onnx.screened_head` describes what the graph proves about them.
+    If a model's logits are so close together that screening leaves too many candidates, it is
+    paused, for longer each time.
 
     Args:
-        session: of a graph with a screened head.
-        signature: of that graph.
-        cache: its buffers never move.
+        session: the session of a graph with a screened head.
+        signature: the interface of that graph.
+        cache: the cache, whose buffers never move; it must outlive the steps.
     """
 
     def __init__(self, session: Any, signature: Signature, cache: InPlaceCache) -> None:
@@ -175,31 +169,31 @@ class ScreenedDecodeSteps:
         self.bind_count(signature.num_logits_to_keep.name, 1)
         self.count = 0
         self.pause = FIRST_PAUSE
-        self.paused = 0  # steps to go
+        self.paused = 0  # steps left
 
     def bind_results(self) -> None:
-        """Let the graph allocate what has another size in every step; first of all outputs."""
+        """Let the graph allocate outputs whose size changes per step; they come first."""
         for spec in (self.signature.logits, *self.signature.candidates):
             self.binding.bind_output(spec.name, "cpu")
 
     def bind_count(self, name: str, count: int) -> None:
-        """Bind an input with a default, which takes OrtValues only."""
+        """Bind an input that has a default, which only accepts OrtValues."""
         value = import_onnxruntime().OrtValue.ortvalue_from_numpy(np.array([count], np.int64))
         self.binding.bind_ortvalue_input(name, value)
 
     def is_paused(self) -> bool:
-        """Whether the next step is better taken with all logits; asked once a step."""
+        """Return whether the next step should compute all logits; call once per step."""
         self.paused = max(0, self.paused - 1)
         return self.paused > 0
 
     def run(
         self, input_ids: IntArray, cache: InPlaceCache, needed: int
     ) -> list[Candidates | Logits]:
-        """Feed ``input_ids`` [B, 1]; for each row candidates, or [V] where they do not suffice.
+        """Feed ``input_ids`` [B, 1]; return candidates per row, or logits [V] if those won't do.
 
         Args:
-            input_ids: the rows' newest tokens.
-            cache: advances by one token.
+            input_ids: the newest token of each row.
+            cache: the cache, which advances by one token.
             needed: how many of the largest logits have to be complete.
         """
         signature = self.signature
@@ -230,10 +224,16 @@ class ScreenedDecodeSteps:
 def complete(
     ids: NDArray[np.int64], scores: NDArray[np.float32], needed: int, vocab_size: int
 ) -> Candidates | Logits:
-    """Of one row's candidates [N], ids ascending, those not below the last one ``needed``.
+    """Return one row's candidates that are no smaller than the last of the ``needed`` largest.
 
-    Others are left out since there may be more like them. A row with fewer than that has a state
-    that is not finite, so neither is any of its logits [V].
+    Smaller ones are dropped, because screening may have missed others like them. A row with fewer
+    candidates than ``needed`` has a hidden state that is not finite, so all its logits are NaN.
+
+    Args:
+        ids: [N] ascending.
+        scores: [N] their logits.
+        needed: how many of the largest logits have to be complete.
+        vocab_size: V.
     """
     if len(scores) < needed:
         return np.full(vocab_size, np.nan, np.float32)

@@ -1,9 +1,9 @@
-"""Rewrite graphs so that the CPU runs them: bfloat16 in float32, and 8-bit products in float32.
+"""Rewrite graphs for the CPU: bfloat16 emulated in float32, and products without 8-bit activations.
 
-ONNX Runtime has no bfloat16 kernels on the CPU. The graph is rewritten to compute in float32 and
-to round to bfloat16 wherever the original does: weights are read as the bfloat16 numbers that they
-are, and what a product, an activation or the attention gives is rounded as the GPU's kernel rounds
-its result. Only the cache is kept in float32: its keys are not rounded after their rotation.
+ONNX Runtime has no bfloat16 kernels on the CPU. The graph is rewritten to compute in float32 and to
+round to bfloat16 wherever the original does: weights keep their bfloat16 values, and the results of
+products, activations and attention are rounded as a GPU kernel rounds them. Only the cache stays in
+float32: keys are not rounded after their rotation.
 """
 
 from __future__ import annotations
@@ -13,9 +13,14 @@ from typing import Any
 
 from gemma3_export.errors import InputError, UnavailableError
 
-__all__ = ["read_graph", "upcast_to_float32", "weights_folder", "without_activation_quantization"]
+__all__ = [
+    "read_graph",
+    "upcast_to_float32",
+    "weights_folder",
+    "without_activation_quantization",
+]
 
-# These hand numbers on; a result of any other operator is a new number, to be rounded.
+# These operators only move numbers; the result of any other is a new number, to be rounded.
 MOVES = {"Concat", "Expand", "Gather", "Identity", "Reshape", "Slice", "Split", "Transpose"}
 NOT_FLOAT = {"Shape", "Size", "ArgMax"}
 WIDE = "__float32"
@@ -23,7 +28,7 @@ EXACT = "__unrounded"
 
 
 def upcast_to_float32(path: Path) -> bytes:
-    """The graph at ``path`` with float32 in place of bfloat16; weights stay in their file.
+    """Return the graph at ``path`` with float32 for bfloat16; weights stay in their file.
 
     Raises:
         UnavailableError: the package ``onnx`` is missing.
@@ -38,7 +43,7 @@ def upcast_to_float32(path: Path) -> bytes:
 
 
 def read_graph(path: Path) -> Any:
-    """The graph's ``ModelProto``, without its weights, whose files have their real names.
+    """Return the graph's ``ModelProto``; its external data files carry their resolved names.
 
     Raises:
         UnavailableError: the package ``onnx`` is missing.
@@ -48,33 +53,32 @@ def read_graph(path: Path) -> Any:
         import onnx
     except ImportError as error:
         raise UnavailableError(
-            "this graph must be rewritten before the CPU can run it this way, which needs the "
-            "package onnx; run: pip install onnx, or pass --device cuda, or export with "
-            "--dtype fp32"
+            "this graph must be rewritten to run on the CPU this way, which needs the package "
+            "onnx; run: pip install onnx, or pass --device cuda, or export with --dtype fp32"
         ) from error
     try:
         model = onnx.load(path, load_external_data=False)
-    except Exception as error:  # protobuf raises what it likes
-        raise InputError(f"{path} cannot be read: {error}; export the bundle anew") from error
+    except Exception as error:  # protobuf's errors share no base class
+        raise InputError(f"{path} cannot be read: {error}; export the bundle again") from error
     for tensor in model.graph.initializer:
         for entry in tensor.external_data:
-            if entry.key == "location":  # ONNX Runtime refuses links out of the folder
+            if entry.key == "location":  # ONNX Runtime rejects links out of the folder
                 entry.value = (path.parent / entry.value).resolve().name
     return model
 
 
 def weights_folder(data: Path) -> Path:
-    """Where the files lie that a graph of :func:`read_graph` names; ``data`` is one of them."""
+    """Return the folder of the files that :func:`read_graph` names; ``data`` is one of them."""
     return data.resolve().parent
 
 
 class Upcast:
-    """The rewriting of one graph, in place."""
+    """Rewrites one graph in place."""
 
     def __init__(self, onnx: Any, graph: Any) -> None:
         self.onnx, self.graph = onnx, graph
         self.half, self.single = onnx.TensorProto.BFLOAT16, onnx.TensorProto.FLOAT
-        self.was_half: set[str] = set()  # names whose values the original holds in bfloat16
+        self.was_half: set[str] = set()  # names of values that are bfloat16 in the original
         self.nodes: list[Any] = []
 
     def run(self) -> None:
@@ -96,7 +100,7 @@ class Upcast:
             self._rewrite(node)
         del self.graph.node[:]
         self.graph.node.extend(self.nodes)
-        del self.graph.value_info[:]  # their types are the original's
+        del self.graph.value_info[:]  # they describe the original types
 
     def _rewrite(self, node: Any) -> None:
         if node.op_type == "Cast":
@@ -114,14 +118,14 @@ class Upcast:
             return
         interface = {value.name for value in self.graph.output}
         for index, name in enumerate(list(node.output)):
-            if name in interface:  # the cache, which lies where the caller has put it
+            if name in interface:  # the cache, in memory that the caller has bound
                 self.was_half.add(name)
                 continue
             node.output[index] = name + EXACT
             self._round(name + EXACT, name)
 
     def _round(self, source: str, target: str) -> None:
-        """``target`` is ``source``, rounded to bfloat16 and held in float32."""
+        """Set ``target`` to ``source`` rounded to bfloat16, as float32."""
         self._cast(source, target + "__bfloat16", self.half)
         self._cast(target + "__bfloat16", target, self.single)
         self.was_half.add(target)
@@ -132,7 +136,7 @@ class Upcast:
 
 
 def without_activation_quantization(path: Path) -> bytes:
-    """The graph at ``path`` whose quantised products take their inputs as they are.
+    """Return the graph at ``path`` with quantised products that leave activations in float32.
 
     Raises:
         UnavailableError: the package ``onnx`` is missing.

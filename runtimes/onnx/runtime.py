@@ -1,7 +1,7 @@
 """Run a bundle's ONNX graph: preallocated caches, IO binding, no torch.
 
-The same code serves CPU and CUDA; caches stay on the device, and only token ids, masks and the
-logits that were asked for cross to the host.
+The same code serves CPU and CUDA. Caches stay on the device; only token ids, masks and the
+requested logits cross to the host.
 """
 
 from __future__ import annotations
@@ -11,13 +11,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 from numpy.typing import NDArray
 
-from gemma3_export.bundle import WINDOW_MARGIN, Bundle, Graph, Signature
+from gemma3_export.bundle import Bundle, Graph, Signature
 from gemma3_export.config import Gemma3Config
-from gemma3_export.device import CudaOptions, Device
+from gemma3_export.device import CudaOptions
 from gemma3_export.errors import Gemma3ExportError, InputError
 from gemma3_export.runtimes.generation.candidates import (
     SPARE_CANDIDATES,
@@ -43,17 +44,20 @@ from gemma3_export.runtimes.onnx.graph_rewrites import (
     weights_folder,
     without_activation_quantization,
 )
+from gemma3_export.runtimes.onnx.graph_selection import (
+    device_for,
+    require_shareable_weights,
+    sliding_window_problem,
+    use_sliding_window_cache,
+)
+from gemma3_export.runtimes.onnx.mapped_pages import drop_mapped_pages
+from gemma3_export.runtimes.onnx.ort_values import as_float32, run_graph, zeros
 from gemma3_export.runtimes.onnx.session import (
     WEIGHTS_FOLDER,
-    as_float32,
     check_interface,
-    choose_device,
-    drop_mapped_pages,
     first_line,
     import_onnxruntime,
     open_session,
-    run_graph,
-    zeros,
 )
 from gemma3_export.runtimes.protocol import (
     IntArray,
@@ -65,16 +69,10 @@ from gemma3_export.runtimes.protocol import (
     check_step,
 )
 
-__all__ = [
-    "OnnxRuntime",
-    "device_for",
-    "require_shareable_weights",
-    "sliding_window_problem",
-    "use_sliding_window_cache",
-]
+__all__ = ["OnnxRuntime"]
 
-SCREENED_ROWS = 8  # of a batch; more of them share what is read, and the copy saves nothing
-NO_PACKING = "session.disable_prepacking"  # kernels take matrices as they are
+MAX_SCREENED_ROWS = 8  # larger batches share what a step reads, so screening saves nothing
+NO_PACKING = "session.disable_prepacking"  # session option: kernels use matrices as stored
 
 
 class OnnxRuntime:
@@ -82,20 +80,22 @@ class OnnxRuntime:
 
     Args:
         bundle: an opened bundle, or its folder.
-        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``; ``auto`` is the CPU for what has no
-            attention on CUDA.
-        threads: threads inside one operator; None lets ONNX Runtime choose.
-        cuda: what the CUDA provider may do; ignored on the CPU.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``; ``auto`` is the CPU for graphs without
+            attention kernels on CUDA.
+        threads: intra-op threads; None lets ONNX Runtime choose.
+        cuda: options for the CUDA provider; ignored on the CPU.
         sliding_window_cache: evict old tokens from the caches of sliding layers, which saves time
             and memory in long texts, but limits how far a text can be cut back; None does so on the
             CPU if the bundle and ONNX Runtime support it.
-        shares_weights: leave float matrices as they lie in the file, so that all processes that
-            run the bundle hold them once and load at once; longer prompts and batches take longer.
-        float32_matmul: multiply quantised matrices in float32, slowly, for the parity check.
+        shares_weights: use float matrices as stored in the memory-mapped file, so that all
+            processes that run the bundle share them and load at once; longer prompts and batches
+            are slower.
+        float32_matmul: multiply quantised matrices by float32 activations, slowly, for the parity
+            check.
 
     Raises:
-        InputError: the bundle is damaged or has no ONNX graph, or its graph cannot do what
-            ``cuda`` asks, or has no attention for CUDA.
+        InputError: the bundle is damaged or has no ONNX graph, or its graph does not support what
+            was requested on this device.
         UnavailableError: ONNX Runtime or the device is missing.
     """
 
@@ -110,69 +110,89 @@ class OnnxRuntime:
         shares_weights: bool = False,
         float32_matmul: bool = False,
     ) -> None:
-        if isinstance(bundle, Path):
-            bundle = Bundle(bundle)
-        self.bundle = bundle
-        graph = bundle.graph("onnx")
-        bundle.check_sizes()
-        self.config: Gemma3Config = bundle.config
+        self.bundle = Bundle(bundle) if isinstance(bundle, Path) else bundle
+        graph = self.bundle.graph("onnx")
+        self.bundle.check_sizes()
+        self.config: Gemma3Config = self.bundle.config
         self.device = device_for(graph, device)
-        self.uses_sliding_window_cache = use_sliding_window_cache(
-            bundle, self.device, sliding_window_cache
-        )
-        self.signature: Signature = bundle.signature(
-            graph, is_windowed=self.uses_sliding_window_cache
-        )
-        self.target = graph.target
-        path = graph.windowed_path if self.uses_sliding_window_cache else graph.path
-        assert path is not None
-        bundle.check_files([path, "config.json"])  # small files; verify hashes them all
-        self.path = bundle.file(path)
-        self.graph: Path | bytes = self.path  # what the session runs
-        self.is_upcast = self.device.kind == "cpu" and graph.cache_dtype == "bfloat16"
-        if self.is_upcast:
-            self.graph = upcast_to_float32(self.path)
-            self.signature = Signature.of(self.config, is_windowed=self.uses_sliding_window_cache)
-        if float32_matmul:
-            self.graph = without_activation_quantization(self.path)
         self.cuda = (cuda or CudaOptions()) if self.device.kind == "cuda" else None
-        if self.cuda and self.cuda.graph and self.target != "ort":
+        self.is_fused = graph.target == "ort"  # GroupQueryAttention extends its cache in place
+        if self.cuda and self.cuda.graph and not self.is_fused:
             raise InputError(
-                f"target {self.target} has a cache that grows, so no CUDA graph can be captured; "
+                f"target {graph.target} has a cache that grows, so no CUDA graph can be captured; "
                 "export without --target"
             )
-        self.weights_folder = weights_folder(bundle.file(f"{graph.path}_data"))
+        if shares_weights:
+            require_shareable_weights(self.bundle, self.device)
+        self.uses_sliding_window_cache = use_sliding_window_cache(
+            self.bundle, self.device, sliding_window_cache
+        )
+        self.path, self.graph, self.signature = self._read_graph(graph, float32_matmul)
+        self.weights_folder = weights_folder(self.bundle.file(f"{graph.path}_data"))
         entries = {}
         if isinstance(self.graph, bytes):
             entries[WEIGHTS_FOLDER] = str(self.weights_folder)
         if shares_weights:
-            require_shareable_weights(bundle, self.device)
             entries[NO_PACKING] = "1"
-        self.shares_weights = shares_weights
-        # Blocks that are not packed are multiplied far more slowly.
-        has_screen = self.signature.num_candidates is not None
-        self.is_screened = has_screen and not shares_weights and has_known_rounding()
         self.session = open_session(
             self.graph, self.device, threads=threads, entries=entries, cuda=self.cuda
         )
-        for file in {graph.path, path}:
-            drop_mapped_pages(bundle.file(f"{file}_data"))
-        # Decode steps at fixed addresses pay where the host and the logits are far apart.
-        self.decodes_on_device = self.cuda is not None and self.target == "ort"
+        for file in {self.bundle.file(graph.path), self.path}:
+            drop_mapped_pages(file.with_name(f"{file.name}_data"))
+        check_interface(self.session, self.signature, self.path)
+        self.info = self._info(
+            graph,
+            threads=threads,
+            # Unpacked blocks are multiplied far more slowly, which screening would not make up for.
+            has_screened_head=self.signature.num_candidates is not None
+            and not shares_weights
+            and has_known_rounding(),
+            shares_weights=shares_weights,
+            float32_matmul=float32_matmul,
+        )
+        # Steps at fixed addresses pay off if host and logits are far apart.
+        self.decodes_on_device = self.cuda is not None and self.is_fused
+        self._device_steps: WeakKeyDictionary[KVCache, DeviceDecodeSteps] = WeakKeyDictionary()
+        self._screened_steps: WeakKeyDictionary[KVCache, ScreenedDecodeSteps] = WeakKeyDictionary()
         self._helpers: HelperSessions | None = None
         self._graph_ids = itertools.count(1)  # 0 is ONNX Runtime's default
         self._counts: dict[int, Any] = {}
-        self.threads = threads
-        check_interface(self.session, self.signature, self.path)
-        is_quantized = bundle.is_quantized("onnx")
+
+    def _read_graph(
+        self, graph: Graph, float32_matmul: bool
+    ) -> tuple[Path, Path | bytes, Signature]:
+        """Return the graph's file, what the session loads, and its interface."""
+        is_windowed = self.uses_sliding_window_cache
+        relative = graph.windowed_path if is_windowed else graph.path
+        assert relative is not None
+        self.bundle.check_files([relative, "config.json"])  # small files; verify hashes them all
+        path = self.bundle.file(relative)
+        if is_emulated(graph, self.device.kind):
+            signature = Signature.of(self.config, is_windowed=is_windowed)
+            return path, upcast_to_float32(path), signature
+        signature = self.bundle.signature(graph, is_windowed=is_windowed)
+        if float32_matmul:
+            return path, without_activation_quantization(path), signature
+        return path, path, signature
+
+    def _info(
+        self,
+        graph: Graph,
+        *,
+        threads: int | None,
+        has_screened_head: bool,
+        shares_weights: bool,
+        float32_matmul: bool,
+    ) -> RuntimeInfo:
+        is_quantized = self.bundle.is_quantized("onnx")
         has_half_activations = is_quantized and graph.cache_dtype != "float32"
         activation_dtype = graph.cache_dtype if has_half_activations else None
-        self.info = RuntimeInfo(
+        return RuntimeInfo(
             name="onnx",
             versions={"onnxruntime": import_onnxruntime().__version__},
             target=graph.target,
             cache="windowed" if self.uses_sliding_window_cache else "full",
-            has_screened_head=self.is_screened,
+            has_screened_head=has_screened_head,
             shares_weights=shares_weights,
             dtype=graph.dtype,
             compute_dtype=graph.cache_dtype,
@@ -181,7 +201,7 @@ class OnnxRuntime:
             is_quantized=is_quantized,
             quantizes_activations=is_quantized and not has_half_activations and not float32_matmul,
             computed_in="float32, rounded to bfloat16"
-            if self.is_upcast
+            if is_emulated(graph, self.device.kind)
             else activation_dtype or graph.dtype,
             device=self.device,
             providers=tuple(self.session.get_providers()),
@@ -192,7 +212,7 @@ class OnnxRuntime:
     @property
     def selects_candidates(self) -> bool:
         """See :class:`gemma3_export.runtimes.generation.candidates.SelectsCandidates`."""
-        return self.decodes_on_device or self.is_screened
+        return self.decodes_on_device or self.info.has_screened_head
 
     @property
     def padding_side(self) -> PaddingSide | None:
@@ -203,7 +223,7 @@ class OnnxRuntime:
         """
         if self.uses_sliding_window_cache:
             return None
-        return "right" if self.target == "ort" else "left"
+        return "right" if self.is_fused else "left"
 
     def run_padded(
         self, input_ids: IntArray, attention_mask: IntArray
@@ -227,7 +247,7 @@ class OnnxRuntime:
         return OnnxRuntime(
             self.bundle,
             device="cpu",
-            threads=self.threads,
+            threads=self.info.threads,
             sliding_window_cache=self.uses_sliding_window_cache,
             float32_matmul=True,
         )
@@ -239,14 +259,14 @@ class OnnxRuntime:
         return OnnxRuntime(
             self.bundle,
             device="cpu",
-            threads=self.threads,
+            threads=self.info.threads,
             sliding_window_cache=not self.uses_sliding_window_cache,
         )
 
     def new_cache(self, batch_size: int, capacity: int) -> KVCache:
         """See :class:`gemma3_export.runtimes.protocol.Runtime`."""
         kind: type[InPlaceCache | DynamicCache] = DynamicCache
-        if self.target == "ort":
+        if self.is_fused:
             kind = SlidingWindowCache if self.uses_sliding_window_cache else InPlaceCache
         return kind(self.config, self.signature, self.device, batch_size, capacity)
 
@@ -254,10 +274,10 @@ class OnnxRuntime:
         self, input_ids: IntArray, cache: KVCache, *, num_logits: int, row: int | None = None
     ) -> Logits:
         """See :class:`gemma3_export.runtimes.protocol.Runtime`."""
-        assert isinstance(cache, InPlaceCache | DynamicCache)
+        assert isinstance(cache, OnnxCache)
         check_step(cache, input_ids, num_logits, row)
         rows, new = input_ids.shape
-        if self.target == "ort" and row is None and rows > 1 and new > 1:
+        if self.is_fused and row is None and rows > 1 and new > 1:
             # GroupQueryAttention takes several tokens after a past for one row at a time only.
             parts = [
                 self.step(input_ids[index : index + 1], cache, num_logits=num_logits, row=index)
@@ -267,7 +287,7 @@ class OnnxRuntime:
         logits = np.empty((rows, num_logits or new, self.config.vocab_size), np.float32)
         cache.begin(new, row)
         binding = self._bind(input_ids, cache, logits, row)
-        with self._explained(new, cache):
+        with self._errors_explained(new, cache):
             self.session.run_with_iobinding(binding, self._options())
         cache.advance(binding, new, row)
         return logits
@@ -281,27 +301,29 @@ class OnnxRuntime:
             return None
         check_capacity(cache, 1)
         if self.decodes_on_device:
-            fixed = self.decode_steps(cache)
-            with self._explained(1, cache):
-                fixed.run(input_ids, cache)
-                return fixed.candidates(needed + SPARE_CANDIDATES, needed)
-        if not self.is_screened or cache.batch_size > SCREENED_ROWS:
+            steps = self.decode_steps(cache)
+            with self._errors_explained(1, cache):
+                steps.run(input_ids, cache)
+                return steps.candidates(needed + SPARE_CANDIDATES, needed)
+        if not self.info.has_screened_head or cache.batch_size > MAX_SCREENED_ROWS:
             return None
-        if cache.steps is None:
-            cache.steps = ScreenedDecodeSteps(self.session, self.signature, cache)
-        screened: ScreenedDecodeSteps = cache.steps
+        screened = self._screened_steps.get(cache)
+        if screened is None:
+            screened = ScreenedDecodeSteps(self.session, self.signature, cache)
+            self._screened_steps[cache] = screened
         if screened.is_paused():
             return None
-        with self._explained(1, cache):
+        with self._errors_explained(1, cache):
             return screened.run(input_ids, cache, needed)
 
     def decode_steps(self, cache: InPlaceCache) -> DeviceDecodeSteps:
-        """The decode steps of ``cache``, made when they are first asked for."""
-        if cache.steps is None:
+        """Return the decode steps of ``cache``, created on first use."""
+        steps = self._device_steps.get(cache)
+        if steps is None:
             if self._helpers is None:
                 self._helpers = HelperSessions(self.device)
             graph_id = next(self._graph_ids) if self.cuda and self.cuda.graph else None
-            cache.steps = DeviceDecodeSteps(
+            steps = DeviceDecodeSteps(
                 self.session,
                 self.signature,
                 cache,
@@ -309,12 +331,12 @@ class OnnxRuntime:
                 self._helpers,
                 graph_id,
             )
-        steps: DeviceDecodeSteps = cache.steps
+            self._device_steps[cache] = steps
         return steps
 
     @contextmanager
-    def _explained(self, new: int, cache: KVCache) -> Iterator[None]:
-        """Say at which step ONNX Runtime failed."""
+    def _errors_explained(self, new: int, cache: KVCache) -> Iterator[None]:
+        """Raise errors of ONNX Runtime as ours, naming the step that failed."""
         try:
             yield
         except Exception as error:  # ONNX Runtime's errors share no base class
@@ -324,7 +346,7 @@ class OnnxRuntime:
             ) from error
 
     def _options(self) -> Any:
-        """How to run a step of any shape, which is not what a CUDA graph has captured."""
+        """Return options for a step of any shape, which must not replay a CUDA graph."""
         options = import_onnxruntime().RunOptions()
         if self.cuda and self.cuda.graph:
             options.add_run_config_entry(GRAPH_ID, "-1")
@@ -336,14 +358,16 @@ class OnnxRuntime:
         binding = cache.binding(self.session, row)
         binding.bind_cpu_input(signature.input_ids.name, np.ascontiguousarray(input_ids))
         binding.bind_cpu_input(signature.attention_mask.name, mask)
-        binding.bind_ortvalue_input(signature.num_logits_to_keep.name, self._count(logits.shape[1]))
+        binding.bind_ortvalue_input(
+            signature.num_logits_to_keep.name, self._num_logits_value(logits.shape[1])
+        )
         binding.bind_output(
             signature.logits.name, "cpu", 0, np.float32, logits.shape, logits.ctypes.data
         )
         return binding
 
-    def _count(self, count: int) -> Any:
-        """[1] how many logits to keep; inputs with a default can be bound as OrtValues only."""
+    def _num_logits_value(self, count: int) -> Any:
+        """Return ``count`` as an OrtValue [1]; inputs with a default accept nothing else."""
         if count not in self._counts:
             self._counts[count] = import_onnxruntime().OrtValue.ortvalue_from_numpy(
                 np.array([count], dtype=np.int64)
@@ -351,85 +375,6 @@ class OnnxRuntime:
         return self._counts[count]
 
 
-# Which of a bundle's ONNX graphs to run, and on which device.
-
-SLIDING_WINDOW_SINCE = (1, 31)  # ONNX Runtime's sliding_window_cache on the CPU
-
-
-def device_for(graph: Graph, name: str) -> Device:
-    """Where to run ``graph``; see :func:`gemma3_export.runtimes.onnx.session.choose_device`.
-
-    ``GroupQueryAttention`` has no float32 kernel on CUDA (`make placement` tells when it gets one):
-    attention would run on the CPU, and every key and value cross the bus in every step.
-
-    Raises:
-        InputError: CUDA was asked for, and the graph's attention cannot run there.
-        UnavailableError: ONNX Runtime or the device is missing.
-    """
-    device = choose_device(name)
-    if device.kind != "cuda" or graph.target != "ort" or graph.cache_dtype != "float32":
-        return device
-    if name == "auto":
-        return choose_device("cpu")
-    remedy = (
-        "--dtype bf16, or with --dtype fp32 --target portable"
-        if all(recipe.blocks is None for recipe in graph.weights.values())
-        else f"--dtype {graph.dtype} --activations bf16"
-    )
-    raise InputError(
-        f"this graph ({graph.dtype}, target ort) computes attention in float32, for which ONNX "
-        f"Runtime has no kernel on CUDA; export with {remedy}, or pass --device cpu"
-    )
-
-
-def use_sliding_window_cache(bundle: Bundle, device: Device, wanted: bool | None) -> bool:
-    """Whether to run the graph whose sliding layers keep their window only.
-
-    Raises:
-        InputError: it is wanted and not to be had.
-    """
-    problem = sliding_window_problem(bundle, device)
-    if wanted and problem:
-        raise InputError(f"windowed caches were asked for, but {problem}")
-    if wanted is None:  # windows shorter than their margin save nothing
-        return problem is None and bundle.config.sliding_window > WINDOW_MARGIN
-    return wanted
-
-
-def sliding_window_problem(bundle: Bundle, device: Device) -> str | None:
-    """Why the graph with windowed caches cannot run; None if it can.
-
-    On CUDA its caches must have exactly the window's size, which nobody here has seen run.
-    """
-    config = bundle.config
-    if config.sliding_window >= config.max_position_embeddings:
-        return (
-            f"the window of {config.sliding_window} tokens is as long as the context of "
-            f"{config.max_position_embeddings}, so there is nothing to let go of"
-        )
-    if bundle.graph("onnx").windowed_path is None:
-        return "the bundle has no such graph; export it anew, for the target ort"
-    if device.kind != "cpu":
-        return "they are for the CPU; pass --device cpu"
-    version = import_onnxruntime().__version__
-    if tuple(int(part) for part in version.split(".")[:2]) < SLIDING_WINDOW_SINCE:
-        needed = ".".join(map(str, SLIDING_WINDOW_SINCE))
-        return f"they need onnxruntime {needed} and this is {version}; upgrade it"
-    return None
-
-
-def require_shareable_weights(bundle: Bundle, device: Device) -> None:
-    """Refuse to run matrices as they lie in the file where that is no use.
-
-    Raises:
-        InputError: on a GPU, or with kernels that are far slower that way.
-    """
-    graph = bundle.graph("onnx")
-    if device.kind == "cpu" and graph.dtype == "fp32":
-        return
-    reason = (
-        f"bundles in {graph.dtype} have kernels that need their own layout of the weights"
-        if device.kind == "cpu"
-        else f"{device} has memory of its own"
-    )
-    raise InputError(f"weights can be shared between processes in fp32 on the CPU only: {reason}")
+def is_emulated(graph: Graph, device_kind: str) -> bool:
+    """Return whether ``graph`` is bfloat16, which the CPU emulates in float32."""
+    return device_kind == "cpu" and graph.cache_dtype == "bfloat16"

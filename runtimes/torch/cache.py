@@ -1,19 +1,15 @@
-"""The preallocated key-value cache of the backends that run on torch.
+"""The preallocated key-value cache of the torch backends.
 
 Shapes: B rows, K key-value heads, C capacity in tokens, L cached tokens, T new tokens, H head size.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import torch
 from torch import Tensor
 
 from gemma3_export.config import Gemma3Config
-from gemma3_export.device import Device
-from gemma3_export.dtypes import DType, element_type
 from gemma3_export.runtimes.protocol import (
     IntArray,
     KVSegment,
@@ -24,16 +20,17 @@ from gemma3_export.runtimes.protocol import (
     describe_layout,
     empty_lengths,
 )
+from gemma3_export.runtimes.torch.tensors import as_numpy, dtype_of, to_device
 
-__all__ = ["TorchCache", "as_numpy", "device_of", "dtype_of", "to_device"]
+__all__ = ["TorchCache"]
 
 
 class TorchCache:
-    """Buffers [B, K, C, H] a layer, filled from the left.
+    """Key and value buffers [B, K, C, H] per layer, filled from the left.
 
-    Rows that are prefilled one by one end at different places; a batched step then writes all rows
-    at the same place, behind the longest. The hole that this leaves in shorter rows is masked, and
-    positions count the mask's ones, so it shifts nothing.
+    Rows that are prefilled one by one end at different positions. A batched step then writes all
+    rows at the same position, after the longest, which leaves a gap in shorter rows. The mask hides
+    the gap; positions count the ones of the mask, so a gap shifts nothing.
     """
 
     def __init__(
@@ -53,8 +50,7 @@ class TorchCache:
             for _ in range(2 * config.num_hidden_layers)
         ]
         self.filled = np.zeros((batch_size, capacity), dtype=bool)
-        self.ends: IntArray = np.zeros(batch_size, dtype=np.int64)  # behind each row's last token
-        self.steps: Any = None  # gemma3_export.runtimes.torch.decode_steps.TorchDecodeSteps, if any
+        self.ends: IntArray = np.zeros(batch_size, dtype=np.int64)  # after each row's last token
 
     @property
     def batch_size(self) -> int:
@@ -62,10 +58,10 @@ class TorchCache:
         return len(self.lengths)
 
     def prepare(self, new_tokens: int, row: int | None) -> tuple[Tensor, list[Tensor]]:
-        """The mask [rows, S] and the past tensors [rows, K, S - T, H] of the next step."""
+        """Return the mask [rows, S] and past tensors [rows, K, S - T, H] of the next step."""
         rows = self._rows(row)
         if int(self.ends[rows].max()) + new_tokens > self.capacity:
-            self.close_holes()
+            self.close_gaps()
         start = int(self.ends[rows].max())
         new = np.ones((rows.stop - rows.start, new_tokens), dtype=bool)
         mask = np.concatenate((self.filled[rows, :start], new), axis=1)
@@ -73,7 +69,7 @@ class TorchCache:
         return to_device(mask.astype(np.int64), self.buffers[0].device), past
 
     def accept(self, present: list[Tensor], new_tokens: int, row: int | None) -> None:
-        """Keep the new tokens of what a step returned, [rows, K, S, H] each."""
+        """Store the new tokens of the present tensors [rows, K, S, H] that a step returned."""
         rows = self._rows(row)
         start = int(self.ends[rows].max())
         stop = start + new_tokens
@@ -84,7 +80,7 @@ class TorchCache:
         self.lengths[rows] += new_tokens
 
     def read(self, row: int) -> list[LayerKV]:
-        """One (key, value) a layer, each [K, L, H], without holes."""
+        """Return one (key, value) per layer, each [K, L, H], without gaps."""
         keep = torch.from_numpy(np.flatnonzero(self.filled[row]))
         tensors = [
             as_numpy(buffer[row].index_select(1, keep.to(buffer.device))) for buffer in self.buffers
@@ -125,14 +121,14 @@ class TorchCache:
             tensors=tensors, length=stop - start, layout=self.layout, size_bytes=size_bytes
         )
 
-    def load_tokens(self, row: int, stored: KVSegment, count: int) -> None:
+    def load_tokens(self, row: int, segment: KVSegment, count: int) -> None:
         """See :class:`gemma3_export.runtimes.protocol.TransferableCache`."""
-        check_segment(self, row, stored, count)
+        check_segment(self, row, segment, count)
         if int(self.ends[row]) + count > self.capacity:
-            self.close_holes()
+            self.close_gaps()
         start = int(self.ends[row])
         stop = start + count
-        for buffer, tensor in zip(self.buffers, stored.tensors, strict=True):
+        for buffer, tensor in zip(self.buffers, segment.tensors, strict=True):
             buffer[row, :, start:stop] = tensor[:, :count]
         self.filled[row, start:stop] = True
         self.ends[row] = stop
@@ -142,13 +138,13 @@ class TorchCache:
         return slice(0, self.batch_size) if row is None else slice(row, row + 1)
 
     def append_one_each(self) -> None:
-        """Count one more token of every row, written behind its last one."""
+        """Count one more token per row, written after its last one."""
         self.filled[np.arange(self.batch_size), self.ends] = True
         self.ends += 1
         self.lengths += 1
 
-    def close_holes(self) -> None:
-        """Let every row hold its tokens at [0, its length)."""
+    def close_gaps(self) -> None:
+        """Move every row's tokens to [0, its length)."""
         if np.array_equal(self.ends, self.lengths):
             return
         for row, length in enumerate(self.lengths):
@@ -158,28 +154,3 @@ class TorchCache:
                 buffer[row, :, : int(length)] = kept
             self.filled[row] = np.arange(self.capacity) < length
         self.ends[:] = self.lengths
-
-
-def dtype_of(dtype: torch.dtype) -> DType:
-    """Return the element type that torch calls ``dtype``."""
-    return element_type(str(dtype).removeprefix("torch.")).name
-
-
-def device_of(device: torch.device) -> Device:
-    """Return ``device`` as the command line names it; CUDA without an index is the first GPU."""
-    return Device(device.type, device.index or 0)
-
-
-def to_device(array: IntArray, device: torch.device) -> Tensor:
-    """A copy on ``device``; nobody waits until it has arrived."""
-    tensor = torch.from_numpy(array)
-    if device.type == "cuda":
-        return tensor.pin_memory().to(device, non_blocking=True)
-    return tensor.to(device)
-
-
-def as_numpy(tensor: Tensor) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
-    """A host copy in float32, or in float64 when the tensor is float64."""
-    if tensor.dtype != torch.float64:
-        tensor = tensor.float()
-    return tensor.detach().cpu().numpy()

@@ -1,9 +1,10 @@
-"""Decode steps of torch archives whose tensors keep their shapes and never leave the device.
+"""Single-token decode steps of torch archives over preallocated device buffers.
 
-An archive returns its past with the new token behind it, which would be longer in every step. Here
-the past is always the whole buffer, its free places masked (positions count the mask's ones, so
-that shifts nothing), and the new keys and values go from the end to each row's own place. Equal
-shapes spare the allocator and the graph executor work, and let a CUDA graph hold the whole step.
+An archive returns its past with the new token appended, so shapes would grow with every step. Here
+the past is always the whole buffer with unused positions masked; positions count the ones of the
+mask, so this shifts nothing. The new keys and values are then moved from the end to each row's next
+position. Constant shapes save work in the allocator and the graph executor, and let a CUDA graph
+capture the whole step.
 
 Shapes: B rows, K key-value heads, C capacity, H head size, V vocabulary, k candidates.
 """
@@ -19,27 +20,28 @@ from torch import Tensor
 
 from gemma3_export.runtimes.generation.candidates import Candidates, candidates_per_row
 from gemma3_export.runtimes.protocol import IntArray, Logits
-from gemma3_export.runtimes.torch.cache import TorchCache, as_numpy
+from gemma3_export.runtimes.torch.cache import TorchCache
+from gemma3_export.runtimes.torch.tensors import as_numpy
 
 __all__ = ["TorchDecodeSteps"]
 
-WARM_UPS = 3  # the graph executor specialises in the first calls, which no capture may see
+WARM_UPS = 3  # the graph executor specializes in its first calls, which must not be captured
 
 
 class TorchDecodeSteps:
-    """One token for each row of one cache, again and again.
+    """Decode steps of all rows of one cache.
 
     Args:
-        module: the archive's step.
-        cache: its buffers never move.
-        count: [1] how many logits to keep, one, where the archive wants it.
-        captures: hold the step as a CUDA graph.
+        module: the archive's step function.
+        cache: the cache, whose buffers never move.
+        count: [1] the number of logits to keep, which is one, on the device the archive expects.
+        captures: capture the step as a CUDA graph.
     """
 
     def __init__(self, module: Any, cache: TorchCache, count: Tensor, *, captures: bool) -> None:
         device, rows = cache.buffers[0].device, cache.batch_size
         self.module, self.buffers, self.count = module, cache.buffers, count
-        # What a step takes to the device: each row's token, and how many it holds already.
+        # What a step copies to the device: each row's token, and how many tokens it holds.
         self.staged = torch.zeros((rows, 2), dtype=torch.int64, pin_memory=device.type == "cuda")
         self.state = torch.zeros((rows, 2), dtype=torch.int64, device=device)
         self.columns = torch.arange(cache.capacity, device=device)
@@ -50,7 +52,7 @@ class TorchDecodeSteps:
 
     def run(self, input_ids: IntArray, cache: TorchCache) -> None:
         """Compute the logits that follow ``input_ids`` [B, 1]; they stay on the device."""
-        cache.close_holes()
+        cache.close_gaps()
         state = np.concatenate((input_ids, cache.lengths[:, None]), axis=1)
         self.staged.copy_(torch.from_numpy(state))
         self.state.copy_(self.staged, non_blocking=True)
@@ -60,7 +62,7 @@ class TorchDecodeSteps:
         cache.append_one_each()
 
     def compute(self) -> None:
-        """What happens on the device; done again, it does the same."""
+        """Run the part of a step that is on the device; it is idempotent."""
         capacity = len(self.columns)
         ids, lengths = self.state[:, :1], self.state[:, 1:]
         mask = torch.cat(((self.columns < lengths).long(), self.one), dim=1)
@@ -71,10 +73,10 @@ class TorchDecodeSteps:
         self.logits = logits[:, 0]
 
     def candidates(self, fetched: int, needed: int) -> Sequence[Candidates | Logits]:
-        """What each row's next token is chosen from: the largest logits, or all [V] of them.
+        """Return what decides each row's next token: the largest logits, or all [V] of them.
 
         Args:
-            fetched: how many logits to bring from the device.
+            fetched: how many logits to fetch from the device.
             needed: how many of them have to be complete.
         """
         assert self.logits is not None
@@ -84,13 +86,13 @@ class TorchDecodeSteps:
         return candidates_per_row(as_numpy(packed), fetched, needed, self.fetch)
 
     def fetch(self) -> Logits:
-        """[B, V] all logits of the last step."""
+        """Return all logits [B, V] of the last step."""
         assert self.logits is not None
         return as_numpy(self.logits)
 
 
 def captured(compute: Callable[[], None], device: torch.device) -> Callable[[], None]:
-    """``compute`` as a CUDA graph: calling the result does the same to the same tensors."""
+    """Capture ``compute`` as a CUDA graph; return what replays it on the same tensors."""
     stream: Any = torch.cuda.Stream  # untyped
     current, aside = torch.cuda.current_stream(device), stream(device)
     aside.wait_stream(current)

@@ -27,7 +27,8 @@ from gemma3_export.reference.weights import open_weights
 from gemma3_export.reference.weights.block_matrix import quantize
 from gemma3_export.reference.weights.bundle_weights import open_bundle_weights
 from gemma3_export.reference.weights.source import RandomSource
-from gemma3_export.runtimes.onnx.runtime import OnnxRuntime, device_for
+from gemma3_export.runtimes.onnx.graph_selection import device_for
+from gemma3_export.runtimes.onnx.runtime import OnnxRuntime
 from tests.exporters.test_quantized_export import (
     GGUF_CONFIG,
     OPTIONS,

@@ -111,7 +111,7 @@ class TestDevices:
         ids, mask = (torch.ones(2, n, dtype=torch.int64, device="meta") for n in (3, 8))
         # The number of kept tokens is data, which meta does not have: it is told to keep all.
         with torch.fx.experimental._config.patch(meta_nonzero_assume_all_nonzero=True):
-            logits, *present = runtime.module(ids, mask, [cache] * 2, runtime.count(3))
+            logits, *present = runtime.module(ids, mask, [cache] * 2, runtime.num_logits_tensor(3))
         assert {tensor.device.type for tensor in (logits, *present)} == {"meta"}
         assert logits.shape == (2, 3, config.vocab_size)
 
@@ -133,7 +133,7 @@ class TestRefusals:
 
     def test_a_program_that_asks_the_host_cannot_become_a_cuda_graph(self, bundle, monkeypatch):
         monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-        with pytest.raises(InputError, match=r"steps of the pt2 runtime ask.*torchscript"):
+        with pytest.raises(InputError, match=r"steps of the pt2 runtime read.*torchscript"):
             Pt2Runtime(bundle, device="cuda", cuda=CudaOptions(graph=True))
 
     def test_unknown_dtype_is_refused(self):

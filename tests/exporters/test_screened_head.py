@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -242,7 +243,8 @@ class TestRuntime:
             return [completion.token_ids for completion in done]
 
         screened = texts()
-        monkeypatch.setattr(runtime(), "is_screened", False)
+        unscreened = replace(runtime().info, has_screened_head=False)
+        monkeypatch.setattr(runtime(), "info", unscreened)
         assert screened == texts()
 
     def test_what_needs_all_logits_gets_them(self) -> None:
@@ -382,4 +384,4 @@ class TestExport:
         manifest = json.loads((tmp_path / "old" / "manifest.json").read_text())
         del manifest["graphs"][0]["is_screened"]
         (tmp_path / "old" / "manifest.json").write_text(json.dumps(manifest))
-        assert not OnnxRuntime(tmp_path / "old", device="cpu").is_screened
+        assert not OnnxRuntime(tmp_path / "old", device="cpu").info.has_screened_head

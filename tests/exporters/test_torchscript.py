@@ -22,7 +22,7 @@ from gemma3_export.errors import InputError, UnavailableError
 from gemma3_export.exporters.bundle_writer import export_bundle
 from gemma3_export.exporters.torch.torchscript import TorchScriptWriter
 from gemma3_export.runtimes.generation.sampling import SamplingParams
-from gemma3_export.runtimes.torch import runtime as torchscript_support
+from gemma3_export.runtimes.torch import torchscript as torchscript_support
 from gemma3_export.runtimes.torch.runtime import TorchScriptRuntime
 from tests.support.generation import generate
 from tests.support.observed_runs import VARIANTS, errors, observe, reference, source_of

@@ -24,7 +24,8 @@ from gemma3_export.parity import ParityReport, VerifyOptions, verify
 from gemma3_export.reference.weights.block_matrix import BlockMatrix, quantize
 from gemma3_export.reference.weights.bundle_weights import open_bundle_weights, owner_of
 from gemma3_export.reference.weights.source import RandomSource
-from gemma3_export.runtimes.torch.runtime import ArchiveRuntime, TorchScriptRuntime, torchscript
+from gemma3_export.runtimes.torch.runtime import ArchiveRuntime, TorchScriptRuntime
+from gemma3_export.runtimes.torch.torchscript import torchscript
 from tests.support.observed_runs import VARIANTS
 from tests.support.tiny_models import tiny_config
 

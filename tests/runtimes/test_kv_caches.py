@@ -107,7 +107,9 @@ def test_no_more_can_be_kept_than_there_is(runtime: Runtime, length: int) -> Non
 
 def test_no_row_grows_past_the_context_of_the_model(runtime: Runtime) -> None:
     limit = TINY.max_position_embeddings
-    with pytest.raises(InputError, match=f"cache of {limit + 1} tokens .* context is 1 to {limit}"):
+    with pytest.raises(
+        InputError, match=f"cache of {limit + 1} tokens; .* context is 1 to {limit}"
+    ):
         runtime.new_cache(1, limit + 1)
     cache = runtime.new_cache(1, limit)
     runtime.step(random_ids(1, limit, seed=5), cache, num_logits=1)

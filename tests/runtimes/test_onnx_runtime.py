@@ -319,14 +319,16 @@ def test_a_swapped_graph_is_found_by_its_interface(copied: Path) -> None:
     with pytest.raises(InputError, match="damaged"):
         OnnxRuntime(copied)
     write_manifest(copied, Bundle(copied).manifest, {})
-    with pytest.raises(Gemma3ExportError, match=r"past_key_values\.1\.key.*export it anew"):
+    with pytest.raises(
+        Gemma3ExportError, match=r"past_key_values\.1\.key.*export the bundle again"
+    ):
         OnnxRuntime(copied)
 
 
 def test_a_graph_that_is_none_is_refused(copied: Path) -> None:
     (copied / "onnx" / "model.onnx").write_bytes(b"not a graph")
     write_manifest(copied, Bundle(copied).manifest, {})
-    with pytest.raises(InputError, match=r"cannot load .*export the bundle anew"):
+    with pytest.raises(InputError, match=r"cannot load .*export the bundle again"):
         OnnxRuntime(copied)
 
 

@@ -9,7 +9,7 @@ import onnx
 import onnxruntime
 import pytest
 
-from gemma3_export.runtimes.onnx.session import as_float32, run_graph, widened, zeros
+from gemma3_export.runtimes.onnx.ort_values import as_float32, bfloat16_to_float32, run_graph, zeros
 
 KINDS = {
     "bfloat16": onnx.TensorProto.BFLOAT16,
@@ -49,5 +49,6 @@ def test_values_of_every_type_pass_through_a_graph(dtype: str) -> None:
 
 def test_bfloat16_is_the_upper_half_of_float32() -> None:
     np.testing.assert_array_equal(
-        widened(np.array([0x3F80, 0xC000, 0x0000], np.uint16)), np.array([1, -2, 0], np.float32)
+        bfloat16_to_float32(np.array([0x3F80, 0xC000, 0x0000], np.uint16)),
+        np.array([1, -2, 0], np.float32),
     )

@@ -418,9 +418,9 @@ class TestRefusals:
         with pytest.raises(InputError, match="no room for 9 more"):
             target.load_tokens(0, stored, 9)
         for count in (0, -1, 11):
-            with pytest.raises(InputError, match=f"{count} of 10 stored tokens"):
+            with pytest.raises(InputError, match=f"cannot load {count} tokens of a segment of 10"):
                 target.load_tokens(0, stored, count)
-        with pytest.raises(InputError, match="cannot be put into a cache of"):
+        with pytest.raises(InputError, match="do not fit into a cache of"):
             target.load_tokens(0, replace(stored, layout="something else"), 3)
         for start, stop in ((0, 11), (-1, 3), (4, 4), (5, 4)):
             with pytest.raises(InputError, match="row 1 holds 10 tokens"):
@@ -429,8 +429,8 @@ class TestRefusals:
 
     def test_layouts_differ_where_bytes_would_be_misread(self) -> None:
         layouts = [backend(name).new_cache(1, 4).layout for name in BACKENDS]
-        assert layouts[0] == "10 tensors of 2 x 16 float32 a token on cpu"
-        assert layouts[1] == "10 tensors of 2 x 16 bfloat16 a token on cpu"
+        assert layouts[0] == "10 tensors of 2 x 16 float32 per token on cpu"
+        assert layouts[1] == "10 tensors of 2 x 16 bfloat16 per token on cpu"
 
 
 class TestCommandLine:

@@ -40,7 +40,7 @@ def test_shared_weights_give_the_same_logits(target: str, monkeypatch: pytest.Mo
 def test_quantised_weights_are_not_shared(tmp_path: Path) -> None:
     writer = OnnxWriter(dtype="int8", block_size=16)
     bundle = export_bundle(source_of(), tmp_path / "int8", writer).path
-    with pytest.raises(InputError, match="bundles in int8 have kernels that need their own layout"):
+    with pytest.raises(InputError, match="kernels for int8 need their own layout"):
         OnnxRuntime(bundle, device="cpu", shares_weights=True)
 
 

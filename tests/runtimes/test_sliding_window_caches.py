@@ -221,8 +221,8 @@ def test_the_bundle_names_both_graphs_over_one_file_of_weights() -> None:
 @pytest.mark.parametrize(
     ("bundle", "problem"),
     [
-        (("portable", "irregular"), "the bundle has no such graph"),
-        (("ort", "all full, one kv head, untied"), "the bundle has no such graph"),
+        (("portable", "irregular"), "the bundle has no graph for them"),
+        (("ort", "all full, one kv head, untied"), "the bundle has no graph for them"),
     ],
 )
 def test_windows_that_are_not_there_are_refused(bundle: tuple[str, str], problem: str) -> None:

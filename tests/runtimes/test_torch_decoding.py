@@ -58,7 +58,7 @@ def test_logits_and_caches_are_those_of_plain_steps() -> None:
         found = fixed.step_candidates(ids, caches[0], [GREEDY, GREEDY])
         logits = plain.step(ids, caches[1], num_logits=1)[:, 0]
         assert found is not None
-        np.testing.assert_allclose(caches[0].steps.fetch(), logits, atol=TOLERANCE)
+        np.testing.assert_allclose(fixed.decode_steps(caches[0]).fetch(), logits, atol=TOLERANCE)
         for row, scores in zip(found, logits, strict=True):
             assert isinstance(row, Candidates)
             assert row.ids[row.scores.argmax()] == scores.argmax()

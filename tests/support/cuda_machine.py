@@ -30,7 +30,7 @@ def without_gpu() -> str | None:
 
 def problem() -> str | None:
     """What this Python environment lacks; None when the tests can run."""
-    from gemma3_export.runtimes.torch.runtime import torch_device
+    from gemma3_export.runtimes.torch.tensors import torch_device
 
     if reason := without_gpu():
         return reason

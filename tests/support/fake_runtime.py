@@ -70,9 +70,9 @@ class FakeCache:
             tensors=[tokens], length=tokens.size, layout=self.layout, size_bytes=tokens.nbytes
         )
 
-    def load_tokens(self, row: int, stored: KVSegment, count: int) -> None:
-        check_segment(self, row, stored, count)
-        self.histories[row] += stored.tensors[0][:count].tolist()
+    def load_tokens(self, row: int, segment: KVSegment, count: int) -> None:
+        check_segment(self, row, segment, count)
+        self.histories[row] += segment.tensors[0][:count].tolist()
 
 
 class FakeRuntime:

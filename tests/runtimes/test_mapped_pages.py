@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from gemma3_export.runtimes.onnx import session as mapped_weights
-from gemma3_export.runtimes.onnx.session import drop_mapped_pages
+from gemma3_export.runtimes.onnx import mapped_pages
+from gemma3_export.runtimes.onnx.mapped_pages import drop_mapped_pages
 
 SIZE = 256 * mmap.PAGESIZE
-pytestmark = pytest.mark.skipif(not mapped_weights.MAPS.exists(), reason="needs Linux's /proc")
+pytestmark = pytest.mark.skipif(not mapped_pages.MAPS.exists(), reason="needs Linux's /proc")
 
 
 @pytest.fixture
@@ -34,7 +34,7 @@ def mapping(file: Path) -> Iterator[mmap.mmap]:
 
 def resident_bytes(file: Path) -> int:
     """Of this process's mappings of ``file``."""
-    smaps = mapped_weights.MAPS.read_text()
+    smaps = mapped_pages.MAPS.read_text()
     blocks = re.findall(rf"{re.escape(str(file.resolve()))}\n(?:.*\n)*?Rss: +(\d+) kB", smaps)
     return 1024 * sum(map(int, blocks))
 
@@ -66,6 +66,6 @@ def test_without_proc_nothing_happens(
 ) -> None:
     held = mapping[:]
     with monkeypatch.context() as elsewhere:
-        elsewhere.setattr(mapped_weights, "MAPS", file.with_name("absent"))
+        elsewhere.setattr(mapped_pages, "MAPS", file.with_name("absent"))
         assert drop_mapped_pages(file) == 0
     assert resident_bytes(file) == len(held)
