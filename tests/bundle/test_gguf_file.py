@@ -94,7 +94,7 @@ ABSURD = {
     ),
     "outside": (header([], [tensor("t", (4, 2**40))]) + b"0" * 99, "ends at byte"),
     "far offset": (header([], [tensor("t", (4,), offset=2**60)]) + b"0" * 99, "ends at byte"),
-    "unaligned": (header([], [tensor("t", (4,), offset=5)]) + b"0" * 99, "not aligned"),
+    "unaligned": (header([], [tensor("t", (4,), offset=5)]) + b"0" * 99, "not at a multiple of"),
     "no rows": (header([], [tensor("t", (4, 0))]) + b"0" * 99, "cannot have shape"),
     "half block": (header([], [tensor("t", (31,), kind=8)]) + b"0" * 99, "cannot have shape"),
     "no such type": (header([], [tensor("t", (4,), kind=999)]) + b"0" * 99, "unknown type 999"),

@@ -158,7 +158,7 @@ def test_the_vocabulary_must_fit_the_model(gemma, rows, fits):
     if fits:
         gemma.check_vocab_size(rows)
         return
-    with pytest.raises(InputError, match=f"1000 tokens .* {rows}"):
+    with pytest.raises(InputError, match=f"1000 tokens, .* {rows}"):
         gemma.check_vocab_size(rows)
 
 
