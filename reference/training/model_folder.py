@@ -1,13 +1,15 @@
-"""Write a model as the folder that Hugging Face, and every command of ours, opens."""
+"""Write models as Hugging Face folders, which transformers and every command here can open."""
 
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -25,10 +27,15 @@ INDEX = "model.safetensors.index.json"
 
 
 def write_weights(folder: Path, weights: Mapping[str, Tensor], dtype: torch.dtype) -> None:
-    """Replace ``model.safetensors`` in one step.
+    """Write ``model.safetensors``, replacing the file atomically.
+
+    Args:
+        folder: folder of the model.
+        weights: tensors by canonical name.
+        dtype: dtype to store the weights in.
 
     Raises:
-        Gemma3ExportError: the disk is full or cannot be written; what was there stays.
+        Gemma3ExportError: the disk is full or not writable; an existing file is kept.
     """
     path = folder / "model.safetensors"
     partial = folder / ".model.safetensors.partial"
@@ -36,7 +43,7 @@ def write_weights(folder: Path, weights: Mapping[str, Tensor], dtype: torch.dtyp
         _save({name: weight.detach().to(dtype) for name, weight in weights.items()}, partial)
         partial.replace(path)
     except OSError as error:
-        raise Gemma3ExportError(f"cannot write {path}: {error}; free some space") from error
+        raise Gemma3ExportError(f"cannot write {path}: {error}; free some disk space") from error
     finally:
         partial.unlink(missing_ok=True)
 
@@ -50,21 +57,21 @@ def export_hf_folder(
     force: bool = False,
     progress: Progress | None = None,
 ) -> None:
-    """Write any source of weights as a folder that ``transformers`` loads.
+    """Write any source of weights as a folder that ``transformers`` can load.
 
-    Weights are written in shards, so no more than one of 4 GiB is in memory.
+    Weights are written in shards of up to 4 GiB, one of which is in memory at a time.
 
     Args:
         source: the weights and their config.
-        output: the folder to create; it appears when it is complete.
-        dtype: element type of the weights; None keeps what they are stored in.
-        tokenizer: None takes the one that came with the weights, if any.
+        output: the folder to create; it appears once it is complete.
+        dtype: dtype of the weights; None keeps the stored one.
+        tokenizer: the tokenizer to include; None takes that of the source, if any.
         force: replace an existing folder.
-        progress: told the stage, and the bytes written and in all.
+        progress: receives the stage, and the bytes done and in total.
 
     Raises:
         InputError: the folder exists, a weight is not finite, or the tokenizer does not fit.
-        Gemma3ExportError: the disk is full or cannot be written.
+        Gemma3ExportError: the disk is full or not writable.
     """
     if tokenizer is None and (file := source.tokenizer_file()) is not None:
         tokenizer = load_tokenizer(file)
@@ -72,55 +79,46 @@ def export_hf_folder(
         tokenizer.check_vocab_size(source.config.vocab_size)
     with staged_directory(output, force=force) as folder:
         write_hf_metadata(folder, source.config, tokenizer)
-        shards = _plan_shards(source, dtype)
-        names = [
-            f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, 1 + len(shards))
-        ]
-        if len(shards) == 1:
-            names = ["model.safetensors"]
-        done, total = 0, sum(size for shard in shards for size in shard.values())
-        for file_name, shard in zip(names, shards, strict=True):
+        sizes = {
+            name: math.prod(shape) * (dtype or source.stored_dtype(name)).itemsize
+            for name, shape in source.config.weight_shapes()
+        }
+        shards = split_state_dict_into_shards_factory(
+            sizes,
+            get_storage_size=lambda size: size,
+            get_storage_id=lambda size: None,
+            filename_pattern="model{suffix}.safetensors",
+            max_shard_size=SHARD_BYTES,
+        )
+        done, total = 0, sum(sizes.values())
+        for file_name, names in shards.filename_to_tensors.items():
             weights = {}
-            for name, size in shard.items():
+            for name in names:
                 weights[name] = _read(source, name, dtype)
-                done += size
+                done += sizes[name]
                 if progress is not None:
                     progress("writing weights", done, total)
             _save(weights, folder / file_name)
-        if len(shards) > 1:
-            placed = {
-                name: file for file, shard in zip(names, shards, strict=True) for name in shard
-            }
-            index = {"metadata": {"total_size": total}, "weight_map": placed}
+        if shards.is_sharded:
+            index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
             write_text_atomically(folder / INDEX, json.dumps(index, indent=2) + "\n")
-
-
-def _plan_shards(source: WeightSource, dtype: torch.dtype | None) -> list[dict[str, int]]:
-    """Names and sizes in bytes, shard by shard."""
-    shards: list[dict[str, int]] = [{}]
-    for name, shape in source.config.weight_shapes():
-        size = torch.Size(shape).numel() * (dtype or source.stored_dtype(name)).itemsize
-        if shards[-1] and sum(shards[-1].values()) + size > SHARD_BYTES:
-            shards.append({})
-        shards[-1][name] = size
-    return shards
 
 
 def _read(source: WeightSource, name: str, dtype: torch.dtype | None) -> Tensor:
     rows = source.read(name)
     check_finite(name, rows)
     rows = rows.to(dtype or rows.dtype)
-    check_finite(name, rows)  # float16 may have overflowed
+    check_finite(name, rows)  # conversion to float16 may overflow
     return rows
 
 
 def _save(weights: dict[str, Tensor], path: Path) -> None:
     try:
         save_file({k: v.contiguous().cpu() for k, v in weights.items()}, path, {"format": "pt"})
-        path.chmod(0o644)  # the library makes it private; a model is meant to be shared
+        path.chmod(0o644)  # safetensors creates it with 0o600, but a model is meant to be shared
         with path.open("rb") as file:
             os.fsync(file.fileno())
     except OSError:
         raise
-    except Exception as error:  # the library wraps what the file system says
+    except Exception as error:  # safetensors wraps errors of the file system
         raise OSError(str(error)) from error
