@@ -76,11 +76,10 @@ def graph_lines(graph: Mapping[str, Any]) -> Iterator[str]:
         for tokens, size in graph["cache_bytes"].items()
     )
     if graph["windowed_path"]:
-        sizes = (
-            f"{int(tokens):,} tokens {size / 1e6:,.1f} MB"
+        yield f"  sliding-window cache ({graph['windowed_path']})" + "".join(
+            f"; {int(tokens):,} tokens {size / 1e6:,.1f} MB"
             for tokens, size in graph["windowed_cache_bytes"].items()
         )
-        yield f"  windowed cache ({graph['windowed_path']}): {'; '.join(sizes)}"
     if graph["screen_bytes"]:
         size = graph["screen_bytes"] / 1e6
         yield f"  screened head: {size:,.1f} MB more, read before the full head"
