@@ -1,4 +1,4 @@
-"""Every dialect of config.json gives one config, and nothing is dropped silently."""
+"""Test that all dialects of config.json are read and that no key is dropped silently."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.support.tiny_models import tiny_config
 
 transformers = pytest.importorskip("transformers")
 
-OFFICIAL_4B = {  # sparse, as the published file is
+OFFICIAL_4B = {  # sparse, like the published file
     "architectures": ["Gemma3ForConditionalGeneration"],
     "boi_token_index": 255999,
     "eoi_token_index": 256000,
@@ -74,13 +74,13 @@ def flat(**changes: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_what_is_written_reads_back(size: str) -> None:
+def test_config_json_round_trips(size: str) -> None:
     config = preset(size).config
     assert read(json.loads(json.dumps(config_to_json(config)))) == config
 
 
 @pytest.mark.parametrize("overrides", [{}, {"rope_scaling_factor": 1.0}, {"eos_token_id": (9,)}])
-def test_transformers_reads_what_is_written(tmp_path: Path, overrides: dict[str, Any]) -> None:
+def test_transformers_reads_our_config_json(tmp_path: Path, overrides: dict[str, Any]) -> None:
     config = tiny_config(**overrides)
     (tmp_path / "config.json").write_text(json.dumps(config_to_json(config)))
     theirs = transformers.AutoConfig.from_pretrained(tmp_path)
@@ -99,7 +99,7 @@ def test_transformers_reads_what_is_written(tmp_path: Path, overrides: dict[str,
 
 
 @pytest.mark.parametrize("scaling", [None, {"rope_type": "linear", "factor": 4.0}])
-def test_wrappers_written_by_transformers_read(tmp_path: Path, scaling: Any) -> None:
+def test_multimodal_configs_of_transformers_are_read(tmp_path: Path, scaling: Any) -> None:
     text = {"num_hidden_layers": 7, "rope_scaling": scaling, "vocab_size": 300}
     transformers.Gemma3Config(text_config=text).save_pretrained(tmp_path)
     config = load_config(tmp_path)
@@ -123,7 +123,7 @@ def test_layer_pattern_dialects(key: str) -> None:
     assert config.layer_types == default_layer_types(5, 3)
 
 
-def test_layer_types_win_over_the_pattern_that_transformers_always_writes() -> None:
+def test_layer_types_take_precedence_over_the_private_pattern() -> None:
     assert read(flat(_sliding_window_pattern=6)) == tiny_config()
 
 
@@ -143,7 +143,7 @@ def test_ancestor_dictionary_is_the_270m_preset() -> None:
     assert read(without | {"query_pre_attn_scalar": None}) == preset("270m").config
 
 
-def test_ancestor_gpt2_vocabulary_ends_at_its_own_token() -> None:
+def test_ancestor_gpt2_vocabulary_uses_its_last_token_as_eos() -> None:
     config = read(ANCESTOR_270M | {"vocab_size": 50_257})
     assert (config.eos_token_id, config.bos_token_id) == ((50_256,), 50_256)
 
@@ -211,7 +211,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("changes", "message"), REFUSED, ids=[m for _, m in REFUSED])
-def test_what_is_not_implemented_is_refused_by_name(changes: Any, message: str) -> None:
+def test_unsupported_keys_and_values_are_named(changes: Any, message: str) -> None:
     with pytest.raises(InputError, match=r"^test: ") as caught:
         read(flat(**changes))
     assert message in str(caught.value)
@@ -232,7 +232,7 @@ def test_ancestor_dictionary_is_checked(changes: Any, message: str) -> None:
     assert message in str(caught.value)
 
 
-def test_wrapper_contradictions_are_refused() -> None:
+def test_contradictions_in_multimodal_configs_are_errors() -> None:
     text = OFFICIAL_4B["text_config"]
     assert isinstance(text, dict)
     for changes, message in [
@@ -249,7 +249,7 @@ def test_wrapper_contradictions_are_refused() -> None:
 
 
 def complaint(data: object) -> str:
-    """Why ``data`` is refused; empty where it is not."""
+    """Return the error message for ``data``, or an empty string if it is valid."""
     try:
         read(data)
     except InputError as error:
@@ -258,8 +258,8 @@ def complaint(data: object) -> str:
 
 
 @pytest.mark.parametrize("long", ["x" * 5000, ["x" * 5000], {"x" * 5000: 1}, [-1] * 5000], ids=type)
-def test_long_values_are_not_repeated_whole(long: object) -> None:
-    """Whatever key holds them, and wherever it is."""
+def test_long_values_are_shortened_in_messages(long: object) -> None:
+    """Put a long value under every known key, at every level."""
     whole = config_to_json(tiny_config())
     keys = {*TEXT_KEYS, *WRAPPER_KEYS, *BENIGN_KEYS, *whole, "x" * 5000, "qk_norm", "n_layers"}
     places: list[dict[str, object]] = [whole | {key: long} for key in sorted(keys)]
@@ -276,7 +276,7 @@ def test_long_values_are_not_repeated_whole(long: object) -> None:
 @pytest.mark.parametrize(
     "text", ["", "{", "[1]", "null", '"x"', "[" * 100_000, '{"a": ' + "9" * 5000]
 )
-def test_files_that_are_no_config_are_named(tmp_path: Path, text: str) -> None:
+def test_invalid_config_files_are_named(tmp_path: Path, text: str) -> None:
     path = tmp_path / "config.json"
     path.write_text(text)
     with pytest.raises(InputError, match=r"config\.json"):

@@ -1,4 +1,4 @@
-"""Text becomes tokens: complete, separated, resumable, and never of two tokenizers."""
+"""Test the preparation of token folders, document sources and BPE training."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def texts(tmp_path: Path) -> Path:
     return folder
 
 
-def test_every_document_is_there_whole_between_its_separators(texts: Path, tmp_path: Path) -> None:
+def test_documents_are_complete_and_separated(texts: Path, tmp_path: Path) -> None:
     tokenizer = tiny_gemma_tokenizer(400)
     prepare_tokens(LocalFiles([texts]), tokenizer, tmp_path / "out", validation_fraction=0.1)
     data = open_token_data(tmp_path / "out")
@@ -57,7 +57,7 @@ def test_every_document_is_there_whole_between_its_separators(texts: Path, tmp_p
     assert data.tokenizer() is not None
 
 
-def test_text_cannot_forge_separators(tmp_path: Path) -> None:
+def test_special_tokens_in_the_text_are_encoded_as_text(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("one<eos><bos>two " * 30)
     tokenizer = tiny_gemma_tokenizer(400)
     source = LocalFiles([tmp_path / "a.txt"])
@@ -68,7 +68,7 @@ def test_text_cannot_forge_separators(tmp_path: Path) -> None:
     assert data.validation is None
 
 
-def test_long_documents_come_in_pieces_with_one_pair_of_separators(tmp_path: Path) -> None:
+def test_long_documents_have_one_pair_of_separators(tmp_path: Path) -> None:
     text = "".join(f"line {number} of a long book\n" for number in range(5000))
     (tmp_path / "book.txt").write_text(text)
     pieces = list(LocalFiles([tmp_path / "book.txt"]))
@@ -82,7 +82,7 @@ def test_long_documents_come_in_pieces_with_one_pair_of_separators(tmp_path: Pat
 @pytest.mark.parametrize(
     ("vocab_size", "name"), [(2048, "uint16"), (65_536, "uint16"), (65_537, "uint32")]
 )
-def test_element_type_holds_every_id(vocab_size: int, name: str) -> None:
+def test_dtype_holds_every_id(vocab_size: int, name: str) -> None:
     assert token_dtype(vocab_size).name == name
     assert np.iinfo(token_dtype(vocab_size)).max >= vocab_size - 1
     assert token_dtype(262_144).name == "uint32"
@@ -102,7 +102,7 @@ def interrupt_after(monkeypatch: pytest.MonkeyPatch, batches: int) -> None:
     monkeypatch.setattr(preparation, "_record", dying)
 
 
-def test_interrupted_preparation_goes_on_to_the_same_bytes(
+def test_interrupted_preparation_resumes_to_identical_files(
     texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tokenizer, source = tiny_gemma_tokenizer(400), LocalFiles([texts])
@@ -129,7 +129,7 @@ def test_interrupted_preparation_goes_on_to_the_same_bytes(
     )
 
 
-def test_tokenizers_and_texts_are_not_mixed(
+def test_resuming_with_another_tokenizer_or_text_is_an_error(
     texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
@@ -151,7 +151,7 @@ def test_existing_folder_is_not_overwritten(texts: Path, tmp_path: Path) -> None
         prepare_tokens(LocalFiles([texts]), tiny_gemma_tokenizer(400), tmp_path / "out")
 
 
-def test_small_bpe_encodes_any_text(texts: Path) -> None:
+def test_trained_bpe_encodes_any_text(texts: Path) -> None:
     tokenizer = train_bpe(LocalFiles([texts]), 300)
     assert tokenizer.vocab_size == 300
     special = (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id)
@@ -161,7 +161,7 @@ def test_small_bpe_encodes_any_text(texts: Path) -> None:
     assert len(tokenizer.encode_ordinary("the sea")) < len("the sea")
 
 
-def test_small_bpe_refuses_impossible_sizes(texts: Path) -> None:
+def test_bpe_vocabulary_must_be_reachable(texts: Path) -> None:
     with pytest.raises(InputError, match="at least 260"):
         train_bpe(LocalFiles([texts]), 100)
     with pytest.raises(InputError, match="instead of 5000"):
@@ -177,7 +177,7 @@ def test_byte_level_tokenizer_without_bos_has_one_separator(texts: Path, tmp_pat
 
 
 class TwoSplits:
-    """A source with a validation part of its own."""
+    """A source with a validation split of its own."""
 
     def __init__(self):
         self.description = {"kind": "two splits"}
@@ -189,12 +189,12 @@ class TwoSplits:
             yield Document(text=f"story {number}", split=split)
 
 
-def test_given_splits_are_kept(tmp_path: Path) -> None:
+def test_validation_split_of_a_source_is_kept(tmp_path: Path) -> None:
     meta = prepare_tokens(TwoSplits(), tiny_gemma_tokenizer(400), tmp_path / "out")
     assert meta.documents == {"train": 7, "validation": 3}
 
 
-def test_python_library_needs_no_network_and_repeats() -> None:
+def test_python_library_yields_the_same_documents_again() -> None:
     source = PythonLibrary()
     first = [document for document, _ in zip(source, range(40), strict=False)]
     assert first == [document for document, _ in zip(PythonLibrary(), range(40), strict=False)]
@@ -202,7 +202,7 @@ def test_python_library_needs_no_network_and_repeats() -> None:
     assert not any("test" in file.parts for file in source.files)
 
 
-def test_damaged_token_folder_is_refused(texts: Path, tmp_path: Path) -> None:
+def test_damaged_token_folder_is_an_error(texts: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     prepare_tokens(LocalFiles([texts]), tiny_gemma_tokenizer(400), out)
     train = out / "train.bin"
@@ -229,7 +229,9 @@ def test_damaged_token_folder_is_refused(texts: Path, tmp_path: Path) -> None:
         ("short.txt", b"a few words", "too few to hold out 5% of them for validation"),
     ],
 )
-def test_bad_files_are_named(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+def test_unusable_text_files_are_errors(
+    tmp_path: Path, name: str, content: bytes, message: str
+) -> None:
     (tmp_path / name).write_bytes(content)
     tokenizer = tiny_gemma_tokenizer(400)
     with pytest.raises(InputError, match=message):
@@ -271,7 +273,7 @@ def test_dataset_rows_become_documents(monkeypatch: pytest.MonkeyPatch) -> None:
         HubDataset(column="story")
 
 
-def test_command_prepares_a_folder(texts: Path, tmp_path: Path) -> None:
+def test_command_prepares_a_token_folder(texts: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     arguments = ["data", str(texts), "--vocab-size", "300", "-o", str(out)]
     result = CliRunner().invoke(command_line, arguments)
@@ -282,7 +284,7 @@ def test_command_prepares_a_folder(texts: Path, tmp_path: Path) -> None:
     assert result.exit_code == 2
 
 
-def test_tiktoken_names_a_tokenizer(
+def test_command_accepts_a_tiktoken_tokenizer(
     texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tiktoken = pytest.importorskip("tiktoken")

@@ -1,14 +1,15 @@
-"""The reference against transformers, and against itself in float64.
+"""Compare the reference model with transformers, and with itself in float64.
 
-The truth is a float64 run of the reference. The independent implementation must agree with that
-truth as well as float32 allows, or the two compute different things; given that, the reference's
-own float32 must be no worse than 1.5 times the peer's.
+Ground truth is the reference in float64. If transformers deviates from it by more than float32
+noise, the two implementations compute different things. The float32 error of the reference must be
+at most 1.5 times that of transformers.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,8 +18,10 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from gemma3_export.config import Gemma3Config
+from gemma3_export.reference.loading import LayerwiseForward, load_reference
 from gemma3_export.reference.model import MLP, Gemma3, KeyValue, RMSNorm, ScaledEmbedding
-from tests.support.tiny_models import TINY, tiny_config, tiny_weights
+from gemma3_export.reference.weights.opening import open_weights
+from tests.support.tiny_models import TINY, tiny_config, tiny_weights, write_hf_folder
 from tests.support.transformers_peer import transformers_peer
 
 pytest.importorskip("transformers")
@@ -47,7 +50,7 @@ CONFIGS = {
 
 @pytest.fixture(autouse=True)
 def no_gradients() -> Iterator[None]:
-    """And one thread: for tiny models, handing work to others costs more than the work."""
+    """Use one thread, because multithreading slows tiny models down."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with torch.no_grad():
@@ -71,14 +74,14 @@ def random_ids(rows: int, length: int, seed: int = 5) -> Tensor:
 
 
 def run_peer(model: Any, ids: Tensor, **inputs: Any) -> tuple[Tensor, list[KeyValue]]:
-    """Logits and the whole cache: a plain cache keeps what a windowed one would drop."""
+    """Return logits and the full cache, which a sliding-window cache would truncate."""
     cache = DynamicCache()
     logits = model(ids, past_key_values=cache, use_cache=True, **inputs).logits
     return logits, [(layer.keys, layer.values) for layer in cache.layers]
 
 
 def assert_no_worse(ours: Tensor, theirs: Tensor, truth: Tensor, noise: float) -> None:
-    """Both are right to within ``noise``, and ours is at most NOISE_FACTOR times as far off."""
+    """Require both errors below ``noise``, and ours at most NOISE_FACTOR times theirs."""
     assert truth.isfinite().all()
     our_error, their_error = (
         ((tensor.double() - truth).square().mean().sqrt().item()) for tensor in (ours, theirs)
@@ -141,7 +144,9 @@ def test_cached_steps_equal_those_of_transformers(chunks: list[int]) -> None:
     truth = reference(config, torch.float64)(ids).logits
     ours, _ = run_in_chunks(reference(config), ids, chunks)
     their_model, parts = peer(config), []
-    cache = DynamicCache(config=their_model.config)  # the default: windowed in sliding layers
+    cache = DynamicCache(
+        config=their_model.config
+    )  # by default with a sliding window in sliding layers
     for part in ids.split(chunks, dim=1):
         parts.append(their_model(part, past_key_values=cache, use_cache=True).logits)
     assert_no_worse(ours, torch.cat(parts, dim=1), truth, FLOAT32_NOISE)
@@ -164,7 +169,7 @@ def test_left_padded_batches_equal_those_of_transformers(length: int) -> None:
 
 @pytest.mark.parametrize("length", LENGTHS)
 @pytest.mark.parametrize("is_left", [True, False], ids=["left", "right"])
-def test_padding_changes_nothing(length: int, is_left: bool) -> None:
+def test_padding_does_not_change_results(length: int, is_left: bool) -> None:
     model, ids = reference(tiny_config(), torch.float64), random_ids(1, length)
     alone = model(ids).logits
     pads = torch.full((1, 4), 50)
@@ -215,7 +220,7 @@ def test_loss_and_gradients_equal_those_of_transformers(name: str) -> None:
     labels = torch.cat((ids[:, 1:], ignored), dim=1)
     labels[0, :3] = -100
     their_labels = ids.clone()
-    their_labels[0, 1:4] = -100  # transformers shifts by itself
+    their_labels[0, 1:4] = -100  # transformers shifts labels itself
     output = ours(ids, labels=labels)
     assert output.loss is not None
     their_loss = theirs(ids, labels=their_labels).loss
@@ -241,7 +246,58 @@ def test_num_logits_to_keep_gives_the_last_logits(count: int) -> None:
         assert torch.equal(ours[0], expected[0])
 
 
-def test_fresh_weights_scale_norms_by_one_and_follow_the_seed() -> None:
+def test_hidden_states_are_the_input_of_the_head() -> None:
+    model, ids = reference(tiny_config()), random_ids(2, 9)
+    output = model(ids, num_logits_to_keep=2)
+    states, cache = model.hidden_states(ids, num_tokens_to_keep=2)
+    assert torch.equal(model.head(states, model.head_weight), output.logits)
+    for ours, expected in zip(cache, output.past_key_values, strict=True):
+        assert torch.equal(ours[0], expected[0])
+        assert torch.equal(ours[1], expected[1])
+
+
+def test_run_layer_replaces_the_call_of_every_layer() -> None:
+    model, ids = reference(tiny_config()), random_ids(2, 9)
+    called: list[torch.nn.Module] = []
+
+    def run_layer(layer: Any, x: Tensor, context: Any, past: Any) -> tuple[Tensor, KeyValue]:
+        called.append(layer)
+        return layer(x, context, past)  # type: ignore[no-any-return]
+
+    states, cache = model.hidden_states(ids, use_cache=False, run_layer=run_layer)
+    assert called == list(model.model.layers)
+    assert cache == []
+    assert torch.equal(states, model.hidden_states(ids)[0])
+
+
+def test_layers_can_run_in_two_parts() -> None:
+    model, ids = reference(tiny_config()), random_ids(2, 9)
+    contexts = model.layer_contexts(ids, None, None)
+    x = model.model.embed_tokens(ids)
+    for layers in (range(2), range(2, model.config.num_hidden_layers)):
+        x, _ = model.run_layers(x, contexts, layers=layers)
+    assert torch.equal(model.model.norm(x), model.hidden_states(ids)[0])
+
+
+def test_layerwise_forward_equals_the_whole_model(tmp_path: Path) -> None:
+    config = tiny_config()
+    write_hf_folder(tmp_path, config)
+    batches = [random_ids(1, 9), random_ids(2, 5)]
+    with open_weights(str(tmp_path)) as source:
+        model = load_reference(source)
+        forward = LayerwiseForward(source, batches)
+        for index, layer in forward.layers():
+            parameters = (next(part.parameters()) for part in forward.model.model.layers)
+            assert [parameter.is_meta for parameter in parameters].count(False) == 1
+            assert layer is forward.model.model.layers[index]
+            for batch in range(len(batches)):
+                forward.step(batch)
+        norm = forward.final_norm()
+    for ids, states in zip(batches, forward.states, strict=True):
+        assert torch.equal(norm(states), model.hidden_states(ids)[0])
+
+
+def test_initial_weights_depend_on_the_seed_and_norms_scale_by_one() -> None:
     config = tiny_config()
     models = [Gemma3(config) for _ in range(2)]
     for model in models:
@@ -254,12 +310,12 @@ def test_fresh_weights_scale_norms_by_one_and_follow_the_seed() -> None:
 
 
 def break_config(**changes: Any) -> Any:
-    """Build the model with other constants."""
+    """Return a mutation that builds the model with other constants."""
     return lambda monkeypatch: tiny_config(**changes)
 
 
 def break_method(owner: type, name: str, broken: Any) -> Any:
-    """Replace a method; the constants stay."""
+    """Return a mutation that replaces a method."""
 
     def apply(monkeypatch: pytest.MonkeyPatch) -> Gemma3Config:
         monkeypatch.setattr(owner, name, broken)
@@ -294,7 +350,7 @@ MUTATIONS = {
 
 
 @pytest.mark.parametrize("name", MUTATIONS)
-def test_the_comparison_notices_a_broken_model(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_comparison_detects_a_broken_model(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     their_model, ids = peer(tiny_config()), random_ids(2, 2 * W + 3)
     broken = MUTATIONS[name](monkeypatch)
     model = Gemma3(broken).eval()

@@ -1,4 +1,4 @@
-"""torch.compile changes the speed of training and nothing else, or is refused before it begins."""
+"""Test that torch.compile does not change training, and that a missing compiler is reported."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def run(folder: Path, name: str, **changes: object) -> list[float]:
-    """Train; the losses of the steps, and of the held-out text at the end."""
+    """Train; return the loss of each step and the final validation loss."""
     config = folder / "config.json"
     options = quick_options(steps=4, **changes)
     result = train(
@@ -33,7 +33,7 @@ def run(folder: Path, name: str, **changes: object) -> list[float]:
     return [*losses, result.state.best_validation_loss]
 
 
-def test_what_cannot_be_compiled_is_refused_and_leaves_nothing(
+def test_failing_compiler_is_reported_before_the_run_folder_is_created(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def failing(function):

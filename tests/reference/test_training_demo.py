@@ -1,4 +1,4 @@
-"""The bundled model: small, complete, trained, and reached by its name."""
+"""Test the bundled demo model and its retraining."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def loss_of(text: str) -> float:
         return float(module(ids[:, :-1], ids[:, 1:]))
 
 
-def test_demo_model_is_small_and_has_both_kinds_of_layer() -> None:
+def test_demo_model_is_small_and_has_both_layer_types() -> None:
     with open_weights("demo") as source:
         config: Gemma3Config = source.config
         assert 1e6 <= config.num_parameters <= 2e6
@@ -55,7 +55,7 @@ def test_demo_model_knows_python_and_english() -> None:
     assert loss_of(noise) > loss_of(code) + 3
 
 
-def test_record_says_how_the_model_came_about_and_names_no_folder() -> None:
+def test_training_record_is_complete_and_contains_no_local_path() -> None:
     record = json.loads((DEMO_FOLDER / "training.json").read_text())
     assert TrainOptions.from_json(record["options"]) == DEMO_OPTIONS
     assert record["result"]["steps"] == DEMO_OPTIONS.steps
@@ -72,7 +72,7 @@ def test_demo_model_writes_words() -> None:
     assert len(text.split()) > 10
 
 
-def test_retrained_model_can_take_its_place(tmp_path: Path, monkeypatch) -> None:
+def test_retrained_model_can_replace_the_bundled_one(tmp_path: Path, monkeypatch) -> None:
     run = tmp_path / "run"
     run.mkdir()
     for file in DEMO_FOLDER.iterdir():
@@ -89,7 +89,7 @@ def test_retrained_model_can_take_its_place(tmp_path: Path, monkeypatch) -> None
     ("share", "exit_code", "said"),
     [(0.9, 0, "-10.00%"), (1.019, 0, "+1.90%"), (1.021, 1, "+2.10%")],
 )
-def test_retraining_is_held_to_the_recorded_loss(
+def test_retraining_must_reach_the_recorded_loss(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, share: float, exit_code: int, said: str
 ) -> None:
     record = json.loads((DEMO_FOLDER / "training.json").read_text())
@@ -102,7 +102,7 @@ def test_retraining_is_held_to_the_recorded_loss(
     )
 
 
-def test_retraining_goes_on_with_its_own_run_only(
+def test_retraining_resumes_only_its_own_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_tokens(tmp_path / "text", random_tokens(400), random_tokens(100, seed=1))

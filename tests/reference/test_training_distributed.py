@@ -1,4 +1,4 @@
-"""Two processes train what one process trains with twice the batch."""
+"""Test that two processes train like one process with twice the batch size."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ STEPS = 6
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Tokens, a config, and one process's run with 8 windows a micro-batch."""
+    """Create tokens, a config, and a single-process run with 8 windows per micro-batch."""
     path = tmp_path_factory.mktemp("distributed")
     write_tokens(path / "tokens", random_tokens(800), random_tokens(300, seed=1))
     write_config(path / "config.json")
@@ -77,7 +77,7 @@ def run_on_two(arguments: list[str], log: Path) -> str:
 
 
 @pytest.mark.parametrize("sharding", ["ddp", "fsdp"])
-def test_two_processes_equal_one_with_twice_the_batch(
+def test_two_processes_equal_one_with_twice_the_batch_size(
     folder: Path, tmp_path: Path, sharding: str
 ) -> None:
     run = tmp_path / sharding
@@ -107,7 +107,7 @@ def test_two_processes_equal_one_with_twice_the_batch(
     for name, weight in load_file(folder / "alone" / "model.safetensors").items():
         torch.testing.assert_close(weights[name], weight, rtol=1e-3, atol=1e-4)
 
-    # What two processes saved, two processes, and also one, can go on with.
+    # A run of two processes can resume with two processes or one.
     for newest in (run / "checkpoints").glob(f"step-{STEPS:08d}.*"):
         newest.unlink()
     assert checkpoint_steps(run) == [STEPS - 2]

@@ -1,4 +1,4 @@
-"""The trainer learns what there is to learn, and no more."""
+"""Test that training reaches known optimal losses."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from gemma3_export.reference.training.metrics import read_metrics_log
 from gemma3_export.reference.training.runs import train
 from tests.support.token_folders import quick_options, small_config, write_config, write_tokens
 
-SYMBOLS = 8  # of the grammar; their ids follow the special tokens
+SYMBOLS = 8  # of the grammar, with ids after the special tokens
 FIRST_ID = 4
 
 
 class Grammar:
-    """The next symbol depends on the two before it, with probabilities drawn once.
+    """A random second-order Markov chain over the symbols.
 
     A table of single symbols or of pairs of neighbours misses this: attention has to look back.
     """
@@ -28,20 +28,20 @@ class Grammar:
         self.next = generator.dirichlet(np.full(SYMBOLS, 0.3), size=(SYMBOLS, SYMBOLS))
 
     def pair_shares(self) -> NDArray[np.float64]:
-        """How often each pair of neighbours occurs in the long run."""
+        """Return the stationary probabilities of pairs of symbols."""
         share = np.full((SYMBOLS, SYMBOLS), 1 / SYMBOLS**2)
         for _ in range(2000):
             share = np.einsum("ab,abc->bc", share, self.next)
         return share
 
     def entropy(self) -> float:
-        """Nats a symbol that remain when everything before it is known: no model can do better."""
+        """Return the entropy in nats per symbol, which no model can undercut."""
         safe = np.where(self.next > 0, self.next, 1.0)
         given_pair = -(self.next * np.log(safe)).sum(-1)
         return float((self.pair_shares() * given_pair).sum())
 
     def entropy_after_one(self) -> float:
-        """What remains for a model that sees only the symbol before."""
+        """Return the entropy in nats per symbol given only the previous symbol."""
         pairs = self.pair_shares()
         joint = np.einsum("ab,abc->bc", pairs, self.next)
         conditional = joint / joint.sum(1, keepdims=True)
@@ -57,7 +57,7 @@ class Grammar:
         return ids + FIRST_ID
 
 
-def test_loss_reaches_the_entropy_of_a_grammar_and_not_less(tmp_path: Path) -> None:
+def test_loss_converges_to_the_entropy_of_a_grammar(tmp_path: Path) -> None:
     grammar = Grammar(seed=5)
     entropy, after_one = grammar.entropy(), grammar.entropy_after_one()
     assert after_one > 1.25 * entropy, "a model of neighbours must not pass"
@@ -79,14 +79,14 @@ def test_loss_reaches_the_entropy_of_a_grammar_and_not_less(tmp_path: Path) -> N
     config = write_config(tmp_path / "config.json", small_config(intermediate_size=128))
     result = train(tokens, tmp_path / "run", options, config_path=config, report=lambda line: None)
     loss = result.state.best_validation_loss
-    # The first symbols of a window have no two before them: that costs a little for ever.
+    # The first two symbols of a window lack context, which costs a little.
     assert loss == pytest.approx(entropy, rel=0.05), f"{loss:.4f} against {entropy:.4f}"
     assert loss > 0.98 * entropy, "less than the entropy means that the answer leaked"
 
 
-def test_memorises_a_text_to_near_zero(tmp_path: Path) -> None:
+def test_model_memorizes_a_short_text(tmp_path: Path) -> None:
     vocab_size = 60
-    # No token occurs twice, so each one determines the next, wherever a window begins.
+    # No token occurs twice, so each token determines the next one.
     text = np.random.default_rng(7).permutation(np.arange(4, vocab_size))[:49]
     tokens = write_tokens(tmp_path / "tokens", text, vocab_size=vocab_size)
     options = quick_options(

@@ -1,4 +1,4 @@
-"""The chunked loss is the plain loss, and the trained module is the reference model."""
+"""Test the loss, the optimizer, batch sampling, metrics and options of training."""
 
 from __future__ import annotations
 
@@ -50,8 +50,8 @@ def test_chunked_loss_and_gradients_equal_the_full_ones(chunk_tokens: int) -> No
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_products_keep_gradients_that_a_mean_would_underflow(dtype) -> None:
-    # 4096 tokens: the gradient of the mean is below float16's smallest number, the sum's is not.
+def test_half_precision_gradients_do_not_underflow(dtype) -> None:
+    # With 4096 tokens, the gradient of the mean underflows float16, that of the sum does not.
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(4096, 8, generator=generator, requires_grad=True)
     weight = torch.randn(500, 8, generator=generator, requires_grad=True)
@@ -63,7 +63,7 @@ def test_half_precision_products_keep_gradients_that_a_mean_would_underflow(dtyp
         assert (one - other).norm() < 0.02 * other.norm()
 
 
-def test_no_more_than_one_chunk_of_logits_exists_at_a_time() -> None:
+def test_only_one_chunk_of_logits_exists_at_a_time() -> None:
     chunk_bytes = 16 * 5000 * 4
     x = torch.randn(512, 8, requires_grad=True)
     weight = torch.randn(5000, 8, requires_grad=True)
@@ -74,7 +74,7 @@ def test_no_more_than_one_chunk_of_logits_exists_at_a_time() -> None:
     assert largest <= 2 * chunk_bytes, "all logits would be 32 times a chunk"
 
 
-def test_nothing_is_kept_for_gradients_that_nobody_wants() -> None:
+def test_evaluation_saves_no_tensors_for_gradients() -> None:
     x, weight = torch.randn(6, 8, requires_grad=True), torch.randn(30, 8, requires_grad=True)
     with torch.no_grad():
         loss = chunked_cross_entropy(
@@ -88,7 +88,7 @@ def test_nothing_is_kept_for_gradients_that_nobody_wants() -> None:
 
 
 @pytest.mark.parametrize("gradient_checkpointing", [False, True])
-def test_trained_module_is_the_reference_model(gradient_checkpointing: bool) -> None:
+def test_loss_module_equals_the_reference_model(gradient_checkpointing: bool) -> None:
     model = model_from_config(small_config(num_hidden_layers=2), seed=1).double()
     tokens = torch.from_numpy(random_tokens(3 * 20)).view(3, 20)
     module = LossModule(
@@ -108,7 +108,7 @@ def test_trained_module_is_the_reference_model(gradient_checkpointing: bool) -> 
         torch.testing.assert_close(found[name], weight.grad, rtol=1e-4, atol=1e-8)
 
 
-def test_fresh_sublayers_add_as_much_as_the_embeddings_and_no_more() -> None:
+def test_initial_sublayers_add_as_much_variance_as_the_embeddings() -> None:
     kinds = ("sliding_attention", "full_attention") * 3
     config = small_config(hidden_size=64, num_hidden_layers=6, layer_types=kinds)
     model = model_from_config(config, seed=1)
@@ -123,10 +123,10 @@ def test_fresh_sublayers_add_as_much_as_the_embeddings_and_no_more() -> None:
     assert len(added) == 12
     assert sum(float(part.var()) for part in added) == pytest.approx(
         embedded, rel=0.5
-    )  # a gain of one adds 400 times
+    )  # 400 times as much with a gain of one
 
 
-def test_only_matrices_decay() -> None:
+def test_weight_decay_applies_to_matrices_only() -> None:
     model = Gemma3(small_config())
     decayed, others = make_optimizer(model, TrainOptions()).param_groups
     assert decayed["weight_decay"] == 0.1
@@ -143,14 +143,14 @@ def test_learning_rate_warms_up_peaks_and_ends_at_its_minimum() -> None:
     assert max(rates) == rates[9] == 1.0
     assert rates[-1] == pytest.approx(0.1)
     assert rates[10:] == sorted(rates[10:], reverse=True)
-    # The schedule counts updates: accumulating more changes nothing.
+    # The schedule counts optimizer steps, independent of accumulation.
     accumulating = quick_options(
         steps=100, warmup_steps=10, learning_rate=1.0, min_learning_rate=0.1, accumulation=32
     )
     assert [learning_rate(step, accumulating) for step in range(100)] == rates
 
 
-def test_windows_of_several_processes_are_rows_of_one_batch() -> None:
+def test_processes_take_rows_of_one_global_batch() -> None:
     tokens = random_tokens(1000)
     both = WindowSampler(tokens, context_length=8, batch_size=6, seed=3, stream=TRAIN_STREAM)
     half = WindowSampler(tokens, context_length=8, batch_size=3, seed=3, stream=TRAIN_STREAM)
@@ -160,7 +160,7 @@ def test_windows_of_several_processes_are_rows_of_one_batch() -> None:
     assert torch.equal(inputs[:, 1:], labels[:, :-1])
 
 
-def test_windows_differ_by_position_seed_and_stream() -> None:
+def test_batches_differ_by_index_seed_and_stream() -> None:
     tokens = np.arange(10_000)
 
     def first(seed: int, stream: int, index: int) -> int:
@@ -173,7 +173,7 @@ def test_windows_differ_by_position_seed_and_stream() -> None:
     assert first(0, TRAIN_STREAM, 1) == drawn[1]
 
 
-def test_every_position_of_the_text_can_be_drawn() -> None:
+def test_every_position_of_the_text_can_be_sampled() -> None:
     windows = WindowSampler(
         np.arange(5), context_length=2, batch_size=2, seed=0, stream=TRAIN_STREAM
     )
@@ -181,14 +181,14 @@ def test_every_position_of_the_text_can_be_drawn() -> None:
     assert seen == {1, 2, 3, 4}
 
 
-def test_too_little_text_is_refused_with_the_numbers() -> None:
+def test_too_short_text_is_an_error_with_the_token_counts() -> None:
     with pytest.raises(InputError, match="has 64 tokens, but 65 are needed for 4 windows of 16"):
         WindowSampler(
             random_tokens(64), context_length=16, batch_size=4, seed=0, stream=TRAIN_STREAM
         )
 
 
-def test_flops_count_the_keys_that_layers_see() -> None:
+def test_flops_count_only_visible_keys() -> None:
     config = small_config()
     sliding = small_config(layer_types=("sliding_attention", "sliding_attention"))
     assert flops_per_token(config, 64) > flops_per_token(sliding, 64)
@@ -215,12 +215,12 @@ def test_emulated_precision_does_not_lower_the_peak(monkeypatch: pytest.MonkeyPa
         ({"beta2": 1.0}, "beta2 is 1.0"),
     ],
 )
-def test_impossible_options_are_refused(changed: dict[str, object], message: str) -> None:
+def test_invalid_options_are_errors(changed: dict[str, object], message: str) -> None:
     with pytest.raises(InputError, match=message):
         quick_options(**changed)
 
 
-def test_options_survive_json(tmp_path: Path) -> None:
+def test_options_round_trip_through_json(tmp_path: Path) -> None:
     del tmp_path
     options = quick_options(clip_norm=0.5, compile=True)
     assert TrainOptions.from_json(options.to_json()) == options

@@ -1,4 +1,4 @@
-"""What was trained is a Hugging Face folder: ours, transformers' and the exporters' alike."""
+"""Test that runs and exported folders are valid Hugging Face folders."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_transformers_loads_the_tokenizer_of_the_run(run: Path) -> None:
     assert theirs("the sea")["input_ids"] == load_tokenizer(run).encode("the sea")
 
 
-def test_run_is_complete_and_its_record_says_how(run: Path, tokens: Path) -> None:
+def test_run_folder_and_record_are_complete(run: Path, tokens: Path) -> None:
     assert {path.name for path in run.iterdir()} >= {
         "config.json",
         "generation_config.json",
@@ -89,7 +89,7 @@ def test_run_is_complete_and_its_record_says_how(run: Path, tokens: Path) -> Non
     assert TrainOptions.from_json(record["options"]).steps == 8
 
 
-def test_loss_curve_is_a_picture(run: Path) -> None:
+def test_loss_curve_is_a_png(run: Path) -> None:
     pytest.importorskip("matplotlib")
     assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
 
@@ -120,7 +120,7 @@ def test_to_hf_writes_any_source_with_equal_logits(tmp_path: Path, kind: str) ->
     torch.testing.assert_close(transformers_logits(tmp_path / "out"), ours, rtol=1e-4, atol=1e-4)
 
 
-def test_to_hf_shards_what_is_large(
+def test_to_hf_shards_large_models(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(model_folder, "SHARD_BYTES", 20_000)
@@ -135,7 +135,7 @@ def test_to_hf_shards_what_is_large(
 
 
 @pytest.mark.parametrize("kind", ["folder", "torch"])
-def test_fine_tuning_begins_with_the_given_weights(tokens: Path, tmp_path: Path, kind: str) -> None:
+def test_fine_tuning_starts_from_the_given_weights(tokens: Path, tmp_path: Path, kind: str) -> None:
     config = tiny_config(vocab_size=300)
     if kind == "folder":
         write_hf_folder(tmp_path / "in", config)
@@ -154,7 +154,7 @@ def test_fine_tuning_begins_with_the_given_weights(tokens: Path, tmp_path: Path,
                 torch.testing.assert_close(tuned.read(name), source.read(name), atol=1e-6, rtol=0)
 
 
-def test_fine_tuning_with_another_tokenizer_is_refused(tokens: Path, tmp_path: Path) -> None:
+def test_fine_tuning_with_another_tokenizer_is_an_error(tokens: Path, tmp_path: Path) -> None:
     write_hf_folder(tmp_path / "in", tiny_config(vocab_size=310))
     tiny_gemma_tokenizer(310).save(tmp_path / "in")
     with (
@@ -165,7 +165,7 @@ def test_fine_tuning_with_another_tokenizer_is_refused(tokens: Path, tmp_path: P
     assert not (tmp_path / "run").exists()
 
 
-def test_command_trains_and_says_what_comes_next(tokens: Path, tmp_path: Path) -> None:
+def test_command_trains_and_prints_the_next_command(tokens: Path, tmp_path: Path) -> None:
     config = write_config(tmp_path / "config.json", small_config(vocab_size=300))
     base = ["train", str(tokens), "--config", str(config), "-o", str(tmp_path / "run")]
     small = ["--steps", "2", "--batch-size", "2", "--context-length", "16", "--device", "cpu"]
@@ -190,7 +190,7 @@ def test_command_trains_and_says_what_comes_next(tokens: Path, tmp_path: Path) -
         (["--weights", "demo", "--learning-rate", "1e-4"], 1e-4, 1e-5),
     ],
 )
-def test_learning_rate_follows_what_is_trained(
+def test_default_learning_rate_depends_on_the_initial_weights(
     tokens: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,

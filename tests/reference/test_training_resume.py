@@ -1,4 +1,4 @@
-"""An interrupted run goes on as if nothing had happened, whatever interrupted it."""
+"""Test that interrupted runs resume exactly, and that failures keep checkpoints."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ STEPS = 24
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Tokens, a config, and an uninterrupted run of 8 steps."""
+    """Create tokens, a config, and an uninterrupted run of 8 steps."""
     path = tmp_path_factory.mktemp("training")
     write_tokens(path / "tokens", random_tokens(600), random_tokens(200, seed=1))
     write_config(path / "config.json")
@@ -80,7 +80,7 @@ def test_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
         with pytest.raises(RuntimeError, match="power cut"):
             train_quickly(folder, parts, **changes)
     assert [row.step for row in read_metrics_log(parts)] == [1, 2, 3, 4, 5]
-    torch.rand(7)  # whatever happened to the global random state in between
+    torch.rand(7)  # change the global random state in between
     random.random()
 
     resume_training(parts, report=lambda line: None)
@@ -92,11 +92,11 @@ def test_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
     assert (whole / "model.safetensors").read_bytes() == (parts / "model.safetensors").read_bytes()
 
 
-LONGER = {"steps": STEPS, "eval_interval": 6, "checkpoint_interval": 3}  # time to be killed in
+LONGER = {"steps": STEPS, "eval_interval": 6, "checkpoint_interval": 3}  # long enough to be killed
 
 
 def start_process(folder: Path, run: Path, *more: str) -> subprocess.Popen[str]:
-    """The command, with the options of ``quick_options(**LONGER)``."""
+    """Start the command with the options of ``quick_options(**LONGER)``."""
     command = [sys.executable, "-m", "gemma3_export", "train", *more]
     if not more:
         command += [str(folder / "tokens"), "--config", str(folder / "config.json")]
@@ -120,7 +120,7 @@ def wait_for_line(run: Path, step: int) -> None:
     pytest.fail(f"the run never reached step {step}")
 
 
-def test_kill_9_at_a_random_step_changes_no_loss(folder: Path, tmp_path: Path) -> None:
+def test_kill_9_at_a_random_step_does_not_change_the_losses(folder: Path, tmp_path: Path) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     train_quickly(folder, whole, **LONGER)
     process = start_process(folder, killed)
@@ -135,7 +135,7 @@ def test_kill_9_at_a_random_step_changes_no_loss(folder: Path, tmp_path: Path) -
     assert losses(killed) == losses(whole)
 
 
-def test_sigterm_saves_and_ends(folder: Path, tmp_path: Path) -> None:
+def test_sigterm_saves_a_checkpoint_and_exits(folder: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     process = start_process(folder, run)
     wait_for_line(run, 4)
@@ -151,7 +151,7 @@ def test_sigterm_saves_and_ends(folder: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", ["truncate", "flip", "no record"])
-def test_damaged_checkpoint_falls_back_and_says_so(
+def test_damaged_checkpoint_is_reported_and_the_previous_one_used(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
 ) -> None:
     run = tmp_path / "run"
@@ -180,7 +180,7 @@ def test_damaged_checkpoint_falls_back_and_says_so(
     assert losses(run) == losses(folder / "whole")
 
 
-def test_no_whole_checkpoint_is_an_error(folder: Path, tmp_path: Path) -> None:
+def test_no_intact_checkpoint_is_an_error(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no checkpoint to resume from"):
         load_latest_checkpoint(tmp_path, lambda line: None)
     path = save_checkpoint(tmp_path, 3, {"a": 1}, keep=2)
@@ -189,9 +189,7 @@ def test_no_whole_checkpoint_is_an_error(folder: Path, tmp_path: Path) -> None:
         load_latest_checkpoint(tmp_path, lambda line: None)
 
 
-def test_nan_loss_stops_names_the_step_and_keeps_the_checkpoint(
-    folder: Path, tmp_path: Path
-) -> None:
+def test_nan_loss_stops_the_run_and_keeps_the_checkpoint(folder: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     with pytest.raises(Gemma3ExportError, match=r"(loss|gradient norm) is (nan|inf) at step \d+"):
         train_quickly(folder, run, learning_rate=1e30, min_learning_rate=0.0, checkpoint_interval=1)
@@ -199,7 +197,7 @@ def test_nan_loss_stops_names_the_step_and_keeps_the_checkpoint(
     assert state["progress"]["step"] == read_metrics_log(run)[-1].step
 
 
-def test_nan_in_the_middle_keeps_the_last_good_checkpoint(
+def test_nan_weights_are_not_saved(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = tmp_path / "run"
@@ -219,7 +217,7 @@ def test_nan_in_the_middle_keeps_the_last_good_checkpoint(
     assert all(weight.isfinite().all() for weight in state["model"].values())
 
 
-def test_full_disk_keeps_the_older_checkpoint(tmp_path: Path) -> None:
+def test_full_disk_keeps_older_checkpoints(tmp_path: Path) -> None:
     save_checkpoint(tmp_path, 1, {"weights": torch.zeros(10)}, keep=2)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
@@ -236,7 +234,7 @@ def test_full_disk_keeps_the_older_checkpoint(tmp_path: Path) -> None:
     ]
 
 
-def test_disk_full_to_the_last_byte_is_named_and_the_checkpoint_stays(
+def test_full_disk_while_logging_is_reported_and_checkpoints_are_kept(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(self, row):
@@ -260,7 +258,7 @@ def test_checkpoints_rotate(tmp_path: Path) -> None:
     assert load_latest_checkpoint(tmp_path, pytest.fail) == {"step": 12}
 
 
-def test_resuming_with_other_data_is_refused(folder: Path, tmp_path: Path) -> None:
+def test_resuming_with_other_data_is_an_error(folder: Path, tmp_path: Path) -> None:
     other = write_tokens(tmp_path / "other", random_tokens(500), random_tokens(200, seed=1))
     with pytest.raises(InputError, match="is not the data that this run was trained on"):
         resume_training(folder / "whole", data_path=other)
@@ -276,13 +274,13 @@ def test_existing_run_is_not_overwritten(folder: Path) -> None:
         train_quickly(folder, folder / "whole")
 
 
-def test_evaluating_more_often_changes_no_training(folder: Path, tmp_path: Path) -> None:
+def test_evaluation_interval_does_not_affect_training(folder: Path, tmp_path: Path) -> None:
     train_quickly(folder, tmp_path / "run", eval_interval=1)
     often = [(row.step, row.train_loss) for row in read_metrics_log(tmp_path / "run")]
     assert often == [(row.step, row.train_loss) for row in read_metrics_log(folder / "whole")]
 
 
-def test_tensorboard_has_every_number_of_the_log_once(
+def test_tensorboard_has_each_logged_value_once(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("tensorboard")

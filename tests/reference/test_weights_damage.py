@@ -1,4 +1,4 @@
-"""Damaged and hostile files end in an InputError, soon and without being believed."""
+"""Test that damaged and malicious weight files raise an InputError quickly."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ DAMAGED = {
 
 
 @pytest.mark.parametrize("case", DAMAGED)
-def test_damaged_safetensors_are_named(tmp_path: Path, case: str) -> None:
+def test_damaged_safetensors_are_errors(tmp_path: Path, case: str) -> None:
     data, message = DAMAGED[case]
     write_hf_folder(tmp_path, CONFIG)
     (tmp_path / "model.safetensors").write_bytes(data)
@@ -68,7 +68,7 @@ def open_and_read(path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["safetensors", "gguf", "pt"])
-def test_random_damage_never_escapes_as_anything_else(tmp_path: Path, kind: str) -> None:
+def test_random_damage_raises_only_input_errors(tmp_path: Path, kind: str) -> None:
     weights = write_hf_folder(tmp_path, CONFIG)
     path = tmp_path / f"model.{kind}"
     if kind == "gguf":
@@ -95,7 +95,7 @@ def test_random_damage_never_escapes_as_anything_else(tmp_path: Path, kind: str)
 
 
 class Malicious:
-    """Creates a file when unpickled."""
+    """An object that creates a file when unpickled."""
 
     def __init__(self, target: Path) -> None:
         self.target = target
@@ -105,7 +105,7 @@ class Malicious:
 
 
 @pytest.mark.parametrize("is_zip", [True, False], ids=["zip", "legacy"])
-def test_code_in_a_pickle_is_not_run(tmp_path: Path, is_zip: bool) -> None:
+def test_code_in_a_pickle_is_not_executed(tmp_path: Path, is_zip: bool) -> None:
     write_hf_folder(tmp_path, CONFIG)
     state = {**tiny_weights(CONFIG), "x": Malicious(tmp_path / "ran")}
     torch.save(state, tmp_path / "m.pt", _use_new_zipfile_serialization=is_zip)
@@ -115,14 +115,14 @@ def test_code_in_a_pickle_is_not_run(tmp_path: Path, is_zip: bool) -> None:
 
 
 @pytest.mark.parametrize("value", [[1], {}, {"a": 1}, {1: torch.zeros(1)}, torch.zeros(1)])
-def test_pickles_that_hold_no_state_dict(tmp_path: Path, value: Any) -> None:
+def test_pickles_without_a_state_dict_are_errors(tmp_path: Path, value: Any) -> None:
     write_hf_folder(tmp_path, CONFIG)
     torch.save(value, tmp_path / "m.pt")
     with pytest.raises(InputError, match=r"m\.pt"):
         open_weights(str(tmp_path / "m.pt"))
 
 
-def test_a_header_that_changes_under_an_open_source_is_an_error(tmp_path: Path) -> None:
+def test_changed_header_of_an_open_source_is_an_error(tmp_path: Path) -> None:
     write_hf_folder(tmp_path, CONFIG)
     source = open_weights(str(tmp_path))
     (tmp_path / "model.safetensors").write_bytes(b"")

@@ -1,4 +1,4 @@
-"""Downloads from a local server that speaks the Hub's protocol."""
+"""Test downloads from a local server that implements the protocol of the Hub."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ TOKEN = "hf_" + "x" * 34
 
 
 class Hub(ThreadingHTTPServer):
-    """One repository, ``org/tiny``; ``gated`` and ``fails`` change how it answers."""
+    """A server of one repository, ``org/tiny``; ``gated`` and ``fails`` change its responses."""
 
     daemon_threads = True
 
@@ -178,13 +178,13 @@ def test_gated_needs_a_token(hub: Hub, weights: dict[str, torch.Tensor]) -> None
     assert hub.requests[-1][2] == f"Bearer {TOKEN}"
 
 
-def test_size_alone_means_the_official_repository(hub: Hub) -> None:
+def test_size_alone_selects_the_official_repository(hub: Hub) -> None:
     with pytest.raises(InputError, match=r"google/gemma-3-4b-it was not found.*--weights"):
         open_weights(size="4b-it")
     assert any("google/gemma-3-4b-it" in path for _, path, _ in hub.requests)
 
 
-def test_absent_repository_and_revision(hub: Hub, weights: dict[str, torch.Tensor]) -> None:
+def test_missing_repository_and_revision(hub: Hub, weights: dict[str, torch.Tensor]) -> None:
     with pytest.raises(InputError, match=r"org/none was not found.*private"):
         open_weights("org/none")
     with pytest.raises(InputError, match="org/tiny has no revision 'v9'"):
@@ -197,9 +197,7 @@ def test_repository_without_weights(hub: Hub, weights: dict[str, torch.Tensor]) 
         open_weights("org/tiny")
 
 
-def test_truncated_download_is_not_taken_for_weights(
-    hub: Hub, weights: dict[str, torch.Tensor]
-) -> None:
+def test_truncated_download_is_an_error(hub: Hub, weights: dict[str, torch.Tensor]) -> None:
     hub.truncated = True
     with pytest.raises(UnavailableError, match=r"download of org/tiny failed.*run it again"):
         open_weights("org/tiny")
@@ -209,7 +207,7 @@ def test_truncated_download_is_not_taken_for_weights(
 
 
 @pytest.mark.parametrize(("status", "error"), [(403, InputError), (500, UnavailableError)])
-def test_hub_that_fails(hub: Hub, status: int, error: type[Exception]) -> None:
+def test_hub_server_errors(hub: Hub, status: int, error: type[Exception]) -> None:
     hub.status = status
     with pytest.raises(error, match="org/tiny"):
         open_weights("org/tiny")

