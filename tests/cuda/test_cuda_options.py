@@ -261,14 +261,14 @@ def test_bench_decodes_as_generate_does(ort_bundle: Path, monkeypatch: pytest.Mo
 @pytest.mark.placement
 def test_over_the_stub_the_provider_gets_the_options(ort_bundle: Path) -> None:
     """bench shows what its process opened. Half precision, since CUDA has no float32 kernel."""
-    from tests.exporters.test_half_precision import exported
+    from tests.exporters.test_half_precision import half_bundle
 
     python = cuda_python()
     command = [str(python), "-m", "gemma3_export", "bench"]
     options = [*ALL, "--device", "cuda:1", "--json", "--threads", "1"]
     with cuda_environment(python) as environment:
         done = subprocess.run(
-            [*command, str(exported("bf16")), *COMMANDS["bench"], *options],
+            [*command, str(half_bundle("bf16")), *COMMANDS["bench"], *options],
             env=environment | {"PYTHONPATH": str(REPOSITORY)},
             capture_output=True,
             text=True,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import tempfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -33,6 +32,7 @@ from gemma3_export.reference.loading import load_reference
 from gemma3_export.reference.weights.block_matrix import quantize
 from gemma3_export.reference.weights.bundle_weights import open_bundle_weights
 from gemma3_export.reference.weights.source import RandomSource
+from tests.support.exported_bundles import exported
 from tests.support.tiny_models import tiny_config
 from tests.support.tiny_tokenizers import tiny_gemma_tokenizer
 
@@ -49,17 +49,10 @@ def ignore(stage: str, done: int, total: int) -> None:
 
 
 @functools.cache
-def scratch() -> tempfile.TemporaryDirectory[str]:
-    return tempfile.TemporaryDirectory(prefix="gemma3-export-tests-")
-
-
-@functools.cache
-def exported(dtype: str, max_kld: float, seed: int = 0) -> Bundle:
-    path = Path(scratch().name) / f"{dtype} {max_kld} {seed}"
+def calibrated_bundle(dtype: str, max_kld: float, seed: int = 0) -> Bundle:
     plan = CalibrationPlan(sequences=24, tokens=24, seed=seed)
     writer = OnnxWriter(dtype=dtype, block_size=16, max_kld=max_kld, calibration=plan)
-    export_bundle(SOURCE, path, writer)
-    return Bundle(path)
+    return Bundle(exported(writer, CONFIG, 5))
 
 
 def correlated_inputs(columns: int, positions: int = 512) -> torch.Tensor:
@@ -127,7 +120,7 @@ def test_a_calibrated_model_diverges_less_than_a_rounded_one(tmp_path: Path) -> 
 
 
 def test_int4_exports_compute_what_the_reference_computes_with_their_weights() -> None:
-    bundle = exported("int4", 0.1)
+    bundle = calibrated_bundle("int4", 0.1)
     weights = bundle.graph("onnx").weights.values()
     assert {recipe.blocks for recipe in weights if recipe.blocks} == {FORMAT}
     report = verify(
@@ -144,7 +137,7 @@ def test_int4_exports_compute_what_the_reference_computes_with_their_weights() -
 
 
 def test_the_manifest_names_the_text_and_a_seed_repeats_it(tmp_path: Path) -> None:
-    first = exported("int4", 0.1)
+    first = calibrated_bundle("int4", 0.1)
     described = first.graph("onnx").calibration
     assert described is not None
     assert (described["kind"], described["sequences"], described["tokens"]) == ("sampled", 24, 24)
@@ -155,7 +148,7 @@ def test_the_manifest_names_the_text_and_a_seed_repeats_it(tmp_path: Path) -> No
     assert again.graph("onnx").calibration == described
     name = "onnx/model.onnx_data"
     assert again.manifest.files[name] == first.manifest.files[name]
-    other = exported("mixed", 0.001, seed=1).graph("onnx").calibration
+    other = calibrated_bundle("mixed", 0.001, seed=1).graph("onnx").calibration
     assert other is not None
     assert other["ids_sha256"] != described["ids_sha256"]
 
@@ -163,7 +156,7 @@ def test_the_manifest_names_the_text_and_a_seed_repeats_it(tmp_path: Path) -> No
 def test_mixed_exports_keep_to_their_budget_and_are_smaller_the_larger_it_is() -> None:
     sizes = []
     for max_kld in (0.001, 0.002):
-        bundle = exported("mixed", max_kld, seed=1)
+        bundle = calibrated_bundle("mixed", max_kld, seed=1)
         report = verify(
             open_runtime(bundle, "onnx"),
             open_bundle_weights(bundle, "onnx"),
@@ -174,7 +167,7 @@ def test_mixed_exports_keep_to_their_budget_and_are_smaller_the_larger_it_is() -
         assert report.gates[1].metrics[0].value < max_kld * 1.3  # on text of its own
         sizes.append(bundle.file("onnx/model.onnx_data").stat().st_size)
     assert sizes[0] > sizes[1]
-    recipes = exported("mixed", 0.001, seed=1).graph("onnx").weights.values()
+    recipes = calibrated_bundle("mixed", 0.001, seed=1).graph("onnx").weights.values()
     assert {recipe.blocks.bits for recipe in recipes if recipe.blocks} == {4, 8}
 
 

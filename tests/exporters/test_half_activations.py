@@ -37,7 +37,7 @@ from tests.exporters.test_quantized_export import (
 from tests.parity.test_activation_range import LOUD, scaled
 from tests.runtimes.test_device_decoding import counted
 from tests.support.cuda_python import cuda_python
-from tests.support.exported_bundles import exported_bundle, scratch
+from tests.support.exported_bundles import exported, exported_bundle
 from tests.support.tiny_models import tiny_config, tiny_weights, write_gguf
 
 CONFIG = tiny_config(num_hidden_layers=2, layer_types=("sliding_attention", "full_attention"))
@@ -48,9 +48,8 @@ UNIT = {name: torch.finfo(dtype).eps / 2 for name, dtype in HALF.items()}
 
 @functools.cache
 def bundle_of(activations: str) -> Bundle:
-    path = Path(scratch().name) / f"int8 {activations}"
     writer = OnnxWriter(dtype="int8", activations=activations, block_size=16)
-    return Bundle(export_bundle(RandomSource(CONFIG, 5), path, writer).path)
+    return Bundle(exported(writer, CONFIG, 5))
 
 
 def kept_bundle(kind: str, activations: str, folder: Path) -> Bundle:

@@ -13,13 +13,12 @@ import torch
 
 from gemma3_export.bundle import Bundle
 from gemma3_export.errors import InputError, UnavailableError
-from gemma3_export.exporters.bundle_writer import export_bundle
 from gemma3_export.exporters.onnx.writer import OnnxWriter
 from gemma3_export.parity import VerifyOptions, verify
 from gemma3_export.reference.weights.bundle_weights import OnnxWeights
 from gemma3_export.runtimes.onnx.runtime import OnnxRuntime
 from gemma3_export.runtimes.protocol import Logits
-from tests.support.exported_bundles import scratch, source_of
+from tests.support.exported_bundles import exported, source_of
 from tests.support.tiny_models import TINY
 
 TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -27,15 +26,14 @@ ONNX_TYPES = {"bf16": onnx.TensorProto.BFLOAT16, "fp16": onnx.TensorProto.FLOAT1
 FLOAT = onnx.TensorProto.FLOAT
 
 
-@functools.cache
-def exported(dtype: str) -> Path:
-    path = Path(scratch().name) / dtype
-    return export_bundle(source_of(), path, OnnxWriter(dtype=dtype)).path
+def half_bundle(dtype: str) -> Path:
+    """Return the shared bundle in ``dtype``."""
+    return exported(OnnxWriter(dtype=dtype))
 
 
 @functools.cache
 def runtime(dtype: str) -> OnnxRuntime:
-    return OnnxRuntime(exported(dtype), device="cpu", threads=1)
+    return OnnxRuntime(half_bundle(dtype), device="cpu", threads=1)
 
 
 def random_logits(dtype: str) -> Logits:
@@ -60,7 +58,7 @@ def test_parity_holds_on_the_cpu(dtype: str) -> None:
 
 @pytest.mark.parametrize("dtype", TYPES)
 def test_matrices_and_cache_are_half_and_norms_are_not(dtype: str) -> None:
-    bundle = Bundle(exported(dtype))
+    bundle = Bundle(half_bundle(dtype))
     graph = onnx.load(bundle.file(bundle.graph("onnx").path), load_external_data=False).graph
     half = ONNX_TYPES[dtype]
     shapes = dict(TINY.weight_shapes())
@@ -74,7 +72,7 @@ def test_matrices_and_cache_are_half_and_norms_are_not(dtype: str) -> None:
 
 @pytest.mark.parametrize("dtype", TYPES)
 def test_a_half_bundle_gives_the_rounded_weights_back(dtype: str) -> None:
-    source, weights = source_of(), OnnxWeights(Bundle(exported(dtype)))
+    source, weights = source_of(), OnnxWeights(Bundle(half_bundle(dtype)))
     for name, shape in TINY.weight_shapes():
         expected = source.read(name).to(TYPES[dtype] if len(shape) == 2 else torch.float32)
         assert torch.equal(weights.read(name), expected), name
@@ -99,7 +97,7 @@ def test_a_bf16_bundle_without_the_onnx_package_says_what_to_do(
 ) -> None:
     monkeypatch.setitem(sys.modules, "onnx", None)
     with pytest.raises(UnavailableError, match=r"pip install onnx.*--dtype fp32"):
-        OnnxRuntime(exported("bf16"), device="cpu")
+        OnnxRuntime(half_bundle("bf16"), device="cpu")
 
 
 @pytest.mark.parametrize("dtype", TYPES)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import tempfile
 from pathlib import Path
 
 import gguf
@@ -28,16 +27,12 @@ from gemma3_export.reference.weights.block_matrix import (
 )
 from gemma3_export.reference.weights.bundle_weights import open_bundle_weights
 from gemma3_export.reference.weights.source import RandomSource
+from tests.support.exported_bundles import exported
 from tests.support.tiny_models import tiny_config, tiny_weights, write_gguf
 
 CONFIG = tiny_config(num_hidden_layers=2, layer_types=("sliding_attention", "full_attention"))
 # Random weights leave hardly a margin between the best two tokens.
 OPTIONS = VerifyOptions(decode_steps=8, greedy_steps=4, min_top1=0.85)
-
-
-@functools.cache
-def scratch() -> tempfile.TemporaryDirectory[str]:
-    return tempfile.TemporaryDirectory(prefix="gemma3-export-tests-")
 
 
 @functools.cache
@@ -49,9 +44,7 @@ def int8_bundle(tied: bool) -> Bundle:
             tie_word_embeddings=False, num_hidden_layers=1, layer_types=("full_attention",)
         )
     )
-    path = Path(scratch().name) / f"int8 {tied}"
-    export_bundle(RandomSource(config, 5), path, OnnxWriter(dtype="int8", block_size=16))
-    return Bundle(path)
+    return Bundle(exported(OnnxWriter(dtype="int8", block_size=16), config, 5))
 
 
 def check(bundle: Bundle, full: RandomSource | None = None) -> ParityReport:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import subprocess
 import sys
-import tempfile
 import zipfile
 from collections import namedtuple
 from pathlib import Path
@@ -24,16 +22,11 @@ from gemma3_export.exporters.torch.torchscript import TorchScriptWriter
 from gemma3_export.runtimes.generation.sampling import SamplingParams
 from gemma3_export.runtimes.torch import torchscript as torchscript_support
 from gemma3_export.runtimes.torch.runtime import TorchScriptRuntime
+from tests.support import exported_bundles
 from tests.support.generation import generate
-from tests.support.observed_runs import VARIANTS, errors, observe, reference, source_of
+from tests.support.observed_runs import SEED, VARIANTS, errors, observe, reference, source_of
 
 PROMPT = [2, 30, 31, 32, 33, 34, 35, 36, 37]  # longer than the window of 6
-
-
-@functools.cache
-def scratch() -> tempfile.TemporaryDirectory[str]:
-    """Removed when the process ends."""
-    return tempfile.TemporaryDirectory(prefix="gemma3-export-tests-")
 
 
 def export_to(path: Path, variant: str, dtype: str, *, prepack: bool = True) -> Path:
@@ -42,9 +35,9 @@ def export_to(path: Path, variant: str, dtype: str, *, prepack: bool = True) -> 
 
 
 def exported(variant: str = "tied", dtype: str = "fp32", prepack: bool = True) -> Path:
-    """A bundle that tests share; do not change what is in it."""
-    path = Path(scratch().name) / f"{variant} {dtype} {prepack}"
-    return path if path.exists() else export_to(path, variant, dtype, prepack=prepack)
+    """Return a shared bundle."""
+    writer = TorchScriptWriter(dtype=dtype, prepack=prepack)
+    return exported_bundles.exported(writer, VARIANTS[variant], SEED)
 
 
 def archive_of(bundle: Path) -> Path:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from gemma3_export.reference.weights.bundle_weights import open_bundle_weights, 
 from gemma3_export.reference.weights.source import RandomSource
 from gemma3_export.runtimes.torch.runtime import ArchiveRuntime, TorchScriptRuntime
 from gemma3_export.runtimes.torch.torchscript import torchscript
+from tests.support.exported_bundles import exported
 from tests.support.observed_runs import VARIANTS
 from tests.support.tiny_models import tiny_config
 
@@ -34,20 +34,14 @@ CONFIG = tiny_config(num_hidden_layers=2, layer_types=("sliding_attention", "ful
 OPTIONS = VerifyOptions(decode_steps=8, greedy_steps=4, min_top1=0.85)
 
 
-@functools.cache
-def scratch() -> tempfile.TemporaryDirectory[str]:
-    return tempfile.TemporaryDirectory(prefix="gemma3-export-tests-")
-
-
 def source(tied: bool = True) -> RandomSource:
     return RandomSource(CONFIG if tied else tiny_config(tie_word_embeddings=False), 5)
 
 
 @functools.cache
 def int8_bundle(tied: bool) -> Bundle:
-    path = Path(scratch().name) / f"int8 {tied}"
-    export_bundle(source(tied), path, TorchScriptWriter(dtype="int8", block_size=16))
-    return Bundle(path)
+    writer = TorchScriptWriter(dtype="int8", block_size=16)
+    return Bundle(exported(writer, source(tied).config, 5))
 
 
 def check(runtime: ArchiveRuntime, bundle: Bundle, full: RandomSource | None) -> ParityReport:
@@ -92,9 +86,8 @@ def test_weights_read_back_are_those_that_the_quantiser_made() -> None:
 
 
 def test_an_archive_is_about_a_quarter_of_one_in_float32() -> None:
-    path = Path(scratch().name) / "wide"
     config = replace(VARIANTS["wide"], intermediate_size=128, head_dim=32)
-    export_bundle(RandomSource(config, 5), path, TorchScriptWriter(dtype="int8", block_size=64))
+    path = exported(TorchScriptWriter(dtype="int8", block_size=64), config, 5)
     float32 = config.num_parameters * 4
     assert (path / "torchscript" / "model.ts").stat().st_size < 0.28 * float32
     # Nothing but norms, frequencies, codes and scales, in memory as well.

@@ -5,7 +5,6 @@ The models are tiny; a factor on some weights makes their values large.
 
 from __future__ import annotations
 
-import functools
 import json
 import math
 from collections.abc import Mapping
@@ -34,7 +33,7 @@ from gemma3_export.parity.sequences import TokenSequence, random_ids
 from gemma3_export.progress import ignore_progress
 from gemma3_export.reference.weights.source import RandomSource
 from gemma3_export.runtimes.onnx.runtime import OnnxRuntime
-from tests.support.exported_bundles import scratch
+from tests.support.exported_bundles import exported
 from tests.support.tiny_models import TINY, tiny_config
 
 SMALL = tiny_config(num_hidden_layers=2, layer_types=("sliding_attention", "full_attention"))
@@ -63,11 +62,9 @@ def measured(source: RandomSource, half: HalfPrecision = HALF) -> HalfRanges:
     return measure_ranges(source, calibration_sequences(source.config, None), half, ignore_progress)
 
 
-@functools.cache
-def exported(is_tied: bool) -> Path:
-    source = RandomSource(replace(SMALL, tie_word_embeddings=is_tied), 5)
-    path = Path(scratch().name) / f"range {is_tied}"
-    return export_bundle(source, path, OnnxWriter(dtype="fp16")).path
+def fp16_bundle(is_tied: bool) -> Path:
+    """Return the shared bundle in fp16."""
+    return exported(OnnxWriter(dtype="fp16"), replace(SMALL, tie_word_embeddings=is_tied), 5)
 
 
 @pytest.mark.parametrize("is_verified", [True, False])
@@ -123,7 +120,7 @@ def test_no_value_that_the_graph_holds_in_half_is_left_out(is_tied: bool) -> Non
     ids = random_ids(TINY, 0, 3, 24)
     ranges = measure_ranges(source, [TokenSequence("only", ids)], HALF, ignore_progress)
     seen = 0
-    for layer, operator, largest in half_values(Bundle(exported(is_tied)), ids):
+    for layer, operator, largest in half_values(Bundle(fp16_bundle(is_tied)), ids):
         if operator == "Gelu":
             continue  # never larger than its input
         reported = [item.max_abs for item in ranges.tensors if item.layer == layer]
@@ -199,7 +196,7 @@ def test_weights_that_fp16_cannot_hold_are_named(
 
 def test_a_bundle_that_overflows_fails_its_range_gate() -> None:
     """For example one that an older version exported without this check."""
-    runtime = OnnxRuntime(exported(True), device="cpu", threads=1)
+    runtime = OnnxRuntime(fp16_bundle(True), device="cpu", threads=1)
     report = verify(runtime, scaled(LOUD), options=VerifyOptions(decode_steps=2, locate=False))
     gates = {gate.name: gate for gate in report.gates}
     assert not gates["range"].passed

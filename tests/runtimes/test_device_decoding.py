@@ -34,7 +34,7 @@ from gemma3_export.runtimes.onnx.graphs import (
 )
 from gemma3_export.runtimes.onnx.runtime import OnnxRuntime
 from gemma3_export.runtimes.onnx.session import cuda_provider_options
-from tests.exporters.test_half_precision import exported as half_bundle
+from tests.exporters.test_half_precision import half_bundle
 from tests.support.cuda_formats import ONNX_FORMATS, CudaFormat
 from tests.support.cuda_python import REPOSITORY, cuda_python
 from tests.support.exported_bundles import exported_bundle

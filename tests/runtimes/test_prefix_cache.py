@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from gemma3_export.api.exporting import export_torchscript, open_weights
 from gemma3_export.api.model import shared_length
 from gemma3_export.cli import command_line
 from gemma3_export.errors import InputError
+from gemma3_export.exporters.torch.torchscript import TorchScriptWriter
 from gemma3_export.reference.loading import load_reference
 from gemma3_export.reference.runtime import ReferenceRuntime
 from gemma3_export.runtimes.generation.loop import Completion
@@ -26,9 +26,9 @@ from gemma3_export.runtimes.generation.speculation import PromptLookup
 from gemma3_export.runtimes.onnx.runtime import OnnxRuntime
 from gemma3_export.runtimes.protocol import IntArray, KVCache, Logits, Runtime
 from gemma3_export.runtimes.torch.runtime import TorchScriptRuntime
-from tests.exporters.test_half_precision import exported as half_bundle
+from tests.exporters.test_half_precision import half_bundle
 from tests.exporters.test_quantized_export import int8_bundle
-from tests.support.exported_bundles import exported_bundle, source_of
+from tests.support.exported_bundles import exported, exported_bundle, source_of
 from tests.support.fake_runtime import FakeRuntime
 from tests.support.generation import generate
 from tests.support.tiny_models import TINY
@@ -58,23 +58,12 @@ class Recording:
 
 
 @functools.cache
-def archive() -> Path:
-    from tests.support.exported_bundles import scratch
-    from tests.support.tiny_models import write_hf_folder
-
-    folder = Path(scratch().name) / "weights of an archive"
-    write_hf_folder(folder, TINY)
-    with open_weights(str(folder)) as source:
-        return export_torchscript(source, folder.with_name("archive"), verify=False).path
-
-
-@functools.cache
 def backend(name: str) -> Runtime:
     if name.startswith("reference"):
         model = load_reference(source_of())
         return ReferenceRuntime(model.bfloat16() if "bf16" in name else model)
     if name == "torchscript":
-        return TorchScriptRuntime(archive(), device="cpu")
+        return TorchScriptRuntime(exported(TorchScriptWriter()), device="cpu")
     bundles: dict[str, Callable[[], Path]] = {
         "ort bf16": lambda: half_bundle("bf16"),
         "int8": lambda: int8_bundle(True).path,

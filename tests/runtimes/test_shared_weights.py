@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 
 from gemma3_export.api.opening import open_runtime
 from gemma3_export.errors import InputError
-from gemma3_export.exporters.bundle_writer import export_bundle
 from gemma3_export.exporters.onnx.writer import OnnxWriter
 from gemma3_export.runtimes.onnx import runtime as onnx_runtime
 from gemma3_export.runtimes.onnx.runtime import NO_PACKING, OnnxRuntime
-from tests.support.exported_bundles import exported_bundle, source_of
+from tests.support.exported_bundles import exported, exported_bundle
 from tests.support.tiny_models import TINY
 
 
@@ -37,9 +34,8 @@ def test_shared_weights_give_the_same_logits(target: str, monkeypatch: pytest.Mo
     assert runtime.info.to_json()["weights"] == "shared"
 
 
-def test_quantised_weights_are_not_shared(tmp_path: Path) -> None:
-    writer = OnnxWriter(dtype="int8", block_size=16)
-    bundle = export_bundle(source_of(), tmp_path / "int8", writer).path
+def test_quantised_weights_are_not_shared() -> None:
+    bundle = exported(OnnxWriter(dtype="int8", block_size=16))
     with pytest.raises(InputError, match="kernels for int8 need their own layout"):
         OnnxRuntime(bundle, device="cpu", shares_weights=True)
 

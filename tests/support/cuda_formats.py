@@ -7,12 +7,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from gemma3_export.exporters.bundle_writer import GraphWriter, export_bundle
+from gemma3_export.exporters.bundle_writer import GraphWriter
 from gemma3_export.exporters.onnx.writer import OnnxWriter
 from gemma3_export.exporters.torch.pt2 import Pt2Writer
 from gemma3_export.exporters.torch.torchscript import TorchScriptWriter
-from tests.exporters.test_half_precision import exported as half_bundle
-from tests.support.exported_bundles import exported_bundle, scratch, source_of
+from tests.exporters.test_half_precision import half_bundle
+from tests.support.exported_bundles import exported, exported_bundle
 
 __all__ = ["FORMATS", "ONNX_FORMATS", "CudaFormat"]
 
@@ -33,13 +33,6 @@ class CudaFormat:
         return self.is_fused or self.runtime == "torchscript"
 
 
-@functools.cache
-def archive(writer: GraphWriter) -> Path:
-    """A bundle of torch's own formats."""
-    name = f"cuda {writer.runtime} {writer.dtype}"
-    return export_bundle(source_of(), Path(scratch().name) / name, writer).path
-
-
 def fused(name: str, floor: str, bundle: Callable[[], Path]) -> CudaFormat:
     """A graph of the target ``ort``."""
     return CudaFormat(name=name, runtime="onnx", floor=floor, bundle=bundle, is_fused=True)
@@ -51,16 +44,13 @@ def torch_format(writer: GraphWriter, floor: str) -> CudaFormat:
         name=f"{writer.runtime} {writer.dtype}",
         runtime=writer.runtime,
         floor=floor,
-        bundle=functools.partial(archive, writer),
+        bundle=functools.partial(exported, writer),
     )
 
 
-@functools.cache
 def quantized(activations: str) -> Path:
-    """8-bit matrices around half-precision activations."""
-    writer = OnnxWriter(dtype="int8", activations=activations, block_size=16)
-    path = Path(scratch().name) / f"cuda int8 {activations}"
-    return export_bundle(source_of(), path, writer).path
+    """Return the shared bundle with 8-bit matrices and half-precision activations."""
+    return exported(OnnxWriter(dtype="int8", activations=activations, block_size=16))
 
 
 ONNX_FORMATS = (

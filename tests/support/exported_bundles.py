@@ -1,14 +1,23 @@
-"""Tiny exported bundles, each made once in a test run."""
+"""Tiny exported bundles that tests share: each is made once per test run, for all its processes.
+
+A shared folder must not be changed; copy it first.
+"""
 
 from __future__ import annotations
 
+import atexit
+import fcntl
 import functools
+import hashlib
 import json
+import os
+import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 from gemma3_export.config import Gemma3Config
-from gemma3_export.exporters.bundle_writer import export_bundle
+from gemma3_export.exporters.bundle_writer import GraphWriter, export_bundle
 from gemma3_export.exporters.onnx.writer import OnnxWriter
 from gemma3_export.reference.weights.source import RandomSource
 from tests.support.tiny_models import tiny_config
@@ -28,37 +37,68 @@ VARIANTS: dict[str, Gemma3Config] = {
         tie_word_embeddings=False,
     ),
 }
+SCRATCH_VARIABLE = "GEMMA3_TESTS_SCRATCH"
 
 
 def source_of(variant: str = "irregular") -> RandomSource:
-    """The weights that a bundle is made of."""
+    """Return the weights of a variant's bundles."""
     return RandomSource(VARIANTS[variant], SEED)
 
 
 def export_tiny(
     path: Path, target: str, variant: str = "irregular", screen: bool | None = None
 ) -> Path:
-    """Export anew, without a tokenizer and without the parity check."""
+    """Export a bundle of the test's own, without a tokenizer and without the parity check."""
     writer = OnnxWriter(target=target, screen=screen)
     return export_bundle(source_of(variant), path, writer).path
 
 
 def exported_bundle(target: str, variant: str = "irregular") -> Path:
-    """The bundle's folder; do not change what is in it."""
-    return export_once(target, variant)
-
-
-@functools.cache
-def export_once(target: str, variant: str) -> Path:
-    """A bundle in a folder that lives as long as the process."""
+    """Return a variant's shared ONNX bundle in float32."""
     screen = True if variant == "screened" else None
-    return export_tiny(Path(scratch().name) / f"{target} {variant}", target, variant, screen)
+    return exported(OnnxWriter(target=target, screen=screen), VARIANTS[variant])
 
 
 @functools.cache
-def scratch() -> tempfile.TemporaryDirectory[str]:
-    """Removed when the process ends."""
-    return tempfile.TemporaryDirectory(prefix="gemma3-export-tests-")
+def exported(
+    writer: GraphWriter, config: Gemma3Config = VARIANTS["irregular"], seed: int = SEED
+) -> Path:
+    """Return the shared bundle of a writer, a config and a seed of random weights.
+
+    It has no tokenizer and no parity report.
+    """
+    digest = hashlib.sha256(repr((writer, config, seed)).encode()).hexdigest()[:16]
+    return made_once(
+        f"{writer.runtime}-{digest}",
+        lambda path: export_bundle(RandomSource(config, seed), path, writer),
+    )
+
+
+def made_once(name: str, make: Callable[[Path], object]) -> Path:
+    """Return the shared folder ``name``, made by the first process of the test run that asks."""
+    path = scratch() / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.with_name(f".{path.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not path.exists():
+            try:
+                make(path)
+            except BaseException:
+                shutil.rmtree(path, ignore_errors=True)
+                raise
+    return path
+
+
+def scratch() -> Path:
+    """Return the folder of everything shared; it is removed when the test run ends.
+
+    The first process makes it, and the workers of pytest-xdist inherit it.
+    """
+    if SCRATCH_VARIABLE not in os.environ:
+        folder = tempfile.mkdtemp(prefix="gemma3-export-tests-")
+        os.environ[SCRATCH_VARIABLE] = folder
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Path(os.environ[SCRATCH_VARIABLE])
 
 
 def edit_json(path: Path, **changes: object) -> None:
