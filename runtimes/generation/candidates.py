@@ -1,8 +1,8 @@
-"""The few logits that sampling needs, chosen where the logits are.
+"""Candidates: the few logits that decide the next token, selected on the device.
 
-A quarter of a million logits a token are a megabyte; greedy and top-k sampling look at a handful.
-What the sampler makes of candidates is what it would make of all logits, or they are not offered:
-:func:`candidates_from_top_k` returns None when it cannot be sure.
+The logits of one token are 1 MB; greedy and top-k sampling look at a handful of them. Candidates
+are used only if the sampler is sure to choose the same token as from all logits:
+:func:`candidates_from_top_k` returns None if it is not.
 
 Shapes: V vocabulary, k fetched, C candidates.
 """
@@ -29,15 +29,13 @@ __all__ = [
     "candidates_per_row",
 ]
 
-TOP_K_LIMIT = 256  # beyond, all logits are fetched
-SPARE_CANDIDATES = (
-    32  # candidates fetched beyond those needed, since all equals of the last one count
-)
+TOP_K_LIMIT = 256  # above, all logits are fetched
+SPARE_CANDIDATES = 32  # fetched beyond those needed, because ties with the last one count
 
 
 @dataclass(frozen=True, slots=True)
 class Candidates:
-    """The largest logits of one position, complete down to ``scores.min()``."""
+    """The largest logits of one position: none above ``scores.min()`` is missing."""
 
     ids: NDArray[np.int64]  # [C] ascending
     scores: NDArray[np.float32]  # [C] their logits
@@ -45,30 +43,30 @@ class Candidates:
 
 @runtime_checkable
 class SelectsCandidates(Protocol):
-    """A runtime that can choose candidates where the logits are."""
+    """A runtime that can select candidates on the device instead of returning all logits."""
 
     @property
     def selects_candidates(self) -> bool:
-        """Whether it ever does, as it is."""
+        """Whether this runtime, as loaded, ever does."""
 
     def step_candidates(
         self, input_ids: IntArray, cache: KVCache, requests: Sequence[SamplingParams]
     ) -> Sequence[Logits | Candidates] | None:
-        """As ``step`` with one token a row and one logit kept, but only what decides is fetched.
+        """Run a single-token step that fetches only the logits that decide the next tokens.
 
         Args:
             input_ids: [B, 1].
             cache: every row advances by one token.
-            requests: how the rows that matter pick their tokens.
+            requests: sampling parameters of the rows that matter.
 
         Returns:
-            One entry a row: candidates, or all logits [V] where these do not suffice. None, and
-            nothing has happened, when all logits are needed or nothing is gained here.
+            One entry per row: candidates, or all logits [V] if candidates do not suffice. None if
+            all logits are needed or candidates would save nothing; no step has then been taken.
         """
 
 
 def candidates_needed(params: SamplingParams) -> int | None:
-    """How many of the largest logits decide; None when all of them do."""
+    """Return how many of the largest logits decide; None if all of them do."""
     if params.logprobs is not None or params.repetition_penalty != 1.0:
         return None
     if params.is_greedy:
@@ -77,7 +75,7 @@ def candidates_needed(params: SamplingParams) -> int | None:
 
 
 def batch_candidates_needed(requests: Sequence[SamplingParams], vocab_size: int) -> int | None:
-    """:func:`candidates_needed` by a batch; None also when few are left beyond them."""
+    """Return :func:`candidates_needed` for a batch; None also if nearly all logits are needed."""
     most = 0
     for params in requests:
         count = candidates_needed(params)
@@ -90,17 +88,17 @@ def batch_candidates_needed(requests: Sequence[SamplingParams], vocab_size: int)
 def candidates_from_top_k(
     values: NDArray[np.float32], ids: NDArray[Any], total: float, needed: int
 ) -> Candidates | None:
-    """Candidates out of the k largest logits of a position.
+    """Return candidates from the k largest logits of a position.
 
     Args:
         values: [k] in descending order.
         ids: [k] their tokens.
-        total: the sum of all logits, which tells whether all of them are finite.
-        needed: how many have to be complete, equals of the last one included.
+        total: the sum of all logits, which is finite only if all of them are.
+        needed: how many have to be complete, including ties with the last of them.
 
     Returns:
-        None where all logits have to be looked at: some are not finite, or so many equal the last
-        one needed that more of them may have been left out.
+        None if all logits are needed: some are not finite, or so many tie with the last one needed
+        that others may be missing.
     """
     if not np.isfinite(total) or values[-1] == values[needed - 1]:
         return None
@@ -111,13 +109,13 @@ def candidates_from_top_k(
 def candidates_per_row(
     packed: Logits, fetched: int, needed: int, fetch: Callable[[], Logits]
 ) -> list[Candidates | Logits]:
-    """What each row's next token is chosen from: the largest logits, or all [V] of them.
+    """Return what decides each row's next token: candidates, or all logits [V].
 
     Args:
         packed: [B, 2k + 1] values, largest first, their ids, and the sum of all logits.
         fetched: k.
         needed: how many of them have to be complete.
-        fetch: brings all logits [B, V] from the device, for rows that they have to decide.
+        fetch: fetches all logits [B, V] from the device, for rows that need them.
     """
     found: list[Candidates | Logits] = []
     everything: Logits | None = None

@@ -1,4 +1,4 @@
-"""The one generation loop: prefill in chunks, decode in a batch, stream, stop, be interrupted.
+"""The generation loop: prefill in chunks, decode in a batch, stream, stop and cancel.
 
 Shapes: B requests, T new tokens, V vocabulary.
 """
@@ -60,11 +60,11 @@ Event = TokenEvent | Completion
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DecodingLoop:
-    """One batch on its way through a backend.
+    """One batch of requests, prefilled and decoded by a backend.
 
-    The loop asks of ``_prefill`` and ``_decode`` only the logits that follow each request's newest
-    token. Speculation is a ``_decode`` that already has them: tokens are still accepted and
-    reported one by one, so events, stops and cancellations come as without it.
+    ``_prefill`` and ``_decode`` return only the logits that follow each request's newest token.
+    With speculation ``_decode`` may have them already; tokens are still accepted and reported one
+    by one, so events, stops and cancellations are the same as without it.
     """
 
     runtime: Runtime
@@ -73,7 +73,7 @@ class DecodingLoop:
     prefill_chunk: int
     cancel: Callable[[], bool] | None
     prefill_progress: Callable[[int, int], None] | None
-    speculations: Sequence[Speculation | None]  # one a request
+    speculations: Sequence[Speculation | None]  # one per request
     prefix_cache: PrefixCache | None
     kept_cache: KeptCache | None
 
@@ -114,13 +114,13 @@ class DecodingLoop:
             for request, event in zip(active, events, strict=True):
                 request.decode_s += elapsed
                 if request.finish_reason is not None and request.drafted_tokens:
-                    self._forget_rejected(request, cache)
+                    self._drop_rejected(request, cache)
                 yield from _report(request, event)
 
     def _prefill(self, request: RequestState, cache: KVCache) -> Logits | None:
-        """Feed the prompt to the request's row; [V] after its last token, None if cancelled.
+        """Feed the prompt to the request's row; return logits [V] after it, None if cancelled.
 
-        Chunks end at multiples of their size, wherever a reused prefix ends.
+        Chunks end at multiples of their size, regardless of where a reused prefix ends.
         """
         sizes = [other.prompt_ids.size for other in self.requests]
         row = request.index if len(self.requests) > 1 else None
@@ -144,7 +144,7 @@ class DecodingLoop:
                 return last
 
     def _load_prefix(self, request: RequestState, cache: KVCache) -> int:
-        """Take over what is known of the prompt; the number of its tokens."""
+        """Load the stored prefix of the prompt, and return its length."""
         if self.prefix_cache is None:
             return 0
         begun = perf_counter()
@@ -161,11 +161,11 @@ class DecodingLoop:
     def _decode(
         self, active: Sequence[RequestState], cache: KVCache
     ) -> Sequence[Logits | Candidates]:
-        """Feed each active request its newest token; [V] for each, or what decides of them.
+        """Feed each active request its newest token; return its logits [V] or candidates.
 
-        Rows that have ended are fed padding along with the others, which costs less than to split
-        the batch. When one of them has no room left for that, the active rows go one by one. A row
-        that is the only active one may be speculated on.
+        Rows that have ended are fed padding, which costs less than splitting the batch. If one of
+        them has no room left, the active rows are stepped one by one. The only active row may use
+        speculation.
         """
         if len(active) == 1:
             logits = self._speculate(active[0], cache)
@@ -181,7 +181,7 @@ class DecodingLoop:
         return [self._step_row(request, cache, [])[0] for request in active]
 
     def _newest(self, active: Sequence[RequestState]) -> IntArray:
-        """[B, 1] each active request's newest token, padding for the others."""
+        """Return each active request's newest token [B, 1], and padding for the others."""
         ids = np.full((len(self.requests), 1), self.runtime.config.pad_token_id, np.int64)
         for request in active:
             ids[request.index] = request.tokens[-1].token_id
@@ -190,7 +190,7 @@ class DecodingLoop:
     def _candidates(
         self, active: Sequence[RequestState], cache: KVCache
     ) -> Sequence[Logits | Candidates] | None:
-        """What the backend chose for each request; None where logits are needed."""
+        """Return what the backend selected for each request; None if logits are needed."""
         if not isinstance(self.runtime, SelectsCandidates):
             return None
         params = [request.params for request in active]
@@ -198,9 +198,9 @@ class DecodingLoop:
         return None if chosen is None else [chosen[request.index] for request in active]
 
     def _speculate(self, request: RequestState, cache: KVCache) -> Logits | None:
-        """[V] after the request's newest token, verified already or with a new draft.
+        """Return logits [V] after the request's newest token, by verifying a draft if necessary.
 
-        None where there is nothing to verify.
+        None if there is nothing to verify.
         """
         speculation = self.speculations[request.index]
         if speculation is None:
@@ -208,7 +208,7 @@ class DecodingLoop:
         verified = speculation.verified_logits()
         if verified is not None:
             return verified
-        self._forget_rejected(request, cache)
+        self._drop_rejected(request, cache)
         draft = speculation.draft()
         if not draft:
             return None
@@ -218,7 +218,7 @@ class DecodingLoop:
         return first
 
     def _step_row(self, request: RequestState, cache: KVCache, draft: Sequence[int]) -> Logits:
-        """Feed one request its newest token and a draft; [1 + draft, V]."""
+        """Feed one request its newest token and a draft; return logits [1 + draft, V]."""
         logits: Logits = self.runtime.step(
             np.array([[request.tokens[-1].token_id, *draft]], np.int64),
             cache,
@@ -227,7 +227,7 @@ class DecodingLoop:
         )[0]
         return logits
 
-    def _forget_rejected(self, request: RequestState, cache: KVCache) -> None:
+    def _drop_rejected(self, request: RequestState, cache: KVCache) -> None:
         if cache.lengths[request.index] > request.fed_tokens:
             cache.truncate(request.index, request.fed_tokens)
 
@@ -251,10 +251,9 @@ Cancel = threading.Event | Callable[[], bool]
 
 
 class Generation(Iterator[Event]):
-    """A running generation: iterate it for events, or ``collect()`` the results.
+    """A running generation: iterate over its events, or ``collect()`` the results.
 
-    After an interruption, be it ``close()``, Ctrl-C or an error, ``completions`` is what was
-    produced until then.
+    After ``close()``, Ctrl-C or an error, ``completions`` is what was generated until then.
     """
 
     def __init__(
@@ -267,18 +266,18 @@ class Generation(Iterator[Event]):
         return next(self._events)
 
     def close(self) -> None:
-        """Stop now and let go of the cache."""
+        """Stop now and release the cache."""
         self._events.close()
 
     def collect(self) -> list[Completion]:
-        """Run to the end and return one completion a prompt, in the order of the prompts."""
+        """Run to the end and return one completion per prompt, in order."""
         for _ in self:
             pass
         return self.completions
 
     @property
     def completions(self) -> list[Completion]:
-        """The results so far, in the order of the prompts; what has not ended is cancelled."""
+        """The results so far, in order; requests that have not ended count as cancelled."""
         return [request.completion() for request in self._requests]
 
 
@@ -410,7 +409,7 @@ def generate(
 
 
 def _step_costs(runtime: Runtime, params: SamplingParams) -> StepCosts:
-    """What verifying a draft costs where the plain steps of a request fetch candidates, or not."""
+    """Return the costs of verifying drafts, which depend on whether plain steps use candidates."""
     chooses = isinstance(runtime, SelectsCandidates) and runtime.selects_candidates
     return CANDIDATE_COSTS if chooses and candidates_needed(params) is not None else PLAIN_COSTS
 
@@ -418,11 +417,11 @@ def _step_costs(runtime: Runtime, params: SamplingParams) -> StepCosts:
 def _check_prompts(
     prompts: Sequence[Sequence[int] | IntArray], config: Gemma3Config
 ) -> list[IntArray]:
-    """Each prompt as [T] int64."""
+    """Return each prompt as [T] int64."""
     if not len(prompts):
         raise InputError("there is no prompt; give at least one")
     checked = []
-    for number, prompt in enumerate(prompts, 1):  # as people count
+    for number, prompt in enumerate(prompts, 1):  # numbered from 1 for people
         ids = np.asarray(prompt)
         if ids.size == 0:
             raise InputError(f"prompt {number} is empty; give at least one token, such as <bos>")
@@ -461,7 +460,7 @@ def _check_capacity(
 
 
 def _longest_draft(runtime: Runtime, max_draft_tokens: int) -> int:
-    """What can be taken back: with the token before it, a draft fits into a window."""
+    """Return the longest draft that can be cut off again: with the token before it, one window."""
     if isinstance(runtime, CacheVariants) and runtime.uses_sliding_window_cache:
         return min(max_draft_tokens, runtime.config.sliding_window - 1)
     return max_draft_tokens

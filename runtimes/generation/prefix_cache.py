@@ -1,12 +1,12 @@
-"""Prompt prefixes that are computed once: keys and values of earlier prompts, bounded in bytes.
+"""A prefix cache: keys and values of earlier prompts, so that shared prefixes are computed once.
 
-Stored tokens form a tree: each segment continues another one from some token on, so what prompts
-share is held once.
+Stored tokens form a tree: each segment continues another one from some token on, so tokens that
+prompts share are stored once.
 
 A token's keys and values depend, in their last bits, on the chunk in which they were computed.
-Reuse that ends at a boundary of prefill chunks leaves the same chunks to compute, so it gives the
-bits that are computed without it. Anywhere else it gives them but for rounding, which int8 products
-amplify: there it is a difference as between two chunk sizes.
+Reuse that ends on a boundary of prefill chunks leaves the same chunks to compute, so results are
+bitwise those without reuse. Elsewhere they agree up to rounding, which int8 products amplify: the
+difference is that between two chunk sizes.
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ __all__ = ["PrefixCache"]
 
 @dataclass(eq=False, slots=True)
 class Segment:
-    """Tokens of some prompts from the position ``start`` on."""
+    """Consecutive tokens that some prompts share, from position ``start`` on."""
 
     start: int
     token_ids: IntArray
     stored: KVSegment
-    parent: Segment | None  # holds the token before; None at the start of a prompt
-    siblings: list[Segment]  # where it is listed itself
+    parent: Segment | None  # holds the previous token; None at the start of a prompt
+    siblings: list[Segment]  # the list that contains it
     last_use: int = 0
     children: list[Segment] = field(default_factory=list)
 
     def path(self, stop: int) -> list[Segment]:
-        """The segments that hold the tokens before ``stop``, the first one first."""
+        """Return the segments that hold the tokens before ``stop``, in order."""
         found: list[Segment] = []
         segment: Segment | None = self
         while segment is not None:
@@ -55,20 +55,20 @@ class Segment:
 
 
 class PrefixCache:
-    """What one runtime has computed of its prompts; may be shared between threads.
+    """Prompt prefixes of one runtime, bounded in bytes; safe to share between threads.
 
-    When it is full, the segment that was used least recently, and that none continues, goes first.
-    Of a prompt that is larger than everything the cache may hold, the beginning is kept.
+    When it is full, the least recently used segment that no other continues is evicted first. Of a
+    prompt that exceeds the whole cache, the beginning is kept.
 
     Args:
-        runtime: whose keys and values are held; no other may use them.
-        max_bytes: the most memory for keys and values, where the runtime's caches are.
-        granularity: reuse ends at a multiple of so many tokens. By default that of the prefill
-            chunks, so nothing changes, bit by bit; 1 reuses every common token, and the results
-            are the same but for rounding.
+        runtime: the runtime whose keys and values are stored; no other may use them.
+        max_bytes: the most memory for keys and values, on the device of the runtime's caches.
+        granularity: reuse ends at a multiple of this many tokens. The default is the prefill
+            chunk, with which results are bitwise unchanged; 1 reuses every common token, and
+            results agree up to rounding.
 
     Raises:
-        InputError: a number is not positive, or the runtime's caches do not keep all tokens.
+        InputError: a number is not positive, or the runtime's caches do not keep every token.
     """
 
     def __init__(self, runtime: Runtime, *, max_bytes: int, granularity: int | None = None) -> None:
@@ -89,11 +89,11 @@ class PrefixCache:
 
     @property
     def used_bytes(self) -> int:
-        """Size of the keys and values that are held; never more than ``max_bytes``."""
+        """Size of the stored keys and values; never more than ``max_bytes``."""
         return self._used_bytes
 
     def require_runtime(self, runtime: Runtime) -> None:
-        """Refuse to serve a runtime that did not compute what is held.
+        """Check that ``runtime`` is the one that computed what is stored.
 
         Raises:
             InputError: it is another one.
@@ -106,7 +106,7 @@ class PrefixCache:
             )
 
     def clear(self) -> None:
-        """Forget everything, as is needed when a model's weights have changed."""
+        """Drop everything, which is necessary if the model's weights have changed."""
         with self._lock:
             self._roots.clear()
             self._used_bytes = 0
@@ -114,12 +114,12 @@ class PrefixCache:
     def load(self, cache: KVCache, row: int, token_ids: IntArray, prefill_chunk: int) -> int:
         """Fill an empty row with the longest stored prefix, and return its length.
 
-        The last token is left, because its logits are needed.
+        The prompt's last token is never loaded, because its logits are needed.
 
         Raises:
-            InputError: the cache cannot take tokens over, or has no room.
+            InputError: tokens cannot be copied to the cache, or it has no room.
         """
-        cache = require_sharing(cache)
+        cache = require_transferable(cache)
         step = self._granularity or prefill_chunk
         with self._lock:
             segment, same = self._find(token_ids[:-1], prefill_chunk)
@@ -132,12 +132,18 @@ class PrefixCache:
         return count
 
     def store(self, cache: KVCache, row: int, token_ids: IntArray, prefill_chunk: int) -> None:
-        """Keep what ``row`` holds of a prompt, as far as it is new and there is room.
+        """Store the tokens of a prompt that are new, as far as there is room.
+
+        Args:
+            cache: a cache that holds the prompt.
+            row: the prompt's row.
+            token_ids: [T] the prompt.
+            prefill_chunk: the chunk size with which it was computed.
 
         Raises:
-            InputError: the cache cannot give tokens away.
+            InputError: tokens cannot be copied from the cache.
         """
-        cache = require_sharing(cache)
+        cache = require_transferable(cache)
         step = self._granularity or prefill_chunk
         with self._lock:
             segment, same = self._find(token_ids, prefill_chunk)
@@ -163,7 +169,7 @@ class PrefixCache:
             self._touch([added])
 
     def _find(self, token_ids: IntArray, prefill_chunk: int) -> tuple[Segment | None, int]:
-        """The segment with the last token of the longest stored prefix, and the prefix's length."""
+        """Return the segment where the longest stored prefix ends, and the prefix's length."""
         best, longest = None, 0
         ahead = list(self._roots.get(prefill_chunk, ()))
         while ahead:
@@ -180,7 +186,7 @@ class PrefixCache:
             segment.last_use = self._clock
 
     def _make_room(self, size_bytes: int, kept: Segment | None) -> None:
-        """Drop what was used least recently, but not ``kept``, while there is too little room."""
+        """Evict the least recently used segments, but not ``kept``, until there is room."""
         if self._used_bytes + size_bytes <= self.max_bytes:
             return
         ends = [
@@ -204,14 +210,14 @@ class PrefixCache:
 
 
 def common_length(a: IntArray, b: IntArray) -> int:
-    """How many first tokens are equal."""
+    """Return the length of the common prefix."""
     size = min(a.size, b.size)
     different = np.flatnonzero(a[:size] != b[:size])
     return int(different[0]) if different.size else size
 
 
-def require_sharing(cache: KVCache) -> TransferableCache:
-    """The cache, if tokens can be copied from it and to it.
+def require_transferable(cache: KVCache) -> TransferableCache:
+    """Return ``cache`` if tokens can be copied from and to it.
 
     Raises:
         InputError: they cannot.

@@ -1,8 +1,8 @@
-"""One request of the generation loop: what it has produced so far, and why it ended.
+"""The state and result of one request in the generation loop.
 
-Conventions, which are those of vLLM: a stop token ends a request, is counted and kept among the
-tokens, and adds no text; a stop text is cut from the text together with all after it, while the
-tokens stay all that were generated.
+The conventions are vLLM's: a stop token ends a request, is kept among its tokens, and adds no text.
+A stop text is cut from the text together with everything after it, while all generated tokens are
+kept.
 
 Shapes: V vocabulary.
 """
@@ -30,18 +30,18 @@ FinishReason = Literal["stop", "length", "cancelled"]
 
 
 class StreamingDecoder(Protocol):
-    """Turns the tokens of one request into text, piece by piece."""
+    """Turns the tokens of one request into text incrementally."""
 
     def push(self, token_id: int, /) -> str:
-        """The text that is certain now; half a character is kept back."""
+        """Return the text that is now certain; an incomplete character is held back."""
 
     def flush(self) -> str:
-        """The text still kept back; nothing follows."""
+        """Return the text that is still held back; no token follows."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TokenEvent:
-    """A request has one more token; the ``text`` of all its events is the completion's text."""
+    """One more token of a request; the texts of all its events make up the completion's text."""
 
     request: int  # index of the prompt
     token: SampledToken
@@ -55,21 +55,21 @@ class TokenEvent:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Completion:
-    """A request has ended, or this is what it has so far."""
+    """The result of a request that has ended, or its partial result."""
 
     request: int  # index of the prompt
     prompt_tokens: int
-    tokens: tuple[SampledToken, ...]  # all that were generated, a stop token included
-    text: str  # without the stop text; if cancelled, without characters still kept back
+    tokens: tuple[SampledToken, ...]  # all that were generated, including a stop token
+    text: str  # without the stop text; if cancelled, without text that is still held back
     finish_reason: FinishReason
     stop_reason: int | str | None  # the token or text that stopped it
-    seed: int | None  # with the request's index, reproduces the completion; None is greedy
-    time_to_first_token_s: float | None  # from the start of the whole batch
-    prefill_s: float  # in the backend, for this prompt, copies of a reused prefix included
-    decode_s: float  # in backend and sampler, for all tokens but the first
-    drafted_tokens: int = 0  # guesses that were verified (speculative decoding)
-    accepted_tokens: int = 0  # of these, the right ones: each saved a decoding step
-    reused_tokens: int = 0  # first tokens of the prompt that were not computed but known
+    seed: int | None  # reproduces the completion, with the request's index; None if greedy
+    time_to_first_token_s: float | None  # since the start of the whole batch
+    prefill_s: float  # in the backend, for this prompt, including copies of a reused prefix
+    decode_s: float  # in backend and sampler, for all tokens after the first
+    drafted_tokens: int = 0  # draft tokens that were verified (speculative decoding)
+    accepted_tokens: int = 0  # of these, the correct ones: each saved a decode step
+    reused_tokens: int = 0  # leading prompt tokens that came from a cache
 
     @property
     def token_ids(self) -> tuple[int, ...]:
@@ -78,30 +78,30 @@ class Completion:
 
     @property
     def prefill_tokens_per_s(self) -> float | None:
-        """Prompt tokens computed a second; None before the first token."""
+        """Prompt tokens computed per second; None before the first token."""
         computed = self.prompt_tokens - self.reused_tokens
         return computed / self.prefill_s if self.tokens and self.prefill_s else None
 
     @property
     def decode_tokens_per_s(self) -> float | None:
-        """Tokens a second after the first; None with fewer than two."""
+        """Tokens per second after the first; None with fewer than two."""
         return (len(self.tokens) - 1) / self.decode_s if self.decode_s else None
 
 
 class StopTexts:
-    """Cuts a stream of text at the first stop text, and releases no part of one before.
+    """Cuts a stream of text at the first stop text, and never releases part of one.
 
-    The stop text that is complete first wins, so the result does not depend on how the text was
-    divided into tokens. ``matched`` is that stop text, None until then.
+    The stop text that is complete first wins, so the result does not depend on how the text is
+    split into tokens. ``matched`` is that stop text, None until then.
     """
 
     def __init__(self, stop_texts: Sequence[str]) -> None:
         self._stop_texts = tuple(stop_texts)
-        self._pending = ""  # the longest end of the text that could begin a stop text
+        self._pending = ""  # the longest suffix of the text that could begin a stop text
         self.matched: str | None = None
 
     def push(self, text: str) -> str:
-        """What may be shown now that ``text`` has been added."""
+        """Add ``text`` and return what can be shown."""
         if self.matched is not None:
             return ""
         text = self._pending + text
@@ -115,12 +115,12 @@ class StopTexts:
         return text[:shown]
 
     def flush(self) -> str:
-        """What was kept back and, as nothing follows, is not a stop text."""
+        """Return the text that was held back, as no stop text can follow."""
         pending, self._pending = self._pending, ""
         return pending
 
     def _prefix_length(self, text: str) -> int:
-        """Length of the longest end of ``text`` that begins a stop text."""
+        """Return the length of the longest suffix of ``text`` that begins a stop text."""
         longest = max((len(stop) - 1 for stop in self._stop_texts), default=0)
         for length in range(min(longest, len(text)), 0, -1):
             if any(stop.startswith(text[-length:]) for stop in self._stop_texts):
@@ -129,7 +129,7 @@ class StopTexts:
 
 
 class _NoText:
-    """Stands in for a decoder when only tokens are wanted."""
+    """A decoder for requests that only want tokens."""
 
     def push(self, token_id: int, /) -> str:
         return ""
@@ -139,10 +139,10 @@ class _NoText:
 
 
 class RequestState:
-    """What one request owns: its sampler, its tokens and text so far, and why it ended.
+    """One request's sampler, tokens and text so far, and the reason that it ended.
 
-    A batching server drives it as the loop below does: one ``accept`` for every position whose
-    logits it has computed, until ``finish_reason`` is set.
+    A batching server drives it as the generation loop does: it calls ``accept`` once for every
+    position whose logits it has computed, until ``finish_reason`` is set.
     """
 
     def __init__(
@@ -173,17 +173,17 @@ class RequestState:
 
     @property
     def params(self) -> SamplingParams:
-        """How the request picks its tokens."""
+        """The request's sampling parameters."""
         return self._sampler.params
 
     @property
     def fed_tokens(self) -> int:
-        """Tokens that the backend has been given once it has all but the newest one."""
+        """Tokens that the backend has seen once it has all but the newest one."""
         return self.prompt_ids.size + len(self.tokens) - 1
 
     @property
     def remaining_tokens(self) -> int:
-        """The most tokens that can still follow."""
+        """How many tokens may still follow."""
         return self._max_new_tokens - len(self.tokens)
 
     def accept(self, logits: Logits | Candidates) -> TokenEvent:
@@ -199,7 +199,7 @@ class RequestState:
         return TokenEvent(request=self.index, token=token, text=text)
 
     def completion(self) -> Completion:
-        """The result, or what there is of it: a request that has not ended counts as cancelled."""
+        """Return the result so far; a request that has not ended counts as cancelled."""
         return Completion(
             request=self.index,
             prompt_tokens=self.prompt_ids.size,
@@ -217,7 +217,7 @@ class RequestState:
         )
 
     def _read(self, token_id: int) -> str:
-        """The text that ``token_id`` releases; sets the finish reason."""
+        """Return the text that ``token_id`` releases, and set the finish reason."""
         if token_id in self._stop_token_ids:
             self.finish_reason, self._stop_reason = "stop", token_id
             return self._end_text()

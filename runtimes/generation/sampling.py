@@ -1,10 +1,10 @@
-"""The one sampler: from the logits of one position to one token, the same for every backend.
+"""The sampler, shared by all backends: from the logits of one position to one token.
 
-Filters apply in the order repetition penalty, temperature, top-k, top-p, min-p. Each keeps what the
-Hugging Face filter of the same name keeps. What is left is drawn by inverting the cumulative
-distribution in token-id order, with a random number that depends on the seed, the request and the
-position only. So a seed gives the same text on every backend: when two of them disagree on the
-order of two nearly equal logits, the cumulative sums hardly move and the draw stays where it was.
+Filters apply in this order: repetition penalty, temperature, top-k, top-p, min-p. Each keeps what
+the Hugging Face filter of the same name keeps. The token is then drawn by inverting the cumulative
+distribution in token-id order, with a random number that depends only on seed, request and
+position. So a seed gives the same text on every backend: if two backends disagree on the order of
+two nearly equal logits, the cumulative sums hardly move and the draw stays the same.
 
 Shapes: V vocabulary, C candidates that passed the filters.
 """
@@ -31,44 +31,44 @@ Weights = NDArray[np.float32] | NDArray[np.float64]
 
 _Rule = tuple[str, type, Callable[[Any], bool], str]
 _INFINITY = float("inf")
-_RULES: tuple[_Rule, ...] = (  # field, kind of number, what is legal, the same in words
+_RULES: tuple[_Rule, ...] = (  # field, type, valid range, the range in words
     ("temperature", Real, lambda t: 0 <= t < _INFINITY, "a finite number, 0 or more"),
-    ("top_k", Integral, lambda k: k >= 0, "a whole number, 0 (off) or more"),
+    ("top_k", Integral, lambda k: k >= 0, "an integer, 0 (off) or more"),
     ("top_p", Real, lambda p: 0 < p <= 1, "a number above 0 and up to 1 (off)"),
     ("min_p", Real, lambda p: 0 <= p <= 1, "a number from 0 (off) to 1"),
     ("repetition_penalty", Real, lambda r: 0 < r < _INFINITY, "a finite number above 0 (1: off)"),
-    ("seed", Integral, lambda s: 0 <= s < 2**64, "a whole number from 0 to 2**64 - 1"),
-    ("request_index", Integral, lambda i: 0 <= i < 2**64, "a whole number from 0 to 2**64 - 1"),
-    ("logprobs", Integral, lambda n: n >= 0, "a whole number, 0 (only the chosen token) or more"),
+    ("seed", Integral, lambda s: 0 <= s < 2**64, "an integer from 0 to 2**64 - 1"),
+    ("request_index", Integral, lambda i: 0 <= i < 2**64, "an integer from 0 to 2**64 - 1"),
+    ("logprobs", Integral, lambda n: n >= 0, "an integer, 0 (only the chosen token) or more"),
 )
-_STRIDES = 64  # the vocabulary is viewed as this many rows when looking for its largest logits
-_BLOCK = 512  # candidates whose weights are summed before their own cumulative sum is needed
-_SORTABLE = 1024  # below this, sorting is cheaper than halving
+_STRIDES = 64  # rows into which the vocabulary is reshaped to find its largest logits
+_BLOCK = 512  # candidates per partial sum; only the drawn block needs its own cumulative sum
+_SORTABLE = 1024  # below this size, sorting is cheaper than partitioning
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SamplingParams:
-    """How one request picks its tokens; with nothing given it is greedy.
+    """Sampling parameters of one request; the default is greedy.
 
     Raises:
         InputError: a value is outside its range.
     """
 
-    temperature: float | None = None  # 0 is greedy; None is 1 with a filter on, 0 without
-    top_k: int | None = None  # keep the k largest and all that tie with the last; 0 or None is off
-    top_p: float | None = None  # keep the fewest whose probabilities reach p; 1 or None is off
-    min_p: float | None = None  # keep what has this share of the largest; 0 or None is off
-    repetition_penalty: float = 1.0  # above 1 discourages tokens of the prompt and the answer
-    seed: int | None = None  # None draws one
-    request_index: int = 0  # tells apart requests that share a seed
-    logprobs: int | None = None  # alternatives to report; 0 is the chosen token only, None nothing
+    temperature: float | None = None  # 0 is greedy; None is 1 with a filter, 0 without
+    top_k: int | None = None  # keep the k largest and ties with the last; 0 or None is off
+    top_p: float | None = None  # keep the fewest tokens that reach probability p; 1 or None is off
+    min_p: float | None = None  # keep tokens with this share of the largest; 0 or None is off
+    repetition_penalty: float = 1.0  # above 1 discourages tokens seen so far
+    seed: int | None = None  # None draws a random one
+    request_index: int = 0  # distinguishes requests that share a seed
+    logprobs: int | None = None  # alternatives to report; 0: chosen token only; None: nothing
 
     def __post_init__(self) -> None:
         for name, kind, is_legal, words in _RULES:
             value = getattr(self, name)
             if value is None and name not in ("repetition_penalty", "request_index"):
                 continue
-            # NaN fails every comparison, and bool is a number in Python but not in intent
+            # NaN fails every comparison; bool is a number to Python
             if not isinstance(value, kind) or isinstance(value, bool) or not is_legal(value):
                 raise InputError(f"{name} is {value!r}; it must be {words}")
 
@@ -79,7 +79,7 @@ class SamplingParams:
 
     @property
     def effective_temperature(self) -> float:
-        """The temperature to use: the given one, else 1 if a filter is on, else 0."""
+        """The given temperature; by default 1 with a filter, 0 without."""
         if self.temperature is not None:
             return float(self.temperature)
         return 1.0 if self.has_filter else 0.0
@@ -92,9 +92,9 @@ class SamplingParams:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SampledToken:
-    """One chosen token; log-probabilities are there when ``SamplingParams.logprobs`` asked.
+    """One sampled token, with log-probabilities if ``SamplingParams.logprobs`` is set.
 
-    They are of the model's own distribution, before any penalty, temperature or filter.
+    They are those of the model, before penalty, temperature and filters.
     """
 
     token_id: int
@@ -103,10 +103,10 @@ class SampledToken:
 
 
 class Sampler:
-    """Picks the tokens of one request, one a call, remembering what was seen.
+    """Samples the tokens of one request, one per call.
 
-    Because a draw depends on the seed and the position alone, tokens verified several at a time
-    (speculative decoding) are the tokens that one-by-one decoding would have drawn.
+    Because a draw depends only on seed and position, tokens that are verified several at a time
+    (speculative decoding) are those that plain decoding would have drawn.
     """
 
     def __init__(self, params: SamplingParams, prompt_ids: Iterable[int] = ()) -> None:
@@ -118,12 +118,13 @@ class Sampler:
         self._seen: Ids = np.unique(seen)
 
     def choose(self, ids: Ids, scores: Scores) -> SampledToken:
-        """Choose the next token out of candidates, as :meth:`sample` would out of all logits.
+        """Choose the next token from candidates, as :meth:`sample` would from all logits.
+
+        Penalties and log-probabilities need all logits, so they must be off.
 
         Args:
             ids: [C] tokens in ascending order.
-            scores: [C] their logits, among them all that could be chosen; neither a penalty nor
-                log-probabilities can be had of them.
+            scores: [C] their logits, including every token that could be chosen.
         """
         assert not self._is_penalized
         assert self.params.logprobs is None
@@ -149,7 +150,7 @@ class Sampler:
             raise InputError(f"logits have shape {logits.shape}; give those of one position, [V]")
         scores = self._penalize(logits)
         if self.params.is_greedy:
-            token_id = int(scores.argmax())  # the first of equals; a NaN counts as the largest
+            token_id = int(scores.argmax())  # the first of ties; NaN counts as the largest
             _check_finite(scores[token_id])
         else:
             ids, weights = select_candidates(scores, self.params)
@@ -162,10 +163,10 @@ class Sampler:
         return report_logprobs(logits, token_id, self.params.logprobs)
 
     def _penalize(self, logits: Scores) -> Scores:
-        """[V]: divide the positive and multiply the negative logits of tokens already seen."""
+        """Divide positive and multiply negative logits [V] of tokens already seen."""
         if not self._seen.size:
             return logits
-        most = float(np.finfo(logits.dtype).max) / 4  # their differences must be finite too
+        most = float(np.finfo(logits.dtype).max) / 4  # differences must be finite too
         penalty = min(max(self.params.repetition_penalty, 1 / most), most)
         seen = logits[self._seen]
         with np.errstate(over="ignore"):
@@ -175,14 +176,14 @@ class Sampler:
         return scores
 
     def _uniform(self) -> float:
-        """A number in [0, 1) that is a function of seed, request and position."""
+        """Return a number in [0, 1) that is a function of seed, request and position."""
         key = np.array([self.seed, self.params.request_index], dtype=np.uint64)
         counter = np.array([self.position, 0, 0, 0], dtype=np.uint64)
         return (int(np.random.Philox(key=key, counter=counter).random_raw()) >> 11) * 2.0**-53
 
 
 def select_candidates(scores: Scores, params: SamplingParams) -> tuple[Ids, Weights]:
-    """The tokens that pass temperature, top-k, top-p and min-p, with their unscaled probabilities.
+    """Apply temperature, top-k, top-p and min-p; return tokens and unnormalized probabilities.
 
     Args:
         scores: [V] float32 logits, after the repetition penalty.
@@ -198,7 +199,7 @@ def select_candidates(scores: Scores, params: SamplingParams) -> tuple[Ids, Weig
     _check_finite(top)
     ids = _largest(scores, params.top_k) if params.top_k else _all_ids(scores.size)
     few = ids.size < scores.size
-    # a whole vocabulary is weighed in float32: float64 would take four times as long
+    # a whole vocabulary stays in float32: float64 would take four times as long
     weights = _weigh(scores[ids] if few else scores, top, params.effective_temperature, few)
     if params.top_p is not None and params.top_p < 1.0:
         kept = _nucleus(weights, params.top_p * float(weights.sum()))
@@ -210,12 +211,12 @@ def select_candidates(scores: Scores, params: SamplingParams) -> tuple[Ids, Weig
 
 
 def report_logprobs(logits: Scores, token_id: int, count: int) -> SampledToken:
-    """``token_id`` with its log-probability and the ``count`` likeliest tokens with theirs.
+    """Return ``token_id`` and the ``count`` most likely tokens with their log-probabilities.
 
     Args:
-        logits: [V] float32, as the model gave them.
+        logits: [V] float32, as the model returned them.
         token_id: the token to report on.
-        count: how many alternatives; at most V are returned. Equals come lowest id first.
+        count: how many alternatives, at most V; ties are ordered by id.
 
     Raises:
         Gemma3ExportError: a logit is NaN or +inf, or every token is banned.
@@ -235,14 +236,14 @@ def report_logprobs(logits: Scores, token_id: int, count: int) -> SampledToken:
 
 @functools.lru_cache(maxsize=1)
 def _all_ids(size: int) -> Ids:
-    """[V] every token id; kept, because making it costs as much as everything else in a call."""
+    """Return all token ids [V]; cached, because creating them would double the cost of a call."""
     ids = np.arange(size)
     ids.flags.writeable = False
     return ids
 
 
 def _largest(scores: Scores, count: int) -> Ids:
-    """Ascending ids of the ``count`` largest scores and of all that equal the last of them."""
+    """Return the ids, ascending, of the ``count`` largest scores and of ties with the last."""
     if count >= scores.size:
         return _all_ids(scores.size)
     columns = scores.size // _STRIDES
@@ -250,8 +251,8 @@ def _largest(scores: Scores, count: int) -> Ids:
     if count * 4 > columns:
         threshold = np.partition(scores, scores.size - count)[scores.size - count]
         return np.flatnonzero(scores >= threshold)
-    # The count-th largest of the columns' maxima is a lower bound of the count-th largest score,
-    # and finding it takes one vectorised pass: several times faster than a partition of all.
+    # The count-th largest column maximum is a lower bound of the count-th largest score. Finding
+    # it takes one vectorized pass, several times faster than partitioning all scores.
     maxima = scores[: columns * _STRIDES].reshape(_STRIDES, columns).max(axis=0)
     threshold = np.partition(maxima, columns - count)[columns - count]
     ids = np.flatnonzero(scores >= threshold)
@@ -262,9 +263,9 @@ def _largest(scores: Scores, count: int) -> Ids:
 
 
 def _weigh(scores: Scores, top: np.float32, temperature: float, in_float64: bool) -> Weights:
-    """[C] probabilities relative to that of ``top``."""
+    """Return probabilities [C] relative to that of ``top``."""
     differences = (scores.astype(np.float64) if in_float64 else scores) - top
-    # A temperature beyond the dtype's range would give 0/0 or inf/inf; its limit is what is meant.
+    # A temperature outside the dtype's range would give 0/0 or inf/inf; clamp it instead.
     limits = np.finfo(differences.dtype)
     divisor = min(max(temperature, float(limits.tiny)), float(limits.max))
     with np.errstate(over="ignore"):
@@ -273,9 +274,9 @@ def _weigh(scores: Scores, top: np.float32, temperature: float, in_float64: bool
 
 
 def _nucleus(weights: Weights, target: float) -> Ids:
-    """Ascending indices of the fewest weights that sum to ``target``; of equals, the first."""
-    pool: NDArray[Any] = weights  # the last weight to keep is in here
-    above, share = 0, 32  # kept weights above the pool; the first look is at its largest 32nd
+    """Return the indices, ascending, of the fewest weights that sum to ``target``."""
+    pool: NDArray[Any] = weights  # contains the smallest weight to keep
+    above, share = 0, 32  # kept weights above the pool; start with its largest 1/32
     while pool.size > _SORTABLE:
         middle = pool.size - pool.size // share
         pool, share = np.partition(pool, middle), 2
@@ -295,7 +296,7 @@ def _nucleus(weights: Weights, target: float) -> Ids:
 
 
 def _draw(weights: Weights, uniform: float) -> int:
-    """Index of the candidate whose slice of the cumulative sum holds ``uniform`` of the total."""
+    """Return the index where the cumulative sum passes the share ``uniform`` of the total."""
     starts = np.arange(0, weights.size, _BLOCK)
     cumulative = np.add.reduceat(weights, starts, dtype=np.float64).cumsum()
     target = uniform * cumulative[-1]
@@ -307,16 +308,15 @@ def _draw(weights: Weights, uniform: float) -> int:
 
 
 def _locate(cumulative: NDArray[np.float64], target: float) -> int:
-    """The first index whose sum exceeds ``target``."""
+    """Return the first index whose sum exceeds ``target``."""
     index = int(cumulative.searchsorted(target, side="right"))
-    # rounding may lift the target to the total: then it is the last one with any weight
+    # rounding may raise the target to the total: then take the last one with any weight
     return min(index, int(cumulative.searchsorted(cumulative[-1])))
 
 
 def _check_finite(top: np.float32) -> None:
     if not np.isfinite(top):
         raise Gemma3ExportError(
-            f"the model gave logits whose largest is {top}, so no token can be chosen; the weights "
-            "are damaged or the numbers overflowed (float16 overflows on Gemma 3: use bfloat16 or "
-            "float32)"
+            f"the largest logit is {top}, so no token can be chosen; the weights are damaged or "
+            "the computation overflowed (float16 overflows on Gemma 3: use bfloat16 or float32)"
         )

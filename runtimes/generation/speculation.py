@@ -1,12 +1,11 @@
-"""Speculative decoding: several drafted tokens are verified in one step of the model.
+"""Speculative decoding: drafted tokens are verified several at a time in one step of the model.
 
 The sampler chooses at every position as it would without drafts, from the logits of the same
-tokens; a draft only decides whether the logits of the next position are there already. So no
-distribution changes, and a seed gives the same text with drafts and without, as far as the backend
-gives the same logits in a step of several tokens and in a step of one. In float32 they differ in
-the last bits, as prefill chunks of different sizes do, so a choice between two candidates that are
-equal within that may fall the other way. ONNX Runtime's int8 products differ by far more than
-rounding.
+tokens; a draft only decides whether the next position's logits are available already. So no
+distribution changes, and a seed gives the same text with and without drafts, provided the backend
+computes the same logits in steps of several tokens and of one. In float32 they differ in the last
+bits, as between prefill chunks of different sizes, so near-ties may be decided differently. With
+ONNX Runtime's int8 products they differ by far more than rounding.
 
 Shapes: T verified tokens, V vocabulary.
 """
@@ -38,56 +37,57 @@ __all__ = [
 ]
 
 MAX_DRAFT_TOKENS = 16
-ALLOWANCE = 0.02  # what drafts may lose, in plain decoding steps a token
-FIRST_TOKENS = 3  # of the longest draft before anything is known
-SPARE_TOKENS = 3  # beyond the longest draft, that may be saved up for
+ALLOWANCE = 0.02  # time that drafts may lose, in plain decode steps per token
+FIRST_TOKENS = 3  # length of the longest first draft
+PREFILL_CHUNK = 512  # of draft models
+SPARE_TOKENS = 3  # drafted tokens that can be saved up for, beyond the longest draft
 
 
 @dataclass(frozen=True, slots=True)
 class StepCosts:
-    """What a step that verifies a draft takes longer than a plain one, in plain steps.
+    """Extra time of a step that verifies a draft, in plain decode steps.
 
-    As measured in float32 on a CPU: a step is bound by reading the weights, which more tokens
-    share. In int8, where that holds less, a token costs about 0.3.
+    The defaults were measured in float32 on a CPU, where a step is bound by reading the weights,
+    which its tokens share. In int8 a token costs about 0.3.
     """
 
-    draft: float = 0.1  # of leaving the kernels for one token
-    token: float = 0.1  # of each drafted token
+    draft: float = 0.1  # per draft: the kernels for a single token no longer apply
+    token: float = 0.1  # per drafted token
 
 
 PLAIN_COSTS = StepCosts()
-# A plain step that fetches candidates reads less of the head, and samples from fewer logits.
+# Plain steps that fetch candidates are faster: they read less of the head and sample from less.
 CANDIDATE_COSTS = StepCosts(draft=0.7, token=0.15)
 
 
 class Drafter(Protocol):
-    """Guesses how one request goes on; it may be wrong at no cost but time."""
+    """Guesses the next tokens of one request; wrong guesses only cost time."""
 
     @property
     def token_cost(self) -> float:
-        """Time to draft one token, in decoding steps of the model that verifies."""
+        """Time to draft one token, in decode steps of the model that verifies."""
 
     def draft(self, tokens: Sequence[int], max_tokens: int) -> list[int]:
-        """At most ``max_tokens`` tokens that may follow ``tokens``; none is a legal answer.
+        """Return up to ``max_tokens`` tokens that may follow ``tokens``, possibly none.
 
         Args:
-            tokens: prompt and answer so far; each call's begin with those of the call before.
+            tokens: prompt and answer so far; every call extends the tokens of the previous one.
             max_tokens: at least 1.
         """
 
 
 class DraftBudget:
-    """How many tokens to draft, such that wrong drafts never cost more than was allowed.
+    """Decides how many tokens to draft, so that wrong drafts never cost more than an allowance.
 
-    An account in decoding steps: accepted tokens pay in the steps that they saved, drafts cost what
-    verifying them takes, and every token brings a small allowance. A draft must be covered. So
-    where all drafts are wrong, the loss stays under the allowance; where they are right, they soon
-    pay for the longest ones.
+    It keeps a balance in decode steps: accepted tokens add the steps that they saved, drafts
+    subtract the time to verify them, and every token adds a small allowance. The balance must cover
+    a draft. So if all drafts are wrong, the loss stays below the allowance; if they are right, the
+    longest drafts are soon affordable.
 
     Args:
-        max_tokens: the longest draft.
-        token_cost: what drafting a token costs, besides verifying it.
-        costs: of verifying.
+        max_tokens: length of the longest draft.
+        token_cost: time to draft a token, in addition to verifying it.
+        costs: time to verify.
 
     Raises:
         InputError: ``max_tokens`` is not positive.
@@ -109,12 +109,12 @@ class DraftBudget:
         self._length = max_tokens  # grows while drafts are right
 
     def max_draft(self) -> int:
-        """The longest draft that is covered now, 0 for none."""
+        """Return the length of the longest draft that the balance covers, 0 for none."""
         covered = int((self._balance - self._draft_cost) / self._token_cost)
         return max(0, min(covered, self._length))
 
     def record(self, drafted: int, accepted: int) -> None:
-        """Settle one step; ``drafted`` 0 is a plain one."""
+        """Update the balance after one step; ``drafted`` is 0 for a plain one."""
         self._balance += ALLOWANCE * (1 + accepted)
         if drafted:
             self._balance += accepted - self._cost(drafted)
@@ -127,7 +127,7 @@ class DraftBudget:
 
 
 class Speculation:
-    """The drafts of one request, and the logits that verifying them has given."""
+    """The drafts of one request, and the logits computed by verifying them."""
 
     def __init__(
         self, request: RequestState, drafter: Drafter, max_tokens: int, costs: StepCosts
@@ -140,9 +140,9 @@ class Speculation:
         self._drafted = self._accepted = 0  # of the last step
 
     def verified_logits(self) -> Logits | None:
-        """[V] after the request's newest token, if it is the one that was drafted next.
+        """Return the logits [V] after the request's newest token, if it is the next drafted one.
 
-        If it is not, whatever was computed after the token before it is of no use.
+        If it is not, the logits of the remaining draft are discarded.
         """
         token = self._request.tokens[-1].token_id
         if self._verified:
@@ -157,7 +157,7 @@ class Speculation:
         return None
 
     def draft(self) -> list[int]:
-        """What may follow the newest token, to be verified together with it."""
+        """Return the draft to verify together with the newest token."""
         count = min(self._budget.max_draft(), self._request.remaining_tokens - 1)
         if count < 1:
             return []
@@ -167,29 +167,25 @@ class Speculation:
         return self._drafter.draft(self._tokens, count)[:count]
 
     def keep(self, draft: Sequence[int], logits: Logits) -> None:
-        """Take [T, V], the logits that follow each token of ``draft``."""
+        """Store ``logits`` [T, V], which follow each token of ``draft``."""
         self._request.drafted_tokens += len(draft)
         self._drafted = len(draft)
         self._verified.extend(zip(draft, logits, strict=True))
 
 
-# Drafts from the text so far: what followed the last few tokens where they stood before.
-#
-# Summaries, code edits and answers that quote copy long passages, and there these drafts are right.
-
-
 class PromptLookup:
-    """A drafter that looks up the last tokens of one request in its own prompt and answer.
+    """A drafter that copies what followed an earlier occurrence of the request's last tokens.
 
-    Longer matches go first, and of equally long ones the latest. A token costs a few dictionary
+    It works well for summaries, code edits and answers that quote, which copy long passages. The
+    longest match wins, and among equally long ones the latest. A token costs a few dictionary
     entries, whatever the length of the text.
 
     Args:
-        max_ngram: most tokens that must have stood there before.
-        min_ngram: fewest tokens.
+        max_ngram: the most tokens to match.
+        min_ngram: the fewest tokens to match.
 
     Raises:
-        InputError: the sizes are impossible.
+        InputError: the sizes are out of range.
     """
 
     token_cost = 0.0
@@ -201,8 +197,8 @@ class PromptLookup:
                 "and the first no more than the second"
             )
         self._sizes = range(max_ngram, min_ngram - 1, -1)
-        self._ends: dict[tuple[int, ...], int] = {}  # n-gram to where it last ended
-        self._indexed = 0  # n-grams that end here or before are in there
+        self._ends: dict[tuple[int, ...], int] = {}  # n-gram -> where it last ended
+        self._indexed = 0  # n-grams that end here or earlier are indexed
 
     def draft(self, tokens: Sequence[int], max_tokens: int) -> list[int]:
         """See :class:`gemma3_export.runtimes.generation.speculation.Drafter`."""
@@ -216,7 +212,7 @@ class PromptLookup:
         return []
 
     def _index(self, tokens: Sequence[int]) -> None:
-        """Remember all n-grams but those at the very end, which must not find themselves."""
+        """Index all n-grams but those at the very end, which must not match themselves."""
         for end in range(self._indexed + 1, len(tokens)):
             for size in self._sizes:
                 if size <= end:
@@ -225,7 +221,7 @@ class PromptLookup:
 
 
 def _continued(tokens: Sequence[int], start: int, count: int) -> list[int]:
-    """``count`` tokens from ``start`` on; past the end, what has been read so repeats."""
+    """Return ``count`` tokens from ``start`` on, repeating them past the end."""
     found = list(tokens[start : start + count])
     period = len(tokens) - start
     while len(found) < count:
@@ -233,21 +229,14 @@ def _continued(tokens: Sequence[int], start: int, count: int) -> list[int]:
     return found
 
 
-# Drafts from a smaller model: a 270M guesses how a larger Gemma goes on.
-#
-# Shapes: V vocabulary.
-
-PREFILL_CHUNK = 512
-
-
 class DraftModel:
-    """A drafter that continues one request's text greedily with another runtime.
+    """A drafter that continues one request's text greedily with a smaller model.
 
-    Its cache is kept between drafts; tokens that turned out wrong are cut off.
+    Its cache is kept between drafts; rejected tokens are cut off.
 
     Args:
-        runtime: the smaller model; its tokens must mean what they mean to the larger one.
-        capacity: tokens of prompt and answer; once they are exceeded, nothing is drafted.
+        runtime: the smaller model, with the tokenizer of the larger one.
+        capacity: tokens of prompt and answer; beyond it, nothing is drafted.
         token_cost: time of one of its steps, in steps of the model that verifies.
     """
 
@@ -257,11 +246,11 @@ class DraftModel:
         self._capacity = min(capacity, runtime.config.max_position_embeddings)
         self._cache: KVCache | None = None
         self._fed: list[int] = []
-        self._seen = 0  # of the tokens fed, those that were the request's own and so cannot change
+        self._seen = 0  # tokens fed that were the request's own, which cannot change
 
     def draft(self, tokens: Sequence[int], max_tokens: int) -> list[int]:
         """See :class:`gemma3_export.runtimes.generation.speculation.Drafter`."""
-        count = min(max_tokens, self._capacity - len(tokens) + 1)  # the last is never fed
+        count = min(max_tokens, self._capacity - len(tokens) + 1)  # the last one is never fed
         if count < 1:
             return []
         found = [self._next_token(tokens)]
@@ -270,7 +259,7 @@ class DraftModel:
         return found
 
     def _next_token(self, tokens: Sequence[int]) -> int:
-        """What follows ``tokens``, of which only those that are new or changed are computed."""
+        """Return the token that follows ``tokens``; only new or changed ones are computed."""
         if self._cache is None:
             self._cache = self._runtime.new_cache(1, self._capacity)
         same, end = self._seen, min(len(self._fed), len(tokens) - 1)
@@ -291,7 +280,7 @@ class DraftModel:
 
 
 def relative_cost(draft: Runtime, model: Runtime) -> float:
-    """Time of a step of ``draft`` in steps of ``model``: as their weights, which a step reads.
+    """Return the time of a step of ``draft`` in steps of ``model``, estimated from their weights.
 
     Raises:
         InputError: the vocabularies differ in size.
@@ -299,6 +288,6 @@ def relative_cost(draft: Runtime, model: Runtime) -> float:
     if draft.config.vocab_size != model.config.vocab_size:
         raise InputError(
             f"the draft model has a vocabulary of {draft.config.vocab_size} tokens and the model "
-            f"one of {model.config.vocab_size}; both must have the same tokenizer"
+            f"one of {model.config.vocab_size}; use a draft model with the same tokenizer"
         )
     return draft.config.num_parameters / model.config.num_parameters

@@ -320,12 +320,12 @@ def test_logits_that_are_not_finite_are_an_error(bad, values):
     for where in (0, 13, slice(None)):
         logits = random_logits(100)
         logits[where] = bad
-        with pytest.raises(Gemma3ExportError, match=f"largest is {bad}"):
+        with pytest.raises(Gemma3ExportError, match=f"largest logit is {bad}"):
             Sampler(SamplingParams(**values), [1, 2]).sample(logits)
 
 
 def test_no_token_is_chosen_when_all_are_banned_or_the_shape_is_wrong():
-    with pytest.raises(Gemma3ExportError, match="largest is -inf"):
+    with pytest.raises(Gemma3ExportError, match="largest logit is -inf"):
         Sampler(SamplingParams()).sample(np.full(9, -np.inf, dtype=np.float32))
     with pytest.raises(InputError, match=r"shape \(1, 9\)"):
         Sampler(SamplingParams()).sample(np.zeros((1, 9), dtype=np.float32))

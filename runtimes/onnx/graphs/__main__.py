@@ -1,4 +1,4 @@
-"""Write the tiny graphs: ``python -m gemma3_export.runtimes.onnx.graphs``."""
+"""Write the small graphs: ``python -m gemma3_export.runtimes.onnx.graphs``."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ trial (float[2, 2] left, float[2, 2] right) => (float[2, 2] product) {
 
 
 def written(text: str) -> bytes:
-    """One graph as its file holds it."""
+    """Return one graph as its file contains it."""
     model = parser.parse_model(HEADER + text)
     onnx.checker.check_model(model, full_check=True)
     serialized: bytes = model.SerializeToString()
