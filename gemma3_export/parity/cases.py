@@ -69,7 +69,7 @@ class Case:
 def cases_for(
     runtime: Runtime, config: Gemma3Config, sequences: Sequences, options: VerifyOptions
 ) -> list[Case]:
-    """Return all cases that the runtime and the model support; ``config`` is the reference's."""
+    """Return the cases that the runtime and the model support; ``config`` is the reference's."""
     window, long = config.sliding_window, len(sequences[LONG].ids)
     lengths = sorted(
         {min(n, long) for n in (window - 1, window, window + 1, 2 * window + 3) if n > 0}
@@ -135,7 +135,7 @@ def cases_for(
 
 
 def chunk_size(config: Gemma3Config, length: int) -> int:
-    """Return the tokens per chunk: a fifth of the window at most, dividing neither length."""
+    """Return a chunk size near a fifth of the window that divides neither it nor ``length``."""
     window = config.sliding_window
     chunk = max(2, min(window, length) // 5)
     while chunk < length and (length % chunk == 0 or window % chunk == 0):

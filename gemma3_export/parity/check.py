@@ -102,7 +102,7 @@ def compare(
     files: Mapping[str, str] | None = None,
     progress: Progress | None = None,
 ) -> ParityReport:
-    """Check that two runtimes compute the same.
+    """Check that two runtimes compute the same results.
 
     The expected values are the baseline's. The noise floor is still the rounding of the reference
     with the weights of ``source``. Both runtimes round, so the limits are twice as wide.

@@ -40,7 +40,7 @@ class GraphVariant:
 def float32_matmul_variant(
     candidate: Runtime, ground_truth: GroundTruth, limits: Limits
 ) -> GraphVariant | None:
-    """Return a quantised graph that multiplies in floating point, if the candidate is quantised.
+    """Return a quantised candidate with float32 products, or None if it is not quantised.
 
     See :mod:`gemma3_export.parity.rounding`.
     """
@@ -65,7 +65,7 @@ def float32_matmul_variant(
 def other_cache_variant(
     candidate: Runtime, ground_truth: GroundTruth, limits: Limits
 ) -> GraphVariant | None:
-    """Return the graph's sibling with another kind of cache, if it has one."""
+    """Return the sibling graph with another kind of cache, or None if there is none."""
     runtime = candidate.with_other_cache() if isinstance(candidate, CacheVariants) else None
     if runtime is None:
         return None
@@ -83,7 +83,7 @@ def other_cache_variant(
 def candidate_variant(
     candidate: Runtime, ground_truth: GroundTruth, limits: Limits
 ) -> GraphVariant | None:
-    """Return cached steps of a runtime that selects candidate tokens itself, if it does."""
+    """Return the runtime with selected candidates as logits, or None if it selects none."""
     runtime = with_candidates(candidate)
     if runtime is None:
         return None

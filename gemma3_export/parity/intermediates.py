@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from gemma3_export.errors import UnavailableError
 from gemma3_export.reference.model import Gemma3, KeyValue
+from gemma3_export.reference.runtime import ReferenceRuntime
 from gemma3_export.runtimes.onnx.graph_rewrites import read_graph
 from gemma3_export.runtimes.onnx.ort_values import as_float32, run_graph, zeros
 from gemma3_export.runtimes.onnx.runtime import OnnxRuntime
@@ -99,9 +100,8 @@ def open_intermediates(runtime: Runtime) -> IntermediatesOfStep | None:
     """Return a function of (past ids, new ids), or None if the backend exposes no intermediates."""
     if isinstance(runtime, OnnxRuntime):
         return OnnxIntermediates(runtime)
-    model = getattr(runtime, "model", None)
-    if isinstance(model, Gemma3):
-        return partial(_reference_step, model)
+    if isinstance(runtime, ReferenceRuntime):
+        return partial(_reference_step, runtime.model)
     return None
 
 
@@ -169,7 +169,7 @@ class OnnxIntermediates:
         UnavailableError: the onnx package is missing.
     """
 
-    def __init__(self, runtime: Any) -> None:
+    def __init__(self, runtime: OnnxRuntime) -> None:
         try:
             import onnx
         except ImportError as error:
@@ -177,7 +177,9 @@ class OnnxIntermediates:
                 'naming the diverging layer needs onnx; run: pip install "gemma3-export[export]"'
             ) from error
         if runtime.uses_sliding_window_cache:  # its sibling accepts an empty cache
-            runtime = runtime.with_other_cache()
+            sibling = runtime.with_other_cache()
+            assert sibling is not None
+            runtime = sibling
         self.runtime = runtime
         model = (
             onnx.load_model_from_string(runtime.graph)
@@ -201,28 +203,17 @@ class OnnxIntermediates:
 
     def __call__(self, before: IntArray, new: IntArray) -> Intermediates:
         """Feed ``before``, then ``new``, and return the intermediates of ``new``."""
-        past = [
-            zeros(
-                (1, self.runtime.config.num_key_value_heads, 0, self.runtime.config.head_dim),
-                spec.dtype,
-            )
-            for spec in self.runtime.signature.past
-        ]
+        config, signature = self.runtime.config, self.runtime.signature
+        empty = (1, config.num_key_value_heads, 0, config.head_dim)
+        past = [zeros(empty, spec.dtype) for spec in signature.past]
         if len(before):
-            names = [spec.name for spec in self.runtime.signature.present]
-            past = self._run(names, before, past, len(before))
-        wanted = list(dict.fromkeys(self.names.values()))
-        keys = [spec.name for spec in self.runtime.signature.present_keys]
-        logits = self.runtime.signature.logits.name
-        total = len(before) + len(new)
-        found = dict(
-            zip(
-                [*wanted, *keys, logits],
-                map(as_float32, self._run([*wanted, *keys, logits], new, past, total)),
-                strict=True,
-            )
-        )
+            past = self._run([spec.name for spec in signature.present], before, past, len(before))
+        keys = [spec.name for spec in signature.present_keys]
+        logits = signature.logits.name
+        outputs = list(dict.fromkeys([*self.names.values(), *keys, logits]))
         count = len(new)
+        results = self._run(outputs, new, past, len(before) + count)
+        found = dict(zip(outputs, map(as_float32, results), strict=True))
         values = {place: tokens_first(found[name], count) for place, name in self.names.items()}
         for layer, name in enumerate(keys):
             key = found[name][0][:, len(before) : len(before) + count]

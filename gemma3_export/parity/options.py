@@ -1,4 +1,4 @@
-"""Options of a parity check, and the precision and threads that it uses."""
+"""Define the options of a parity check, and derive its precision and threads."""
 
 from __future__ import annotations
 

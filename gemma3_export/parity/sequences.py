@@ -1,4 +1,4 @@
-"""The token sequences that all cases read, and the observations that feeding them yields.
+"""Define the token sequences of all cases, and the observations made while feeding them.
 
 With a causal mask, the logits and keys of a prefix do not depend on the tokens that follow. One
 long sequence therefore serves all lengths, and its expected values are computed once.
@@ -150,7 +150,7 @@ Observation = LogitObservation | CacheObservation
 
 
 class TeacherForcing:
-    """Feeds given sequences to the rows of one cache, whatever tokens the runtime predicts."""
+    """A feed of given sequences into the rows of one cache, regardless of the predictions."""
 
     def __init__(
         self, runtime: Runtime, sequences: Sequence[TokenSequence], rows: Sequence[int]

@@ -17,7 +17,7 @@ MAX_DOTS = 600
 
 
 class Label(NamedTuple):
-    """A text at a pixel of an axis."""
+    """A label at a position along an axis, in pixels."""
 
     at: float
     text: str
@@ -90,7 +90,7 @@ def decade_range(values: Sequence[float]) -> tuple[int, int]:
 
 
 def exponent(value: float) -> float:
-    """Return the decimal logarithm, and an infinite one for zero and infinity."""
+    """Return the decimal logarithm; it is infinite for zero and infinity."""
     return math.log10(value) if 0 < value < math.inf else math.copysign(math.inf, value - 1)
 
 
@@ -209,6 +209,6 @@ def divergence_chart(report: ParityReport) -> Chart:
 
 
 def round_step(last: int) -> int:
-    """Return the distance of at most ten round ticks from 0 to ``last``."""
+    """Return a round tick interval that gives at most ten ticks from 0 to ``last``."""
     steps = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000)
     return next((step for step in steps if last / step <= 9), 5000)

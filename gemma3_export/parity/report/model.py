@@ -1,4 +1,4 @@
-"""The report as plain frozen data, and its JSON form (described by ``report.schema.json``)."""
+"""Define the report as plain frozen data, and its JSON form (see ``report.schema.json``)."""
 
 from __future__ import annotations
 
