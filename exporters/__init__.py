@@ -1,1 +1,1 @@
-"""Exporters: trace the reference model into ONNX and TorchScript bundles."""
+"""Exporters: trace the reference model into ONNX, TorchScript and torch.export bundles."""

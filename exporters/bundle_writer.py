@@ -1,7 +1,7 @@
-"""Make a bundle: everything around the graph, all or nothing.
+"""Write a bundle: config, tokenizer, graph, manifest and parity report, all or nothing.
 
-A graph writer adds its graph; this module adds config, tokenizer, manifest and proof, and lets the
-folder appear under its name only when all of it is there.
+A graph writer adds its graph; this module adds everything else. The folder gets its name only once
+it is complete, so a failed or interrupted export leaves no partial output.
 """
 
 from __future__ import annotations
@@ -50,37 +50,37 @@ __all__ = [
 
 
 class GraphWriter(Protocol):
-    """Writes one executable form of the model into a bundle."""
+    """Writer of one executable graph of a bundle, and the options of its export."""
 
     runtime: ClassVar[str]  # the backend that runs it
 
     @property
     def half(self) -> HalfPrecision | None:
-        """What the graph holds in half precision; None when it computes in float32."""
+        """What the graph computes in half precision, None if it computes in float32."""
 
     def size_bytes(self, config: Gemma3Config) -> int:
-        """About how much room the files need."""
+        """Return about how much space the files need."""
 
     def write(
         self, source: WeightSource, folder: Path, progress: Progress
     ) -> tuple[Graph, dict[str, str]]:
-        """Write the graph below ``folder``; return its record and the hashes that it knows."""
+        """Write the graph to ``folder``; return its record and the SHA-256 of known files."""
 
 
 class Verification(Protocol):
-    """Proves a staged bundle; called with its folder and the weights that it was made from."""
+    """Parity check of a bundle against the weights that it was made from."""
 
     def __call__(self, folder: Path, source: WeightSource, ranges: HalfRanges | None = None) -> str:
         """Return the parity report as JSON.
 
         Raises:
-            ParityError: the bundle does not compute what the reference computes.
+            ParityError: the bundle differs from the reference.
         """
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExportResult:
-    """What an export made, and how long it took."""
+    """Result of an export."""
 
     path: Path
     verified: bool
@@ -98,23 +98,23 @@ def export_bundle(
     verification: Verification | None = None,
     progress: Progress | None = None,
 ) -> ExportResult:
-    """Export ``source`` as a bundle at ``output``, or add a graph to the bundle that is there.
+    """Export ``source`` to a bundle at ``output``, or add a graph to an existing bundle.
 
     Args:
         source: the weights and their config.
-        output: the folder to create. When it is a bundle of the same weights without a graph for
-            this runtime, the graph is added; the folder is still replaced in one step.
-        writer: what kind of graph to write.
-        tokenizer: None takes the one that came with the weights, if any.
+        output: the folder to create. If it is a bundle of the same weights without a graph for this
+            runtime, the graph is added, and the folder is still replaced in one step.
+        writer: writes the graph.
+        tokenizer: defaults to the tokenizer of the weights, if any.
         force: replace an existing folder.
-        verification: the parity check; None skips it, and the manifest says so.
+        verification: the parity check; None skips it and records that in the manifest.
         progress: called with the stage and how much of it is done.
 
     Raises:
         InputError: the folder exists, or weights, config and tokenizer contradict each other.
-        ParityError: the graph is not the reference, or float16 cannot hold its activations;
-            nothing is kept.
-        Gemma3ExportError: the disk is full or cannot be written.
+        ParityError: the graph differs from the reference, or its activations overflow float16;
+            there is no output.
+        Gemma3ExportError: the disk is full or not writable.
     """
     report = progress or ignore_progress
     existing = None if force else extendable_bundle(output, writer.runtime, source)
@@ -141,7 +141,7 @@ def export_bundle(
         seconds["export"] = time.perf_counter() - started
         if verification is not None:
             started = time.perf_counter()
-            add_proof(folder, graph.runtime, verification(folder, source, ranges))
+            add_report(folder, graph.runtime, verification(folder, source, ranges))
             manifest.graphs[-1] = replace(graph, verified=True)
             hashes = {name: record.sha256 for name, record in manifest.files.items()}
             hashes.pop(PARITY, None)
@@ -160,10 +160,10 @@ def checked_ranges(
     is_verified: bool,
     progress: Progress,
 ) -> HalfRanges | None:
-    """How large the activations grow; float16 is always checked, with a proof and without.
+    """Measure activations in half precision; float16 is checked even without a parity check.
 
     Raises:
-        ParityError: they come too near the end of the type.
+        ParityError: activations come too close to the largest number of the type.
     """
     if half is None or not (is_verified or half.dtype == torch.float16):
         return None
@@ -174,10 +174,10 @@ def checked_ranges(
 
 
 def extendable_bundle(output: Path, runtime: str, source: WeightSource) -> Bundle | None:
-    """The bundle at ``output``, when a graph for ``runtime`` can be added to it.
+    """Return the bundle at ``output`` if a graph for ``runtime`` can be added to it.
 
     Raises:
-        InputError: it is a bundle of other weights.
+        InputError: the bundle was made from other weights.
     """
     if not (output / MANIFEST).is_file():
         return None
@@ -186,61 +186,61 @@ def extendable_bundle(output: Path, runtime: str, source: WeightSource) -> Bundl
         return None
     if bundle.config != source.config or bundle.manifest.source != source.fingerprint():
         raise InputError(
-            f"{output} is a bundle of other weights, so no {runtime} graph is added to it; "
-            "choose another output, or pass --force to replace it"
+            f"{output} is a bundle of other weights, so a {runtime} graph cannot be added; choose "
+            "another output, or pass --force to replace the bundle"
         )
     return bundle
 
 
 def link_files(bundle: Bundle, folder: Path) -> None:
-    """Bring a bundle's files into ``folder`` without copying them, where the disk allows it.
+    """Hard-link a bundle's files into ``folder``, or copy them if the file system cannot.
 
-    The links are the only names of the files again once the old folder is gone.
+    Once the old folder is deleted, the links are the only names of the files.
     """
     bundle.check_sizes()
     for relative in bundle.manifest.files:
         target = folder / relative
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
-            target.hardlink_to(bundle.file(relative).resolve())  # a link may be relative
+            target.hardlink_to(bundle.file(relative).resolve())  # symbolic links may be relative
         except OSError:  # a file system without hard links
             shutil.copyfile(bundle.file(relative), target)
 
 
 def known_hashes(bundle: Bundle | None) -> dict[str, str]:
-    """Hashes of files that are taken over unchanged."""
+    """Return the hashes of a bundle's files."""
     if bundle is None:
         return {}
     return {name: record.sha256 for name, record in bundle.manifest.files.items()}
 
 
 def combine(existing: Bundle | None, graph: Graph, source: WeightSource) -> Manifest:
-    """The manifest with ``graph`` added; files are filled in when it is written."""
+    """Return a manifest with ``graph`` added; writing it fills in the files."""
     graphs = [] if existing is None else existing.manifest.graphs
     return Manifest(
         graphs=[*graphs, graph], source=source.fingerprint(), versions=package_versions()
     )
 
 
-def add_proof(folder: Path, runtime: str, report: str) -> None:
+def add_report(folder: Path, runtime: str, report: str) -> None:
     """Add one runtime's parity report to ``parity.json``."""
     path = folder / PARITY
-    proofs = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    proofs[runtime] = json.loads(report)
-    write_text_atomically(path, json.dumps(proofs, indent=1) + "\n")
+    reports = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    reports[runtime] = json.loads(report)
+    write_text_atomically(path, json.dumps(reports, indent=1) + "\n")
 
 
 def tokenizer_of(source: WeightSource) -> Tokenizer | None:
-    """The tokenizer that came with the weights, if any."""
+    """Return the tokenizer of the weights, if any."""
     file = source.tokenizer_file()
     return None if file is None else load_tokenizer(file)
 
 
 def require_space(output: Path, size_bytes: int) -> None:
-    """Refuse an export that the disk cannot hold, before anything is written.
+    """Check that the disk has room for an export, before writing anything.
 
     Raises:
-        Gemma3ExportError: too little space.
+        Gemma3ExportError: there is too little space.
     """
     folder = output.absolute().parent
     while not folder.exists():
@@ -248,13 +248,13 @@ def require_space(output: Path, size_bytes: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < size_bytes:
         raise Gemma3ExportError(
-            f"the export needs about {size_bytes / 1e9:.2f} GB and {folder} has "
-            f"{free / 1e9:.2f} GB left; free some space or choose another output"
+            f"the export needs about {size_bytes / 1e9:.2f} GB, but {folder} has only "
+            f"{free / 1e9:.2f} GB free; free some space or choose another output"
         )
 
 
 def package_versions() -> dict[str, str]:
-    """Versions of what made the bundle."""
+    """Return the versions of the packages that made the bundle."""
     names = ("torch", "onnx", "onnx-ir", "onnxscript")
     return {"gemma3-export": __version__} | {
         name: importlib.metadata.version(name) for name in names
@@ -262,7 +262,7 @@ def package_versions() -> dict[str, str]:
 
 
 def half_precision(dtype: torch.dtype, *, holds_residual: bool) -> HalfPrecision | None:
-    """Of a graph in ``dtype``; None when that is float32."""
+    """Describe the half precision of a graph in ``dtype``, None for float32."""
     return (
         HalfPrecision(dtype=dtype, holds_residual=holds_residual) if dtype.itemsize == 2 else None
     )

@@ -1,6 +1,6 @@
-"""The traced entry point: the reference behind the KV-cache signature.
+"""The module that exporters trace: the reference model behind the signature of a decoder step.
 
-Every exporter traces this one wrapper, so ONNX and TorchScript have the same inputs and outputs.
+All exporters trace this wrapper, so all graphs have the same inputs and outputs.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ class DecoderStep(nn.Module):
 
     def __init__(self, model: Gemma3) -> None:
         super().__init__()
-        self.decoder = model  # under this name in every trace: signature.MODEL_PREFIX
+        self.decoder = model  # must be named like bundle.signature.MODEL_PREFIX
 
     def forward(
         self,
@@ -28,7 +28,10 @@ class DecoderStep(nn.Module):
         past: list[Tensor],
         num_logits_to_keep: Tensor,
     ) -> tuple[Tensor, ...]:
-        """``past`` alternates key and value, layer by layer; so does what follows the logits."""
+        """Return logits, then the extended cache.
+
+        Like the outputs after the logits, ``past`` alternates key and value, layer by layer.
+        """
         pairs = list(zip(past[::2], past[1::2], strict=True))
         output = self.decoder(
             input_ids, attention_mask, pairs, num_logits_to_keep=num_logits_to_keep
@@ -44,7 +47,7 @@ def example_inputs(
     past: int = 5,
     dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor, list[Tensor], Tensor]:
-    """Inputs for tracing; their extents are distinct, so that none is taken for another."""
+    """Return inputs for tracing; sizes differ, so that the tracer does not confuse axes."""
     cache = (batch, config.num_key_value_heads, past, config.head_dim)
     return (
         torch.ones(batch, new, dtype=torch.int64),

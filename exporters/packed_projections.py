@@ -1,7 +1,7 @@
-"""Pack the reference's projections: one matrix product where the reference has two or three.
+"""Packed projections: one matrix product in place of two or three of the reference.
 
-Which layers are packed, and how a packed tensor is made of canonical weights, is known here only;
-each format brings its own kind of matrix product.
+This module defines which layers are packed, and how canonical weights make up a packed tensor. Each
+exporter brings its own kind of matrix product.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ __all__ = ["PackedAttention", "PackedMLP", "PackedProjection", "weight_recipes"]
 
 
 class PackedProjection(nn.Module):
-    """Several bias-free linear layers that read the same input, as one product.
+    """Several bias-free linear layers with the same input, as one product.
 
-    ``sources`` names the layers, beside which this module stands in the module tree. Subclasses
-    say how the weight is stored (``is_transposed``: input-major) and multiplied.
+    ``sources`` names the layers that it replaces, relative to its parent module. Subclasses define
+    how the weight is stored (``is_transposed``: input-major) and multiplied.
     """
 
     is_transposed = False
@@ -37,15 +37,15 @@ class PackedProjection(nn.Module):
         self.sources = tuple(sources)
 
     def product(self, x: Tensor) -> Tensor:
-        """[B, T, in] to [B, T, sum of out_features]."""
+        """Multiply [B, T, in] to [B, T, sum of out_features]."""
         raise NotImplementedError
 
     def split(self, y: Tensor) -> tuple[Tensor, ...]:
-        """[B, T, sum of out_features] to one [B, T, out] for each source."""
+        """Split [B, T, sum of out_features] into one [B, T, out] per source."""
         return torch.split(y, list(self.out_features), dim=-1)
 
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, ...]:
-        """[B, T, in] to [B, T, out], or to a tuple of them for several sources."""
+        """Project [B, T, in] to [B, T, out], or to a tuple of them for several sources."""
         y = self.product(x)
         return y if len(self.out_features) == 1 else self.split(y)
 
@@ -54,7 +54,7 @@ Projection = Callable[[int, Sequence[int], Sequence[str]], PackedProjection]
 
 
 class PackedMLP(MLP):
-    """Gate and up projections in one product."""
+    """The reference's MLP with gate and up projections in one product."""
 
     def __init__(self, config: Gemma3Config, projection: Projection) -> None:
         nn.Module.__init__(self)
@@ -64,13 +64,13 @@ class PackedMLP(MLP):
         self.down_proj = down  # type: ignore[assignment]
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Gate and up projections, each [B, T, intermediate_size]."""
+        """Return gate and up projections, each [B, T, intermediate_size]."""
         gate, up = self.gate_up(x)
         return gate, up
 
 
 class PackedAttention(Attention):
-    """The reference's attention with queries, keys and values from one product."""
+    """The reference's attention with query, key and value projections in one product."""
 
     def __init__(self, original: Attention, projection: Projection) -> None:
         nn.Module.__init__(self)
@@ -83,13 +83,13 @@ class PackedAttention(Attention):
         self.o_proj = out  # type: ignore[assignment]
 
     def project(self, x_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries [B, T, N*H], keys and values [B, T, K*H]."""
+        """Return queries [B, T, N*H], keys and values [B, T, K*H]."""
         q, k, v = self.qkv(x_BTD)
         return q, k, v
 
 
 def weight_recipes(model: Gemma3) -> dict[str, WeightRecipe]:
-    """How each parameter of a packed model is made of the canonical weights."""
+    """Return how to make each parameter of a packed model from canonical weights."""
     recipes = {name: WeightRecipe(names=(name,)) for name, _ in model.named_parameters()}
     for path, module in model.named_modules():
         if isinstance(module, PackedProjection):

@@ -37,7 +37,7 @@ from gemma3_export.exporters.onnx.quantize_weights import quantized_recipes, qua
 from gemma3_export.exporters.onnx.screened_head import screen_bytes, should_screen, write_screen
 from gemma3_export.exporters.onnx.sliding_window import has_sliding_layers
 from gemma3_export.exporters.onnx.trace import TARGETS, trace_onnx
-from gemma3_export.exporters.quantize.calibration import CalibrationPlan
+from gemma3_export.exporters.quantize.calibration import CalibrationOptions
 from gemma3_export.exporters.quantize.gptq_quantizer import GptqQuantizer, check_formats
 from gemma3_export.exporters.quantize.mixed_precision import quantize_mixed
 from gemma3_export.exporters.quantize.quantizers import (
@@ -80,7 +80,7 @@ class OnnxWriter:
     activations: str = "fp32"
     block_size: int = 32
     max_kld: float | None = None
-    calibration: CalibrationPlan = field(default_factory=CalibrationPlan)
+    calibration: CalibrationOptions = field(default_factory=CalibrationOptions)
     screen: bool | None = None
 
     def __post_init__(self) -> None:

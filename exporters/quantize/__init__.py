@@ -1,1 +1,1 @@
-"""Quantise weights into blocks: round to nearest, GPTQ, mixed, or GGUF blocks as stored."""
+"""Weight quantisation: round to nearest, GPTQ, mixed precision, and blocks of GGUF files."""

@@ -1,8 +1,8 @@
-"""The text that quantisation looks at: a file, or what the model itself writes.
+"""Calibration text for quantisation: a file, or text that the model itself generates.
 
 Without a file the model continues tokens drawn from its whole vocabulary, so that all its languages
-and kinds of text come up (as LLM-QAT does, Liu et al., arXiv:2305.17888). That needs no network and
-no text of anybody else's, and it is the distribution that matters: the model's own.
+and kinds of text occur (as in LLM-QAT, Liu et al., arXiv:2305.17888). This needs neither a network
+nor third-party text, and it samples the distribution that matters: the model's own.
 """
 
 from __future__ import annotations
@@ -26,126 +26,128 @@ from gemma3_export.runtimes.generation.loop import GenerationOptions, TokenEvent
 from gemma3_export.runtimes.generation.sampling import SamplingParams
 from gemma3_export.tokenizer import Tokenizer
 
-__all__ = ["Calibration", "CalibrationPlan", "calibration_from_file", "sampled_calibration"]
+__all__ = ["CalibrationData", "CalibrationOptions", "calibration_from_file", "sampled_calibration"]
 
-MOST_CHARACTERS = 2**22  # of a text that are tokenised, which takes 165 bytes for each
+MAX_CHARACTERS = 2**22  # to tokenise, at 165 bytes of memory per character
 STAGE = "sampling calibration text"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class CalibrationPlan:
-    """What text to calibrate with.
+class CalibrationOptions:
+    """Where calibration text comes from, and how much of it to use.
 
     Raises:
-        InputError: a size is too small.
+        InputError: the text would be too short.
     """
 
-    file: Path | None = None  # UTF-8; None lets the model write
+    file: Path | None = None  # UTF-8; None lets the model generate the text
     sequences: int = 160
-    tokens: int = 96  # of a sequence, <bos> included
+    tokens: int = 96  # per sequence, including <bos>
     seed: int = 0
 
     def __post_init__(self) -> None:
         if self.sequences < 8 or self.tokens < 4:
             raise InputError(
-                f"calibration with {self.sequences} sequences of {self.tokens} tokens is too "
-                "little; use at least 8 of 4"
+                f"{self.sequences} calibration sequences of {self.tokens} tokens are too few; "
+                "use at least 8 sequences of 4 tokens"
             )
 
     def load(
         self, source: WeightSource, tokenizer: Tokenizer | None, progress: Progress
-    ) -> Calibration:
-        """The text, read or sampled.
+    ) -> CalibrationData:
+        """Read or generate the text.
 
         Raises:
-            InputError: the file is no text, or too short.
+            InputError: the file is not a text file, or is too short.
         """
         if self.file is None:
             return sampled_calibration(source, self, progress)
         if tokenizer is None:
             raise InputError(
-                f"{self.file} needs a tokenizer, and none came with the weights; give --tokenizer, "
-                "or leave --calibration out"
+                f"{self.file} needs a tokenizer, but the weights come without one; pass "
+                "--tokenizer, or omit --calibration"
             )
         return calibration_from_file(self.file, tokenizer, source.config, self)
 
     def length(self, config: Gemma3Config) -> int:
-        """Tokens of a sequence that the model has room for."""
+        """Return the tokens per sequence, limited by the model's context length."""
         return min(self.tokens, config.max_position_embeddings)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Calibration:
-    """Token sequences of one length, and what the manifest says of them."""
+class CalibrationData:
+    """Token sequences of equal length, and their description in the manifest."""
 
     ids: Tensor  # [sequences, tokens] int64
     description: dict[str, Any]  # JSON
 
 
-def described(ids: Tensor, kind: str, **more: Any) -> Calibration:
-    """Name the text by its hash."""
+def with_description(ids: Tensor, kind: str, **more: Any) -> CalibrationData:
+    """Describe ``ids`` by size and hash."""
     digest = hashlib.sha256(ids.numpy().astype("<i4").tobytes()).hexdigest()
     sequences, tokens = ids.shape
     about = {"kind": kind, "sequences": sequences, "tokens": tokens, "ids_sha256": digest}
-    return Calibration(ids=ids, description=about | more)
+    return CalibrationData(ids=ids, description=about | more)
 
 
 def calibration_from_file(
-    path: Path, tokenizer: Tokenizer, config: Gemma3Config, plan: CalibrationPlan
-) -> Calibration:
-    """Sequences spread evenly over a UTF-8 text.
+    path: Path, tokenizer: Tokenizer, config: Gemma3Config, options: CalibrationOptions
+) -> CalibrationData:
+    """Read sequences spread evenly over a UTF-8 text.
 
     Raises:
-        InputError: the file cannot be read, is no UTF-8 text, or has too few tokens.
+        InputError: the file cannot be read, is not UTF-8 text, or has too few tokens.
     """
     try:
         data = path.read_bytes()
         text = data.decode("utf-8")
     except OSError as error:
         reason = error.strerror or str(error)
-        raise InputError(f"{path} cannot be read: {reason}; give a UTF-8 text file") from error
+        raise InputError(f"{path} cannot be read: {reason}; pass a UTF-8 text file") from error
     except UnicodeDecodeError as error:
         raise InputError(
-            f"{path} is not UTF-8 text ({error.reason} at byte {error.start}); convert it"
+            f"{path} is not UTF-8 text ({error.reason} at byte {error.start}); convert it to UTF-8"
         ) from error
     bos = config.bos_token_id
-    found = tokenizer.encode_ordinary(thinned(text, plan.sequences))
-    body = plan.length(config) - 1
-    needed = plan.sequences * body
+    found = tokenizer.encode_ordinary(sample_evenly(text, options.sequences))
+    body = options.length(config) - 1
+    needed = options.sequences * body
     if len(found) < needed:
         raise InputError(
-            f"{path} has {len(found):,} tokens and calibration needs {needed:,}; give a longer "
-            "text, or leave --calibration out to let the model write its own"
+            f"{path} has {len(found):,} tokens, but calibration needs {needed:,}; pass a longer "
+            "text, or omit --calibration to let the model generate it"
         )
-    starts = np.linspace(0, len(found) - body, plan.sequences).astype(np.int64)
+    starts = np.linspace(0, len(found) - body, options.sequences).astype(np.int64)
     rows = [[bos, *found[start : start + body]] for start in starts.tolist()]
-    return described(torch.tensor(rows), "file", file_sha256=hashlib.sha256(data).hexdigest())
+    return with_description(
+        torch.tensor(rows), "file", file_sha256=hashlib.sha256(data).hexdigest()
+    )
 
 
-def thinned(text: str, pieces: int) -> str:
-    """A text that can be tokenised in little memory: of a longer one, pieces spread evenly."""
-    if len(text) <= MOST_CHARACTERS:
+def sample_evenly(text: str, pieces: int) -> str:
+    """Return evenly spread pieces of a text that is too long to tokenise as a whole."""
+    if len(text) <= MAX_CHARACTERS:
         return text
-    size = MOST_CHARACTERS // pieces
+    size = MAX_CHARACTERS // pieces
     starts = np.linspace(0, len(text) - size, pieces).astype(np.int64)
     return "".join(text[start : start + size] for start in starts.tolist())
 
 
 def sampled_calibration(
-    source: WeightSource, plan: CalibrationPlan, progress: Progress
-) -> Calibration:
-    """Let the model write, from ``<bos>`` and one token each that is drawn at random."""
+    source: WeightSource, options: CalibrationOptions, progress: Progress
+) -> CalibrationData:
+    """Generate sequences, each from ``<bos>`` and one random token."""
     config = source.config
-    length = plan.length(config)
-    first = np.random.default_rng(plan.seed).integers(0, config.vocab_size, plan.sequences)
+    length = options.length(config)
+    first = np.random.default_rng(options.seed).integers(0, config.vocab_size, options.sequences)
     prompts = [[config.bos_token_id, token] for token in first.tolist()]
     progress(STAGE, 0, length)
-    # Half the memory of float32; what is sampled only has to be likely.
+    # Half the memory of float32; samples need not be exact.
     runtime = ReferenceRuntime(load_reference(source, torch.bfloat16))
     events = generate(
         runtime,
         prompts,
-        SamplingParams(temperature=1.0, seed=plan.seed),
+        SamplingParams(temperature=1.0, seed=options.seed),
         GenerationOptions(max_new_tokens=length - 2, stop_token_ids=()),
     )
     written = [list(prompt) for prompt in prompts]
@@ -154,4 +156,4 @@ def sampled_calibration(
             written[event.request].append(event.token_id)
             if event.request == 0:
                 progress(STAGE, len(written[0]), length)
-    return described(torch.tensor(written), "sampled", seed=plan.seed)
+    return with_description(torch.tensor(written), "sampled", seed=options.seed)

@@ -1,9 +1,9 @@
-"""Round a matrix so that its products change least: GPTQ (Frantar et al., arXiv:2210.17323).
+"""GPTQ: round a matrix so that its products change least (Frantar et al., arXiv:2210.17323).
 
-Columns are rounded one after the other, and those that are still to come take over the error, as
-far as their inputs go along with the rounded one's (the Hessian says how far). Scales are searched
-before that, with errors weighted by the Hessian's diagonal, so the columns can be taken in the
-order of their weight although blocks consist of neighbours.
+Columns are rounded one by one, and the columns that follow compensate for the error as far as their
+inputs correlate with those of the rounded column, which the Hessian tells. Scales are searched
+first, with errors weighted by the Hessian's diagonal. So columns can be rounded in the order of
+their importance, although blocks consist of adjacent columns.
 
 Shapes: N rows (outputs), K columns (inputs), G blocks of a row, P positions of text.
 """
@@ -18,37 +18,37 @@ from gemma3_export.reference.weights.block_matrix import BlockMatrix, block_scal
 
 __all__ = ["DAMPING", "GptqRounding", "Hessian"]
 
-DAMPING = 0.01  # of the mean diagonal, added to all of it
-SWEEP = 64  # columns whose errors reach the columns beyond them in one product
-ROWS = 4096  # rounded at once, so that they stay in the processor's cache
+DAMPING = 0.01  # added to the Hessian's diagonal, relative to its mean
+SWEEP = 64  # columns per lazy batch: their errors update later columns in one product
+ROWS = 4096  # rows per pass, few enough to stay in the processor's cache
 
 
 class Hessian:
-    """The second moment of a matrix's inputs, summed over text."""
+    """The second moment of a matrix's inputs over calibration text."""
 
     def __init__(self, columns: int) -> None:
         self.sum = torch.zeros(columns, columns)
         self.positions = 0
 
     def add(self, x: Tensor) -> None:
-        """Count inputs [..., K]."""
+        """Add inputs [..., K]."""
         rows = x.reshape(-1, x.shape[-1]).float()
         self.sum.addmm_(rows.T, rows)
         self.positions += len(rows)
 
     def mean(self) -> Tensor:
-        """[K, K] float64."""
+        """Return the mean over positions, [K, K] float64."""
         return self.sum.double() / max(1, self.positions)
 
 
 class GptqRounding:
-    """Rounds rows of matrices that share their inputs.
+    """GPTQ for rows of matrices that share their inputs.
 
     Args:
-        hessian: [K, K] second moment of the inputs.
-        block_format: without minimum.
-        damping: the share of the mean diagonal that is added to all of it. More of it keeps the
-            weights themselves nearer, and less their products.
+        hessian: second moment of the inputs, [K, K].
+        block_format: a format without minimums.
+        damping: added to the diagonal, relative to its mean. More damping keeps the weights closer
+            to the originals, less damping keeps their products closer.
     """
 
     def __init__(
@@ -60,21 +60,21 @@ class GptqRounding:
         self.order = torch.argsort(diagonal, descending=True, stable=True)
         damped = hessian.double()[self.order][:, self.order]
         mean = float(diagonal.mean())
-        # Inputs that are always zero would make the matrix singular.
+        # Without damping, inputs that are always zero make the matrix singular.
         damped.diagonal().add_(damping * mean if mean > 0 else 1.0)
         inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
         self.spread = torch.linalg.cholesky(inverse, upper=True).float()  # [K, K]
 
     def quantize(self, weights: Tensor) -> BlockMatrix:
-        """The codes and scales of rows [N, K]."""
+        """Return codes and scales of rows [N, K]."""
         return BlockMatrix.stack(
-            [self._some_rows(rows) for rows in torch.split(weights.float(), ROWS)]
+            [self._quantize_rows(rows) for rows in torch.split(weights.float(), ROWS)]
         )
 
-    def _some_rows(self, weights: Tensor) -> BlockMatrix:
+    def _quantize_rows(self, weights: Tensor) -> BlockMatrix:
         scales = block_scales(weights, self.format, self.importance)
         block_of = self.order // self.format.block_size
-        left = weights.T[self.order].contiguous()  # [K, N], the first column to round on top
+        left = weights.T[self.order].contiguous()  # [K, N], in rounding order
         steps = scales.T[block_of].contiguous()
         codes = torch.empty_like(left)
         for start in range(0, len(left), SWEEP):
@@ -87,7 +87,7 @@ class GptqRounding:
         return BlockMatrix(self.format, found, scales)
 
     def _sweep(self, left: Tensor, steps: Tensor, codes: Tensor, start: int, stop: int) -> Tensor:
-        """Round columns [start, stop) in place; return their errors [stop - start, N]."""
+        """Round columns [start, stop) into ``codes``; return their errors [stop - start, N]."""
         zero = self.format.zero_point
         errors = torch.empty_like(left[start:stop])
         inverse = torch.where(steps[start:stop] == 0, 0.0, 1.0 / steps[start:stop])

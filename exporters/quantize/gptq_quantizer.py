@@ -1,4 +1,4 @@
-"""Quantised matrices that were made with calibration text, kept on disk until they are written."""
+"""Quantise all matrices of a model with GPTQ, into files that are deleted after the export."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from torch import Tensor
 
 from gemma3_export.bundle import BlockFormat, WeightRecipe
 from gemma3_export.config import EMBEDDING, HEAD, Gemma3Config
-from gemma3_export.exporters.quantize.calibration import Calibration
+from gemma3_export.exporters.quantize.calibration import CalibrationData
 from gemma3_export.exporters.quantize.gptq import DAMPING, GptqRounding, Hessian
-from gemma3_export.exporters.quantize.layerwise import LayerWalk
+from gemma3_export.exporters.quantize.layerwise import head_inputs, quantize_layers
 from gemma3_export.exporters.quantize.quantizers import CHUNK_BYTES, matrix_names, packed_format
 from gemma3_export.progress import Progress
 from gemma3_export.reference.weights import WeightSource, check_finite
@@ -28,8 +28,8 @@ from gemma3_export.reference.weights.block_matrix import (
 
 __all__ = ["GptqMatrices", "GptqQuantizer", "check_formats"]
 
-# A tied embedding is looked up as well as multiplied with. Of 0.01, 0.1 and 1, on the 270M, the
-# divergence of both together is 0.140, 0.118 and 0.119.
+# A tied embedding is looked up as well as multiplied. On the 270M, damping of 0.01, 0.1 and 1 gives
+# divergences of 0.140, 0.118 and 0.119 for both uses together.
 TABLE_DAMPING = 0.1
 
 Observer = Callable[[Sequence[str], Hessian], None]
@@ -37,7 +37,7 @@ Observer = Callable[[Sequence[str], Hessian], None]
 
 @dataclass(frozen=True, kw_only=True)
 class GptqMatrices:
-    """A ``Quantizer`` of matrices that were quantised into a folder."""
+    """A ``Quantizer`` of matrices that GPTQ has already quantised, one file each in ``folder``."""
 
     folder: Path
     formats: Mapping[str, BlockFormat]
@@ -53,13 +53,13 @@ class GptqMatrices:
             yield self.load(name)
 
     def save(self, name: str, parts: Sequence[BlockMatrix]) -> None:
-        """Keep the rows of ``name``."""
+        """Write the rows of ``name``."""
         codes = torch.cat([pack_codes(part) for part in parts])
         scales = torch.cat([part.scales for part in parts])
         torch.save((codes, scales), self.folder / name)
 
     def load(self, name: str, rows: Tensor | None = None) -> BlockMatrix:
-        """A matrix that was saved, or some of its rows."""
+        """Read a matrix, or the given rows of it."""
         codes, scales = torch.load(self.folder / name, mmap=True, weights_only=True)
         if rows is not None:
             codes, scales = codes[rows], scales[rows]
@@ -68,17 +68,17 @@ class GptqMatrices:
 
 
 class GptqQuantizer:
-    """Quantises every matrix with the inputs that a text gives it.
+    """Quantises every matrix with the inputs that calibration text gives it.
 
-    The embedding comes first, so that the layers make up for its rounding too; as the head it is
-    rounded for the final states of the full-precision model.
+    The embedding comes first, so that the layers compensate for its rounding too. As the head, it
+    is rounded for the final hidden states of the full-precision model.
 
     Args:
         source: canonical weights.
-        text: what is sent through the model.
-        folder: empty; it holds the matrices as long as they are needed.
-        progress: told the layers done.
-        observe: also shown what goes into matrices of the same inputs.
+        text: the calibration text.
+        folder: an empty folder for the quantised matrices.
+        progress: receives the number of layers done.
+        observe: receives each matrix group and the Hessian of its inputs.
 
     Raises:
         InputError: a weight is not finite.
@@ -87,7 +87,7 @@ class GptqQuantizer:
     def __init__(
         self,
         source: WeightSource,
-        text: Calibration,
+        text: CalibrationData,
         folder: Path,
         progress: Progress,
         observe: Observer | None = None,
@@ -95,73 +95,77 @@ class GptqQuantizer:
         self.source, self.text, self.folder = source, text, folder
         self.progress = progress
         self.observe = observe
-        self.tables: dict[str, BlockFormat] = {}  # embedding and head as they lie in the folder
-        report = partial(progress, "reading the calibration text")
-        self.final = LayerWalk(source, text.ids, report).run(self._original_rows, None)
+        self.saved_tables: dict[str, BlockFormat] = {}  # embedding and head, as saved in the folder
+        on_layer = partial(progress, "reading the calibration text")
+        self.head_inputs = head_inputs(source, text.ids, self._read_embedding, on_layer)
 
     def quantize(self, formats: Mapping[str, BlockFormat]) -> GptqMatrices:
-        """Quantise every matrix into the format that it has in ``formats``.
-
-        What was made before is replaced.
+        """Quantise every matrix to its format in ``formats``, replacing earlier results.
 
         Raises:
-            InputError: a weight is not finite, or blocks do not divide a matrix.
+            InputError: a weight is not finite, or a matrix is not a multiple of its block size.
         """
         check_formats(self.source.config, formats)
-        blocks = GptqMatrices(
+        matrices = GptqMatrices(
             folder=self.folder, formats=formats, calibration=self.text.description
         )
         is_tied = self.source.config.tie_word_embeddings
-        self._table(EMBEDDING, self.final if is_tied else None, blocks)
+        self._quantize_table(EMBEDDING, self.head_inputs if is_tied else None, matrices)
         if not is_tied:
-            self._table(HEAD, self.final, blocks)
+            self._quantize_table(HEAD, self.head_inputs, matrices)
 
-        def rounding(names: Sequence[str], hessian: Hessian) -> list[Tensor]:
+        def quantize_group(names: Sequence[str], hessian: Hessian) -> list[Tensor]:
             if self.observe is not None:
                 self.observe(names, hessian)
             for name in names:
-                blocks.save(name, round_rows(self.source, name, hessian, formats[name]))
-            return [blocks.load(name).dequantize() for name in names]
+                matrices.save(name, quantize_rows(self.source, name, hessian, formats[name]))
+            return [matrices.load(name).dequantize() for name in names]
 
-        walk = LayerWalk(self.source, self.text.ids, partial(self.progress, "quantising"))
-        walk.run(lambda tokens: blocks.load(EMBEDDING, tokens).dequantize(), rounding)
-        return blocks
+        quantize_layers(
+            self.source,
+            self.text.ids,
+            lambda ids: matrices.load(EMBEDDING, ids).dequantize(),
+            quantize_group,
+            partial(self.progress, "quantising"),
+        )
+        return matrices
 
-    def _table(self, name: str, hessian: Hessian | None, blocks: GptqMatrices) -> None:
-        block_format = blocks.formats[name]
-        if self.tables.get(name) == block_format:
+    def _quantize_table(self, name: str, hessian: Hessian | None, matrices: GptqMatrices) -> None:
+        block_format = matrices.formats[name]
+        if self.saved_tables.get(name) == block_format:
             return
         if self.observe is not None and hessian is not None:
             self.observe([name], hessian)
-        blocks.save(name, round_rows(self.source, name, hessian, block_format, TABLE_DAMPING))
-        self.tables[name] = block_format
+        rows = quantize_rows(self.source, name, hessian, block_format, TABLE_DAMPING)
+        matrices.save(name, rows)
+        self.saved_tables[name] = block_format
 
-    def _original_rows(self, tokens: Tensor) -> Tensor:
-        read = [self.source.read(EMBEDDING, token, token + 1) for token in tokens.tolist()]
+    def _read_embedding(self, ids: Tensor) -> Tensor:
+        read = [self.source.read(EMBEDDING, row, row + 1) for row in ids.tolist()]
         rows = torch.cat(read).float()
         check_finite(EMBEDDING, rows)
         return rows
 
 
 def check_formats(config: Gemma3Config, formats: Mapping[str, BlockFormat]) -> None:
-    """Refuse blocks that do not divide a matrix.
+    """Check that the columns of every matrix are a multiple of its block size.
 
     Raises:
-        InputError: naming the first.
+        InputError: with the name of the first matrix that is not.
     """
     shapes = dict(config.weight_shapes())
     for name in matrix_names(config):
         formats[name].check_columns(name, shapes[name][1])
 
 
-def round_rows(
+def quantize_rows(
     source: WeightSource,
     name: str,
     hessian: Hessian | None,
     block_format: BlockFormat,
     damping: float = DAMPING,
 ) -> list[BlockMatrix]:
-    """One matrix, a few rows at a time; without a Hessian to the nearest codes."""
+    """Quantise one matrix, some rows at a time; round to nearest if there is no Hessian."""
     rounding = None if hessian is None else GptqRounding(hessian.mean(), block_format, damping)
     parts = []
     for weights in source.chunks(name, max_bytes=CHUNK_BYTES):

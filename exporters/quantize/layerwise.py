@@ -1,7 +1,7 @@
-"""Take text through the layers one at a time, and let each be quantised on the way.
+"""Quantise decoder layers one at a time, with calibration text going through them.
 
-Only one layer's weights are in memory. A layer sees what the quantised layers before it put out, so
-its rounding also makes up for theirs.
+Only one layer's weights are in memory. Each layer sees the outputs of the quantised layers before
+it, so its rounding also compensates for theirs.
 
 Shapes: R sequences, T tokens, D hidden size.
 """
@@ -18,9 +18,9 @@ from gemma3_export.reference.loading import EmbeddingLookup, LayerwiseForward
 from gemma3_export.reference.model import DecoderLayer
 from gemma3_export.reference.weights import WeightSource
 
-__all__ = ["MATRIX_GROUPS", "LayerWalk", "Rounding"]
+__all__ = ["MATRIX_GROUPS", "QuantizeGroup", "head_inputs", "quantize_layers"]
 
-# Matrices of a layer that share their inputs, in the order in which data passes them.
+# The matrices of a layer by shared input, in execution order.
 MATRIX_GROUPS = (
     ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     ("self_attn.o_proj",),
@@ -29,65 +29,87 @@ MATRIX_GROUPS = (
 )
 BATCH_TOKENS = 2048
 
-# Canonical names and the Hessian of their inputs, to their quantised weights.
-Rounding = Callable[[Sequence[str], Hessian], Sequence[Tensor]]
+# From canonical names and the Hessian of their inputs to their quantised weights.
+QuantizeGroup = Callable[[Sequence[str], Hessian], Sequence[Tensor]]
+OnLayer = Callable[[int, int], None]  # receives (layers done, number of layers)
 
 
-class InputSeen(Exception):  # noqa: N818  (it is no error: it ends a forward pass early)
-    """A matrix's input was counted, and what follows is of no interest."""
-
-
-class LayerWalk:
-    """Sends text through a model that is not in memory as a whole.
+@torch.no_grad()
+def head_inputs(
+    source: WeightSource, ids: Tensor, lookup: EmbeddingLookup, on_layer: OnLayer
+) -> Hessian:
+    """Return the second moment of the head's inputs in full precision.
 
     Args:
         source: canonical weights.
-        ids: [R, T] text, without padding.
-        on_layer: called with the number of layers done, and of all layers.
+        ids: [R, T] text without padding.
+        lookup: reads rows of the embedding.
+        on_layer: called before each layer and at the end.
+
+    Raises:
+        InputError: a weight is not finite.
     """
+    forward = LayerwiseForward(source, batches_of(ids), lookup)
+    for index, _ in forward.layers():
+        on_layer(index, source.config.num_hidden_layers)
+        step_all(forward)
+    on_layer(source.config.num_hidden_layers, source.config.num_hidden_layers)
+    norm = forward.final_norm()
+    hessian = Hessian(source.config.hidden_size)
+    for x in forward.states:
+        hessian.add(norm(x))
+    return hessian
 
-    def __init__(
-        self, source: WeightSource, ids: Tensor, on_layer: Callable[[int, int], None]
-    ) -> None:
-        self.source, self.on_layer = source, on_layer
-        self.parts = torch.split(ids, max(1, BATCH_TOKENS // ids.shape[1]))
 
-    @torch.no_grad()
-    def run(self, lookup: EmbeddingLookup, rounding: Rounding | None) -> Hessian:
-        """Show every matrix of the layers to ``rounding``, with what goes into it.
+@torch.no_grad()
+def quantize_layers(
+    source: WeightSource,
+    ids: Tensor,
+    lookup: EmbeddingLookup,
+    quantize: QuantizeGroup,
+    on_layer: OnLayer,
+) -> None:
+    """Pass every matrix group of every layer to ``quantize``, with the Hessian of its inputs.
 
-        Args:
-            lookup: the embedding.
-            rounding: gets a group of matrices; what it returns replaces them for all that follows.
+    Args:
+        source: canonical weights.
+        ids: [R, T] text without padding.
+        lookup: reads rows of the quantised embedding.
+        quantize: returns the quantised weights, which replace the originals from then on.
+        on_layer: called before each layer and at the end.
 
-        Returns:
-            The inputs of the head.
+    Raises:
+        InputError: a weight is not finite.
+    """
+    forward = LayerwiseForward(source, batches_of(ids), lookup)
+    for index, layer in forward.layers():
+        on_layer(index, source.config.num_hidden_layers)
+        for group in MATRIX_GROUPS:
+            names = [f"model.layers.{index}.{name}.weight" for name in group]
+            quantized = quantize(names, inputs_of(layer, group[0], forward))
+            for name, weight in zip(group, quantized, strict=True):
+                layer.get_parameter(f"{name}.weight").copy_(weight)
+        step_all(forward)
+    on_layer(source.config.num_hidden_layers, source.config.num_hidden_layers)
 
-        Raises:
-            InputError: a weight is not finite.
-        """
-        config = self.source.config
-        forward = LayerwiseForward(self.source, self.parts, lookup)
-        for index, layer in forward.layers():
-            self.on_layer(index, config.num_hidden_layers)
-            for group in MATRIX_GROUPS if rounding is not None else ():
-                assert rounding is not None
-                names = [f"model.layers.{index}.{name}.weight" for name in group]
-                found = rounding(names, inputs_of(layer, group[0], forward))
-                for name, weight in zip(group, found, strict=True):
-                    layer.get_parameter(f"{name}.weight").copy_(weight)
-            for batch in range(len(self.parts)):
-                forward.step(batch)
-        self.on_layer(config.num_hidden_layers, config.num_hidden_layers)
-        norm = forward.final_norm()
-        final = Hessian(config.hidden_size)
-        for x in forward.states:
-            final.add(norm(x))
-        return final
+
+def batches_of(ids: Tensor) -> Sequence[Tensor]:
+    """Split [R, T] text into batches of about :data:`BATCH_TOKENS`."""
+    return torch.split(ids, max(1, BATCH_TOKENS // ids.shape[1]))
+
+
+def step_all(forward: LayerwiseForward) -> None:
+    """Run all batches through the current layer."""
+    for batch in range(len(forward.states)):
+        forward.step(batch)
+
+
+class InputSeen(Exception):  # noqa: N818  (a signal, not an error)
+    """Ends a forward pass once a matrix's inputs have been counted."""
 
 
 def inputs_of(layer: DecoderLayer, name: str, forward: LayerwiseForward) -> Hessian:
-    """What goes into the matrix ``name`` of ``layer`` for all of the text."""
+    """Return the second moment of the inputs of the matrix ``name`` of ``layer``."""
     module = layer.get_submodule(name)
     assert isinstance(module, nn.Linear)
     hessian = Hessian(module.in_features)

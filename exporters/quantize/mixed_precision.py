@@ -1,4 +1,12 @@
-"""Give every matrix the format that its sensitivity deserves: ``--dtype mixed``."""
+"""Choose a block format for every matrix by its sensitivity: ``--dtype mixed``.
+
+Sensitivity is the divergence that quantising one matrix group causes while all other weights stay
+in full precision. For small errors divergence is quadratic, so the divergence of another format
+follows from the squared error of the group's outputs, and divergences of groups approximately add
+up.
+
+Shapes: R sequences, T tokens, P compared positions, D hidden size, V vocabulary.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +21,7 @@ from torch import Tensor, nn
 from gemma3_export.bundle import BlockFormat
 from gemma3_export.config import EMBEDDING, HEAD, Gemma3Config
 from gemma3_export.errors import InputError
-from gemma3_export.exporters.quantize.calibration import Calibration
+from gemma3_export.exporters.quantize.calibration import CalibrationData
 from gemma3_export.exporters.quantize.gptq import Hessian
 from gemma3_export.exporters.quantize.gptq_quantizer import GptqMatrices, GptqQuantizer
 from gemma3_export.exporters.quantize.layerwise import MATRIX_GROUPS
@@ -27,22 +35,82 @@ from gemma3_export.reference.weights.block_matrix import quantize
 
 __all__ = [
     "DivergenceMeter",
-    "Option",
+    "FormatOption",
     "candidate_formats",
-    "choose_options",
+    "choose_formats",
     "quantize_mixed",
 ]
 
-Product = tuple[str, ...]  # canonical names of matrices that are stored as one
+MatrixGroup = tuple[str, ...]  # canonical names of matrices that share a format
 
-JUDGES = 8  # sequences of the text that divergences are measured on, and no Hessian sees
-ROUNDS = 4
-MARGIN = 0.8  # of the budget: other text diverges otherwise than this one
-SAMPLED_ROWS = 4096  # of a large matrix, for its output errors
+HELD_OUT_SEQUENCES = 8  # measure divergence; GPTQ does not see them
+MAX_ROUNDS = 4
+BUDGET_SHARE = 0.8  # leaves room for text that diverges more than the calibration text
+MAX_ERROR_ROWS = 4096  # rows of a large matrix that stand for all of it in output errors
+POSITION_STRIDE = 5  # compare every fifth position: the head dominates the cost
 
 
-def products_of(config: Gemma3Config) -> list[Product]:
-    """What shares a format: matrices of one product, as the exporter packs them."""
+def quantize_mixed(
+    source: WeightSource,
+    text: CalibrationData,
+    block_size: int,
+    max_kld: float,
+    folder: Path,
+    progress: Progress,
+) -> GptqMatrices:
+    """Quantise every matrix within a divergence budget, the least sensitive matrices most.
+
+    This holds the model in memory twice, unlike quantising to one format.
+
+    Args:
+        source: canonical weights.
+        text: the last sequences measure divergence, the others calibrate.
+        block_size: the smallest block size.
+        max_kld: the budget, in mean nats per token.
+        folder: an empty folder for the quantised matrices.
+        progress: receives the stage and its steps.
+
+    Raises:
+        InputError: no choice of formats is within the budget, or a matrix is not a multiple of the
+            block size.
+    """
+    calibration = CalibrationData(ids=text.ids[:-HELD_OUT_SEQUENCES], description=text.description)
+    smallest = BlockFormat(bits=4, block_size=block_size)
+    errors = OutputErrors(source=source, block_size=block_size)
+    formats = dict.fromkeys(matrix_names(source.config), smallest)
+    quantizer = GptqQuantizer(source, calibration, folder, progress, errors.add)
+    matrices = quantizer.quantize(formats)
+    quantizer.observe = None
+    meter = DivergenceMeter(load_reference(source), text.ids[-HELD_OUT_SEQUENCES:])
+    groups = matrix_groups(source.config)
+    options = measure_options(source, groups, matrices, meter, errors, progress)
+    budget = allowed = BUDGET_SHARE * max_kld
+    best = float("inf")
+    for _ in range(MAX_ROUNDS):
+        chosen = choose_formats(options, allowed)
+        formats = {
+            name: option.format
+            for group, option in zip(groups, chosen, strict=True)
+            for name in group
+        }
+        matrices = quantizer.quantize(formats)
+        divergence = measure_quantized(matrices, meter)
+        best = min(best, divergence)
+        if divergence <= budget:
+            return matrices
+        if all(option == items[-1] for option, items in zip(chosen, options, strict=True)):
+            break
+        predicted = sum(option.divergence for option in chosen)
+        allowed = min(allowed, predicted) * 0.9 * budget / divergence
+    raise InputError(
+        f"no choice of formats stays within a divergence of {max_kld} nats per token with room for "
+        f"other text (the best has {best:.3g} on the calibration text); pass a larger --max-kld, "
+        "or export with --dtype int8 or fp32"
+    )
+
+
+def matrix_groups(config: Gemma3Config) -> list[MatrixGroup]:
+    """Return the matrices that share a format: those that the exporter packs into one product."""
     head = [] if config.tie_word_embeddings else [(HEAD,)]
     layers = [
         tuple(f"model.layers.{layer}.{name}.weight" for name in group)
@@ -53,7 +121,7 @@ def products_of(config: Gemma3Config) -> list[Product]:
 
 
 def candidate_formats(columns: int, block_size: int) -> list[BlockFormat]:
-    """What a matrix may be stored as, the smallest first; ``block_size`` is the finest."""
+    """Return the possible formats of a matrix, smallest first; ``block_size`` is the minimum."""
     found = []
     for bits, factor in ((4, 2), (4, 1), (8, 4), (8, 1)):
         size = block_size * factor
@@ -62,144 +130,86 @@ def candidate_formats(columns: int, block_size: int) -> list[BlockFormat]:
     return found
 
 
-@dataclass(kw_only=True)
-class OutputErrors:
-    """Squared errors of the outputs of matrices rounded to the nearest codes, by format."""
-
-    source: WeightSource
-    block_size: int
-    of: dict[str, dict[BlockFormat, float]] = field(default_factory=dict)
-
-    def add(self, names: Sequence[str], hessian: Hessian) -> None:
-        """Measure some matrices that share their inputs."""
-        moment = hessian.mean().float()
-        for name in names:
-            weights = self.source.read(name, 0, self._rows(name)).float()
-            self.of[name] = {}
-            for item in candidate_formats(weights.shape[1], self.block_size):
-                error = quantize(weights, item).dequantize() - weights
-                self.of[name][item] = float(((error @ moment) * error).sum())
-
-    def ratio(self, product: Product, of: BlockFormat, to: BlockFormat) -> float:
-        """How much larger the error is in one format than in the other."""
-        found = sum(self.of[name][of] for name in product)
-        return found / max(sum(self.of[name][to] for name in product), 1e-30)
-
-    def _rows(self, name: str) -> int:
-        return min(SAMPLED_ROWS, dict(self.source.config.weight_shapes())[name][0])
+# Measuring what each format costs
 
 
-def quantize_mixed(
-    source: WeightSource,
-    text: Calibration,
-    block_size: int,
-    max_kld: float,
-    folder: Path,
-    progress: Progress,
-) -> GptqMatrices:
-    """Quantise every matrix, the least sensitive ones most, within a divergence budget.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FormatOption:
+    """One possible format of a matrix group."""
 
-    The model is held in memory twice, unlike with one format for all.
-
-    Args:
-        source: canonical weights.
-        text: its last sequences measure divergences, the others calibrate.
-        block_size: the finest blocks.
-        max_kld: the budget, mean nats a token.
-        folder: empty; it holds the matrices as long as they are needed.
-        progress: told what is being done.
-
-    Raises:
-        InputError: no format keeps to the budget, or blocks do not divide a matrix.
-    """
-    learnt = Calibration(ids=text.ids[:-JUDGES], description=text.description)
-    narrow = BlockFormat(bits=4, block_size=block_size)
-    errors = OutputErrors(source=source, block_size=block_size)
-    formats = dict.fromkeys(matrix_names(source.config), narrow)
-    calibrator = GptqQuantizer(source, learnt, folder, progress, errors.add)
-    blocks = calibrator.quantize(formats)
-    meter = DivergenceMeter(load_reference(source), text.ids[-JUDGES:])
-    products = products_of(source.config)
-    options = measure_options(source, products, blocks, meter, errors, progress)
-    budget = allowed = MARGIN * max_kld
-    best = float("inf")
-    for _ in range(ROUNDS):
-        chosen = choose_options(options, allowed)
-        formats = {
-            name: option.format
-            for product, option in zip(products, chosen, strict=True)
-            for name in product
-        }
-        calibrator.observe = None
-        blocks = calibrator.quantize(formats)
-        found = measure_all(blocks, meter)
-        best = min(best, found)
-        if found <= budget:
-            return blocks
-        if all(option == items[-1] for option, items in zip(chosen, options, strict=True)):
-            break
-        predicted = sum(option.divergence for option in chosen)
-        allowed = min(allowed, predicted) * 0.9 * budget / found
-    raise InputError(
-        f"no choice of formats keeps to a divergence of {max_kld} with room for other text: the "
-        f"best one reached has {best:.3g} nats a token on the calibration text; give a larger "
-        "--max-kld, or export with --dtype int8 or fp32"
-    )
+    format: BlockFormat
+    size_bytes: int
+    divergence: float  # predicted contribution, nats per token
 
 
 def measure_options(
     source: WeightSource,
-    products: Sequence[Product],
-    blocks: GptqMatrices,
+    groups: Sequence[MatrixGroup],
+    matrices: GptqMatrices,
     meter: DivergenceMeter,
     errors: OutputErrors,
     progress: Progress,
-) -> list[list[Option]]:
-    """The divergence of each product in the format of ``blocks``, and from it in all others."""
+) -> list[list[FormatOption]]:
+    """Measure each group's divergence in the format of ``matrices``; predict the other formats."""
     shapes = dict(source.config.weight_shapes())
     options = []
-    for index, product in enumerate(products):
-        progress("measuring sensitivities", index, len(products))
-        weights = ((name, blocks.load(name).dequantize()) for name in product)
-        measured = meter.with_changed(weights, {})
-        rows, columns = sum(shapes[name][0] for name in product), shapes[product[0]][1]
+    for index, group in enumerate(groups):
+        progress("measuring sensitivities", index, len(groups))
+        weights = ((name, matrices.load(name).dequantize()) for name in group)
+        measured = meter.measure(weights, {})
+        rows, columns = sum(shapes[name][0] for name in group), shapes[group[0]][1]
         options.append(
             [
-                Option(
+                FormatOption(
                     format=item,
                     size_bytes=item.size_bytes(rows, columns),
-                    divergence=measured * errors.ratio(product, item, blocks.formats[product[0]]),
+                    divergence=measured * errors.ratio(group, item, matrices.formats[group[0]]),
                 )
                 for item in candidate_formats(columns, errors.block_size)
             ]
         )
-    progress("measuring sensitivities", len(products), len(products))
+    progress("measuring sensitivities", len(groups), len(groups))
     return options
 
 
-def measure_all(blocks: GptqMatrices, meter: DivergenceMeter) -> float:
-    """The divergence with every matrix quantised, and activations as the kernels round them."""
-    rounded = {name: item.block_size for name, item in blocks.formats.items()}
-    weights = ((name, blocks.load(name).dequantize()) for name in blocks.formats)
-    return meter.with_changed(weights, rounded)
+def measure_quantized(matrices: GptqMatrices, meter: DivergenceMeter) -> float:
+    """Return the divergence with all matrices quantised and activations rounded as by kernels."""
+    rounded = {name: item.block_size for name, item in matrices.formats.items()}
+    weights = ((name, matrices.load(name).dequantize()) for name in matrices.formats)
+    return meter.measure(weights, rounded)
 
 
-# What the rounding of each matrix does to the model's predictions, and the formats to choose.
-#
-# Divergences are measured on text, with one product's matrices quantised and all others whole. The
-# divergence is quadratic in a small error, so that of another format follows from the squared error
-# of the matrix's outputs, and those of all matrices add up, about.
-#
-# Shapes: R sequences, T tokens, P compared positions, D hidden size, V vocabulary.
+@dataclass(kw_only=True)
+class OutputErrors:
+    """Squared output errors of matrices after rounding to nearest, by name and format."""
 
-STRIDE = 5  # of the positions whose predictions are compared: the head is most of the work
+    source: WeightSource
+    block_size: int
+    by_format: dict[str, dict[BlockFormat, float]] = field(default_factory=dict)
+
+    def add(self, names: Sequence[str], hessian: Hessian) -> None:
+        """Measure matrices that share their inputs."""
+        moment = hessian.mean().float()
+        shapes = dict(self.source.config.weight_shapes())
+        for name in names:
+            rows = min(MAX_ERROR_ROWS, shapes[name][0])
+            weights = self.source.read(name, 0, rows).float()
+            self.by_format[name] = {}
+            for item in candidate_formats(weights.shape[1], self.block_size):
+                error = quantize(weights, item).dequantize() - weights
+                self.by_format[name][item] = float(((error @ moment) * error).sum())
+
+    def ratio(self, group: MatrixGroup, of: BlockFormat, to: BlockFormat) -> float:
+        """Return the error in the format ``of`` relative to that in the format ``to``."""
+        numerator = sum(self.by_format[name][of] for name in group)
+        return numerator / max(sum(self.by_format[name][to] for name in group), 1e-30)
 
 
 class DivergenceMeter:
-    """Mean KL divergence of a changed model from what it was when the meter was made.
+    """Mean KL divergence between a model with changed weights and the original model.
 
     Args:
-        model: full precision, in float32; it is as it was after each measurement.
+        model: full precision, in float32; every measurement restores its weights.
         ids: [R, T] text.
     """
 
@@ -224,15 +234,15 @@ class DivergenceMeter:
         self.expected = self._predictions(x)
 
     @torch.no_grad()
-    def with_changed(
+    def measure(
         self, weights: Iterable[tuple[str, Tensor]], activation_blocks: Mapping[str, int]
     ) -> float:
-        """The divergence, nats a token, with other ``weights`` under their canonical names.
+        """Return the divergence, in nats per token, with other ``weights``.
 
         Args:
-            weights: one at a time, so that all of them need not be in memory.
-            activation_blocks: matrices whose inputs are rounded to int8 as well, as the kernels do,
-                and in blocks of how many columns.
+            weights: canonical names and values; an iterator, so that not all need be in memory.
+            activation_blocks: block sizes of matrices whose inputs are rounded to int8 too, as by
+                the kernels.
         """
         before: dict[str, Tensor] = {}
         try:
@@ -257,60 +267,54 @@ class DivergenceMeter:
         return float((self.expected.exp() * (self.expected - found)).sum(-1).mean())
 
     def _predictions(self, x: Tensor) -> Tensor:
-        """[R, T, D] to [P, V] log-probabilities."""
-        normed = self.model.model.norm(x.flatten(0, 1)[::STRIDE])
+        """Return the log-probabilities [P, V] that follow from hidden states [R, T, D]."""
+        normed = self.model.model.norm(x.flatten(0, 1)[::POSITION_STRIDE])
         logits: Tensor = self.model.head(normed, self.model.head_weight)
         return logits.log_softmax(-1)
 
 
 def layer_of(name: str) -> int:
-    """The layer that a canonical weight stands in; 0 for what stands in none."""
+    """Return the layer of a canonical weight, 0 for weights outside of the layers."""
     parts = name.split(".")
     return int(parts[2]) if parts[1] == "layers" else 0
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Option:
-    """One format for the matrices of one product."""
-
-    format: BlockFormat
-    size_bytes: int
-    divergence: float  # nats a token that it adds, predicted
+# Choosing formats within a budget
 
 
-def choose_options(products: Sequence[Sequence[Option]], budget: float) -> list[Option]:
-    """The smallest options whose divergences add up to at most ``budget``.
+def choose_formats(groups: Sequence[Sequence[FormatOption]], budget: float) -> list[FormatOption]:
+    """Return the smallest options whose divergences add up to at most ``budget``.
 
-    Each product begins with its smallest option, and the step that saves most divergence for a
-    byte comes next. A last, large step may leave room, so what the budget allows is taken back.
-    When nothing reaches the budget, every product ends with its best option.
+    Every group starts with its smallest option. Each step takes the option that saves the most
+    divergence per added byte. The last step may overshoot, so smaller options are then restored
+    where the budget allows. If no choice meets the budget, every group has its best option.
     """
-    chosen = [min(options, key=lambda option: option.size_bytes) for options in products]
+    chosen = [min(options, key=lambda option: option.size_bytes) for options in groups]
     while sum(option.divergence for option in chosen) > budget:
         best, gain = None, 0.0
-        for index, options in enumerate(products):
+        for index, options in enumerate(groups):
             now = chosen[index]
             for option in options:
                 saved = now.divergence - option.divergence
                 if saved <= 0:
                     continue
-                for_a_byte = saved / max(1, option.size_bytes - now.size_bytes)
-                if for_a_byte > gain:
-                    best, gain = (index, option), for_a_byte
+                saved_per_byte = saved / max(1, option.size_bytes - now.size_bytes)
+                if saved_per_byte > gain:
+                    best, gain = (index, option), saved_per_byte
         if best is None:
             break
         chosen[best[0]] = best[1]
-    return take_back(chosen, products, budget)
+    return restore_smaller(chosen, groups, budget)
 
 
-def take_back(
-    chosen: list[Option], products: Sequence[Sequence[Option]], budget: float
-) -> list[Option]:
-    """Go back to smaller options while the budget allows, most bytes for a divergence first."""
+def restore_smaller(
+    chosen: list[FormatOption], groups: Sequence[Sequence[FormatOption]], budget: float
+) -> list[FormatOption]:
+    """Return to smaller options within the budget, most bytes per added divergence first."""
     while True:
         room = budget - sum(option.divergence for option in chosen)
         best, gain = None, 0.0
-        for index, options in enumerate(products):
+        for index, options in enumerate(groups):
             now = chosen[index]
             for option in options:
                 added = option.divergence - now.divergence

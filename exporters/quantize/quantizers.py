@@ -1,4 +1,4 @@
-"""Where the blocks of quantised matrices come from."""
+"""The quantizers that need no calibration text, and the interface of all quantizers."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ CHUNK_BYTES = 64 * 2**20
 
 
 class Quantizer(Protocol):
-    """Makes the quantised form of matrices, a few rows at a time."""
+    """A source of quantised matrices, some rows at a time."""
 
     @property
     def calibration(self) -> dict[str, Any] | None:
-        """The text that was looked at, for the manifest."""
+        """Description of the calibration text for the manifest, None without calibration."""
 
     def format(self, names: Sequence[str]) -> BlockFormat | None:
-        """How the matrices ``names``, packed into one, are stored; None keeps them in float32."""
+        """Return the format of the matrices ``names`` packed into one, None for float32."""
 
     def matrices(self, recipe: WeightRecipe) -> Iterator[BlockMatrix]:
-        """The rows of a packed matrix in its ``recipe.blocks``, in order.
+        """Yield the rows of a packed matrix in the format ``recipe.blocks``, in order.
 
         Raises:
             InputError: a weight is not finite.
@@ -37,12 +37,12 @@ class Quantizer(Protocol):
 
 
 def matrix_names(config: Gemma3Config) -> list[str]:
-    """Canonical names of everything that may be quantised: all but the norms."""
+    """Return the canonical names of all matrices: every weight except the norms."""
     return [name for name, shape in config.weight_shapes() if len(shape) == 2]
 
 
-def row_chunks(source: WeightSource, name: str) -> Iterator[tuple[int, int]]:
-    """Row ranges of a canonical matrix that are :data:`CHUNK_BYTES` in float32."""
+def row_ranges(source: WeightSource, name: str) -> Iterator[tuple[int, int]]:
+    """Yield row ranges of a canonical matrix, of about :data:`CHUNK_BYTES` in float32."""
     rows, columns = dict(source.config.weight_shapes())[name]
     step = max(1, CHUNK_BYTES // (4 * columns))
     for start in range(0, rows, step):
@@ -51,14 +51,14 @@ def row_chunks(source: WeightSource, name: str) -> Iterator[tuple[int, int]]:
 
 @dataclass(frozen=True, kw_only=True)
 class RoundToNearest:
-    """Each block on its own, without data; see ``block_matrix.quantize``.
+    """A :class:`Quantizer` that rounds each block on its own; see ``block_matrix.quantize``.
 
     Args:
         source: canonical weights.
-        formats: canonical matrix to its format; what is absent stays in float32.
+        formats: format of each canonical matrix; others stay float32.
 
     Raises:
-        InputError: blocks do not divide a matrix.
+        InputError: a matrix is not a multiple of its block size.
     """
 
     source: WeightSource
@@ -85,12 +85,12 @@ class RoundToNearest:
 
 @dataclass(frozen=True, kw_only=True)
 class GgufRepacker:
-    """The blocks of a quantised GGUF, bit by bit.
+    """A :class:`Quantizer` that keeps the weights of a quantised GGUF file exactly.
 
-    Matrices that the file holds in a float type stay in float32.
+    Matrices of a float type in the file stay float32.
 
     Raises:
-        InputError: the weights are no quantised GGUF, or it has types without an equivalent.
+        InputError: the weights are not a quantised GGUF file, or have an unsupported type.
     """
 
     source: WeightSource
@@ -100,7 +100,7 @@ class GgufRepacker:
         formats = [self._format(name) for name in matrix_names(self.source.config)]
         if not any(formats):
             raise InputError(
-                f"{self.source.origin} holds no quantised matrix to keep; give a quantised GGUF "
+                f"{self.source.origin} has no quantised matrix to keep; pass a quantised GGUF "
                 "file, or choose another --dtype"
             )
 
@@ -123,7 +123,7 @@ class GgufRepacker:
         for name in recipe.names:
             tensor = self.source.gguf_tensor(name)
             assert tensor is not None
-            for start, stop in row_chunks(self.source, name):
+            for start, stop in row_ranges(self.source, name):
                 matrix = read_gguf_blocks(tensor, start, stop)
                 check_finite(name, matrix.scales)
                 if matrix.minimums is not None:
@@ -132,6 +132,6 @@ class GgufRepacker:
 
 
 def packed_format(formats: Sequence[BlockFormat | None]) -> BlockFormat | None:
-    """The format of several matrices in one product: float32 if one of them is."""
+    """Return the format of matrices packed into one product, None if any stays float32."""
     quantized = [item for item in formats if item is not None]
     return common_format(quantized) if len(quantized) == len(formats) else None

@@ -1,1 +1,1 @@
-"""Write the model as a TorchScript archive or a torch.export program."""
+"""The exporters for TorchScript archives and torch.export programs."""

@@ -1,7 +1,7 @@
-"""Modules that stand in for the reference's in a TorchScript archive.
+"""The modules that replace those of the reference in a TorchScript archive.
 
-Projections are packed, matrices are TorchScript's own (:mod:`.torchscript_matrix`), and nothing
-bakes the exporting machine's device into the graph.
+Projections are packed, matrices are those of :mod:`gemma3_export.exporters.torch.matrix`, and no
+module bakes the device of the exporting machine into the graph.
 
 Shapes: B batch rows, T new tokens, D hidden size, V vocabulary.
 """
@@ -29,61 +29,61 @@ __all__ = ["TorchScriptGemma3", "install_matrices"]
 
 
 class MatrixProjection(PackedProjection):
-    """A projection whose weight becomes a :class:`Matrix` once it is loaded."""
+    """A projection whose weight becomes a :class:`Matrix` after loading."""
 
     matrix: nn.Module
 
     def product(self, x: Tensor) -> Tensor:
-        """[B, T, in] to [B, T, sum of out_features]."""
+        """Multiply [B, T, in] to [B, T, sum of out_features]."""
         return self.matrix(x)  # type: ignore[no-any-return]
 
 
 class MatrixEmbedding(ScaledEmbedding):
-    """Token embedding out of a :class:`Matrix` that it shares with the head."""
+    """Token embedding that can share its :class:`Matrix` with the head."""
 
     matrix: nn.Module
     scale: float  # sqrt(D) rounded to the weights' dtype
 
     def forward(self, ids_BT: Tensor) -> Tensor:
-        """[B, T] token ids to [B, T, D]; a tensor for the scale would be bound to a device."""
+        """Embed [B, T] token ids as [B, T, D]; a scale tensor would be bound to a device."""
         return self.matrix.rows(ids_BT) * self.scale  # type: ignore[no-any-return,operator]
 
 
 class MatrixHead(LMHead):
-    """Logits out of a :class:`Matrix`."""
+    """Head that computes logits with a :class:`Matrix`."""
 
     def __init__(self, matrix: nn.Module) -> None:
         super().__init__()
         self.matrix = matrix
 
     def product(self, x: Tensor, weight_VD: Tensor) -> Tensor:
-        """[B, T, D] to [B, T, V]."""
+        """Multiply [B, T, D] to [B, T, V]."""
         del weight_VD
         return self.matrix(x)  # type: ignore[no-any-return]
 
 
 class BlockedHead(MatrixHead):
-    """Logits out of a :class:`BlockedMatrix`, which has them in float32."""
+    """Head that computes logits with a :class:`BlockedMatrix`, in float32."""
 
     def product(self, x: Tensor, weight_VD: Tensor) -> Tensor:
-        """[B, T, D] to [B, T, V]."""
+        """Multiply [B, T, D] to [B, T, V]."""
         del weight_VD
-        return self.matrix.wide(x)  # type: ignore[no-any-return,operator]
+        return self.matrix.forward_float32(x)  # type: ignore[no-any-return,operator]
 
 
 class StoredRotary(RotaryEmbedding):
-    """Frequencies as a buffer: a trace would bake the device that computes them into the graph."""
+    """Rotary embedding with frequencies as a buffer, so that a trace bakes no device in."""
 
     frequencies: Tensor
 
     def inverse_frequencies(self, device: torch.device) -> Tensor:
-        """[H/2] float32 radians a position."""
+        """Return the frequencies, [H/2] float32 radians per position."""
         del device
         return self.frequencies
 
 
 class TorchScriptGemma3(Gemma3):
-    """The reference with packed projections; weights are loaded before matrices are installed."""
+    """The reference with packed projections; load weights before installing matrices."""
 
     def __init__(self, config: Gemma3Config) -> None:
         super().__init__(config)
@@ -97,12 +97,12 @@ class TorchScriptGemma3(Gemma3):
 
     @property
     def head_weight(self) -> Tensor:
-        """The head has its own matrix, so nothing needs to be handed to it."""
+        """An empty tensor, because the head has its own matrix."""
         return torch.empty(0)
 
 
 def blocked_matrix(matrix: BlockMatrix) -> BlockedMatrix:
-    """As an archive stores it: blocks outermost, codes around zero."""
+    """Return ``matrix`` in the layout of archives: blocks outermost, signed codes."""
     codes = (matrix.codes.to(torch.int16) - matrix.format.zero_point).to(torch.int8)
     codes = in_blocks(codes, matrix.format).transpose(0, 1)
     return BlockedMatrix(codes.contiguous(), matrix.scales.t().contiguous())
@@ -111,12 +111,12 @@ def blocked_matrix(matrix: BlockMatrix) -> BlockedMatrix:
 def install_matrices(
     model: TorchScriptGemma3, blocks: Mapping[str, BlockMatrix], *, prepack: bool
 ) -> None:
-    """Turn loaded weights into matrices, ready for tracing.
+    """Replace loaded weights with matrices, ready for tracing.
 
     Args:
-        model: with its weights in place.
-        blocks: those that are quantised, by the parameter's name.
-        prepack: let the archive pack its float matrices when it is loaded.
+        model: with loaded weights.
+        blocks: quantised matrices by parameter name.
+        prepack: make float matrices prepack themselves when the archive is loaded.
     """
     plain: Callable[[Tensor, bool], nn.Module] = Matrix if prepack else PlainMatrix
 

@@ -1,4 +1,4 @@
-"""Write the model as a ``torch.export`` program, the successor of TorchScript."""
+"""The graph writer for ``torch.export`` programs: ``pt2/model.pt2``."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ __all__ = ["Pt2Writer", "export_program"]
 
 
 class MaskedLastTokens(LastTokens):
-    """Choose tokens by a mask: torch.export cannot slice by a number that a tensor holds."""
+    """Last tokens chosen by a mask, because torch.export cannot slice by a tensor's value."""
 
     def forward(self, x_BTD: Tensor, count: Tensor | int) -> Tensor:
-        """[B, T, D] to [B, count, D]."""
+        """Select [B, count, D] from [B, T, D]."""
         new = x_BTD.shape[1]
         places = torch.arange(new, device=x_BTD.device)
         is_kept = (places >= new - count) | torch.eq(torch.as_tensor(count), 0)
@@ -39,10 +39,10 @@ class MaskedLastTokens(LastTokens):
 
 
 class FlatLMHead(LMHead):
-    """One product over all tokens: Inductor takes no batch of products of unknown height."""
+    """Head with one product over all tokens, because Inductor cannot lower a batched one."""
 
     def product(self, x: Tensor, weight_VD: Tensor) -> Tensor:
-        """[B, T, D] to [B, T, V]."""
+        """Multiply [B, T, D] to [B, T, V]."""
         flat = F.linear(x.reshape(-1, x.shape[-1]), weight_VD)
         return flat.view(x.shape[0], x.shape[1], -1)
 
@@ -75,7 +75,7 @@ class Pt2Writer:
         return half_precision(torch_dtype(self.element), holds_residual=True)
 
     def size_bytes(self, config: Gemma3Config) -> int:
-        """Weights and graph."""
+        """Return about how much space the file needs."""
         return config.num_parameters * ELEMENT_TYPES[self.element].size_bytes + 2**24
 
     def write(
@@ -109,7 +109,7 @@ class Pt2Writer:
 
 
 def export_program(model: Gemma3, dtype: torch.dtype) -> torch.export.ExportedProgram:
-    """One decoder step with batch, new and past lengths dynamic; changes ``model``'s head."""
+    """Export one decoder step with dynamic batch size and lengths; replace ``model``'s head."""
     model.last_tokens, model.head = MaskedLastTokens(), FlatLMHead()
     dim = torch.export.Dim
     batch, new, past = dim("batch_size"), dim("sequence_length"), dim("past_sequence_length")
@@ -117,7 +117,7 @@ def export_program(model: Gemma3, dtype: torch.dtype) -> torch.export.ExportedPr
     keep = torch.ones(1, dtype=torch.int64)
     caches = [{0: batch, 2: past}] * (2 * model.config.num_hidden_layers)
     with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore", FutureWarning)  # torch's own calls among themselves
+        warnings.simplefilter("ignore", FutureWarning)  # from torch itself
         program = torch.export.export(
             DecoderStep(model).eval(),
             (*others, keep),
@@ -129,7 +129,7 @@ def export_program(model: Gemma3, dtype: torch.dtype) -> torch.export.ExportedPr
 
 
 def drop_source_paths(module: nn.Module) -> None:
-    """Stack traces name files of the machine that exports; they do not belong in a bundle."""
+    """Remove stack traces, which name files of the exporting machine."""
     for part in module.modules():
         if isinstance(part, torch.fx.GraphModule):
             for node in part.graph.nodes:

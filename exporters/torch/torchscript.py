@@ -1,4 +1,4 @@
-"""Write the model as a TorchScript archive."""
+"""The graph writer for TorchScript archives: ``torchscript/model.ts``."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ __all__ = [
     "drop_source_paths",
 ]
 
-BLOCK_SIZE = 128  # of int8: a smaller one costs speed, for each block is a product of its own
+BLOCK_SIZE = 128  # for int8; smaller blocks are slower, because each block is a product of its own
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,17 +47,16 @@ class TorchScriptWriter:
     """A :class:`gemma3_export.exporters.bundle_writer.GraphWriter` for TorchScript.
 
     Args:
-        dtype: one of :func:`gemma3_export.dtypes.dtype_choices` for ``torchscript``; with ``int8``
-            all that is not in blocks is bfloat16.
-        prepack: let the archive lay out its matrices for the CPU when it is loaded; False makes an
-            archive that torch builds without oneDNN can load too.
+        dtype: one of :func:`gemma3_export.dtypes.dtype_choices` for ``torchscript``; with ``int8``,
+            everything that is not in blocks is bfloat16.
+        prepack: make matrices prepack themselves for the CPU when the archive is loaded; False
+            makes an archive for torch builds without oneDNN.
         block_size: columns of an ``int8`` matrix that share a scale.
-        max_kld: how far the export may lie from full precision, mean nats a token; None is what
-            ``dtype`` keeps to.
+        max_kld: largest divergence from full precision at which the export passes, in mean nats
+            per token; defaults to that of ``dtype``.
 
     Raises:
-        InputError: unknown dtype, a block size or a budget that is impossible, or int8 without
-            oneDNN.
+        InputError: unknown dtype, an impossible block size or budget, or int8 without prepacking.
     """
 
     runtime: ClassVar[str] = "torchscript"
@@ -73,23 +72,23 @@ class TorchScriptWriter:
             BlockFormat(bits=8, block_size=self.block_size)
             if not self.prepack:
                 raise InputError(
-                    "int8 archives ask oneDNN what the processor can do, so there is none for "
-                    "torch builds without it; leave out --no-prepack, or choose --dtype bf16"
+                    "--no-prepack cannot be combined with int8, which always needs oneDNN; omit "
+                    "--no-prepack, or choose --dtype bf16"
                 )
 
     @property
     def budget(self) -> float:
-        """The divergence that the export is allowed, mean nats a token."""
+        """Largest divergence at which the export passes, in mean nats per token."""
         return EXPORT_DTYPES[self.dtype].max_kld if self.max_kld is None else self.max_kld
 
     @property
     def is_quantized(self) -> bool:
-        """Whether matrices are stored in blocks."""
+        """Whether matrices are stored in blocks of integers."""
         return EXPORT_DTYPES[self.dtype].is_quantized
 
     @property
     def element(self) -> DType:
-        """Element type of the cache and of all that is not quantised."""
+        """Element type of the cache and of everything that is not quantised."""
         return element_type("bf16" if self.is_quantized else self.dtype).name
 
     @property
@@ -98,14 +97,14 @@ class TorchScriptWriter:
         return half_precision(torch_dtype(self.element), holds_residual=True)
 
     def size_bytes(self, config: Gemma3Config) -> int:
-        """Weights and code."""
+        """Return about how much space the file needs."""
         itemsize = 1.25 if self.is_quantized else ELEMENT_TYPES[self.element].size_bytes
         return int(config.num_parameters * itemsize) + 2**22
 
     def write(
         self, source: WeightSource, folder: Path, progress: Progress
     ) -> tuple[Graph, dict[str, str]]:
-        """Load the packed weights, trace, and save ``torchscript/model.ts``."""
+        """Load packed weights, trace, and save ``torchscript/model.ts``."""
         dtype = torch_dtype(self.element)
         path = folder / "torchscript" / "model.ts"
         path.parent.mkdir(exist_ok=True)
@@ -118,11 +117,11 @@ class TorchScriptWriter:
             archive = trace(
                 DecoderStep(model).eval(),
                 example_inputs(source.config, dtype=dtype),
-                check_trace=False,  # parity is checked afterwards, and better
+                check_trace=False,  # the parity check is stricter
             )
             progress("tracing", 1, 1)
             progress("writing weights", 0, 1)
-            # A service that has nothing but the archive learns shapes and stop tokens from it.
+            # Services that have only the archive read shapes and stop tokens from this.
             config = json.dumps(config_to_json(source.config), indent=2)
             check_disk_space(path, self.size_bytes(source.config))
             archive.save(str(path), _extra_files={"config.json": config})
@@ -150,9 +149,11 @@ class TorchScriptWriter:
 def load_packed(
     source: WeightSource, dtype: torch.dtype, quantizer: Quantizer | None, progress: Progress
 ) -> tuple[TorchScriptGemma3, dict[str, WeightRecipe], dict[str, BlockMatrix]]:
-    """The stand-in model filled by its recipes, one tensor at a time.
+    """Load the packed model, one tensor at a time.
 
-    What ``quantizer`` quantises is returned beside the model, which keeps no floats of it.
+    Returns:
+        The model, the recipes of its tensors, and the quantised matrices by name. The model has no
+        values for these.
 
     Raises:
         InputError: a weight holds NaN or infinity.
@@ -183,20 +184,16 @@ def load_packed(
     return model, recipes, blocks
 
 
-# Take the exporting machine's source paths out of a TorchScript archive.
-#
-# torch stores the file and line of every traced operation beside the code (``*.debug_pkl``),
-# and has
-# no option not to. They name folders of the machine that exported, and nothing reads them to run.
-
+# torch always stores the source file and line of every traced operation. They name folders of the
+# exporting machine, and nothing needs them to run.
 DEBUG_SUFFIX = ".debug_pkl"
 
 
 def drop_source_paths(path: Path) -> None:
-    """Remove the debug records of the archive at ``path``, in place.
+    """Remove the debug records from the archive at ``path``, in place.
 
-    An archive is a zip file whose weights stand before its code, so that only what follows the
-    first debug record is written again.
+    An archive is a zip file with weights before code, so only the part after the first debug record
+    has to be rewritten.
     """
     with zipfile.ZipFile(path, "a") as archive:
         entries = archive.infolist()
@@ -211,7 +208,7 @@ def drop_source_paths(path: Path) -> None:
             archive.filelist.remove(entry)
             del archive.NameToInfo[entry.filename]
         assert archive.fp is not None
-        archive.start_dir = debug[0].header_offset  # where it appends
+        archive.start_dir = debug[0].header_offset  # where the archive appends
         archive.fp.seek(debug[0].header_offset)
         archive.fp.truncate()
         for entry, content in kept:

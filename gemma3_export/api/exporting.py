@@ -164,7 +164,7 @@ def export_onnx(
     """
     require_packages()
     from gemma3_export.exporters.onnx.writer import OnnxWriter
-    from gemma3_export.exporters.quantize.calibration import CalibrationPlan
+    from gemma3_export.exporters.quantize.calibration import CalibrationOptions
 
     chosen = merged(OnnxOptions, options, changes)
     writer = OnnxWriter(
@@ -173,7 +173,7 @@ def export_onnx(
         activations=chosen.activations,
         block_size=chosen.block_size,
         max_kld=chosen.max_kld,
-        calibration=CalibrationPlan(file=chosen.calibration),
+        calibration=CalibrationOptions(file=chosen.calibration),
         screen=chosen.screen,
     )
     return _export(writer, weights, output, chosen)
