@@ -116,20 +116,18 @@ class BlockedMatrix(nn.Module):
     def forward_float32(self, x: Tensor) -> Tensor:
         """Multiply [..., K] to [..., N] float32, the type of the sums, for logits."""
         x_MK = x.reshape(-1, x.size(-1))
-        y = (
-            self.multiply_few_rows(x_MK)
-            if x.is_cpu and x_MK.size(0) <= self.few_rows
-            else self.multiply_many_rows(x_MK)
-        )
+        if x.is_cpu and x_MK.size(0) <= self.few_rows:
+            y = self.multiply_few_rows(x_MK)
+        else:
+            y = self.multiply_many_rows(x_MK)
         shape = list(x.shape)
         shape[-1] = y.size(-1)
         return y.view(shape)
 
     def multiply_few_rows(self, x_MK: Tensor) -> Tensor:
         """Multiply [M, K] to [M, N] float32 with the 8-bit kernel."""
-        ones = x_MK.new_ones(
-            [self.codes.size(1)]
-        )  # applying scales outside of the kernel keeps them float32
+        # The kernel's scales are bfloat16, so float32 scales are applied outside of it.
+        ones = x_MK.new_ones([self.codes.size(1)])
         parts = torch.split(x_MK, self.codes.size(2), 1)
         y = torch._weight_int8pack_mm(parts[0].contiguous(), self.codes[0], ones) * self.scales[0]
         for block in range(1, len(parts)):

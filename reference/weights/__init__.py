@@ -1,4 +1,4 @@
-"""Every place that weights come from, behind one lazy interface: :func:`open_weights`."""
+"""Sources of weights behind one lazy interface; :func:`open_weights` opens them all."""
 
 from gemma3_export.reference.weights.opening import open_weights
 from gemma3_export.reference.weights.source import WeightSource, check_finite

@@ -1,4 +1,4 @@
-"""Quantised matrices in memory: codes and scales, to and from float32.
+"""Quantised matrices in memory: conversion between float32 and codes with scales.
 
 Shapes: N rows (outputs), K columns (inputs), G blocks of a row.
 """
@@ -16,7 +16,9 @@ from gemma3_export.dtypes import torch_dtype
 
 __all__ = ["BlockMatrix", "block_scales", "pack_codes", "quantize", "unpack_codes"]
 
-SHRINKS = 1.0 - 0.0125 * torch.arange(24)  # candidate scales, relative to the one without clipping
+SHRINKS = 1.0 - 0.0125 * torch.arange(
+    24
+)  # candidate scales, relative to the scale that clips nothing
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,12 +26,12 @@ class BlockMatrix:
     """Rows of a matrix in one :class:`gemma3_export.bundle.block_format.BlockFormat`."""
 
     format: BlockFormat
-    codes: Tensor  # [N, K] uint8, one code each, whatever the bits
-    scales: Tensor  # [N, G] float32, whatever they are stored in
+    codes: Tensor  # [N, K] uint8, one code per element, also for 4 bits
+    scales: Tensor  # [N, G] float32, whatever the stored type
     minimums: Tensor | None = None  # [N, G] float32
 
     def dequantize(self) -> Tensor:
-        """[N, K] float32: what the kernels multiply with."""
+        """Return the weights, [N, K] float32."""
         blocks = in_blocks(self.codes, self.format)
         weights = self.scales[..., None] * (blocks.to(torch.float32) - self.format.zero_point)
         if self.minimums is not None:
@@ -37,7 +39,7 @@ class BlockMatrix:
         return weights.flatten(1)
 
     def convert(self, wanted: BlockFormat) -> BlockMatrix:
-        """The same weights in a format at least as wide (see ``common_format``)."""
+        """Return the same weights in a format at least as wide; see ``common_format``."""
         if wanted == self.format:
             return self
         repeats = self.format.block_size // wanted.block_size
@@ -54,7 +56,7 @@ class BlockMatrix:
 
     @classmethod
     def stack(cls, parts: Sequence[BlockMatrix]) -> BlockMatrix:
-        """Rows of several matrices of one format below each other."""
+        """Concatenate the rows of matrices of one format."""
         first = parts[0]
         minimums = [part.minimums for part in parts if part.minimums is not None]
         return cls(
@@ -66,7 +68,7 @@ class BlockMatrix:
 
 
 def in_blocks(matrix: Tensor, block_format: BlockFormat) -> Tensor:
-    """[N, K] as [N, G, block]."""
+    """View [N, K] as [N, G, block]."""
     return matrix.view(matrix.shape[0], -1, block_format.block_size)
 
 
@@ -75,14 +77,14 @@ def quantize(
 ) -> BlockMatrix:
     """Round ``weights`` to the nearest codes.
 
-    8-bit blocks are scaled so that nothing is clipped. For 4-bit blocks the scale is searched that
-    has the least squared error, weighted by ``importance``; the largest weight takes the one code
-    more that the negative side has (both as llama.cpp's ``Q4_0`` quantiser does).
+    Scales of 8-bit blocks clip nothing. Scales of 4-bit blocks are searched for the least squared
+    error, weighted by ``importance``, and the largest weight uses the extra code on the negative
+    side (both as llama.cpp's ``Q4_0`` quantiser does).
 
     Args:
-        weights: [N, K] finite numbers.
-        block_format: without minimum.
-        importance: [K] how much an error in that input matters; None means all alike.
+        weights: finite numbers, [N, K].
+        block_format: a format without minimums.
+        importance: weight of the error in each input, [K]; None weights all equally.
     """
     scales = block_scales(weights, block_format, importance)
     blocks = in_blocks(weights.float(), block_format)
@@ -92,7 +94,7 @@ def quantize(
 def block_scales(
     weights: Tensor, block_format: BlockFormat, importance: Tensor | None = None
 ) -> Tensor:
-    """[N, G] the scales of ``weights``; see :func:`quantize`."""
+    """Return the scales of ``weights``, [N, G]; see :func:`quantize`."""
     blocks = in_blocks(weights.float(), block_format)
     if block_format.bits == 8:
         return stored_scales(blocks.abs().amax(-1) / 127, block_format)
@@ -100,19 +102,19 @@ def block_scales(
 
 
 def stored_scales(scales: Tensor, block_format: BlockFormat) -> Tensor:
-    """float32 scales, rounded to the type that they are stored in, so that codes can be made."""
+    """Round float32 scales to their stored type, so that codes match what is stored."""
     return scales.to(torch_dtype(block_format.scale_type)).float()
 
 
 def codes_of(blocks: Tensor, scales: Tensor, block_format: BlockFormat) -> Tensor:
-    """[..., G, block] the nearest code of each weight, uint8."""
+    """Return the nearest code of each weight, [..., G, block] uint8."""
     inverse = torch.where(scales == 0, 0.0, 1.0 / scales)[..., None]
     codes = torch.round(blocks * inverse) + block_format.zero_point
     return codes.clamp_(0, 2**block_format.bits - 1).to(torch.uint8)
 
 
 def searched_scales(blocks: Tensor, block_format: BlockFormat, importance: Tensor | None) -> Tensor:
-    """[N, G] the best of :data:`SHRINKS` for each block, in the weighted squared error."""
+    """Return the scale with the least weighted squared error per block, [N, G]."""
     largest = blocks.gather(-1, blocks.abs().argmax(-1, keepdim=True)).squeeze(-1)
     full = largest / -block_format.zero_point
     weight = 1.0 if importance is None else importance.view(1, -1, block_format.block_size)
@@ -130,7 +132,7 @@ def searched_scales(blocks: Tensor, block_format: BlockFormat, importance: Tenso
 
 
 def pack_codes(matrix: BlockMatrix) -> Tensor:
-    """[N, G, bytes of a block] uint8; of two 4-bit codes, the first is the low half."""
+    """Pack codes into [N, G, bytes per block] uint8; the first of two 4-bit codes is low."""
     blocks = in_blocks(matrix.codes, matrix.format)
     if matrix.format.bits == 4:
         blocks = blocks[..., 0::2] | blocks[..., 1::2] << 4
@@ -138,7 +140,7 @@ def pack_codes(matrix: BlockMatrix) -> Tensor:
 
 
 def unpack_codes(packed: Tensor, block_format: BlockFormat) -> Tensor:
-    """[N, K] uint8 from [N, G, bytes of a block]."""
+    """Unpack [N, G, bytes per block] into codes, [N, K] uint8."""
     if block_format.bits == 4:
         packed = torch.stack((packed & 15, packed >> 4), dim=-1).flatten(-2)
     return packed.flatten(1)

@@ -1,4 +1,4 @@
-"""A weight source over files: stored names become canonical, and all of them are accounted for."""
+"""The weight source for checkpoint files, which maps every stored name to a canonical name."""
 
 from __future__ import annotations
 
@@ -34,16 +34,16 @@ class CheckpointSource(WeightSource):
     """Weights from a store of named tensors.
 
     Args:
-        store: the opened files; closed with this source.
-        config: what the weights must fit.
-        origin: where they come from, for people.
-        location: the same without local folders, for the fingerprint.
-        tokenizer: the tokenizer that came along, if any.
-        is_tie_stated: whether a config file says that the head is tied (then another head is an
-            error), or whether the checkpoint may bring its own head.
+        store: the open files; closing this source closes them.
+        config: the model that the weights must fit.
+        origin: where the weights come from, for messages.
+        location: the origin without local folders, for the fingerprint.
+        tokenizer: the file of the checkpoint's tokenizer, if any.
+        is_tie_stated: a config file says that the head is tied, so a different head is an error;
+            otherwise a different head unties it.
 
     Raises:
-        InputError: names or shapes do not fit ``config``; all of them in one message.
+        InputError: names or shapes do not fit ``config``; the message lists all of them.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class CheckpointSource(WeightSource):
         return self.store.blocks[self._stored[name]] if isinstance(self.store, GgufStore) else None
 
     def fingerprint(self) -> dict[str, Any]:
-        """See :meth:`WeightSource.fingerprint`; files are hashed on the first call."""
+        """See :meth:`WeightSource.fingerprint`; the first call hashes the files."""
         if self._fingerprint is None:
             self._fingerprint = {
                 "kind": self.store.kind,
@@ -106,20 +106,20 @@ class CheckpointSource(WeightSource):
         self.store.close()
 
     def _is_shifted(self, name: str) -> bool:
-        """Whether the file holds ``1 + w`` where the canonical weight is ``w``."""
+        """Return whether the file stores ``1 + w`` for the canonical weight ``w``."""
         return self.store.kind == "gguf" and name.endswith("norm.weight")
 
     def _settle_head(self, is_tie_stated: bool) -> None:
-        """Decide whether a head in the checkpoint is the embedding once more, or one of its own."""
+        """Skip a head that equals the embedding; untie the config for any other head."""
         if self._is_head_embedding():
             stored = dict(self._stored)
             self.skipped = tuple(sorted((*self.skipped, stored.pop(HEAD))))
             self._stored = stored
         elif is_tie_stated:
             raise InputError(
-                f"{self.origin}: the config says tie_word_embeddings, but {self._stored[HEAD]} "
-                "differs from the embedding; set tie_word_embeddings to false in the config, or "
-                "remove the head"
+                f"{self.origin}: the config has tie_word_embeddings, but {self._stored[HEAD]} "
+                "differs from the embedding; set tie_word_embeddings to false in the config, or remove the "
+                "head"
             )
         else:
             self.config = replace(self.config, tie_word_embeddings=False)
@@ -138,7 +138,7 @@ class CheckpointSource(WeightSource):
 def _check_fit(store: TensorStore, names: NameMap, config: Gemma3Config, origin: str) -> None:
     expected = dict(config.weight_shapes())
     missing = [name for name in expected if name not in names.stored]
-    known = expected | {HEAD: expected[EMBEDDING]}  # a head is welcome in a tied checkpoint
+    known = expected | {HEAD: expected[EMBEDDING]}  # tied checkpoints may store a head
     unexpected = list(names.unexpected)
     misshapen, unreadable = [], []
     for name, stored_name in names.stored.items():
@@ -158,15 +158,15 @@ def _check_fit(store: TensorStore, names: NameMap, config: Gemma3Config, origin:
     lines = [_summary(kind, items) for kind, items in problems.items() if items]
     if lines:
         raise InputError(
-            f"{origin} does not hold the weights of its config:\n  " + "\n  ".join(lines) + "\n"
-            "give the config of these weights (--config), the right --size, or other weights"
+            f"{origin} does not have the weights of its config:\n  " + "\n  ".join(lines) + "\n"
+            "pass the config of these weights (--config), the right --size, or other weights"
         )
 
 
 def _fits(name: str, stored: tuple[int, ...], needed: tuple[int, ...]) -> bool:
     if stored == needed:
         return True
-    # Multimodal checkpoints pad the vocabulary with image placeholders; the text rows come first.
+    # Multimodal checkpoints add image placeholders to the vocabulary, after the text tokens.
     is_padded = stored[:1] == (PADDED_VOCAB_SIZE,) and needed[0] == TEXT_VOCAB_SIZE
     return name in (EMBEDDING, HEAD) and is_padded and stored[1:] == needed[1:]
 
@@ -187,7 +187,7 @@ def _sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-# Maps the names that checkpoints use to the canonical ones of ``Gemma3Config.weight_shapes``.
+# Names: from those that checkpoints use to the canonical names of Gemma3Config.weight_shapes
 
 _ANCESTOR_LAYER = {
     "att.W_query.weight": "self_attn.q_proj.weight",
@@ -231,22 +231,22 @@ _GGUF_TOP = {
 }
 _LAYER = re.compile(r"(?P<stack>layers|blocks|blk)\.(?P<layer>0|[1-9][0-9]{0,4})\.(?P<rest>.+)")
 _VISION = re.compile(r"(model\.)*(vision_tower|multi_modal_projector)\.")
-# Tables and masks that a module registers; they are computed, not trained.
+# Buffers: tables and masks that modules compute.
 _BUFFER = re.compile(r"(.*\.)?(((\w+_)?inv_freq)|(cos|sin)(_\w+)?|(\w+_)?mask|embed_scale)")
 _HEAD_OF_TEXT = re.compile(r"(model\.|language_model\.)+")
 
 
 @dataclass(slots=True)
 class NameMap:
-    """What the stored names of one checkpoint mean."""
+    """The stored names of one checkpoint, by meaning."""
 
     stored: dict[str, str] = field(default_factory=dict)  # canonical name to stored name
-    skipped: list[str] = field(default_factory=list)  # known, but not of the text model
+    skipped: list[str] = field(default_factory=list)  # known, but not weights of the text model
     unexpected: list[str] = field(default_factory=list)  # unknown
 
 
 def map_names(names: Iterable[str]) -> NameMap:
-    """Sort stored names into canonical, skipped and unexpected ones.
+    """Map stored names to canonical names; collect skipped and unexpected names.
 
     Raises:
         InputError: two stored names mean the same weight.
@@ -269,7 +269,7 @@ def map_names(names: Iterable[str]) -> NameMap:
 
 
 def _strip_wrappers(name: str) -> str:
-    """Remove what torch.compile and DistributedDataParallel put around modules."""
+    """Remove the prefixes of torch.compile and DistributedDataParallel."""
     name = name.replace("_orig_mod.", "")
     while name.startswith("module."):
         name = name.removeprefix("module.")

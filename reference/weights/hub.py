@@ -1,4 +1,4 @@
-"""Downloads a checkpoint from the Hugging Face Hub and says plainly why it could not."""
+"""Download a checkpoint from the Hugging Face Hub, with clear errors."""
 
 from __future__ import annotations
 
@@ -33,17 +33,17 @@ PATTERNS = [
     "chat_template*",
 ]
 ALTERNATIVES = (
-    "Instead, give weights that you have (--weights FOLDER, FILE.safetensors or FILE.gguf), or try "
+    "Alternatively, use local weights (--weights FOLDER, FILE.safetensors or FILE.gguf), or try "
     "the pipeline with --random-weights SEED."
 )
 DENIED = (401, 403)
 
 
 def download(hub_id: str, *, revision: str | None, token: str | None) -> tuple[Path, str]:
-    """Fetch config, tokenizer and safetensors of ``hub_id``; return the folder and the commit.
+    """Download config, tokenizer and safetensors of ``hub_id``; return folder and commit.
 
     Raises:
-        InputError: the repository or revision does not exist, or access is not granted.
+        InputError: the repository or revision does not exist, or access is denied.
         UnavailableError: the Hub cannot be reached.
     """
     at = f"{hub_id} (revision {revision})" if revision else hub_id
@@ -53,7 +53,7 @@ def download(hub_id: str, *, revision: str | None, token: str | None) -> tuple[P
             revision=revision,
             token=token,
             allow_patterns=PATTERNS,
-            ignore_patterns=["*/*"],  # other formats live in folders of their own
+            ignore_patterns=["*/*"],  # subfolders hold other formats
         )
     except GatedRepoError as error:
         raise InputError(
@@ -61,26 +61,24 @@ def download(hub_id: str, *, revision: str | None, token: str | None) -> tuple[P
             f"then set HF_TOKEN or run `hf auth login`. {ALTERNATIVES}"
         ) from error
     except RevisionNotFoundError as error:
-        raise InputError(f"{hub_id} has no revision {revision!r}; name another") from error
+        raise InputError(f"{hub_id} has no revision {revision!r}; choose another") from error
     except RepositoryNotFoundError as error:
         raise InputError(
-            f"{at} was not found on the Hub (no such repository, or it is private: set HF_TOKEN or "
-            f"run `hf auth login`). {ALTERNATIVES}"
+            f"{at} was not found on the Hub. If it is private, set HF_TOKEN or run `hf auth "
+            f"login`. {ALTERNATIVES}"
         ) from error
     except HFValidationError as error:
         raise InputError(f"{hub_id!r} is not a Hub repository id: {error}") from error
     except LocalTokenNotFoundError as error:
-        raise InputError("no token was found; set HF_TOKEN or run `hf auth login`") from error
-    except (
-        Exception
-    ) as error:  # the HTTP library, the disk and the Hub each have errors of their own
+        raise InputError("there is no Hub token; set HF_TOKEN or run `hf auth login`") from error
+    except Exception as error:  # HTTP library, disk and Hub have no common error type
         raise _translate(error, at) from error
     return Path(folder), Path(folder).name
 
 
 def _translate(error: Exception, at: str) -> InputError | UnavailableError:
     if isinstance(error, LocalEntryNotFoundError) and isinstance(error.__cause__, HfHubHTTPError):
-        error = error.__cause__  # the client fell back to its cache, which hides why
+        error = error.__cause__  # the client's fallback to its cache hides the cause
     if isinstance(error, HfHubHTTPError):
         status = getattr(error.response, "status_code", None)
         if status in DENIED:
@@ -88,15 +86,15 @@ def _translate(error: Exception, at: str) -> InputError | UnavailableError:
                 f"the Hub denies access to {at} (HTTP {status}); check HF_TOKEN or run "
                 f"`hf auth login`. {ALTERNATIVES}"
             )
-        return UnavailableError(f"the Hub failed for {at} (HTTP {status}). {ALTERNATIVES}")
+        return UnavailableError(f"the Hub request for {at} failed (HTTP {status}). {ALTERNATIVES}")
     if isinstance(error, OfflineModeIsEnabled | LocalEntryNotFoundError):
         return UnavailableError(
             f"the Hub cannot be reached, and {at} is not in the local cache. Check the network and "
             f"HF_HUB_OFFLINE. {ALTERNATIVES}"
         )
     if isinstance(error, EntryNotFoundError):
-        return InputError(f"a file of {at} has gone from the Hub; name another --revision")
+        return InputError(f"a file of {at} no longer exists on the Hub; choose another --revision")
     return UnavailableError(
-        f"the download of {at} failed ({type(error).__name__}: {str(error)[:300]}); run it again. "
+        f"the download of {at} failed ({type(error).__name__}: {str(error)[:300]}); try again. "
         f"{ALTERNATIVES}"
     )

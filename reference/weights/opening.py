@@ -1,4 +1,4 @@
-"""Finds out what a weights argument means and opens it."""
+"""Open weights from a folder, a file, the Hub, or a random seed."""
 
 from __future__ import annotations
 
@@ -35,16 +35,16 @@ from gemma3_export.reference.weights.stores import (
 
 __all__ = ["DEMO", "DEMO_FOLDER", "open_weights"]
 
-DEMO = "demo"  # what the model that comes with this package is called
+DEMO = "demo"  # name of the model that this package includes
 DEMO_FOLDER = Path(gemma3_export.__file__).parent / "demo_model"
 INDEX = "model.safetensors.index.json"
 TORCH_SUFFIXES = (".pt", ".pth", ".bin")
-GGUF_TOKENIZER = "tokenizer.ggml.model"  # present in every GGUF that has a tokenizer
+GGUF_TOKENIZER = "tokenizer.ggml.model"  # key of every GGUF file with a tokenizer
 SUFFIXES = (".safetensors", ".gguf", *TORCH_SUFFIXES)
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-# Facts that may differ between two descriptions of one model.
+# Fields that may differ between two configs of one model.
 NOT_COMPARED = {"pad_token_id", "bos_token_id", "eos_token_id", "initializer_range"}
-SHOWN_FIELDS = 4  # of a config that is not that of --size
+SHOWN_FIELDS = 4  # differing fields to show in full
 STATED_IN_GGUF = ("rope_theta", "rope_scaling_factor", "rms_norm_eps", "sliding_window")
 
 
@@ -65,26 +65,26 @@ def open_weights(
     token: str | None = None,
     random_seed: int | None = None,
 ) -> WeightSource:
-    """Open weights, reading no more than their headers.
+    """Open weights, reading only their headers.
 
     Args:
-        spec: a folder as Hugging Face writes it, a ``.safetensors``, ``.gguf`` or ``.pt`` file, the
-            id of a Hub repository, or ``demo`` for the model that comes with this package.
-        size: a published size; alone it means the official Hub repository.
-        config_path: the ``config.json`` to use instead of the one that comes with the weights.
+        spec: a Hugging Face folder, a ``.safetensors``, ``.gguf`` or ``.pt`` file, the id of a Hub
+            repository, or ``demo`` for the model that this package includes.
+        size: a published size; without ``spec``, its official Hub repository.
+        config_path: the ``config.json`` to use instead of that of the weights.
         revision: branch, tag or commit of a Hub repository.
-        token: Hub access token; by default the one that ``hf auth login`` or HF_TOKEN set.
-        random_seed: draw random weights of ``size`` or ``config_path`` instead.
+        token: Hub access token; defaults to that of ``hf auth login`` or HF_TOKEN.
+        random_seed: draw random weights for ``size`` or ``config_path`` instead.
 
     Raises:
-        InputError: the weights are absent, damaged, not accessible, or do not fit their config.
+        InputError: the weights are missing, damaged, not accessible, or do not fit their config.
         UnavailableError: the Hub cannot be reached.
     """
     if random_seed is not None:
         return _open_random(spec, size, config_path, random_seed)
     if spec is None:
         if size is None:
-            raise InputError("no weights given; use --weights, --size or --random-weights")
+            raise InputError("no weights given; pass --weights, --size or --random-weights")
         spec = preset(size).hub_id
         path = None
     else:
@@ -94,7 +94,9 @@ def open_weights(
         location = f"{spec}@{commit}"
         return _open_path(folder, size, config_path, origin=location, location=location)
     if revision is not None:
-        raise InputError(f"--revision is for Hub repositories, but {spec} is a local path")
+        raise InputError(
+            f"--revision is for Hub repositories, but {spec} is a local path; omit --revision"
+        )
     return _open_path(path, size, config_path, origin=str(path), location=path.resolve().name)
 
 
@@ -102,31 +104,31 @@ def _open_random(
     spec: str | None, size: str | None, config_path: Path | None, seed: int
 ) -> WeightSource:
     if spec is not None:
-        raise InputError("--weights and --random-weights exclude each other; drop one")
+        raise InputError("--weights and --random-weights cannot be combined; omit one of them")
     if config_path is not None:
         config = load_config(config_path)
         return RandomSource(_agree_with_size(config, size, str(config_path)), seed)
     if size is None:
-        raise InputError(f"random weights need --size ({', '.join(SIZES)}) or --config")
+        raise InputError(f"--random-weights needs --size ({', '.join(SIZES)}) or --config")
     return RandomSource(preset(size).config, seed)
 
 
 def _local_path(spec: str) -> Path | None:
-    """The file or folder that ``spec`` names, or None when it is a Hub id."""
-    if spec == DEMO:  # a folder of that name is ./demo
+    """Return the file or folder that ``spec`` names, None if it is a Hub id."""
+    if spec == DEMO:  # a folder of this name is ./demo
         return DEMO_FOLDER
     try:
         path = Path(spec).expanduser()
         if path.exists():
             return path
     except (OSError, ValueError, RuntimeError) as error:
-        raise InputError(f"{spec!r:.100} is not a usable path: {error}") from error
+        raise InputError(f"{spec!r:.100} is not a valid path: {error}") from error
     if HUB_ID.fullmatch(spec) and path.suffix not in SUFFIXES:
         return None
     if spec.lower() in SIZES:
-        raise InputError(f"{spec!r} is a size, not weights; use --size {spec.lower()}")
+        raise InputError(f"{spec!r} is a size, not weights; pass --size {spec.lower()}")
     raise InputError(
-        f"{spec!r:.200} does not exist; give a folder, a file ({', '.join(SUFFIXES)}) or a Hub id "
+        f"{spec!r:.200} does not exist; pass a folder, a file ({', '.join(SUFFIXES)}) or a Hub id "
         "such as google/gemma-3-270m"
     )
 
@@ -153,7 +155,7 @@ def _open_path(
 
 
 def _find_tokenizer(store: TensorStore, folder: Path) -> Path | None:
-    """The GGUF file itself where it has a tokenizer, else what lies beside the weights."""
+    """Return the GGUF file if it has a tokenizer, else ``tokenizer.json`` next to the weights."""
     if isinstance(store, GgufStore) and store.reader.get_field(GGUF_TOKENIZER) is not None:
         return store.files[0]
     beside = folder / "tokenizer.json"
@@ -169,7 +171,7 @@ def _open_store(path: Path) -> TensorStore:
         return GgufStore(path)
     if path.suffix in TORCH_SUFFIXES:
         return TorchStore(path)
-    raise InputError(f"{path} is none of {', '.join(SUFFIXES)}; convert it or name another file")
+    raise InputError(f"{path} is not a {', '.join(SUFFIXES)} file; convert it, or pass another")
 
 
 def _open_folder(folder: Path) -> TensorStore:
@@ -189,33 +191,33 @@ def _open_folder(folder: Path) -> TensorStore:
         found = sorted(p for p in folder.iterdir() if p.suffix in suffixes and p.is_file())
         if len(found) > 1:
             names = ", ".join(p.name for p in found[:10])
-            raise InputError(f"{folder} has several weight files ({names}); name one of them")
+            raise InputError(f"{folder} has several weight files ({names}); pass one of them")
         if found:
             return _open_store(found[0])
     if (folder / MANIFEST).is_file():
         raise InputError(_not_from_an_export(folder))
     raise InputError(
-        f"{folder} has no model.safetensors, {INDEX}, .gguf or .pt file; is it a model's folder?"
+        f"{folder} has no model.safetensors, {INDEX}, .gguf or .pt file; pass the folder of a model"
     )
 
 
 def _not_from_an_export(folder: Path) -> str:
-    """What to give instead of a bundle, which says where its weights came from."""
+    """Return the error message for a bundle, with the weights that it was made from."""
     source = load_json_object(folder / MANIFEST).get("source")
     origin = source.get("location") if isinstance(source, dict) else None
     if origin == DEMO_FOLDER.name:
         origin = DEMO
     made_from = f" ({origin:.80})" if isinstance(origin, str) else ""
     return (
-        f"{folder} is an export of this program, not weights; give what it was made from{made_from}"
-        f", with -o {folder} to add another format to it"
+        f"{folder} is an export, not weights; pass the weights that it was made from{made_from}, "
+        f"with -o {folder} to add another format to it"
     )
 
 
 def _describe(
     store: TensorStore, folder: Path, size: str | None, config_path: Path | None
 ) -> _Described:
-    """The first config there is: given, inside the checkpoint, beside it, or of ``size``."""
+    """Return the first config found: given, in the checkpoint, next to it, or of ``size``."""
     from_gguf = config_from_gguf(store.reader) if isinstance(store, GgufStore) else None
     beside = config_path or folder / "config.json"
     if config_path is None and isinstance(store, TorchStore) and store.model_config is not None:
@@ -233,13 +235,16 @@ def _describe(
     if size is not None:
         return _Described(preset(size).config, is_tie_stated=False)
     raise InputError(
-        f"there is no config.json beside {store.files[0].name}; give --config FILE or --size "
+        f"there is no config.json next to {store.files[0].name}; pass --config FILE or --size "
         f"({', '.join(SIZES)})"
     )
 
 
 def _states_tie(data: Mapping[str, Any]) -> bool:
-    """Hugging Face files tie unless they say otherwise; the ancestors' dictionary says nothing."""
+    """Return whether a config decides about tying.
+
+    Hugging Face configs tie the head by default; the notebook's dictionary leaves it open.
+    """
     return "emb_dim" not in data or "tie_word_embeddings" in data
 
 
@@ -247,11 +252,17 @@ def _agree_with_gguf(config: Gemma3Config, from_gguf: Gemma3Config, where: Path)
     for key in STATED_IN_GGUF:
         stated, stored = getattr(config, key), getattr(from_gguf, key)
         if stated != stored:
-            raise InputError(f"{where} says {key} is {stated!r}, the GGUF file says {stored!r}")
+            raise InputError(
+                f"{key} is {stated!r} in {where}, but {stored!r} in the GGUF file; correct or omit "
+                "the config"
+            )
 
 
 def _difference(name: str, stated: object, wanted: object) -> str:
-    """``hidden_size is 64, not 640``; of lists the length, or the first place that differs."""
+    """Return a difference such as ``hidden_size is 64, not 640``.
+
+    For lists, it is their length or the first element that differs.
+    """
     if isinstance(stated, tuple) and isinstance(wanted, tuple):
         if len(stated) != len(wanted):
             return f"{name} has {len(stated)} entries, not {len(wanted)}"
@@ -263,7 +274,7 @@ def _difference(name: str, stated: object, wanted: object) -> str:
 
 
 def _agree_with_size(config: Gemma3Config, size: str | None, where: str) -> Gemma3Config:
-    """``config`` with the end-of-text ids of ``size``, which it must otherwise equal."""
+    """Check ``config`` against ``size``; return it with the end-of-text ids of both."""
     if size is None:
         return config
     expected = preset(size).config
@@ -278,7 +289,7 @@ def _agree_with_size(config: Gemma3Config, size: str | None, where: str) -> Gemm
         shown, others = [*differing.values()][:SHOWN_FIELDS], [*differing][SHOWN_FIELDS:]
         more = f"; also different: {', '.join(others)}" if others else ""
         raise InputError(
-            f"{where} is not a {size} model: {'; '.join(shown)}{more}; drop --size or name the "
+            f"{where} is not a {size} model: {'; '.join(shown)}{more}; omit --size or pass the "
             "right one"
         )
     return replace(

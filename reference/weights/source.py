@@ -1,4 +1,4 @@
-"""What a source of weights offers: canonical tensors, read row by row."""
+"""The interface of weight sources, and random weights."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ DEFAULT_CHUNK_BYTES = 64 * 2**20
 class WeightSource(ABC):
     """The weights of one model under their canonical names, in their stored precision.
 
-    Nothing is held in memory: each read costs the rows it asks for.
+    Reads are lazy: each reads only the requested rows.
 
     Attributes:
-        config: names and shapes of all weights are ``config.weight_shapes()``.
-        origin: where the weights come from, for people.
-        skipped: stored names that are no weights of the text model (vision tower, buffers, a head
-            that equals the embedding).
+        config: the model; ``config.weight_shapes()`` lists names and shapes of all weights.
+        origin: where the weights come from, for messages.
+        skipped: stored names that are not weights of the text model (vision tower, buffers, a head
+            equal to the embedding).
     """
 
     config: Gemma3Config
@@ -44,48 +44,46 @@ class WeightSource(ABC):
 
     @property
     def activation_blocks(self) -> Mapping[str, int]:
-        """Matrices whose inputs a kernel rounds to int8, and in blocks of how many columns."""
+        """Block sizes of the matrices whose inputs kernels round to int8, by canonical name."""
         return {}
 
     @abstractmethod
     def read(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
-        """Rows [start, stop) of the canonical tensor ``name``, contiguous and on the CPU.
+        """Read rows [start, stop) of the canonical tensor ``name``, contiguous and on the CPU.
 
         Raises:
-            InputError: there is no such tensor or row, or the file cannot be read.
+            InputError: the tensor or row does not exist, or the file cannot be read.
         """
 
     @abstractmethod
     def stored_dtype(self, name: str) -> torch.dtype:
-        """Element type that :meth:`read` returns: float32, float16 or bfloat16.
+        """Return the element type that :meth:`read` gives: float32, float16 or bfloat16.
 
         Raises:
-            InputError: there is no such tensor.
+            InputError: the tensor does not exist.
         """
 
     @abstractmethod
     def fingerprint(self) -> dict[str, Any]:
-        """Kind, location and the SHA-256 of each file; free of local folder names."""
+        """Return kind, location and SHA-256 of each file, without local folder names."""
 
     def tokenizer_file(self) -> Path | None:
-        """The ``tokenizer.json`` or GGUF file that came with the weights, or None."""
+        """Return the weights' ``tokenizer.json`` or GGUF file, None if there is none."""
         return None
 
     def gguf_tensor(self, name: str) -> GgufTensor | None:
-        """The quantised blocks behind ``name``, to be repacked without loss, or None.
+        """Return the GGUF tensor of ``name``, None for other files.
 
-        The blocks may have more rows than the canonical tensor, and norms hold ``1 + w``.
+        It may have more rows than the canonical tensor, and norms hold ``1 + w``.
         """
         del name
         return None
 
     def chunks(self, name: str, max_bytes: int = DEFAULT_CHUNK_BYTES) -> Iterator[torch.Tensor]:
-        """The tensor ``name`` as consecutive blocks of leading rows of at most ``max_bytes``.
-
-        One row is the least that is yielded.
+        """Yield the tensor ``name`` in chunks of rows of at most ``max_bytes``, or of one row.
 
         Raises:
-            InputError: there is no such tensor.
+            InputError: the tensor does not exist.
         """
         shape = self._shape(name)
         row_bytes = math.prod(shape[1:]) * self.stored_dtype(name).itemsize
@@ -94,7 +92,7 @@ class WeightSource(ABC):
             yield self.read(name, start, min(start + step, shape[0]))
 
     def close(self) -> None:
-        """Let go of the files."""
+        """Close the files."""
         return
 
     def __enter__(self) -> Self:
@@ -122,34 +120,37 @@ class WeightSource(ABC):
         rows = self._shape(name)[0]
         stop = rows if stop is None else stop
         if not 0 <= start <= stop <= rows:
-            raise InputError(f"rows [{start}, {stop}) of {name} do not exist; it has {rows}")
+            raise InputError(f"rows [{start}, {stop}) of {name} do not exist; it has {rows} rows")
         return start, stop
 
 
 def check_finite(name: str, tensor: torch.Tensor) -> None:
-    """Stop at a weight that is not a number or infinite.
+    """Check that ``tensor`` has neither NaN nor infinity.
 
     Raises:
-        InputError: naming the tensor and counting what is wrong in it.
+        InputError: with the tensor's name and the number of such values.
     """
-    # The sum is finite unless an element is not (or the sum overflows): one pass, no mask.
+    # Unless it overflows, the sum is finite if all elements are: one pass without a mask.
     if math.isfinite(float(tensor.sum(dtype=torch.float64))):
         return
     bad = int((~torch.isfinite(tensor)).sum())
     if bad:
         raise InputError(
-            f"weight {name} has {bad} values that are NaN or infinite; the checkpoint is damaged"
+            f"weight {name} has {bad} values that are NaN or infinite; the checkpoint is damaged; "
+            "get it again"
         )
 
 
-# Random weights that need no file and no memory: for tests, timings and dry runs of big sizes.
+# Random weights
 
-BLOCK_ELEMENTS = 2**20  # drawn at once; part of what a seed means
-NORM_STD = 0.1  # away from zero, so that multiplying by w instead of 1 + w shows
+BLOCK_ELEMENTS = 2**20  # drawn at once; changing it changes the weights of a seed
+NORM_STD = 0.1  # far enough from zero to expose multiplying by w instead of 1 + w
 
 
 class RandomSource(WeightSource):
-    """Normal float32 weights, each block a function of seed, tensor name and row alone.
+    """Normally distributed float32 weights that need neither files nor memory.
+
+    Each block is a function of seed, tensor name and row alone. For tests, timings and dry runs.
 
     Raises:
         InputError: the seed is negative or too large.
@@ -157,7 +158,7 @@ class RandomSource(WeightSource):
 
     def __init__(self, config: Gemma3Config, seed: int) -> None:
         if not 0 <= seed < 2**63:
-            raise InputError(f"the seed of random weights is {seed}; it must be within 0 and 2^63")
+            raise InputError(f"random seed {seed} is out of range; choose one from 0 to 2^63 - 1")
         self.config = config
         self.origin = f"random weights (seed {seed})"
         self._seed = seed
@@ -180,7 +181,7 @@ class RandomSource(WeightSource):
         return torch.float32
 
     def fingerprint(self) -> dict[str, Any]:
-        """See :meth:`WeightSource.fingerprint`; the seed stands for the files."""
+        """See :meth:`WeightSource.fingerprint`; the location is the seed."""
         return {"kind": "random", "location": f"seed {self._seed}", "files": {}}
 
     def _block(self, name: str, index: int, rows: int) -> torch.Tensor:

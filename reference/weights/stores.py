@@ -1,4 +1,7 @@
-"""Files of named tensors, whatever the names mean: the lowest layer of every weight source."""
+"""Files of named tensors: GGUF, safetensors and PyTorch state dicts.
+
+Stores know nothing about the meaning of names; weight sources build on them.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +43,7 @@ class TensorInfo:
 
 
 class TensorStore(ABC):
-    """One or more files of named tensors, opened and checked, with nothing read yet."""
+    """One or more open files of named tensors, with headers checked and no data read."""
 
     kind: str
     files: tuple[Path, ...]
@@ -48,14 +51,14 @@ class TensorStore(ABC):
 
     @abstractmethod
     def read(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """Rows [start, stop) of the stored tensor ``name``, in its ``dtype``.
+        """Read rows [start, stop) of the stored tensor ``name``, in its ``dtype``.
 
         Raises:
-            InputError: the file cannot be read there.
+            InputError: the file cannot be read.
         """
 
     def close(self) -> None:
-        """Let go of the files."""
+        """Close the files."""
         return
 
 
@@ -69,24 +72,27 @@ class GgufStore(TensorStore):
         self.files = (path,)
         self.blocks: dict[str, GgufTensor] = {t.name: t for t in self.reader.tensors}
         for tensor in {t.tensor_type: t for t in self.reader.tensors}.values():
-            tensor.dequantize_rows(0, 1)  # a type that cannot be decoded is named here, not midway
+            tensor.dequantize_rows(0, 1)  # report unsupported types now, not halfway through
         self.tensors = {
             name: TensorInfo(tensor.shape, torch.float32) for name, tensor in self.blocks.items()
         }
 
     def read(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """See :meth:`TensorStore.read`; a vector is one row of its file."""
+        """See :meth:`TensorStore.read`; GGUF stores a vector as one row."""
         tensor = self.blocks[name]
         if len(tensor.shape) == 1:
             values = tensor.dequantize_rows(0, 1).reshape(-1)[start:stop]
             return torch.from_numpy(values.copy())
         if len(tensor.shape) != 2:
-            raise InputError(f"tensor {name} has {len(tensor.shape)} axes; weights have 1 or 2")
+            raise InputError(
+                f"tensor {name} has {len(tensor.shape)} axes, but weights have 1 or 2; the file is "
+                "not a Gemma 3 checkpoint"
+            )
         rows = tensor.dequantize_rows(start, stop)
         return torch.from_numpy(rows if rows.flags.writeable else rows.copy())
 
 
-# Safetensors files, single or sharded: headers checked first, rows read lazily.
+# Safetensors files, single or sharded
 
 MAX_HEADER_BYTES = 100 * 10**6  # the format's own limit
 _DTYPES = {
@@ -110,7 +116,8 @@ class SafetensorsStore(TensorStore):
             for name, tensor in _read_header(path).items():
                 if name in self._file_of:
                     raise InputError(
-                        f"{name} is both in {self._file_of[name].name} and {path.name}"
+                        f"{name} is in both {self._file_of[name].name} and {path.name}; remove one "
+                        "of the files"
                     )
                 self._file_of[name] = path
                 self.tensors[name] = tensor
@@ -122,33 +129,35 @@ class SafetensorsStore(TensorStore):
             if path not in self._open:
                 self._open[path] = safe_open(path, framework="pt", device="cpu")
             rows: torch.Tensor = self._open[path].get_slice(name)[start:stop]
-        except Exception as error:  # the library raises its own and bare errors alike
-            raise InputError(f"{path.name}: {name} cannot be read: {error}") from error
+        except Exception as error:  # safetensors has no common error type
+            raise InputError(
+                f"{path.name}: cannot read {name} ({error}); download the file again"
+            ) from error
         return rows.to(self.tensors[name].dtype)
 
     def close(self) -> None:
-        """Drop the mapped files."""
+        """Unmap the files."""
         self._open.clear()
 
 
 def read_shard_index(path: Path) -> tuple[list[Path], dict[str, str]]:
-    """The shards that ``model.safetensors.index.json`` names, and each tensor's shard.
+    """Read ``model.safetensors.index.json``; return the shards, and each tensor's shard.
 
     Raises:
-        InputError: the index is malformed, points outside its folder, or shards are missing.
+        InputError: the index is malformed, refers outside of its folder, or lacks shards.
     """
     weight_map = load_json_object(path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise InputError(f"{path.name} has no weight_map; download the folder again")
     for name, shard in weight_map.items():
         if not isinstance(shard, str) or Path(shard).name != shard or "\0" in shard:
-            raise InputError(f"{path.name}: {name} is in {shard!r:.80}, which is no file name")
+            raise InputError(f"{path.name}: {name} is in {shard!r:.80}, which is not a file name")
     names = sorted(set(weight_map.values()))
     missing = [name for name in names if not (path.parent / name).is_file()]
     if missing:
         shown = ", ".join(missing[:10]) + (" ..." if len(missing) > 10 else "")
         raise InputError(
-            f"{path.name} names {len(missing)} of {len(names)} shards that are missing: {shown}; "
+            f"{len(missing)} of {len(names)} shards in {path.name} are missing: {shown}; "
             "download the folder again"
         )
     return [path.parent / name for name in names], weight_map
@@ -171,7 +180,7 @@ def _parse_header(path: Path) -> dict[str, TensorInfo]:
             raise InputError(f"{size} bytes are too few for a safetensors file")
         (length,) = struct.unpack("<Q", prefix)
         if length > min(MAX_HEADER_BYTES, size - 8):
-            raise InputError(f"it claims a header of {length} bytes in a file of {size}")
+            raise InputError(f"its header length is {length} bytes, but the file has only {size}")
         raw = file.read(length)
     try:
         header = json.loads(raw)
@@ -191,17 +200,17 @@ def _parse_entry(name: str, entry: Any, data_bytes: int) -> TensorInfo:
         raise InputError(f"{name!r:.80} has no dtype")
     if kind not in _DTYPES:
         raise InputError(
-            f"{name} is stored as {kind}, which is not supported; give a checkpoint in "
-            f"{', '.join(_DTYPES)}, or a quantised one as GGUF"
+            f"{name} has type {kind}, which is not supported; use a checkpoint in "
+            f"{', '.join(_DTYPES)}, or a quantised GGUF file"
         )
     if not _are_counts(shape) or not _are_counts(offsets) or len(offsets) != 2:
         raise InputError(f"{name!r:.80} has a malformed shape or offsets")
     begin, end = offsets
     if not begin <= end <= data_bytes:
-        raise InputError(f"{name} reaches to byte {end} of {data_bytes}; the file is truncated")
+        raise InputError(f"{name} ends at byte {end} of {data_bytes}; the file is truncated")
     dtype = _DTYPES[kind]
     if math.prod(shape) * dtype.itemsize != end - begin:
-        raise InputError(f"{name} of shape {shape} does not fill its {end - begin} bytes")
+        raise InputError(f"{name} of shape {shape} does not match its {end - begin} bytes")
     return TensorInfo(tuple(shape), torch.float32 if dtype == torch.float64 else dtype)
 
 
@@ -213,18 +222,18 @@ def _are_counts(value: object) -> TypeGuard[list[int]]:
     )
 
 
-# PyTorch state dicts (``.pt``, ``.pth``, ``.bin``): read without ever running their code.
+# PyTorch state dicts (.pt, .pth, .bin), read without running the code that they may contain
 
 _WRAPPERS = ("model", "state_dict", "model_state_dict")
 _CONFIGS = ("config", "model_config")
-_CONFIG_MARKS = {"emb_dim", "model_type"}  # what tells a model's config from a trainer's
+_CONFIG_MARKS = {"emb_dim", "model_type"}  # keys that distinguish a model's config from a trainer's
 
 
 class TorchStore(TensorStore):
     """The tensors of a state dict; float64 is read as float32.
 
     Attributes:
-        model_config: the model's config where the checkpoint carries one, as parsed JSON.
+        model_config: the model's config if the checkpoint has one, as parsed JSON.
     """
 
     kind = "torch"
@@ -248,7 +257,7 @@ class TorchStore(TensorStore):
         return rows.to(self.tensors[name].dtype).contiguous()
 
     def close(self) -> None:
-        """Drop the mapped file."""
+        """Unmap the file."""
         self._state = {}
 
 
@@ -257,21 +266,24 @@ def _load(path: Path) -> Any:
         with path.open("rb") as file:
             is_zip = file.read(4) == b"PK\x03\x04"
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the legacy format warns about its own storages
-            # Only the zip format can be mapped; the one before it has to be read whole.
+            warnings.simplefilter("ignore")  # about storages of the legacy format
+            # Only the zip format can be memory-mapped.
             return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
     except pickle.UnpicklingError as error:
         if "GLOBAL" in str(error) or "Unsupported" in str(error):
             raise InputError(
-                f"{path.name} contains code besides tensors, and it will not be run; save only "
-                "the state dict: torch.save(model.state_dict(), ...), or give safetensors"
+                f"{path.name} contains code besides tensors, which is never run; save only the "
+                "state dict (torch.save(model.state_dict(), ...)), or use safetensors"
             ) from error
-        raise InputError(f"{path.name} is not a PyTorch checkpoint, or is damaged") from error
-    except Exception as error:  # a damaged file fails anywhere inside torch
         raise InputError(
-            f"{path.name} is not a PyTorch checkpoint, or is damaged: {str(error)[:200]}"
+            f"{path.name} is not a PyTorch checkpoint, or is damaged; get it again"
+        ) from error
+    except Exception as error:  # damaged files fail anywhere in torch
+        raise InputError(
+            f"{path.name} is not a PyTorch checkpoint, or is damaged: {str(error)[:200]}; get it "
+            "again"
         ) from error
 
 
@@ -290,7 +302,10 @@ def _find_state(checkpoint: Any, path: Path) -> dict[str, torch.Tensor]:
         if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
             state = state[key]
     if not isinstance(state, Mapping) or not state:
-        raise InputError(f"{path.name} holds no state dict (a mapping of names to tensors)")
+        raise InputError(
+            f"{path.name} has no state dict (a mapping of names to tensors); save one with "
+            "torch.save(model.state_dict(), ...)"
+        )
     found: dict[str, torch.Tensor] = {}
     for name, value in state.items():
         if not isinstance(name, str) or not isinstance(value, torch.Tensor):
@@ -299,6 +314,6 @@ def _find_state(checkpoint: Any, path: Path) -> dict[str, torch.Tensor]:
                 "save only the model's state dict"
             )
         if value.layout != torch.strided or value.is_meta:
-            raise InputError(f"{path.name}: {name} is not a dense tensor")
+            raise InputError(f"{path.name}: {name} is not a dense tensor; convert it before saving")
         found[name] = value
     return found

@@ -288,7 +288,7 @@ def test_a_quantisation_without_an_equivalent_is_named(tmp_path: Path) -> None:
     write_gguf(path, GGUF_CONFIG, tiny_weights(GGUF_CONFIG), "Q4_1")
     with (
         open_weights(str(path)) as source,
-        pytest.raises(InputError, match=r"token_embd\.weight has quantisation Q4_1"),
+        pytest.raises(InputError, match=r"token_embd\.weight is quantised as Q4_1"),
     ):
         export_bundle(source, tmp_path / "bundle", OnnxWriter(dtype="keep"))
 

@@ -199,7 +199,7 @@ def test_repository_without_weights(hub: Hub, weights: dict[str, torch.Tensor]) 
 
 def test_truncated_download_is_an_error(hub: Hub, weights: dict[str, torch.Tensor]) -> None:
     hub.truncated = True
-    with pytest.raises(UnavailableError, match=r"download of org/tiny failed.*run it again"):
+    with pytest.raises(UnavailableError, match=r"download of org/tiny failed.*try again"):
         open_weights("org/tiny")
     hub.truncated = False
     with open_weights("org/tiny") as source:
