@@ -118,8 +118,8 @@ class CheckpointSource(WeightSource):
         elif is_tie_stated:
             raise InputError(
                 f"{self.origin}: the config has tie_word_embeddings, but {self._stored[HEAD]} "
-                "differs from the embedding; set tie_word_embeddings to false in the config, or remove the "
-                "head"
+                "differs from the embedding; set tie_word_embeddings to false in the config, or "
+                "remove the head"
             )
         else:
             self.config = replace(self.config, tie_word_embeddings=False)

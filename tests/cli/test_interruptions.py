@@ -85,7 +85,7 @@ def small_disk(tmp_path) -> Iterator[Path]:
 
 def test_a_full_file_system_leaves_no_output(one_layer, small_disk, monkeypatch):
     arguments = (*RANDOM_EXPORT, one_layer, "-o", small_disk / "out")
-    assert "GB left" in error_line(*arguments, code=1)  # seen before anything is written
+    assert "GB free" in error_line(*arguments, code=1)  # seen before anything is written
     monkeypatch.setattr(bundle_writer, "require_space", lambda *_: None)
     assert "No space left" in error_line(*arguments, code=1)
     assert list(small_disk.iterdir()) == []
