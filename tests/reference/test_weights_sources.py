@@ -356,7 +356,7 @@ def test_random_weights_of_a_config(tmp_path: Path) -> None:
     for kwargs, message in [
         ({"random_seed": 1}, "needs --size"),
         ({"random_seed": -1, "size": "270m"}, "seed"),
-        ({"random_seed": 1, "spec": "x"}, "exclude"),
+        ({"random_seed": 1, "spec": "x"}, "cannot be combined"),
     ]:
         with pytest.raises(InputError, match=message):
             open_weights(**kwargs)  # type: ignore[arg-type]
@@ -378,7 +378,7 @@ def test_unresolvable_weight_specs_are_errors(tmp_path: Path, weights: Weights) 
         (str(tmp_path / "x.txt"), "convert it"),
         (str(tmp_path / "empty"), "pass the folder of a model"),
         (str(tmp_path / "two"), "several weight files"),
-        (str(tmp_path / "alone.pt"), "no config.json beside alone.pt"),
+        (str(tmp_path / "alone.pt"), "no config.json next to alone.pt"),
     ]:
         with pytest.raises(InputError, match=message):
             open_weights(spec)
