@@ -182,5 +182,5 @@ def speed_line(completions: Sequence[Completion], load_s: float) -> str:
         parts[-1] += f" at {later_tokens / decode_s:,.1f}/s"
     if drafted := sum(done.drafted_tokens for done in completions):
         accepted = sum(done.accepted_tokens for done in completions)
-        parts.append(f"{accepted} of {drafted} drafted tokens were right")
+        parts.append(f"{accepted} of {drafted} drafted tokens were accepted")
     return ", ".join(parts)

@@ -123,7 +123,7 @@ def test_drafts_change_no_token_and_are_counted(ort_bundle):
         assert found["token_ids"] == json_lines(plain)[0]["token_ids"]
         counts = found["timings"]["accepted_tokens"], found["timings"]["drafted_tokens"]
         assert 0 < counts[0] <= counts[1]
-        assert f"{counts[0]} of {counts[1]} drafted tokens were right" in drafted.stderr
+        assert f"{counts[0]} of {counts[1]} drafted tokens were accepted" in drafted.stderr
     timings = json_lines(drafts[1])[0]["timings"]  # the model itself is never wrong
     assert timings["accepted_tokens"] == timings["drafted_tokens"]
 
@@ -131,7 +131,7 @@ def test_drafts_change_no_token_and_are_counted(ort_bundle):
 def test_drafts_are_made_by_default_only_where_they_change_no_text(monkeypatch, ort_bundle):
     repeated = "2," + ",".join(["11,12,13,14,15"] * 8)
     arguments = ("generate", ort_bundle, "--prompt-ids", repeated, "--max-new-tokens", 60)
-    assert "drafted tokens were right" in run_ok(*arguments, "--device", "cpu").stderr
+    assert "drafted tokens were accepted" in run_ok(*arguments, "--device", "cpu").stderr
     monkeypatch.setattr(Bundle, "is_quantized", lambda self, runtime: runtime == "onnx")
     assert "drafted" not in run_ok(*arguments, "--device", "cpu").stderr
 
