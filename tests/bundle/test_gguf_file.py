@@ -124,7 +124,7 @@ def test_missing_file_and_folder(tmp_path: Path) -> None:
 def test_damaged_headers_never_escape_as_anything_else(tmp_path: Path, original: bytes) -> None:
     rng = random.Random(1)
     first_tensor = original.index(b"token_embd.weight")
-    path, started, refused = tmp_path / "m.gguf", time.monotonic(), 0
+    path, started, refused = tmp_path / "m.gguf", time.process_time(), 0
     for case in range(400):
         data = bytearray(original)
         if case % 4 == 0:
@@ -140,7 +140,7 @@ def test_damaged_headers_never_escape_as_anything_else(tmp_path: Path, original:
         except InputError:
             refused += 1
     assert refused > 150
-    assert time.monotonic() - started < 30
+    assert time.process_time() - started < 30, "seconds of processor time; it takes less than one"
 
 
 @pytest.mark.parametrize(

@@ -63,7 +63,7 @@ def run_on_two(arguments: list[str], log: Path) -> str:
             )
         )
     try:
-        codes = [process.wait(timeout=240) for process in processes]
+        codes = [process.wait(timeout=600) for process in processes]
     finally:
         for process in processes:
             process.kill()

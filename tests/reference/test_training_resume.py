@@ -95,13 +95,31 @@ def test_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
 LONGER = {"steps": STEPS, "eval_interval": 6, "checkpoint_interval": 3}  # long enough to be killed
 
 
-def start_process(folder: Path, run: Path, *more: str) -> subprocess.Popen[str]:
-    """Start the command with the options of ``quick_options(**LONGER)``."""
-    command = [sys.executable, "-m", "gemma3_export", "train", *more]
+TIMEOUT_S = 300  # a safety net; nothing depends on how long a process takes
+NEVER_ENDING = f"""
+import time
+from gemma3_export.reference.training.trainer import Trainer
+update = Trainer.update
+def update_all_but_the_last(self):
+    while self.state.step == {STEPS - 1}:
+        time.sleep(0.01)
+    return update(self)
+Trainer.update = update_all_but_the_last
+from gemma3_export.cli import main
+main()
+"""
+
+
+def start_process(
+    folder: Path, run: Path, *more: str, code: str | None = None, **changes: object
+) -> subprocess.Popen[str]:
+    """Start the command, or ``code`` instead of it, with ``quick_options(**LONGER)``."""
+    program = ["-m", "gemma3_export"] if code is None else ["-c", code]
+    command = [sys.executable, *program, "train", *more]
     if not more:
         command += [str(folder / "tokens"), "--config", str(folder / "config.json")]
         command += ["-o", str(run)]
-        for name, value in quick_options(**LONGER).to_json().items():
+        for name, value in quick_options(**LONGER | changes).to_json().items():
             if not isinstance(value, bool):
                 command += [f"--{name.replace('_', '-')}", str(value)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -111,7 +129,7 @@ def start_process(folder: Path, run: Path, *more: str) -> subprocess.Popen[str]:
 
 
 def wait_for_line(run: Path, step: int) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + TIMEOUT_S
     while time.monotonic() < deadline:
         log = run / LOG
         if log.is_file() and log.read_text().count("\n") > step:
@@ -123,24 +141,23 @@ def wait_for_line(run: Path, step: int) -> None:
 def test_kill_9_at_a_random_step_does_not_change_the_losses(folder: Path, tmp_path: Path) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     train_quickly(folder, whole, **LONGER)
-    process = start_process(folder, killed)
+    process = start_process(folder, killed, code=NEVER_ENDING)  # else it might end before the kill
     wait_for_line(killed, random.Random(time.time_ns()).randint(4, STEPS - 2))
     process.kill()
-    process.communicate(timeout=60)
+    process.communicate(timeout=TIMEOUT_S)
     assert process.returncode == -signal.SIGKILL
-    output, _ = (process := start_process(folder, killed, "--resume", str(killed))).communicate(
-        timeout=180
-    )
+    process = start_process(folder, killed, "--resume", str(killed))
+    output, _ = process.communicate(timeout=TIMEOUT_S)
     assert process.returncode == 0, output
     assert losses(killed) == losses(whole)
 
 
 def test_sigterm_saves_a_checkpoint_and_exits(folder: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    process = start_process(folder, run)
+    process = start_process(folder, run, steps=10**6)  # it cannot end before the signal
     wait_for_line(run, 4)
     process.terminate()
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=TIMEOUT_S)
     assert process.returncode == 128 + signal.SIGTERM, output
     assert "stopped by a signal" in output
     assert "Traceback" not in output

@@ -176,7 +176,7 @@ def counted(bundle: Path, **changes: Any) -> dict[str, Any]:
             env=environment | {"PYTHONPATH": str(REPOSITORY)},
             capture_output=True,
             text=True,
-            timeout=200,
+            timeout=300,
             check=False,
         )
     assert done.returncode == 0, done.stderr
