@@ -75,15 +75,15 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 x_CD, kept_C = x_ND[part].to(compute_dtype), kept_N[part]
                 target_C1 = labels_N[part].clamp(min=0)[:, None]
                 logits_CV = (x_CD @ head_VD.T).to(wide)
-                normaliser_C1 = logits_CV.logsumexp(1, keepdim=True)
-                losses_C = (normaliser_C1 - logits_CV.gather(1, target_C1))[:, 0]
+                log_normalizer_C1 = logits_CV.logsumexp(1, keepdim=True)
+                losses_C = (log_normalizer_C1 - logits_CV.gather(1, target_C1))[:, 0]
                 total = total + (losses_C * kept_C).sum()
                 if grad_x_ND is None or grad_VD is None:
                     continue
                 # The gradient of the sum is softmax minus one-hot, which fits half precision. That
                 # of the mean may underflow, so the division happens in the backward pass.
-                grad_CV = (logits_CV.sub_(normaliser_C1)).exp_()
-                grad_CV.scatter_add_(1, target_C1, -torch.ones_like(normaliser_C1))
+                grad_CV = (logits_CV.sub_(log_normalizer_C1)).exp_()
+                grad_CV.scatter_add_(1, target_C1, -torch.ones_like(log_normalizer_C1))
                 grad_CV = (grad_CV * kept_C[:, None]).to(compute_dtype)
                 grad_x_ND[part] = grad_CV @ head_VD
                 grad_VD += grad_CV.T @ x_CD

@@ -89,7 +89,7 @@ def read_metrics_log(run: Path) -> list[StepMetrics]:
     if not path.is_file():
         return []
     text = path.read_text(encoding="utf-8")
-    whole = text[: text.rfind("\n") + 1]
+    complete_lines = text[: text.rfind("\n") + 1]
     return [
         StepMetrics(
             step=int(line["step"]),
@@ -101,7 +101,7 @@ def read_metrics_log(run: Path) -> list[StepMetrics]:
             tokens_per_second=float(line["tokens_per_second"]),
             mfu=float(line["mfu"]),
         )
-        for line in csv.DictReader(io.StringIO(whole))
+        for line in csv.DictReader(io.StringIO(complete_lines))
     ]
 
 

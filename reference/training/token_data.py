@@ -120,11 +120,11 @@ def _parse_meta(data: dict[str, Any], where: Path) -> TokenMeta:
     try:
         meta = TokenMeta(**{field.name: data[field.name] for field in fields(TokenMeta)})
         sizes = [meta.tokens[split] for split in SPLITS]
-        whole = all(type(size) is int and size >= 0 for size in (*sizes, meta.vocab_size))
+        is_valid = all(type(size) is int and size >= 0 for size in (*sizes, meta.vocab_size))
     except (KeyError, TypeError) as error:
         raise InputError(f"{where} has no {error}; prepare the data again") from error
-    if not whole or meta.dtype != token_dtype(meta.vocab_size).name:
-        raise InputError(f"{where} contradicts itself; prepare the data again")
+    if not is_valid or meta.dtype != token_dtype(meta.vocab_size).name:
+        raise InputError(f"{where} is inconsistent; prepare the data again")
     return meta
 
 

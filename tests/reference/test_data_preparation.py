@@ -211,7 +211,7 @@ def test_damaged_token_folder_is_an_error(texts: Path, tmp_path: Path) -> None:
         open_token_data(out)
     meta = json.loads((out / "meta.json").read_text())
     (out / "meta.json").write_text(json.dumps(meta | {"vocab_size": 70_000}))
-    with pytest.raises(InputError, match="contradicts itself"):
+    with pytest.raises(InputError, match="is inconsistent"):
         open_token_data(out)
     (out / "meta.json").write_text(json.dumps(meta | {"format_version": 99}))
     with pytest.raises(InputError, match="format_version 99"):

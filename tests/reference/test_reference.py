@@ -80,26 +80,26 @@ def run_peer(model: Any, ids: Tensor, **inputs: Any) -> tuple[Tensor, list[KeyVa
     return logits, [(layer.keys, layer.values) for layer in cache.layers]
 
 
-def assert_no_worse(ours: Tensor, theirs: Tensor, truth: Tensor, noise: float) -> None:
+def assert_no_worse(ours: Tensor, theirs: Tensor, expected: Tensor, noise: float) -> None:
     """Require both errors below ``noise``, and ours at most NOISE_FACTOR times theirs."""
-    assert truth.isfinite().all()
+    assert expected.isfinite().all()
     our_error, their_error = (
-        ((tensor.double() - truth).square().mean().sqrt().item()) for tensor in (ours, theirs)
+        ((tensor.double() - expected).square().mean().sqrt().item()) for tensor in (ours, theirs)
     )
-    limit = noise * truth.abs().max().item()
+    limit = noise * expected.abs().max().item()
     assert their_error < limit, f"the peer computes something else: {their_error} > {limit}"
     assert our_error <= NOISE_FACTOR * their_error + 1e-12, (our_error, their_error)
 
 
 def assert_like_transformers(model: Gemma3, their_model: Any, ids: Tensor) -> None:
-    truth = copy.deepcopy(model).double()(ids)
+    expected = copy.deepcopy(model).double()(ids)
     ours = model(ids)
     their_logits, their_cache = run_peer(their_model, ids)
     assert ours.logits.dtype == torch.float32
-    assert_no_worse(ours.logits, their_logits, truth.logits, FLOAT32_NOISE)
+    assert_no_worse(ours.logits, their_logits, expected.logits, FLOAT32_NOISE)
     assert len(ours.past_key_values) == len(their_cache)
     for our_pair, their_pair, true_pair in zip(
-        ours.past_key_values, their_cache, truth.past_key_values, strict=True
+        ours.past_key_values, their_cache, expected.past_key_values, strict=True
     ):
         for our, their, true in zip(our_pair, their_pair, true_pair, strict=True):
             assert our.shape == their.shape
@@ -141,7 +141,7 @@ def test_cached_steps_equal_one_uncached_pass(config: Gemma3Config, chunks: list
 @pytest.mark.parametrize("chunks", [[1] * 15, [4, 11], [6, 1, 1, 7]], ids=str)
 def test_cached_steps_equal_those_of_transformers(chunks: list[int]) -> None:
     config, ids = tiny_config(), random_ids(2, sum(chunks))
-    truth = reference(config, torch.float64)(ids).logits
+    expected = reference(config, torch.float64)(ids).logits
     ours, _ = run_in_chunks(reference(config), ids, chunks)
     their_model, parts = peer(config), []
     cache = DynamicCache(
@@ -149,7 +149,7 @@ def test_cached_steps_equal_those_of_transformers(chunks: list[int]) -> None:
     )  # by default with a sliding window in sliding layers
     for part in ids.split(chunks, dim=1):
         parts.append(their_model(part, past_key_values=cache, use_cache=True).logits)
-    assert_no_worse(ours, torch.cat(parts, dim=1), truth, FLOAT32_NOISE)
+    assert_no_worse(ours, torch.cat(parts, dim=1), expected, FLOAT32_NOISE)
 
 
 @pytest.mark.parametrize("length", LENGTHS)
@@ -159,12 +159,12 @@ def test_left_padded_batches_equal_those_of_transformers(length: int) -> None:
     mask[1, :2] = 0
     mask[2, : length - 1] = 0
     positions = (mask.cumsum(1) - 1).clamp(min=0)
-    truth = reference(config, torch.float64)(ids, mask).logits
+    expected = reference(config, torch.float64)(ids, mask).logits
     ours = reference(config)(ids, mask).logits
     theirs, _ = run_peer(peer(config), ids, attention_mask=mask, position_ids=positions)
     kept = mask.bool()
     assert ours.isfinite().all()
-    assert_no_worse(ours[kept], theirs[kept], truth[kept], FLOAT32_NOISE)
+    assert_no_worse(ours[kept], theirs[kept], expected[kept], FLOAT32_NOISE)
 
 
 @pytest.mark.parametrize("length", LENGTHS)
@@ -185,13 +185,13 @@ def test_padding_does_not_change_results(length: int, is_left: bool) -> None:
 def test_bfloat16_is_finite_and_no_worse_than_transformers() -> None:
     config, ids = tiny_config(), random_ids(2, 2 * W + 3)
     weights = {name: w.bfloat16().double() for name, w in tiny_weights(config).items()}
-    truth_model = Gemma3(config).double().eval()
-    truth_model.load_state_dict(weights)
+    expected_model = Gemma3(config).double().eval()
+    expected_model.load_state_dict(weights)
     ours = reference(config, torch.bfloat16)(ids)
     theirs, _ = run_peer(peer(config, torch.bfloat16), ids)
     assert ours.logits.dtype == torch.float32
     assert ours.past_key_values[0][0].dtype == torch.bfloat16
-    assert_no_worse(ours.logits, theirs, truth_model(ids).logits, BFLOAT16_NOISE)
+    assert_no_worse(ours.logits, theirs, expected_model(ids).logits, BFLOAT16_NOISE)
 
 
 @pytest.mark.parametrize("hidden_size", [48, 640, 1152, 2560])

@@ -132,6 +132,6 @@ def test_retraining_resumes_only_its_own_run(
     (run / "training.json").write_text(json.dumps(record))
     kept = saved_at(2)
     assert demo.retrain_demo(tmp_path / "out") == first
-    assert saved_at(2) == kept, "went on after step 2"
+    assert saved_at(2) == kept, "the run did not resume after step 2"
     assert demo.retrain_demo(tmp_path / "out") == first
-    assert saved_at(2) > kept, "a finished run is no start from nothing"
+    assert saved_at(2) > kept, "a finished run was not retrained from scratch"

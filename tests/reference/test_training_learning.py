@@ -20,7 +20,7 @@ FIRST_ID = 4
 class Grammar:
     """A random second-order Markov chain over the symbols.
 
-    A table of single symbols or of pairs of neighbours misses this: attention has to look back.
+    A table of single symbols or of pairs of neighbors misses this: attention has to look back.
     """
 
     def __init__(self, seed: int) -> None:
@@ -60,7 +60,7 @@ class Grammar:
 def test_loss_converges_to_the_entropy_of_a_grammar(tmp_path: Path) -> None:
     grammar = Grammar(seed=5)
     entropy, after_one = grammar.entropy(), grammar.entropy_after_one()
-    assert after_one > 1.25 * entropy, "a model of neighbours must not pass"
+    assert after_one > 1.25 * entropy, "a model of neighbors must not pass"
     tokens = write_tokens(
         tmp_path / "tokens", grammar.write(120_000, seed=1), grammar.write(30_000, seed=2)
     )
