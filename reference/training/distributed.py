@@ -26,6 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gemma3_export.errors import InputError, UnavailableError
 from gemma3_export.reference.training.loss import LossModule
+from gemma3_export.reference.training.options import Sharding
 
 __all__ = [
     "ProcessGroup",
@@ -124,7 +125,7 @@ def _device(name: str, local_rank: int) -> torch.device:
     return device
 
 
-def parallelize(module: LossModule, group: ProcessGroup, sharding: str) -> nn.Module:
+def parallelize(module: LossModule, group: ProcessGroup, sharding: Sharding) -> nn.Module:
     """Wrap ``module`` with DDP or FSDP2; return it unchanged in a single process.
 
     With ``fsdp`` each layer is sharded separately. The embedding, which is usually also the head,

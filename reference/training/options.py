@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields
-from typing import Any, get_type_hints
+from typing import Any, Literal, get_args, get_type_hints
 
 from gemma3_export.dtypes import FLOAT_DTYPES
 from gemma3_export.errors import InputError
 
-__all__ = ["PRECISIONS", "SHARDINGS", "TrainOptions"]
+__all__ = ["PRECISIONS", "SHARDINGS", "Sharding", "TrainOptions"]
+
+Sharding = Literal["ddp", "fsdp"]
 
 PRECISIONS = FLOAT_DTYPES
-SHARDINGS = ("ddp", "fsdp")
+SHARDINGS: tuple[Sharding, ...] = get_args(Sharding)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,7 +50,7 @@ class TrainOptions:
     log_interval: int = 10  # steps
     seed: int = 0
     device: str = "auto"  # auto, cpu, cuda or cuda:N
-    sharding: str = "ddp"  # across torchrun's processes: replicas (ddp) or shards (fsdp)
+    sharding: Sharding = "ddp"  # across torchrun's processes: replicas (ddp) or shards (fsdp)
     tensorboard: bool = False
 
     def __post_init__(self) -> None:
@@ -103,7 +105,7 @@ class TrainOptions:
         Raises:
             InputError: a value is missing, unknown or of the wrong type.
         """
-        kinds = get_type_hints(cls)
+        kinds = get_type_hints(cls) | {"sharding": str}  # __post_init__ checks its value
         if wrong := sorted(data.keys() ^ {field.name for field in fields(cls)}):
             raise InputError(
                 "the training options are of another version, with unknown or missing fields: "

@@ -114,7 +114,9 @@ class Trainer:
             compile_in_place(self.module, group.device)
         self.wrapped = parallelize(self.module, group, options.sharding)
         self.optimizer = make_optimizer(self.wrapped, options)
-        self.scaler = torch.amp.GradScaler(group.device.type, enabled=options.precision == "fp16")
+        self.scaler = torch.amp.GradScaler(
+            group.device.type, enabled=compute_dtype == torch.float16
+        )
         self._flops = flops_per_token(model.config, options.context_length)
         self._peak_flops = measure_peak_flops(group.device, compute_dtype) * group.world_size
 
