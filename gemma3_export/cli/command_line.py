@@ -99,7 +99,7 @@ def _discard_stdout() -> None:
 @click.version_option(__version__, prog_name="gemma3-export")
 @click.option("--debug", is_flag=True, help="Show the traceback of errors.")
 def command_line(debug: bool) -> None:
-    """Export Gemma 3 to ONNX or TorchScript, prove the export exact, and generate text from it."""
+    """Export Gemma 3 to ONNX or TorchScript, prove the export, and generate text from it."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             # A terminal without UTF-8 shows a replacement character instead of raising an error.

@@ -54,7 +54,12 @@ Examples:
 )
 @click.option("--system", metavar="TEXT", help="System message (requires --chat).")
 @click.option(
-    "--max-new-tokens", type=click.IntRange(min=1), default=128, show_default=True, metavar="N"
+    "--max-new-tokens",
+    type=click.IntRange(min=1),
+    default=128,
+    show_default=True,
+    metavar="N",
+    help="Most tokens to generate per prompt.",
 )
 @click.option("--temperature", type=float, metavar="T", help="0 is greedy decoding, the default.")
 @click.option("--top-k", type=int, metavar="K", help="Sample from the K most likely tokens.")
@@ -119,7 +124,13 @@ Examples:
 )
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 @cuda_options
-@click.option("--runtime", type=click.Choice(RUNTIMES), default="onnx", show_default=True)
+@click.option(
+    "--runtime",
+    type=click.Choice(RUNTIMES),
+    default="onnx",
+    show_default=True,
+    help="Which of the bundle's exports to run.",
+)
 @click.option("--threads", type=click.IntRange(min=1), metavar="N", help="Intra-op threads.")
 @click.option(
     "--share-weights",

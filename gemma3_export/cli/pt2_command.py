@@ -29,10 +29,10 @@ Examples:
     help="fp16: rejected if the residual stream approaches its maximum; use bf16 instead.",
 )
 def pt2(options: ExportOptions, dtype: str) -> None:
-    """Export Gemma 3 with torch.export, the successor of TorchScript, and prove the export.
+    """Export Gemma 3 with torch.export and prove that the export matches the model.
 
-    The exported program needs only torch and runs on the CPU. docs/torchscript.md compares both
-    formats.
+    torch.export is the successor of TorchScript; docs/torchscript.md compares both. The exported
+    program needs only torch and runs on the CPU.
     """
     from gemma3_export.api.exporting import export_pt2
 

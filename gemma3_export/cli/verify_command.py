@@ -30,7 +30,13 @@ file_option = click.Path(path_type=Path, dir_okay=False)
 
 @click.command(epilog=EPILOG)
 @click.argument("bundle_path", metavar="DIR", type=click.Path(path_type=Path))
-@click.option("--runtime", type=click.Choice(RUNTIMES), default="onnx", show_default=True)
+@click.option(
+    "--runtime",
+    type=click.Choice(RUNTIMES),
+    default="onnx",
+    show_default=True,
+    help="Which of the bundle's exports to check.",
+)
 @click.option(
     "--weights", metavar="SRC", help="Weights to compare with [default: those in the bundle]."
 )
