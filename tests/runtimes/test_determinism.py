@@ -16,8 +16,8 @@ from tests.support.generation import generate
 PROMPTS = ([2, 7, 41, 300, 12, 9, 9, 77, 120, 31], [2, 55, 8])
 SEEDS = range(6)
 NEW_TOKENS = 20  # the tiny window is crossed several times
-# Largest difference between two exact backends' logits, with room to spare; a draw that hangs on
-# less is a tie, and either token is right.
+# Largest difference between the logits of two exact backends, with a margin; a draw that depends on
+# less is a tie, and either token is correct.
 TOLERANCE = 1e-4
 
 
@@ -65,7 +65,7 @@ def test_same_seed_gives_the_same_tokens_as_the_reference(
                 step = first_difference(wanted, got)
                 assert is_tie(runtimes, backend, [*prompt, *wanted[:step]]), (seed, step)
                 ties += 1
-    # Ties are rare: were they not, the test above would excuse anything.
+    # Ties are rare; otherwise the test above would accept anything.
     assert ties <= compared // 10
 
 
@@ -88,7 +88,7 @@ def first_difference(a: list[int], b: list[int]) -> int:
 
 
 def is_tie(runtimes: dict[str, Runtime], backend: str, ids: list[int]) -> bool:
-    """Whether both backends see the same logits here, so that rounding alone decided."""
+    """Return whether both backends see the same logits here, so that only rounding decided."""
     seen = []
     for name in ("reference", backend):
         cache = runtimes[name].new_cache(1, len(ids))

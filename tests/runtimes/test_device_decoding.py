@@ -1,4 +1,4 @@
-"""Decode steps at fixed addresses: the same text as from all logits, and little that moves.
+"""Decode steps over device buffers: the same text as from all logits, and few bytes moved.
 
 On the CPU the steps compute real numbers; over the CUDA stub the numbers are meaningless and what
 crosses the bus is counted.
@@ -49,7 +49,7 @@ FILTERED = [
     SamplingParams(top_k=9, top_p=0.7, seed=3, temperature=2.0),
     SamplingParams(top_k=20, min_p=0.1, seed=9, temperature=1.5),
 ]
-SYNCHRONIZATIONS = 8  # a step, as measured with onnxruntime 1.31.1; 7 with a CUDA graph
+SYNCHRONIZATIONS = 8  # per step, as measured with onnxruntime 1.31.1; 7 with a CUDA graph
 PROMPTS = [[2, 5, 9, 3], [2, 7, 8, 9, 10, 11, 4]]
 
 
@@ -122,17 +122,17 @@ def test_logits_that_are_not_finite_are_left_to_the_sampler(total: float) -> Non
         SamplingParams(top_k=5000),
     ],
 )
-def test_what_needs_all_logits_gets_them(params: SamplingParams) -> None:
+def test_requests_that_need_all_logits_get_them(params: SamplingParams) -> None:
     assert candidates_needed(params) is None
     assert batch_candidates_needed([GREEDY, params], 10_000) is None
 
 
-def test_a_batch_fetches_what_its_neediest_request_needs() -> None:
+def test_a_batch_fetches_as_many_candidates_as_its_most_demanding_request() -> None:
     assert batch_candidates_needed([GREEDY, SamplingParams(top_k=40)], 10_000) == 40
     assert batch_candidates_needed([GREEDY], 1 + SPARE_CANDIDATES) is None, "as many as there are"
 
 
-def test_the_side_graphs_are_what_their_program_writes() -> None:
+def test_the_helper_graphs_are_what_their_program_writes() -> None:
     from gemma3_export.runtimes.onnx.graphs.__main__ import GRAPHS, written
 
     assert set(GRAPHS) == {
@@ -156,7 +156,7 @@ def test_cuda_options_are_checked() -> None:
         CudaOptions(memory_limit_bytes=0)
 
 
-# --- over the CUDA stub -----------------------------------------------------------------------
+# --- on the CUDA stub -----------------------------------------------------------------------
 
 
 def counted(bundle: Path, **changes: Any) -> dict[str, Any]:
@@ -187,7 +187,7 @@ def counted(bundle: Path, **changes: Any) -> dict[str, Any]:
 def assert_stays_on_the_device(
     found: dict[str, Any], *, rows: int, graph: bool, top_k: int | None
 ) -> None:
-    """A step takes the tokens to the device, and what decides of the next ones back."""
+    """Check that a step moves only the tokens to the device and the candidates back."""
     fetched = (top_k or 1) + SPARE_CANDIDATES
     for step in found["steps"][2:]:  # two steps warm up: arena, shapes, capture
         assert step["device_allocations"] == step["pinned_allocations"] == 0
@@ -241,7 +241,7 @@ def test_a_graph_that_falls_back_does_not_stay_on_the_device(rows: int) -> None:
 
 @pytest.mark.placement
 def test_without_candidates_all_logits_move() -> None:
-    """So that the bytes above are the doing of the selection."""
+    """Without selection many more bytes move, so the numbers above are its effect."""
     found = counted(half_bundle("bf16"), top_k=TINY.vocab_size)
     assert found["steps"][-1]["device_to_host_bytes"] >= 4 * TINY.vocab_size
     assert found["steps"][-1]["graph_launches"] == 0

@@ -1,4 +1,4 @@
-"""The generation loop over backends whose answer depends on every token they were fed."""
+"""The generation loop over backends whose output depends on every token that they were fed."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def answer_alone(prompt, params=GREEDY, **options):
 
 
 def run_script(script: bytes, **options) -> tuple[list[TokenEvent], Completion]:
-    """Events and completion of one prompt that is continued by ``script``."""
+    """Return events and completion of one prompt that is continued by ``script``."""
     options = {"max_new_tokens": 50, "detokenize": ByteDecoder} | options
     events = list(generate(ScriptedRuntime({2: script}), [[2]], GREEDY, **options))
     *tokens, completion = events
@@ -57,7 +57,7 @@ class TestLoop:
         assert [c.request for c in together] == [0, 1, 2, 3]
         assert [c.prompt_tokens for c in together] == [5, 1, 9, 3]
 
-    def test_every_row_has_been_fed_its_prompt_and_its_answer_but_the_last_token(self):
+    def test_every_row_is_fed_its_prompt_and_all_but_the_last_token_of_its_answer(self):
         runtime = FakeRuntime()
         completions = generate(
             runtime, PROMPTS, GREEDY, max_new_tokens=6, prefill_chunk=2
@@ -67,7 +67,7 @@ class TestLoop:
         ):
             assert fed == prompt + list(completion.token_ids[:-1])
 
-    def test_prefill_goes_row_by_row_in_chunks_and_decoding_all_at_once(self):
+    def test_prefill_is_per_row_in_chunks_and_decoding_is_batched(self):
         runtime = FakeRuntime()
         generate(runtime, PROMPTS[:2], GREEDY, max_new_tokens=3, prefill_chunk=2).collect()
         prefill = [((1, 2), 0), ((1, 2), 0), ((1, 1), 0), ((1, 1), 1)]
@@ -97,7 +97,7 @@ class TestLoop:
         assert len({c.token_ids for c in each}) == 1
         assert {c.seed for c in each + shared} == {7}
 
-    def test_a_seed_that_had_no_effect_is_not_reported(self):
+    def test_a_seed_without_effect_is_not_reported(self):
         assert answer_alone([2, 9], SamplingParams(seed=5), max_new_tokens=2).seed is None
         assert answer_alone([2, 9], SamplingParams(top_k=4), max_new_tokens=2).seed is not None
 
@@ -121,7 +121,7 @@ class TestLoop:
         ).collect()
         assert seen == [(n, 18) for n in (4, 5, 6, 10, 14, 15, 18)]
 
-    def test_timings_are_there_when_there_was_something_to_time(self):
+    def test_timings_are_reported_if_there_was_something_to_time(self):
         two = generate(FakeRuntime(), PROMPTS[:2], GREEDY, max_new_tokens=4).collect()
         for completion in two:
             assert 0 < completion.prefill_s <= completion.time_to_first_token_s
@@ -140,7 +140,7 @@ class TestLoop:
             assert token == report_logprobs(logits, token.token_id, 3)
             history.append(token.token_id)
 
-    def test_damaged_logits_stop_with_an_error_and_keep_what_was_produced(self):
+    def test_damaged_logits_raise_an_error_and_keep_what_was_generated(self):
         class Breaking(ScriptedRuntime):
             def logits_after(self, history):
                 logits = super().logits_after(history)
@@ -204,7 +204,7 @@ class TestLimits:
             ([[2], [3]], {"sampling": [GREEDY]}, "1 sampling parameters for 2 prompts"),
         ],
     )
-    def test_impossible_input_is_refused_before_any_work(self, prompts, options, message):
+    def test_invalid_input_is_rejected_before_any_work(self, prompts, options, message):
         options = {"sampling": GREEDY, "max_new_tokens": 5, "detokenize": ByteDecoder} | options
         with pytest.raises(InputError, match=message):
             generate(FakeRuntime(), prompts, **options)
@@ -243,15 +243,15 @@ class TestStops:
         assert completion.text == text
         assert (completion.finish_reason, completion.stop_reason) == ("stop", stop)
         shown = ""
-        for event in tokens:  # at no moment was more shown than the final text
+        for event in tokens:  # never more than the final text was shown
             shown += event.text
             assert text.startswith(shown)
 
-    def test_the_tokens_of_a_stop_text_stay_among_the_tokens(self):
+    def test_the_tokens_of_a_stop_text_are_kept(self):
         assert run_script(b"hi STOP more", stop_texts=["STOP"])[1].token_ids == tuple(b"hi STOP")
 
     @pytest.mark.parametrize("ending", ["length", "token"])
-    def test_the_beginning_of_a_stop_text_is_shown_when_it_does_not_come(self, ending):
+    def test_the_beginning_of_a_stop_text_is_shown_if_the_rest_does_not_follow(self, ending):
         options = {"max_new_tokens": 6} if ending == "length" else {}
         script = b"ok STOx" if ending == "length" else b"ok STO\x01"
         tokens, completion = run_script(script, stop_texts=["STOP"], **options)
@@ -267,7 +267,7 @@ class TestStops:
         assert [stops.push(piece) for piece in "aaaabx"] == ["", "", "a", "a", "", ""]
         assert stops.matched == "aab"
 
-    def test_the_result_does_not_depend_on_the_division_into_pieces(self):
+    def test_the_result_does_not_depend_on_how_text_is_split(self):
         generator = np.random.default_rng(0)
         for _ in range(400):
             text = "".join(generator.choice([*"abc"], 14))
@@ -288,7 +288,7 @@ class TestStops:
         assert completion.text == "a€😀é"
         assert [event.text for event in tokens if event.text] == ["a", "€", "😀", "é"]
 
-    def test_half_a_character_at_the_end_is_flushed_into_the_last_event(self):
+    def test_an_incomplete_character_at_the_end_is_flushed_into_the_last_event(self):
         tokens, completion = run_script("a😀".encode(), max_new_tokens=3)
         assert completion.text == "a\N{REPLACEMENT CHARACTER}"
         assert tokens[-1].text == "\N{REPLACEMENT CHARACTER}"
@@ -347,7 +347,7 @@ class TestInterruption:
             ("cdefg", "cancelled"),
         ]
 
-    def test_a_cancelled_text_is_what_was_shown(self):
+    def test_a_cancelled_text_is_the_text_that_was_shown(self):
         runtime = ScriptedRuntime({2: b"ok STOP"})
         generation = generate(
             runtime,
@@ -361,7 +361,7 @@ class TestInterruption:
         (completion,) = generation.collect()
         assert (completion.text, completion.token_ids) == ("ok ", tuple(b"ok ST"))
 
-    def test_closing_keeps_what_was_produced(self):
+    def test_closing_keeps_what_was_generated(self):
         generation = generate(
             ScriptedRuntime({2: b"abcdef"}), [[2]], GREEDY, max_new_tokens=6, detokenize=ByteDecoder
         )
@@ -372,7 +372,7 @@ class TestInterruption:
         assert completion.text == shown == "ab"
         assert completion.finish_reason == "cancelled"
 
-    def test_ctrl_c_inside_the_backend_keeps_what_was_produced(self):
+    def test_ctrl_c_inside_the_backend_keeps_what_was_generated(self):
         class Interrupted(ScriptedRuntime):
             def logits_after(self, history):
                 if len(history) == 4:
@@ -386,7 +386,7 @@ class TestInterruption:
             generation.collect()
         assert generation.completions[0].text == "abc"
 
-    def test_the_cache_is_let_go_when_the_generation_is_closed_or_dropped(self):
+    def test_the_cache_is_released_when_the_generation_is_closed_or_dropped(self):
         class Forgetful(FakeRuntime):
             def new_cache(self, batch_size, capacity):
                 cache = super().new_cache(batch_size, capacity)

@@ -1,4 +1,4 @@
-"""What all key-value caches promise: tokens that are cut off leave no trace."""
+"""The contract of all key-value caches: tokens that are cut off leave no trace."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def random_ids(rows: int, length: int, seed: int) -> np.ndarray:
 
 
 def assert_row_equals(cache: KVCache, row: int, ids: np.ndarray, runtime: Runtime) -> Logits:
-    """The row holds what ``ids`` alone give; their logits [T, V]."""
+    """Check that the row holds what ``ids`` alone give, and return their logits [T, V]."""
     alone = runtime.new_cache(1, 64)
     logits = runtime.step(ids[None], alone, num_logits=0)
     assert cache.lengths[row] == ids.size
@@ -86,7 +86,7 @@ def test_rows_are_cut_and_continued_alone_and_together(runtime: Runtime) -> None
         assert cache.lengths.tolist() == [history.size for history in histories]
 
 
-def test_a_full_row_that_is_cut_has_room_again(runtime: Runtime) -> None:
+def test_truncating_a_full_row_makes_room(runtime: Runtime) -> None:
     ids = random_ids(1, 8, seed=3)
     cache = runtime.new_cache(1, 8)
     runtime.step(ids, cache, num_logits=1)
@@ -97,7 +97,7 @@ def test_a_full_row_that_is_cut_has_room_again(runtime: Runtime) -> None:
 
 
 @pytest.mark.parametrize("length", [-1, 5])
-def test_no_more_can_be_kept_than_there_is(runtime: Runtime, length: int) -> None:
+def test_truncating_to_more_than_the_row_holds_is_rejected(runtime: Runtime, length: int) -> None:
     cache = runtime.new_cache(2, 8)
     runtime.step(random_ids(1, 4, seed=4), cache, num_logits=1, row=1)
     with pytest.raises(InputError, match=f"row 1 holds 4 tokens; it cannot be cut to {length}"):

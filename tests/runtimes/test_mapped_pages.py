@@ -1,4 +1,4 @@
-"""Memory of mapped weights is given back, and nothing that was written is lost."""
+"""Pages of mapped weights are dropped, and nothing that was written is lost."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def mapping(file: Path) -> Iterator[mmap.mmap]:
 
 
 def resident_bytes(file: Path) -> int:
-    """Of this process's mappings of ``file``."""
+    """Return the resident size of this process's mappings of ``file``."""
     smaps = mapped_pages.MAPS.read_text()
     blocks = re.findall(rf"{re.escape(str(file.resolve()))}\n(?:.*\n)*?Rss: +(\d+) kB", smaps)
     return 1024 * sum(map(int, blocks))

@@ -1,4 +1,4 @@
-"""The ONNX runtime against the reference, step by step, and the graph in other people's hands."""
+"""The ONNX runtime against the reference, step by step, and the graph without this package."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ CHUNKS = {
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """For tiny models, handing work to other threads costs more than the work."""
+    """Open with one thread: for tiny models, handing work to others costs more than the work."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -135,7 +135,7 @@ def test_rows_of_different_length_equal_each_row_alone(target: str) -> None:
 
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("count", [1, 3])
-def test_num_logits_gives_the_last_ones(target: str, count: int) -> None:
+def test_num_logits_keeps_the_last_ones(target: str, count: int) -> None:
     runtime, ids = onnx_runtime(target), random_ids(2, 9)
     everything = runtime.step(ids, runtime.new_cache(2, 9), num_logits=0)
     kept = runtime.step(ids, runtime.new_cache(2, 9), num_logits=count)
@@ -175,7 +175,7 @@ def test_two_caches_do_not_disturb_each_other(target: str) -> None:
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_a_step_that_does_not_fit_is_refused_and_changes_nothing(target: str) -> None:
+def test_a_step_that_does_not_fit_is_rejected_and_changes_nothing(target: str) -> None:
     runtime, ids = onnx_runtime(target), random_ids(1, 10)
     cache = runtime.new_cache(1, 6)
     runtime.step(ids[:, :5], cache, num_logits=1)
@@ -184,20 +184,20 @@ def test_a_step_that_does_not_fit_is_refused_and_changes_nothing(target: str) ->
         runtime.step(ids[:, 5:7], cache, num_logits=1)
     assert cache.lengths.tolist() == [5]
     np.testing.assert_array_equal(cache.read(0)[0][0], before[0][0])
-    runtime.step(ids[:, 5:6], cache, num_logits=1)  # the last place can be used
+    runtime.step(ids[:, 5:6], cache, num_logits=1)  # the last position can be used
     with pytest.raises(InputError, match="no room"):
         runtime.step(ids[:, 6:7], cache, num_logits=1)
 
 
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize(("rows", "capacity"), [(0, 8), (1, 0), (1, 257)])
-def test_impossible_caches_are_refused(target: str, rows: int, capacity: int) -> None:
+def test_invalid_cache_sizes_are_rejected(target: str, rows: int, capacity: int) -> None:
     with pytest.raises(InputError, match=r"batch_size|context is 1 to 256"):
         onnx_runtime(target).new_cache(rows, capacity)
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_the_runtime_says_what_it_uses(target: str) -> None:
+def test_the_runtime_reports_what_it_uses(target: str) -> None:
     found = onnx_runtime(target).info.to_json()
     assert found["target"] == target
     assert found["providers"] == ["CPUExecutionProvider"]
@@ -227,8 +227,8 @@ def expected_logits(ids: IntArray) -> Logits:
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_foreign_consumers_start_empty_and_feed_present_back_in_order(target: str) -> None:
-    """As optimum and transformers.js do: all inputs but the optional one, past from present."""
+def test_other_consumers_start_empty_and_feed_present_back_in_order(target: str) -> None:
+    """Feed all inputs but the optional one, and past from present, as optimum does."""
     session, ids = raw_session(target), random_ids(1, 12)
     names = [value.name for value in session.get_inputs()]
     outputs = [value.name for value in session.get_outputs()]
@@ -250,7 +250,7 @@ def test_foreign_consumers_start_empty_and_feed_present_back_in_order(target: st
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_foreign_consumers_may_ask_for_fewer_logits(target: str) -> None:
+def test_other_consumers_may_request_fewer_logits(target: str) -> None:
     ids = random_ids(2, 9)
     feeds = {
         "input_ids": ids,
@@ -262,7 +262,7 @@ def test_foreign_consumers_may_ask_for_fewer_logits(target: str) -> None:
     np.testing.assert_allclose(logits, expected_logits(ids)[:, -2:], rtol=0, atol=TOLERANCE)
 
 
-def test_portable_graphs_take_padding_on_the_left() -> None:
+def test_portable_graphs_accept_left_padding() -> None:
     session, lengths, steps = raw_session("portable"), (9, 4, 1), 8
     rows = [random_ids(1, length + steps, seed) for seed, length in enumerate(lengths)]
     longest = max(lengths)
@@ -285,7 +285,7 @@ def test_portable_graphs_take_padding_on_the_left() -> None:
         np.testing.assert_allclose(together[row], alone, rtol=0, atol=TOLERANCE)
 
 
-# --- bundles and requests that are wrong ------------------------------------------------------
+# --- invalid bundles and requests ------------------------------------------------------
 
 
 @pytest.fixture
@@ -325,7 +325,7 @@ def test_a_swapped_graph_is_found_by_its_interface(copied: Path) -> None:
         OnnxRuntime(copied)
 
 
-def test_a_graph_that_is_none_is_refused(copied: Path) -> None:
+def test_a_file_that_is_not_a_graph_is_rejected(copied: Path) -> None:
     (copied / "onnx" / "model.onnx").write_bytes(b"not a graph")
     write_manifest(copied, Bundle(copied).manifest, {})
     with pytest.raises(InputError, match=r"cannot load .*export the bundle again"):
@@ -333,7 +333,7 @@ def test_a_graph_that_is_none_is_refused(copied: Path) -> None:
 
 
 @pytest.mark.parametrize("device", ["gpu", "cuda:x", "cuda:", "cpu:0", "", "CUDA"])
-def test_unknown_devices_are_refused(device: str) -> None:
+def test_unknown_devices_are_rejected(device: str) -> None:
     with pytest.raises(InputError, match="choose auto, cpu, cuda or cuda:N"):
         OnnxRuntime(exported_bundle("ort"), device=device)
 
@@ -348,7 +348,7 @@ def test_a_missing_gpu_is_reported_with_the_remedy(runtime: str) -> None:
 
 
 @pytest.mark.parametrize("threads", [0, -1])
-def test_impossible_thread_counts_are_refused(threads: int) -> None:
+def test_invalid_thread_counts_are_rejected(threads: int) -> None:
     with pytest.raises(InputError, match="at least 1"):
         OnnxRuntime(exported_bundle("ort"), threads=threads)
 
@@ -381,11 +381,11 @@ assert not heavy, heavy
     assert done.returncode == 0, done.stderr
 
 
-# --- graphs that are not the config's ---------------------------------------------------------
+# --- graphs that do not match the config ---------------------------------------------------------
 
 
 def edit_config(bundle: Path, **changes: object) -> None:
-    """Change ``config.json``, and its record in the manifest with it."""
+    """Change ``config.json`` together with its record in the manifest."""
     edit_json(bundle / "config.json", **changes)
     write_manifest(bundle, Bundle(bundle).manifest, {})
 
@@ -400,7 +400,7 @@ def edit_config(bundle: Path, **changes: object) -> None:
     ids=str,
 )
 @pytest.mark.parametrize("windowed", [True, False])
-def test_config_edited_with_its_hash_is_refused_at_opening(
+def test_an_edited_config_with_a_matching_hash_is_rejected_when_opened(
     copied: Path, changes: dict[str, object], complaint: str, windowed: bool
 ) -> None:
     edit_config(copied, **changes)
@@ -416,7 +416,7 @@ def test_the_type_of_the_cache_must_be_the_declared_one(copied: Path) -> None:
 
 
 @pytest.mark.parametrize("windowed", [True, False])
-def test_windowed_and_full_graph_cannot_take_each_others_place(
+def test_the_full_and_the_sliding_window_graph_cannot_be_swapped(
     copied: Path, windowed: bool
 ) -> None:
     names = ["model.onnx", "model_windowed.onnx"]
@@ -427,7 +427,7 @@ def test_windowed_and_full_graph_cannot_take_each_others_place(
         OnnxRuntime(copied, sliding_window_cache=windowed)
 
 
-def test_windows_as_long_as_the_context_need_no_windowed_caches(copied: Path) -> None:
+def test_windows_as_long_as_the_context_need_no_sliding_window_cache(copied: Path) -> None:
     edit_config(copied, sliding_window=2**31 - 1)
     runtime = OnnxRuntime(copied, device="cpu", threads=1)
     assert not runtime.uses_sliding_window_cache
@@ -436,7 +436,7 @@ def test_windows_as_long_as_the_context_need_no_windowed_caches(copied: Path) ->
         OnnxRuntime(copied, sliding_window_cache=True)
 
 
-def test_a_cache_that_does_not_fit_into_memory_is_one_error(copied: Path) -> None:
+def test_a_cache_that_does_not_fit_into_memory_is_a_clear_error(copied: Path) -> None:
     edit_config(copied, max_position_embeddings=2**31 - 1)
     runtime = OnnxRuntime(copied, device="cpu", threads=1, sliding_window_cache=False)
     with pytest.raises(Gemma3ExportError, match=r"needs about .* GB.*fewer"):
@@ -458,7 +458,7 @@ def test_a_cache_that_does_not_fit_into_memory_is_one_error(copied: Path) -> Non
     ],
 )
 @pytest.mark.parametrize("backend", ["ort", "portable", "reference"])
-def test_impossible_steps_are_refused_in_the_same_words(
+def test_invalid_steps_are_rejected_with_the_same_message(
     backend: str, shape: tuple[int, ...], arguments: dict[str, int], complaint: str
 ) -> None:
     runtime: Runtime = reference_runtime() if backend == "reference" else onnx_runtime(backend)

@@ -1,4 +1,4 @@
-"""Tensors that numpy has no type for go into a graph and come out again."""
+"""Values of every type pass through a graph, including types that numpy lacks."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ KINDS = {
 
 
 def session_of(dtype: str) -> Any:
-    """Takes float32 and a past of ``dtype``; gives both joined, in ``dtype``."""
+    """Return a graph that joins a float32 input and a past of ``dtype``, in ``dtype``."""
     name = "float" if dtype == "float32" else dtype
     text = f"""
         <ir_version: 10, opset_import: ["" : 21]>

@@ -42,13 +42,13 @@ FLOAT32 = ("reference", "ort", "portable", "torchscript")
 
 
 class Recording:
-    """A runtime that remembers which tokens it computed, and the logits that it gave."""
+    """A runtime that records the tokens it computed and the logits it returned."""
 
     def __init__(self, runtime: Runtime) -> None:
         self.runtime = runtime
         self.info, self.config = runtime.info, runtime.config
         self.new_cache = runtime.new_cache
-        self.computed: list[int] = []  # tokens of every step
+        self.computed: list[int] = []  # tokens per step
         self.logits: list[Logits] = []
 
     def step(self, input_ids: IntArray, cache: KVCache, **options: Any) -> Logits:
@@ -79,7 +79,7 @@ def random_ids(length: int, seed: int) -> list[int]:
 def run(
     runtime: Runtime, prompts: Sequence[Sequence[int]], cache: PrefixCache | None, **options: Any
 ) -> tuple[list[Completion], list[Logits]]:
-    """Completions, and the logits that each token was chosen from."""
+    """Return completions, and the logits that each token was chosen from."""
     recording = runtime if isinstance(runtime, Recording) else Recording(runtime)
     before = len(recording.logits)
     options = {"max_new_tokens": 6, "stop_token_ids": ()} | options
@@ -89,8 +89,8 @@ def run(
 
 
 @pytest.mark.parametrize("name", BACKENDS)
-def test_whole_chunks_are_reused_bit_by_bit(name: str) -> None:
-    """The second prompt shares 21 tokens with the first, which are two chunks of 8."""
+def test_reusing_whole_chunks_is_bitwise_exact(name: str) -> None:
+    """The second prompt shares 21 tokens with the first, which contain two chunks of 8."""
     prefix = random_ids(21, 1)
     prompts = [[*prefix, *random_ids(9, 2)], [*prefix, *random_ids(14, 3)]]
     recording = Recording(backend(name))
@@ -116,7 +116,7 @@ def test_every_common_token_is_reused_up_to_rounding(name: str) -> None:
     for prompt, known in zip(prompts, (0, 21, 20, 20), strict=True):
         (reused,), logits = run(recording, [prompt], cache, prefill_chunk=8)
         assert reused.reused_tokens == known
-        if known == 21:  # chunks end where they would anyway
+        if known == 21:  # chunks end where they would without reuse
             assert recording.computed[-8:-5] == [3, 8, 3]
         (plain,), expected = run(backend(name), [prompt], None, prefill_chunk=8)
         assert plain.token_ids == reused.token_ids
@@ -126,7 +126,7 @@ def test_every_common_token_is_reused_up_to_rounding(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", FLOAT32)
-def test_a_batch_computes_what_its_prompts_share_once(name: str) -> None:
+def test_a_batch_computes_shared_prefixes_once(name: str) -> None:
     prefix = random_ids(32, 4)
     prompts = [[*prefix, *random_ids(length, length)] for length in (3, 5, 1)]
     recording = Recording(backend(name))
@@ -139,14 +139,14 @@ def test_a_batch_computes_what_its_prompts_share_once(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", BACKENDS)
-def test_a_copied_row_is_the_row_bit_by_bit(name: str) -> None:
-    """Taken from the middle of a ragged batch, put behind what another row already holds."""
+def test_a_copied_row_is_bitwise_equal(name: str) -> None:
+    """Tokens are copied from the middle of a ragged batch, and appended to another row."""
     runtime = backend(name)
     ids = np.array([random_ids(30, 5)])
     source, target = runtime.new_cache(3, 40), runtime.new_cache(2, 40)
     for row, length in enumerate((9, 20, 3)):
         runtime.step(ids[:, :length], source, num_logits=1, row=row)
-    for at in range(20, 23):  # the rows are joined, so the shorter ones get holes
+    for at in range(20, 23):  # the rows are joined, so shorter ones get gaps
         runtime.step(np.repeat(ids[:, at : at + 1], 3, axis=0), source, num_logits=1)
     expected = source.read(1)
     runtime.step(ids[:, :5], target, num_logits=1, row=1)
@@ -169,7 +169,7 @@ def test_a_copied_row_is_the_row_bit_by_bit(name: str) -> None:
 
 
 def test_bfloat16_memory_is_copied_as_it_is() -> None:
-    """The cache of a bf16 graph on a GPU, in host memory: no session of this machine has one."""
+    """A bfloat16 cache, as graphs on a GPU have, in host memory."""
     from gemma3_export.bundle import Signature
     from gemma3_export.device import Device
     from gemma3_export.runtimes.onnx.caches import InPlaceCache
@@ -191,7 +191,7 @@ def test_bfloat16_memory_is_copied_as_it_is() -> None:
 
 
 @pytest.mark.parametrize("name", BACKENDS)
-def test_the_bound_holds_and_the_bytes_are_those_of_the_tensors(name: str) -> None:
+def test_the_limit_holds_and_sizes_are_those_of_the_tensors(name: str) -> None:
     runtime = backend(name)
     kv_bytes_per_token = runtime.new_cache(1, 1).kv_bytes_per_token
     cache = PrefixCache(runtime, max_bytes=50 * kv_bytes_per_token + 1, granularity=1)
@@ -213,7 +213,7 @@ def test_the_bound_holds_and_the_bytes_are_those_of_the_tensors(name: str) -> No
 
 
 def random_prompts(generator: np.random.Generator) -> list[list[int]]:
-    """Prompts with beginnings in common, some of them equal."""
+    """Return prompts with shared prefixes, some of them equal."""
     prompts: list[list[int]] = [[2]]
     for _ in range(12):
         known = prompts[generator.integers(len(prompts))]
@@ -240,8 +240,8 @@ def without_measurements(completion: Completion) -> Completion:
 
 
 @pytest.mark.parametrize("seed", range(40))
-def test_any_sequence_of_prompts_gives_what_it_gives_without(seed: int) -> None:
-    """Batches, chunks, drafts, seeds and cancellation; small caches evict all the time."""
+def test_any_sequence_of_prompts_gives_the_same_results_as_without_a_cache(seed: int) -> None:
+    """Batches, chunks, drafts, seeds and cancellation; small caches evict constantly."""
     generator = np.random.default_rng(seed)
     runtime = FakeRuntime()
     room = int(generator.choice([3, 20, 60, 10_000]))
@@ -281,8 +281,8 @@ def reused(runtime: Runtime, cache: PrefixCache, *prompt: int, chunk: int = 512)
     return done.reused_tokens
 
 
-class TestBound:
-    def test_the_least_recently_used_goes_first(self) -> None:
+class TestLimit:
+    def test_the_least_recently_used_is_evicted_first(self) -> None:
         runtime = FakeRuntime()
         cache = PrefixCache(runtime, max_bytes=8 * 12, granularity=1)
         a, b, c = ([first, 9, 9, 9] for first in (2, 3, 4))
@@ -293,7 +293,7 @@ class TestBound:
         assert cache.used_bytes == 8 * 10
         assert reused(runtime, cache, *b) == 0
 
-    def test_what_others_continue_stays_while_they_do(self) -> None:
+    def test_a_segment_is_kept_while_others_continue_it(self) -> None:
         runtime = FakeRuntime()
         cache = PrefixCache(runtime, max_bytes=8 * 12, granularity=1)
         system = [2, 9, 9, 9, 9, 9, 9, 9]
@@ -303,27 +303,27 @@ class TestBound:
         assert reused(runtime, cache, *system, 59, 10) == 9
         assert cache.used_bytes == 8 * 12
 
-    def test_of_a_prompt_that_is_too_large_the_beginning_is_kept(self) -> None:
+    def test_the_beginning_of_a_prompt_that_is_too_large_is_kept(self) -> None:
         runtime = FakeRuntime()
         cache = PrefixCache(runtime, max_bytes=8 * 10 + 7, granularity=4)
         prompt = list(range(20, 60))
         assert [reused(runtime, cache, *prompt) for _ in range(2)] == [0, 8]
         assert cache.used_bytes == 8 * 8
 
-    def test_a_bound_below_one_token_keeps_nothing(self) -> None:
+    def test_a_limit_below_one_token_keeps_nothing(self) -> None:
         runtime = FakeRuntime()
         cache = PrefixCache(runtime, max_bytes=7, granularity=1)
         assert [reused(runtime, cache, 2, 3, 4) for _ in range(2)] == [0, 0]
         assert cache.used_bytes == 0
 
-    def test_shared_tokens_are_held_once(self) -> None:
+    def test_shared_tokens_are_stored_once(self) -> None:
         runtime = FakeRuntime()
         cache = PrefixCache(runtime, max_bytes=PLENTY, granularity=1)
         for question in range(20, 30):
             reused(runtime, cache, *([2] * 50), question)
         assert cache.used_bytes == 8 * (50 + 10)
 
-    def test_other_chunks_are_another_computation(self) -> None:
+    def test_other_chunk_sizes_share_nothing(self) -> None:
         runtime = FakeRuntime()
         cache = PrefixCache(runtime, max_bytes=PLENTY)
         prompt = list(range(20, 60))
@@ -336,7 +336,7 @@ class TestBound:
             assert reused(runtime, cache, *([9] * length)) == length - 1
         assert cache.used_bytes == 8 * 127
 
-    def test_threads_share_one(self) -> None:
+    def test_threads_can_share_a_cache(self) -> None:
         runtime = backend("ort")
         kv_bytes_per_token = runtime.new_cache(1, 1).kv_bytes_per_token
         cache = PrefixCache(runtime, max_bytes=100 * kv_bytes_per_token, granularity=1)
@@ -368,7 +368,7 @@ class TestBound:
 
 
 class TestRefusals:
-    def test_another_runtime_with_the_same_bundle_is_refused_before_any_work(self) -> None:
+    def test_another_runtime_of_the_same_bundle_is_rejected_before_any_work(self) -> None:
         cache = PrefixCache(backend("ort"), max_bytes=PLENTY)
         with pytest.raises(InputError, match=r"another runtime \(onnx\).*\(reference\)"):
             generate(backend("reference"), [[2]], GREEDY, max_new_tokens=1, prefix_cache=cache)
@@ -379,7 +379,7 @@ class TestRefusals:
     @pytest.mark.parametrize(
         "options", [{"max_bytes": 0}, {"max_bytes": -1}, {"max_bytes": 1, "granularity": 0}]
     )
-    def test_impossible_sizes(self, options: dict[str, int]) -> None:
+    def test_invalid_sizes(self, options: dict[str, int]) -> None:
         with pytest.raises(InputError, match=r"of a prefix cache is .*; it must be at least 1"):
             PrefixCache(FakeRuntime(), **options)
 
@@ -443,7 +443,7 @@ class TestCommandLine:
         assert ("reused" in result.stderr) == any(known)
         return known, [line["token_ids"] for line in lines]
 
-    def test_prompts_that_share_a_beginning_share_its_computation(self, ort_bundle: Path) -> None:
+    def test_prompts_with_a_shared_prefix_compute_it_once(self, ort_bundle: Path) -> None:
         on = self.reused(ort_bundle, *self.PROMPTS)
         off = self.reused(ort_bundle, *self.PROMPTS, "--prefix-cache", 0)
         tiny = self.reused(ort_bundle, *self.PROMPTS, "--prefix-cache", "1kB")
@@ -465,18 +465,18 @@ class TestCommandLine:
         assert self.reused(bundle, *self.PROMPTS, *plain) == ([0, 0], tokens)
 
     @pytest.mark.parametrize("size", ["-1", "lots", "1XB", "", "0.1", "1e3"])
-    def test_sizes_that_are_none(self, ort_bundle: Path, size: str) -> None:
+    def test_invalid_cache_sizes(self, ort_bundle: Path, size: str) -> None:
         result = self.run(ort_bundle, *self.PROMPTS, "--prefix-cache", size)
         assert result.exit_code == 2
         assert "Invalid value for '--prefix-cache'" in result.stderr
         assert "give" in result.stderr
 
-    def test_the_longest_beginning_that_two_prompts_share(self) -> None:
+    def test_the_longest_prefix_that_two_prompts_share(self) -> None:
         assert shared_length([[1, 2, 3]]) == 0
         assert shared_length([[1, 2, 3, 4], [5], [1, 2, 9], [1, 2, 3, 8], []]) == 3
 
 
-def test_caches_that_let_go_of_tokens_are_refused() -> None:
+def test_caches_that_evict_tokens_are_rejected() -> None:
     runtime = OnnxRuntime(
         exported_bundle("ort"), device="cpu", threads=1, sliding_window_cache=True
     )

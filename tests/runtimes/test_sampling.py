@@ -29,7 +29,7 @@ def random_logits(size: int, seed: int = 0, scale: float = 3.0) -> np.ndarray:
 
 
 def probabilities(logits: np.ndarray, params: SamplingParams) -> np.ndarray:
-    """[V] what the filters leave, normalised."""
+    """Return the normalized probabilities [V] that the filters leave."""
     ids, weights = select_candidates(logits, params)
     assert (np.diff(ids) > 0).all()
     assert weights.max() == 1
@@ -87,7 +87,7 @@ class TestParams:
             ("logprobs", [-1, 0.5, True]),
         ],
     )
-    def test_refuses_values_out_of_range_and_names_them(self, name, values):
+    def test_rejects_values_out_of_range_and_names_them(self, name, values):
         for value in values:
             with pytest.raises(InputError, match=f"{name} is .*; it must be a") as caught:
                 SamplingParams(**{name: value})
@@ -128,7 +128,7 @@ class TestFilters:
                 ours, theirs, rtol=2e-3 if disputed.any() else 1e-4, atol=1e-6
             )
 
-    def test_top_k_keeps_all_that_tie_with_the_last_as_transformers_does(self):
+    def test_top_k_keeps_ties_with_the_last_as_transformers_does(self):
         logits = np.array([1, 3, 2, 3, 0, 2], dtype=np.float32)
         params = SamplingParams(top_k=3)
         assert select_candidates(logits, params)[0].tolist() == [1, 2, 3, 5]
@@ -143,7 +143,7 @@ class TestFilters:
             assert select_candidates(logits, SamplingParams(top_k=3))[0].tolist() == sorted(best)
             logits[best] = 0
 
-    def test_top_p_keeps_the_lowest_ids_of_equals(self):
+    def test_top_p_keeps_the_lowest_ids_of_ties(self):
         logits = np.log(np.array([0.125, 0.25, 0.125, 0.25, 0.25], dtype=np.float32))
         assert select_candidates(logits, SamplingParams(top_p=0.7))[0].tolist() == [1, 3, 4]
         assert select_candidates(logits, SamplingParams(top_p=0.5))[0].tolist() == [1, 3]
@@ -192,9 +192,7 @@ class TestFilters:
     @pytest.mark.filterwarnings("error")
     @pytest.mark.parametrize("temperature", [0.0, 1.0])
     @pytest.mark.parametrize(("penalty", "chosen"), [(1e300, 3), (1e-300, 1), (1e39, 3)])
-    def test_a_penalty_beyond_the_range_of_logits_is_their_limit(
-        self, penalty, chosen, temperature
-    ):
+    def test_a_penalty_beyond_the_range_of_logits_is_clamped(self, penalty, chosen, temperature):
         params = SamplingParams(repetition_penalty=penalty, temperature=temperature, seed=0)
         logits = np.array([0.0, 2.0, -1.0, 30.0, -np.inf], np.float32)
         assert Sampler(params, [0, 1, 2, 4]).sample(logits).token_id == chosen
@@ -245,12 +243,12 @@ class TestDraws:
         assert len(set(first)) > 10
 
     def test_draws_are_pinned(self):
-        """A released seed must keep its text, so these numbers must not change."""
+        """A seed must give the same text in every release, so these numbers must not change."""
         flat = np.zeros(1000, dtype=np.float32)
         drawn = draw_many(flat, 5, temperature=1.0, seed=42)
         assert drawn == [820, 368, 876, 66, 986]
 
-    def test_without_a_seed_two_samplers_differ_and_tell_their_seed(self):
+    def test_without_a_seed_two_samplers_differ_and_report_their_seed(self):
         logits = np.zeros(100_000, dtype=np.float32)
         one, two = (Sampler(SamplingParams(temperature=1.0)) for _ in range(2))
         drawn = [one.sample(logits).token_id for _ in range(4)]
@@ -260,14 +258,14 @@ class TestDraws:
     def test_a_draw_hardly_depends_on_the_noise_of_a_backend(self):
         generator = np.random.default_rng(2)
         logits = random_logits(2000)
-        logits[10:20] = logits.max()  # ties, which noise puts in any order
+        logits[10:20] = logits.max()  # ties, which noise reorders
         params = SamplingParams(top_k=64, top_p=0.95, seed=3)
         one, two = Sampler(params), Sampler(params)
         for _ in range(300):
             noise = generator.standard_normal(2000).astype(np.float32) * 1e-5
             assert one.sample(logits) == two.sample(logits + noise)
 
-    def test_greedy_takes_the_lowest_id_of_equals(self):
+    def test_greedy_takes_the_lowest_id_of_ties(self):
         logits = np.array([0, 5, 1, 5], dtype=np.float32)
         assert Sampler(SamplingParams()).sample(logits).token_id == 1
 
@@ -291,7 +289,7 @@ class TestLogprobs:
         assert [token_id for token_id, _ in token.top_logprobs] == order.tolist()
         assert [value for _, value in token.top_logprobs] == pytest.approx(exact[order], abs=1e-5)
 
-    def test_are_absent_unless_asked_for(self):
+    def test_are_absent_unless_requested(self):
         logits = random_logits(10)
         best = int(logits.argmax())
         assert Sampler(SamplingParams()).sample(logits) == SampledToken(token_id=best)

@@ -1,4 +1,4 @@
-"""Weights that all processes hold once: the same numbers, and refused where they would be slow."""
+"""Weights shared between processes: the same logits, and rejected where they would be slow."""
 
 from __future__ import annotations
 
@@ -40,6 +40,6 @@ def test_quantised_weights_are_not_shared() -> None:
         OnnxRuntime(bundle, device="cpu", shares_weights=True)
 
 
-def test_other_runtimes_say_that_they_do_not_share() -> None:
+def test_other_runtimes_reject_sharing() -> None:
     with pytest.raises(InputError, match="by the onnx runtime, not by reference"):
         open_runtime(exported_bundle("ort"), "reference", shares_weights=True)

@@ -1,4 +1,4 @@
-"""Caches whose sliding layers let go of old tokens: the same numbers, in bounded memory."""
+"""Sliding-window caches: the same numbers, in bounded memory."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ def ids_of(length: int, seed: int = 1) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, TINY.vocab_size, (1, length))
 
 
-def assert_same(windowed: KVCache, full: KVCache, row: int = 0) -> None:
-    """What a windowed row holds is the end of what the full one holds, the window at least."""
+def assert_same(sliding: KVCache, full: KVCache, row: int = 0) -> None:
+    """Check that a sliding row holds the end of the full one, at least its window."""
     length = int(full.lengths[row])
-    assert windowed.lengths[row] == length
-    for layer, (ours, theirs) in enumerate(zip(windowed.read(row), full.read(row), strict=True)):
+    assert sliding.lengths[row] == length
+    for layer, (ours, theirs) in enumerate(zip(sliding.read(row), full.read(row), strict=True)):
         for found, expected in zip(ours, theirs, strict=True):
             count = found.shape[1]
             assert count >= min(length, W)
@@ -70,7 +70,7 @@ def test_steps_of_any_size_give_what_full_caches_give() -> None:
     assert {held[layer][0].shape[1] for layer in SLIDING} < set(range(W, 2 * W + 1))
 
 
-def test_memory_does_not_grow_with_the_text_but_for_full_layers() -> None:
+def test_memory_grows_with_the_text_in_full_layers_only() -> None:
     short, long = (runtime(sliding_window_cache=True).new_cache(2, size) for size in (2 * W, 60))
     assert isinstance(short, SlidingWindowCache)
     assert isinstance(long, SlidingWindowCache)
@@ -82,7 +82,7 @@ def test_memory_does_not_grow_with_the_text_but_for_full_layers() -> None:
             assert (few.shape[2], many.shape[2]) == (2 * W, 60)
 
 
-def test_rows_of_different_length_let_go_each_at_its_own_time() -> None:
+def test_rows_of_different_length_evict_independently() -> None:
     both = [runtime(sliding_window_cache=windowed) for windowed in (True, False)]
     caches = [each.new_cache(3, 60) for each in both]
     for row, length in enumerate((W - 2, 2 * W + 1, 4)):
@@ -100,7 +100,7 @@ def test_rows_of_different_length_let_go_each_at_its_own_time() -> None:
 
 @pytest.mark.parametrize("drafted", range(2, W + 1))
 @pytest.mark.parametrize("before", [2 * W - 1, 2 * W, 2 * W + 1, 3 * W])
-def test_any_part_of_a_step_can_be_taken_back(before: int, drafted: int) -> None:
+def test_any_part_of_a_step_can_be_cut_off(before: int, drafted: int) -> None:
     ids, other = ids_of(before + drafted), ids_of(4, seed=2)
     for kept in range(before, before + drafted + 1):
         caches = []
@@ -118,7 +118,7 @@ def test_any_part_of_a_step_can_be_taken_back(before: int, drafted: int) -> None
         np.testing.assert_allclose(*logits, atol=TOLERANCE)
 
 
-def test_what_is_gone_cannot_be_brought_back() -> None:
+def test_evicted_tokens_cannot_be_restored() -> None:
     cache = runtime(sliding_window_cache=True).new_cache(1, 60)
     runtime(sliding_window_cache=True).step(ids_of(3 * W), cache, num_logits=1)
     with pytest.raises(
@@ -153,7 +153,7 @@ def test_drafts_change_nothing() -> None:
 
 
 class RightAtFirst:
-    """Knows the next ``known`` tokens of a text, which earns it long drafts, and then is wrong."""
+    """A drafter that is right for ``known`` tokens, which earns it long drafts, and then wrong."""
 
     token_cost = 0.0
 
@@ -167,7 +167,7 @@ class RightAtFirst:
 
 
 @pytest.mark.parametrize("length", range(2 * W, 3 * W + 1))
-def test_no_draft_is_longer_than_what_can_be_taken_back(length: int) -> None:
+def test_no_draft_is_longer_than_what_can_be_cut_off(length: int) -> None:
     def answer(drafter: Callable[[], Drafter] | None) -> Completion:
         return generate(
             runtime(sliding_window_cache=True),
@@ -197,7 +197,7 @@ def test_verify_proves_both_graphs() -> None:
     assert report.passed, report.to_json()
 
 
-def test_verify_notices_a_cache_that_lost_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_verify_detects_a_cache_that_evicts_too_much(monkeypatch: pytest.MonkeyPatch) -> None:
     held = SlidingWindowCache.first_held
     monkeypatch.setattr(
         SlidingWindowCache, "first_held", lambda cache, length: min(length, held(cache, length) + W)
@@ -207,7 +207,7 @@ def test_verify_notices_a_cache_that_lost_what_it_needs(monkeypatch: pytest.Monk
     assert not report.passed
 
 
-def test_the_bundle_names_both_graphs_over_one_file_of_weights() -> None:
+def test_the_bundle_lists_both_graphs_over_one_weights_file() -> None:
     bundle = Bundle(exported_bundle("ort"))
     (graph,) = bundle.manifest.graphs
     assert graph.windowed_path == "onnx/model_windowed.onnx"
@@ -225,7 +225,7 @@ def test_the_bundle_names_both_graphs_over_one_file_of_weights() -> None:
         (("ort", "all full, one kv head, untied"), "the bundle has no graph for them"),
     ],
 )
-def test_windows_that_are_not_there_are_refused(bundle: tuple[str, str], problem: str) -> None:
+def test_a_missing_sliding_window_graph_is_rejected(bundle: tuple[str, str], problem: str) -> None:
     with pytest.raises(InputError, match=problem):
         OnnxRuntime(exported_bundle(*bundle), device="cpu", sliding_window_cache=True)
     assert not OnnxRuntime(exported_bundle(*bundle), device="cpu").uses_sliding_window_cache
@@ -240,7 +240,7 @@ def test_an_older_onnxruntime_runs_the_full_graph(monkeypatch: pytest.MonkeyPatc
     assert not OnnxRuntime(exported_bundle("ort"), device="cpu").uses_sliding_window_cache
 
 
-def test_an_older_bundle_has_no_windowed_graph(tmp_path) -> None:  # type: ignore[no-untyped-def]
+def test_an_older_bundle_has_no_sliding_window_graph(tmp_path) -> None:  # type: ignore[no-untyped-def]
     import shutil
 
     shutil.copytree(exported_bundle("ort"), tmp_path / "old")

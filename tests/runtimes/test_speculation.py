@@ -1,4 +1,4 @@
-"""Speculative decoding gives the events that decoding without it gives, in fewer steps."""
+"""Speculative decoding gives the same events as decoding without it, in fewer steps."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SAMPLED = SamplingParams(temperature=1.0, top_k=64, seed=7, repetition_penalty=1
 
 
 class Guessing:
-    """Knows the answers of all prompts, and is right with a given probability a token."""
+    """A drafter that knows all answers, and is right with a given probability per token."""
 
     token_cost = 0.0
 
@@ -65,7 +65,7 @@ def without_measurements(event: Event) -> Event:
 def events_of(
     runtime: FakeRuntime, prompts: list[list[int]], options: dict, stop_after: int | None, how: str
 ) -> list[Event]:
-    """All events, until the consumer cancels or closes after ``stop_after`` of them."""
+    """Return all events, until the consumer cancels or closes after ``stop_after`` of them."""
     seen: list[Event] = []
     cancel = (lambda: len(seen) >= stop_after) if how == "cancel" and stop_after else None
     generation = generate(runtime, prompts, **options, cancel=cancel)
@@ -77,7 +77,7 @@ def events_of(
 
 
 def random_case(generator: np.random.Generator) -> tuple[list[list[int]], dict]:
-    """Prompts and options; every kind of end comes up."""
+    """Return prompts and options that lead to every kind of end."""
     prompts = [
         [int(generator.integers(2, 4)), *generator.integers(8, 250, generator.integers(0, 30))]
         for _ in range(generator.integers(1, 4))
@@ -129,8 +129,8 @@ def test_events_are_those_of_decoding_without_drafts(seed: int) -> None:
 
 
 @pytest.mark.parametrize("seed", range(30))
-def test_copied_text_too(seed: int) -> None:
-    """Scripts that repeat themselves, so that prompt lookup drafts much and is often right."""
+def test_events_are_the_same_for_repetitive_text(seed: int) -> None:
+    """Scripts repeat themselves, so prompt lookup drafts a lot and is often right."""
     generator = np.random.default_rng(seed)
     words = [bytes(generator.integers(97, 123, generator.integers(2, 6))) for _ in range(4)]
     scripts = {
@@ -157,7 +157,7 @@ def test_right_drafts_save_steps_and_are_counted() -> None:
     assert plain.drafted_tokens == plain.accepted_tokens == 0
 
 
-def test_a_row_that_has_ended_was_fed_its_tokens_but_the_last() -> None:
+def test_a_row_that_has_ended_was_fed_all_but_its_last_token() -> None:
     runtime = ScriptedRuntime({2: b"abcabcabcabcabcabcabc\x01abc"})
     (done,) = generate(
         runtime, [[2]], GREEDY, max_new_tokens=50, detokenize=ByteDecoder, drafter=PromptLookup
@@ -168,7 +168,7 @@ def test_a_row_that_has_ended_was_fed_its_tokens_but_the_last() -> None:
     assert runtime.cache.histories[0] == [2, *done.token_ids[:-1]]
 
 
-def test_drafts_begin_when_one_prompt_alone_is_left() -> None:
+def test_drafts_begin_when_only_one_prompt_is_left() -> None:
     runtime = ScriptedRuntime({2: b"xy\x01", 3: b"abcd" * 20 + b"\x01"})
     options = {"max_new_tokens": 100, "detokenize": ByteDecoder, "drafter": PromptLookup}
     short, long = generate(runtime, [[2], [3]], GREEDY, **options).collect()
@@ -180,16 +180,16 @@ def test_drafts_begin_when_one_prompt_alone_is_left() -> None:
 
 
 class TestBudget:
-    """All in plain decoding steps, the unit of the constants."""
+    """All numbers are in plain decode steps, the unit of the constants."""
 
     @pytest.mark.parametrize("token_cost", [0.0, 0.2])
     @pytest.mark.parametrize("max_tokens", [1, 4, 16])
     @pytest.mark.parametrize("costs", [PLAIN_COSTS, CANDIDATE_COSTS])
     @pytest.mark.parametrize("seed", range(20))
-    def test_the_loss_stays_under_the_allowance(
+    def test_the_loss_stays_below_the_allowance(
         self, seed: int, max_tokens: int, token_cost: float, costs: StepCosts
     ) -> None:
-        """Right for a while, then wrong for a while, whatever the order."""
+        """Drafts are right for a while and wrong for a while, in any order."""
         generator = np.random.default_rng(seed)
         budget = DraftBudget(max_tokens, token_cost, costs)
         token_cost += costs.token
@@ -207,7 +207,7 @@ class TestBudget:
                 first = costs.draft + FIRST_TOKENS * token_cost
                 assert spent <= tokens * (1 + ALLOWANCE) + first
 
-    def test_drafts_that_are_never_right_all_but_end(self) -> None:
+    def test_drafts_that_are_never_right_almost_stop(self) -> None:
         budget, drafted = DraftBudget(), 0
         for _ in range(1000):
             count = budget.max_draft()
@@ -223,7 +223,7 @@ class TestBudget:
         assert lengths == sorted(lengths)
         assert lengths[-1] == 16
 
-    def test_impossible_lengths_are_refused(self) -> None:
+    def test_invalid_lengths_are_rejected(self) -> None:
         with pytest.raises(InputError, match="max_draft_tokens is 0; it must be at least 1"):
             DraftBudget(0)
         with pytest.raises(InputError, match="max_draft_tokens is -1; it must be at least 1"):
@@ -237,14 +237,14 @@ class TestPromptLookup:
             ([0, 1, 2, 3, 4, 5, 0, 1, 2], 3, [3, 4, 5]),
             ([0, 1, 2, 3, 9, 0, 1, 2, 4, 9, 0, 1, 2], 1, [4]),  # the latest
             ([7, 0, 1, 2, 3, 8, 0, 1, 2, 4, 7, 0, 1, 2], 1, [3]),  # the longest before the latest
-            ([1, 2, 3, 4, 9, 9, 2, 3], 4, []),  # two tokens are no match
-            ([1, 2, 1, 2, 1], 5, [2, 1, 2, 1, 2]),  # a loop goes on
+            ([1, 2, 3, 4, 9, 9, 2, 3], 4, []),  # two tokens do not match
+            ([1, 2, 1, 2, 1], 5, [2, 1, 2, 1, 2]),  # a loop continues
             ([4, 4, 4, 4], 4, [4, 4, 4, 4]),
             ([1, 2], 4, []),
             ([1], 4, []),
         ],
     )
-    def test_drafts_what_followed_before(
+    def test_drafts_what_followed_an_earlier_occurrence(
         self, tokens: list[int], count: int, draft: list[int]
     ) -> None:
         assert PromptLookup().draft(tokens, count) == draft
@@ -252,10 +252,10 @@ class TestPromptLookup:
         drafts = [growing.draft(tokens[:end], count) for end in range(1, len(tokens) + 1)]
         assert drafts[-1] == draft
 
-    def test_single_tokens_match_when_asked_for(self) -> None:
+    def test_single_tokens_match_on_request(self) -> None:
         assert PromptLookup(min_ngram=1).draft([1, 2, 3, 9, 2], 2) == [3, 9]
 
     @pytest.mark.parametrize(("most", "fewest"), [(2, 3), (1, 0), (0, 0)])
-    def test_impossible_sizes_are_refused(self, most: int, fewest: int) -> None:
+    def test_invalid_sizes_are_rejected(self, most: int, fewest: int) -> None:
         with pytest.raises(InputError, match="min_ngram"):
             PromptLookup(max_ngram=most, min_ngram=fewest)

@@ -36,7 +36,7 @@ def open_fixed() -> TorchScriptRuntime:
 
 
 def prefilled(runtime: TorchScriptRuntime, capacity: int = 20) -> TorchCache:
-    """Two rows of different length, on both sides of the window of 6."""
+    """Return a cache of two rows, on both sides of the window of 6."""
     cache = runtime.new_cache(2, capacity)
     runtime.step(np.array([[2, 5, 9]]), cache, num_logits=1, row=0)
     runtime.step(np.array([[2, 7, 8, 9, 10, 11, 4, 5]]), cache, num_logits=1, row=1)
@@ -67,7 +67,7 @@ def test_logits_and_caches_are_those_of_plain_steps() -> None:
 
 
 def test_plain_steps_in_between_and_cut_off_tokens_are_seen() -> None:
-    """A plain step writes behind the longest row; the hole is closed before the next fixed one."""
+    """A plain step writes after the longest row; the gap is closed before the next fixed step."""
     fixed, plain = open_fixed(), TorchScriptRuntime(exported(), device="cpu")
     caches = prefilled(fixed), prefilled(plain)
     ids = np.array([[11], [12]])
@@ -80,12 +80,12 @@ def test_plain_steps_in_between_and_cut_off_tokens_are_seen() -> None:
 
 
 def step(runtime: TorchScriptRuntime, ids: IntArray, cache: TorchCache) -> None:
-    """A fixed step where the runtime has them, else a plain one."""
+    """Take a fixed step if the runtime has them, otherwise a plain one."""
     if runtime.step_candidates(ids, cache, [GREEDY, GREEDY]) is None:
         runtime.step(ids, cache, num_logits=1)
 
 
-def test_the_last_place_can_be_used_and_no_other() -> None:
+def test_the_last_position_can_be_used_and_none_after_it() -> None:
     runtime = open_fixed()
     cache = prefilled(runtime, capacity=9)
     ids = np.array([[11], [12]])
@@ -106,7 +106,7 @@ def test_buffers_stay_where_they_are() -> None:
 
 @torch.inference_mode()
 def test_a_step_reads_nothing_on_the_host() -> None:
-    """The meta device has no numbers: whatever asked for one, and would wait for a GPU, fails."""
+    """The meta device has no values, so reading one, which would wait for a GPU, fails."""
     cache = TorchCache(CONFIG, 2, 20, dtype=torch.float32, device=torch.device("meta"))
     count = torch.ones(1, dtype=torch.int64)
     steps = TorchDecodeSteps(load_plainly(exported(), "meta"), cache, count, captures=False)
@@ -120,7 +120,7 @@ def test_a_step_reads_nothing_on_the_host() -> None:
 
 
 class FakeCuda:
-    """Notes what is asked of CUDA; a replay does again what was captured, as a device would."""
+    """Records calls to CUDA; a replay repeats what was captured, as a device would."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.calls: list[str] = []
@@ -161,7 +161,7 @@ class FakeCuda:
 
 
 def test_a_step_is_captured_once_and_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Control flow only: what CUDA does with it is `make test-cuda`'s to show."""
+    """Only the control flow is tested here; `make test-cuda` tests the rest."""
     runtime, plain = open_fixed(), open_fixed()
     runtime.captures = True
     caches = prefilled(runtime), prefilled(plain)
