@@ -198,9 +198,8 @@ def _write_folder(run: Path, trainer: Trainer, source: WeightSource | None) -> N
 
 
 def _result(trainer: Trainer) -> dict[str, Any]:
-    state, options = trainer.state, trainer.options
-    per_step = options.batch_size * options.context_length * options.accumulation
-    tokens = state.step * per_step * trainer.group.world_size
+    state = trainer.state
+    tokens = state.step * trainer.tokens_per_step
     return {
         "steps": state.step,
         "tokens": tokens,

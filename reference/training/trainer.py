@@ -120,6 +120,13 @@ class Trainer:
         self._flops = flops_per_token(model.config, options.context_length)
         self._peak_flops = measure_peak_flops(group.device, compute_dtype) * group.world_size
 
+    @property
+    def tokens_per_step(self) -> int:
+        """Return the tokens of one optimizer step, over all micro-batches and processes."""
+        options = self.options
+        per_process = options.batch_size * options.context_length * options.accumulation
+        return per_process * self.group.world_size
+
     def run(self, metrics_log: MetricsLog | None) -> None:
         """Train until the last step, or until SIGTERM or Ctrl-C; save a checkpoint in either case.
 
@@ -243,9 +250,7 @@ class Trainer:
         validation_loss: float | None,
         elapsed: float,
     ) -> None:
-        options, step = self.options, self.state.step
-        per_step = options.batch_size * options.context_length * options.accumulation
-        per_step *= self.group.world_size
+        options, step, per_step = self.options, self.state.step, self.tokens_per_step
         row = StepMetrics(
             step=step,
             tokens=step * per_step,
