@@ -56,7 +56,7 @@ class GraphWriter(Protocol):
 
     @property
     def half(self) -> HalfPrecision | None:
-        """What the graph computes in half precision, None if it computes in float32."""
+        """The parts of the graph in half precision, None if it computes in float32."""
 
     def size_bytes(self, config: Gemma3Config) -> int:
         """Return about how much space the files need."""

@@ -25,7 +25,7 @@ __all__ = ["MODEL_PASSES", "SLIDING_WINDOW_PASSES", "GraphPlan", "PassRow", "app
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GraphPlan:
-    """What passes need to know about an export."""
+    """The properties of an export that its graph passes depend on."""
 
     config: Gemma3Config
     target: str = "ort"

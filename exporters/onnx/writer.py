@@ -107,7 +107,7 @@ class OnnxWriter:
 
     @property
     def is_quantized(self) -> bool:
-        """Whether matrices are stored in blocks of integers."""
+        """True if matrices are stored in blocks of integers."""
         return EXPORT_DTYPES[self.dtype].is_quantized
 
     @property

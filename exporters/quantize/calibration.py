@@ -34,7 +34,7 @@ STAGE = "sampling calibration text"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CalibrationOptions:
-    """Where calibration text comes from, and how much of it to use.
+    """Source and amount of calibration text.
 
     Raises:
         InputError: the text would be too short.

@@ -46,7 +46,7 @@ MatrixGroup = tuple[str, ...]  # canonical names of matrices that share a format
 HELD_OUT_SEQUENCES = 8  # measure divergence; GPTQ does not see them
 MAX_ROUNDS = 4
 BUDGET_SHARE = 0.8  # leaves room for text that diverges more than the calibration text
-MAX_ERROR_ROWS = 4096  # rows of a large matrix that stand for all of it in output errors
+MAX_ERROR_ROWS = 4096  # rows of a large matrix to estimate output errors from
 POSITION_STRIDE = 5  # compare every fifth position: the head dominates the cost
 
 

@@ -45,7 +45,7 @@ MANIFEST_LIMIT_BYTES = 64 * 2**20
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WeightRecipe:
-    """How to make a stored tensor of a graph from canonical weights.
+    """Recipe that makes a stored tensor of a graph from canonical weights.
 
     Rows are concatenated, then transposed or quantised in blocks. Inverting the recipe recovers the
     canonical weights, so a bundle can be verified without the checkpoint that it was made from.

@@ -158,8 +158,8 @@ def _find_tokenizer(store: TensorStore, folder: Path) -> Path | None:
     """Return the GGUF file if it has a tokenizer, else ``tokenizer.json`` next to the weights."""
     if isinstance(store, GgufStore) and store.reader.get_field(GGUF_TOKENIZER) is not None:
         return store.files[0]
-    beside = folder / "tokenizer.json"
-    return beside if beside.is_file() else None
+    file = folder / "tokenizer.json"
+    return file if file.is_file() else None
 
 
 def _open_store(path: Path) -> TensorStore:
@@ -219,16 +219,16 @@ def _describe(
 ) -> _Described:
     """Return the first config found: given, in the checkpoint, next to it, or of ``size``."""
     from_gguf = config_from_gguf(store.reader) if isinstance(store, GgufStore) else None
-    beside = config_path or folder / "config.json"
+    config_file = config_path or folder / "config.json"
     if config_path is None and isinstance(store, TorchStore) and store.model_config is not None:
         data = store.model_config
         where = f"the config inside {store.files[0].name}"
         return _Described(config_from_json(data, where=where), _states_tie(data))
-    if config_path is not None or beside.is_file():
-        config = load_config(beside)
+    if config_path is not None or config_file.is_file():
+        config = load_config(config_file)
         if from_gguf is not None:
-            _agree_with_gguf(config, from_gguf, beside)
-        file = beside / "config.json" if beside.is_dir() else beside
+            _agree_with_gguf(config, from_gguf, config_file)
+        file = config_file / "config.json" if config_file.is_dir() else config_file
         return _Described(config, _states_tie(load_json_object(file)))
     if from_gguf is not None:
         return _Described(from_gguf, is_tie_stated=False)

@@ -1,4 +1,4 @@
-"""Bundles that were edited by hand or damaged: every command says so, in one message."""
+"""Damaged or manually edited bundles: every command reports them in one message."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_two_graphs_for_one_runtime(copied_bundle):
 
 
 def replace_file(bundle: Path, name: str, data: bytes) -> None:
-    """Exchange a file, and its record in the manifest with it."""
+    """Replace a file, and its record in the manifest."""
     (bundle / name).write_bytes(data)
     path = bundle / "manifest.json"
     files = json.loads(path.read_text(encoding="utf-8"))["files"]
@@ -91,12 +91,12 @@ def replace_file(bundle: Path, name: str, data: bytes) -> None:
         '{"onnx": {"cases": [{"positions": 1, "metrics": "x"}]}}',
     ],
 )
-def test_proof_that_is_none(copied_bundle, proofs):
+def test_invalid_parity_report(copied_bundle, proofs):
     replace_file(copied_bundle, "parity.json", proofs.encode())
     assert "parity.json" in error_line("inspect", copied_bundle)
 
 
-def test_graph_that_is_no_graph(copied_bundle, capfd):
+def test_file_that_is_not_a_graph(copied_bundle, capfd):
     replace_file(copied_bundle, "onnx/model.onnx", b"{}" * 500)
     for command, *options in COMMANDS:
         assert "onnx/model.onnx" in error_line(command, copied_bundle, *options)
@@ -111,7 +111,7 @@ def test_weights_that_end_early_give_one_message(copied_bundle, capfd):
 
 @pytest.fixture
 def linked_bundle(ort_bundle, tmp_path) -> Path:
-    """A bundle as the Hub's cache holds it: names that lead to files elsewhere."""
+    """A bundle of symbolic links to files elsewhere, as in the Hub's cache."""
     snapshot, blobs = tmp_path / "snapshots" / "1", tmp_path / "blobs"
     blobs.mkdir()
     for number, file in enumerate(sorted(p for p in ort_bundle.rglob("*") if p.is_file())):
@@ -128,7 +128,7 @@ def test_bundle_of_links_is_verified_and_extended(linked_bundle, tmp_path):
         result = run(command[0], linked_bundle, *command[1:])
         assert result.exit_code == 0, result.output
     copied = tmp_path / "copied"
-    link_files(Bundle(linked_bundle), copied)  # what adding a graph begins with
+    link_files(Bundle(linked_bundle), copied)  # the first step of adding a graph
     assert not any(path.is_symlink() for path in copied.rglob("*"))
 
 

@@ -1,4 +1,4 @@
-"""GGUF headers are believed only as far as the file's size allows."""
+"""GGUF headers are checked against the size of the file."""
 
 from __future__ import annotations
 

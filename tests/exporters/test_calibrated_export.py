@@ -1,4 +1,4 @@
-"""4-bit and mixed exports: what calibration text is for, and what the budget does."""
+"""4-bit and mixed exports: calibration text, rounding, and divergence budgets."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ CONFIG = tiny_config(num_hidden_layers=2, layer_types=("sliding_attention", "ful
 SOURCE = RandomSource(CONFIG, 5)
 PLAN = CalibrationOptions(sequences=24, tokens=24)
 FORMAT = BlockFormat(bits=4, block_size=16)
-# Random weights leave hardly a margin between the best two tokens.
+# With random weights the two best tokens are almost equally likely.
 OPTIONS = VerifyOptions(decode_steps=8, greedy_steps=4, min_top1=0.5)
 
 
@@ -60,7 +60,7 @@ def calibrated_bundle(dtype: str, max_kld: float, seed: int = 0) -> Bundle:
 
 
 def correlated_inputs(columns: int, positions: int = 512) -> torch.Tensor:
-    """[P, K] inputs that go along with each other, and are not of one size."""
+    """Return correlated inputs [P, K] of different magnitudes."""
     generator = torch.Generator().manual_seed(1)
     mixing = torch.randn(columns // 4, columns, generator=generator)
     few = torch.randn(positions, columns // 4, generator=generator)
@@ -80,7 +80,7 @@ def output_error(found: torch.Tensor, weights: torch.Tensor, inputs: torch.Tenso
 # Rounding
 
 
-def test_outputs_err_half_as_much_as_with_rounding_to_nearest() -> None:
+def test_gptq_halves_the_output_error_of_rounding_to_nearest() -> None:
     inputs = correlated_inputs(64)
     weights = torch.randn(48, 64, generator=torch.Generator().manual_seed(2))
     nearest = output_error(quantize(weights, FORMAT).dequantize(), weights, inputs)
@@ -90,7 +90,7 @@ def test_outputs_err_half_as_much_as_with_rounding_to_nearest() -> None:
     assert output_error(blind.dequantize(), weights, inputs) > 0.9 * nearest
 
 
-def test_without_correlations_every_weight_goes_to_its_nearest_code() -> None:
+def test_without_correlations_gptq_rounds_to_the_nearest_codes() -> None:
     weights = torch.randn(48, 64, generator=torch.Generator().manual_seed(2))
     found = GptqRounding(torch.eye(64), FORMAT).quantize(weights)
     expected = quantize(weights, FORMAT)
@@ -99,7 +99,7 @@ def test_without_correlations_every_weight_goes_to_its_nearest_code() -> None:
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_inputs_that_are_always_zero_do_no_harm(bits: int) -> None:
+def test_inputs_that_are_always_zero_are_harmless(bits: int) -> None:
     weights = torch.randn(8, 64, generator=torch.Generator().manual_seed(2))
     inputs = correlated_inputs(64)
     for dead in (inputs * (torch.arange(64) % 3 > 0), torch.zeros(9, 64)):
@@ -117,7 +117,7 @@ def test_a_calibrated_model_diverges_less_than_a_rounded_one(tmp_path: Path) -> 
     nearest = ((name, quantize(weight, FORMAT).dequantize()) for name, weight in weights.items())
     found = ((name, blocks.load(name).dequantize()) for name in formats)
     assert meter.measure(found, {}) < 0.95 * meter.measure(nearest, {})
-    assert meter.measure((), {}) == 0  # and all is put back
+    assert meter.measure((), {}) == 0  # and restores all weights
 
 
 # Exports
@@ -140,7 +140,7 @@ def test_int4_exports_compute_what_the_reference_computes_with_their_weights() -
     }
 
 
-def test_the_manifest_names_the_text_and_a_seed_repeats_it(tmp_path: Path) -> None:
+def test_the_manifest_describes_the_text_and_a_seed_reproduces_it(tmp_path: Path) -> None:
     first = calibrated_bundle("int4", 0.1)
     described = first.graph("onnx").calibration
     assert described is not None
@@ -157,7 +157,7 @@ def test_the_manifest_names_the_text_and_a_seed_repeats_it(tmp_path: Path) -> No
     assert other["ids_sha256"] != described["ids_sha256"]
 
 
-def test_mixed_exports_keep_to_their_budget_and_are_smaller_the_larger_it_is() -> None:
+def test_mixed_exports_meet_their_budget_and_shrink_as_it_grows() -> None:
     sizes = []
     for max_kld in (0.001, 0.002):
         bundle = calibrated_bundle("mixed", max_kld, seed=1)
@@ -176,13 +176,13 @@ def test_mixed_exports_keep_to_their_budget_and_are_smaller_the_larger_it_is() -
 
 
 @pytest.mark.parametrize("dtype", ["int4", "mixed"])
-def test_blocks_that_do_not_divide_a_matrix_are_refused(dtype: str, tmp_path: Path) -> None:
+def test_matrices_that_blocks_cannot_tile_are_rejected(dtype: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="48 columns, not a multiple of the block size 32"):
         export_bundle(SOURCE, tmp_path / "bundle", OnnxWriter(dtype=dtype, calibration=PLAN))
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_budget_that_no_format_meets_is_refused_with_the_best_divergence(
+def test_the_error_for_an_unreachable_budget_names_the_best_divergence(
     tmp_path: Path,
 ) -> None:
     writer = OnnxWriter(dtype="mixed", block_size=16, max_kld=1e-8, calibration=PLAN)
@@ -191,21 +191,23 @@ def test_a_budget_that_no_format_meets_is_refused_with_the_best_divergence(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_int4_over_its_budget_fails_with_the_number_and_leaves_nothing(tmp_path: Path) -> None:
+def test_int4_over_its_budget_names_the_divergence_and_leaves_no_output(
+    tmp_path: Path,
+) -> None:
     writer = OnnxWriter(dtype="int4", block_size=16, max_kld=1e-6, calibration=PLAN)
     with pytest.raises(ParityError, match=r"mean_kld is 0\.00"):
         export_bundle(SOURCE, tmp_path / "bundle", writer, verification=ParityCheck(runtime="onnx"))
     assert list(tmp_path.iterdir()) == []
 
 
-def test_budgets_follow_the_dtype() -> None:
+def test_default_budgets_follow_the_dtype() -> None:
     assert OnnxWriter(dtype="int8").budget == 0.01
     assert OnnxWriter(dtype="mixed").budget == EXPORT_DTYPES["mixed"].max_kld == 0.05
     assert OnnxWriter(dtype="mixed", max_kld=0.2).budget == 0.2
 
 
 @pytest.mark.parametrize("max_kld", [0.0, -0.1, float("nan"), float("inf")])
-def test_impossible_budgets_are_refused_and_not_replaced(tmp_path: Path, max_kld: float) -> None:
+def test_impossible_budgets_are_rejected(tmp_path: Path, max_kld: float) -> None:
     bundle = export_bundle(RandomSource(tiny_config(), 1), tmp_path / "b", OnnxWriter()).path
     for attempt in (
         lambda: OnnxWriter(max_kld=max_kld),
@@ -219,7 +221,7 @@ def test_impossible_budgets_are_refused_and_not_replaced(tmp_path: Path, max_kld
 # Calibration text
 
 
-def test_a_file_gives_sequences_of_its_whole_length(tmp_path: Path) -> None:
+def test_sequences_are_spread_over_the_whole_file(tmp_path: Path) -> None:
     tokenizer = tiny_gemma_tokenizer(400)
     file = tmp_path / "text.txt"
     file.write_text("One two three, and so on. " * 400, encoding="utf-8")
@@ -239,7 +241,7 @@ def test_a_file_gives_sequences_of_its_whole_length(tmp_path: Path) -> None:
         (None, "cannot be read"),
     ],
 )
-def test_text_that_cannot_calibrate_is_refused(
+def test_unusable_calibration_text_is_rejected(
     content: bytes | None, message: str, tmp_path: Path
 ) -> None:
     file = tmp_path / "text.txt"
@@ -249,7 +251,7 @@ def test_text_that_cannot_calibrate_is_refused(
         replace(PLAN, file=file).load(SOURCE, tiny_gemma_tokenizer(400), ignore)
 
 
-def test_a_file_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
+def test_a_file_without_a_tokenizer_is_rejected(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="needs a tokenizer"):
         CalibrationOptions(file=tmp_path / "text.txt").load(SOURCE, None, ignore)
 
@@ -257,7 +259,7 @@ def test_a_file_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
 # Choosing
 
 
-def test_the_most_divergence_for_a_byte_is_saved_first() -> None:
+def test_the_option_that_saves_the_most_divergence_per_byte_comes_first() -> None:
     small, large = FORMAT, BlockFormat(bits=8, block_size=16)
 
     def options(divergence: float, size: int) -> list[FormatOption]:
@@ -274,7 +276,7 @@ def test_the_most_divergence_for_a_byte_is_saved_first() -> None:
     assert bits == [[4, 4, 4], [4, 8, 4], [8, 8, 4], [8, 8, 8]]
 
 
-def test_what_a_large_step_leaves_of_the_budget_is_taken_back() -> None:
+def test_smaller_options_are_restored_when_a_large_step_leaves_room() -> None:
     small, large = FORMAT, BlockFormat(bits=8, block_size=16)
     cheap = [
         FormatOption(format=small, size_bytes=10, divergence=0.1),
@@ -288,7 +290,7 @@ def test_what_a_large_step_leaves_of_the_budget_is_taken_back() -> None:
     assert [option.format for option in chosen] == [small, large]
 
 
-def test_of_a_long_calibration_text_a_bounded_part_is_tokenised(tmp_path, monkeypatch):
+def test_only_part_of_a_long_calibration_text_is_tokenised(tmp_path, monkeypatch):
     text = "".join(f"One, two and {number:07}. " for number in range(8_000))
     (tmp_path / "text.txt").write_text(text, encoding="utf-8")
     monkeypatch.setattr("gemma3_export.exporters.quantize.calibration.MAX_CHARACTERS", 24_000)

@@ -1,4 +1,4 @@
-"""Quantised matrices around half-precision activations: the form for CUDA, proven on the CPU."""
+"""Quantised matrices with half-precision activations, made for CUDA and checked on the CPU."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_parity_holds_in_the_precision_of_the_activations(activations: str) -> N
 
 @pytest.mark.usefixtures("random_k_blocks")
 @pytest.mark.parametrize(("kind", "activations"), [("Q4_K", "bf16"), ("Q5_K", "fp16")])
-def test_kept_blocks_keep_their_codes_and_their_minimums(
+def test_repacked_blocks_keep_codes_and_minimums(
     kind: str, activations: str, tmp_path: Path
 ) -> None:
     bundle = kept_bundle(kind, activations, tmp_path)
@@ -124,7 +124,7 @@ def test_scales_and_cache_are_half_and_inputs_are_not_rounded(activations: str) 
 
 
 @pytest.mark.parametrize("activations", HALF)
-def test_codes_are_made_for_the_scales_that_are_stored(activations: str) -> None:
+def test_codes_fit_the_stored_scales(activations: str) -> None:
     weights = torch.randn(16, 64, generator=torch.Generator().manual_seed(2))
     names = {"bf16": "bfloat16", "fp16": "float16"}
     block_format = BlockFormat(bits=8, block_size=32, scale_type=names[activations])
@@ -150,7 +150,7 @@ def test_a_changed_weight_is_found(changed: str) -> None:
     assert not report.passed
 
 
-def test_fp16_activations_that_overflow_are_refused_with_the_option_that_holds_them(
+def test_the_error_for_overflowing_fp16_activations_names_an_alternative(
     tmp_path: Path,
 ) -> None:
     writer = OnnxWriter(dtype="int8", activations="fp16", block_size=16)
@@ -160,14 +160,14 @@ def test_fp16_activations_that_overflow_are_refused_with_the_option_that_holds_t
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_activations_go_with_quantised_matrices_only(dtype: str) -> None:
+def test_activations_require_quantised_matrices(dtype: str) -> None:
     with pytest.raises(InputError, match=rf"not {dtype}; .*--dtype fp16"):
         OnnxWriter(dtype=dtype, activations="fp16")
     with pytest.raises(InputError, match="choose fp32, bf16, fp16"):
         OnnxWriter(dtype="int8", activations="int8")
 
 
-def test_the_command_line_exports_and_inspects_them(tmp_path: Path) -> None:
+def test_the_command_line_exports_and_inspects_half_activations(tmp_path: Path) -> None:
     config = tmp_path / "config.json"
     small = tiny_config(num_hidden_layers=1, layer_types=("sliding_attention",))
     config.write_text(json.dumps(config_to_json(small)), encoding="utf-8")
@@ -184,7 +184,7 @@ def test_the_command_line_exports_and_inspects_them(tmp_path: Path) -> None:
 
 
 class FakeGpu:
-    """A machine with a GPU, as far as the choice of a device goes."""
+    """Make device selection believe that there is a GPU."""
 
     def __call__(self, name: str) -> Device:
         return Device("cpu") if name == "cpu" else Device("cuda")
@@ -198,7 +198,7 @@ class FakeGpu:
     ],
     ids=["fp32", "int8"],
 )
-def test_attention_in_float32_is_not_run_on_the_cpu_in_silence(
+def test_float32_attention_does_not_silently_run_on_the_cpu(
     make: Callable[[], Bundle], remedy: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("gemma3_export.runtimes.onnx.runtime.choose_device", FakeGpu())
@@ -207,7 +207,7 @@ def test_attention_in_float32_is_not_run_on_the_cpu_in_silence(
     assert OnnxRuntime(make(), device="auto", threads=1).device == Device("cpu")
 
 
-def test_what_has_attention_on_cuda_goes_there(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_graphs_with_attention_kernels_on_cuda_run_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("gemma3_export.runtimes.onnx.runtime.choose_device", FakeGpu())
     for bundle in (bundle_of("bf16"), Bundle(exported_bundle("portable"))):
         for name in ("auto", "cuda"):

@@ -1,4 +1,4 @@
-"""ONNX graphs in half precision: what is half, what is not, and that the CPU can check them."""
+"""ONNX graphs in half precision: which tensors are half, and parity on the CPU."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_matrices_and_cache_are_half_and_norms_are_not(dtype: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", TYPES)
-def test_a_half_bundle_gives_the_rounded_weights_back(dtype: str) -> None:
+def test_weights_read_back_from_a_half_bundle_are_the_rounded_ones(dtype: str) -> None:
     source, weights = source_of(), OnnxWeights(Bundle(half_bundle(dtype)))
     for name, shape in TINY.weight_shapes():
         expected = source.read(name).to(TYPES[dtype] if len(shape) == 2 else torch.float32)
@@ -87,7 +87,7 @@ def test_the_upcast_graph_rounds_where_the_original_does() -> None:
         assert not (np.ascontiguousarray(value).view(np.uint32) & 0xFFFF).any()
 
 
-def test_half_types_compute_different_numbers() -> None:
+def test_the_two_half_types_give_different_results() -> None:
     single, half = random_logits("bf16"), random_logits("fp16")
     assert 1e-4 < np.abs(single - half).max() < 0.1
 
@@ -101,6 +101,6 @@ def test_a_bf16_bundle_without_the_onnx_package_says_what_to_do(
 
 
 @pytest.mark.parametrize("dtype", TYPES)
-def test_standard_operators_have_no_half_precision(dtype: str) -> None:
+def test_the_portable_target_rejects_half_precision(dtype: str) -> None:
     with pytest.raises(InputError, match="portable supports fp32 only"):
         OnnxWriter(target="portable", dtype=dtype)

@@ -1,4 +1,4 @@
-"""What an exported graph holds: interface, operators, weights, and nothing of this machine."""
+"""Exported ONNX graphs: interface, operators, weights, and no trace of this machine."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_inputs_and_outputs_are_the_signature(bundle: Bundle) -> None:
 def test_every_weight_is_stored_once(bundle: Bundle) -> None:
     data = graph_path(bundle).with_name("model.onnx_data")
     parameters = 4 * bundle.config.num_parameters
-    pages = 4096 * len(bundle.graph("onnx").weights)  # each tensor begins on a page
+    pages = 4096 * len(bundle.graph("onnx").weights)  # each tensor starts on a page boundary
     assert parameters <= data.stat().st_size <= parameters + pages
     stored = [tensor.name for tensor in load(bundle).graph.initializer if tensor.external_data]
     assert sorted(stored) == sorted(bundle.graph("onnx").weights)
@@ -85,7 +85,7 @@ def test_every_weight_is_stored_once(bundle: Bundle) -> None:
     assert sorted(names) == sorted(dict(bundle.config.weight_shapes()))
 
 
-def test_a_bundle_is_little_more_than_its_parameters() -> None:
+def test_a_bundle_is_barely_larger_than_its_parameters() -> None:
     bundle = Bundle(exported_bundle("ort", "one sliding layer, many tokens"))
     files = (graph_path(bundle), graph_path(bundle).with_name("model.onnx_data"))
     size = sum(file.stat().st_size for file in files)
@@ -103,7 +103,7 @@ def test_portable_graphs_have_standard_operators_only() -> None:
     assert not model.functions
 
 
-def test_fused_graphs_have_one_attention_node_a_layer_in_the_order_of_the_config() -> None:
+def test_fused_graphs_have_one_attention_node_per_layer_in_config_order() -> None:
     bundle = Bundle(exported_bundle("ort"))
     model, config = load(bundle), bundle.config
     assert {opset.domain for opset in model.opset_import} == {"", "com.microsoft"}
@@ -128,7 +128,7 @@ def test_fused_graphs_have_one_attention_node_a_layer_in_the_order_of_the_config
     assert not tables[True] & tables[False]
 
 
-def test_stored_bytes_are_the_source_through_the_recipes(bundle: Bundle) -> None:
+def test_stored_bytes_follow_from_source_and_recipes(bundle: Bundle) -> None:
     source = source_of(variant_of(bundle))
     stored = {t.name: t for t in load(bundle, with_data=True).graph.initializer}
     for name, recipe in bundle.graph("onnx").weights.items():
@@ -138,7 +138,7 @@ def test_stored_bytes_are_the_source_through_the_recipes(bundle: Bundle) -> None
         assert np.array_equal(numpy_helper.to_array(stored[name]), expected_tensor.numpy()), name
 
 
-def test_a_bundle_gives_its_weights_back_bit_for_bit(bundle: Bundle) -> None:
+def test_weights_read_back_from_a_bundle_are_bit_equal(bundle: Bundle) -> None:
     source, weights = source_of(variant_of(bundle)), OnnxWeights(bundle)
     for name, shape in bundle.config.weight_shapes():
         assert torch.equal(weights.read(name), source.read(name)), name
@@ -147,7 +147,7 @@ def test_a_bundle_gives_its_weights_back_bit_for_bit(bundle: Bundle) -> None:
         assert torch.equal(torch.cat(list(weights.chunks(name, max_bytes=999))), source.read(name))
 
 
-def test_bundles_hold_nothing_of_this_machine(bundle: Bundle) -> None:
+def test_bundles_contain_no_paths_of_this_machine(bundle: Bundle) -> None:
     forbidden = rb"\.py\b|Traceback|site-packages|" + re.escape(str(REPOSITORY).encode())
     forbidden += rb"|" + re.escape(str(bundle.path.parent).encode())
     for file in bundle.path.rglob("*"):
@@ -166,7 +166,7 @@ def test_two_exports_are_byte_equal(target: str, tmp_path: Path) -> None:
             assert (first / name).read_bytes() == (second / name).read_bytes(), name
 
 
-def test_weights_that_are_not_numbers_are_refused_by_name(tmp_path: Path) -> None:
+def test_the_error_for_weights_that_are_not_finite_names_the_tensor(tmp_path: Path) -> None:
     name = "model.layers.3.self_attn.k_proj.weight"
 
     class Damaged(type(source_of())):  # type: ignore[misc]
@@ -182,7 +182,7 @@ def test_weights_that_are_not_numbers_are_refused_by_name(tmp_path: Path) -> Non
     assert list(tmp_path.iterdir()) == [], "nothing half-written stays"
 
 
-def test_unknown_targets_and_types_are_refused() -> None:
+def test_unknown_targets_and_dtypes_are_rejected() -> None:
     with pytest.raises(InputError, match="ort or portable"):
         OnnxWriter(target="cuda")
     with pytest.raises(InputError, match="fp32"):

@@ -1,4 +1,4 @@
-"""torch.export programs: bit for bit what the reference computes, and free of its code."""
+"""torch.export programs: bit-equal to the reference, and independent of its code."""
 
 from __future__ import annotations
 
@@ -102,14 +102,14 @@ class TestArchive:
 
 class TestDevices:
     def test_runs_on_a_device_that_it_was_not_traced_on(self, bundle, monkeypatch):
-        """Meta stands in for a GPU: no number is computed, but every tensor has a device."""
+        """The meta device replaces a GPU: it computes no values, but tensors have a device."""
         monkeypatch.setattr(archive_runtime, "torch_device", torch.device)
         runtime = Pt2Runtime(bundle, device="meta")
         config = VARIANTS["one sliding layer"]
         shape = (2, config.num_key_value_heads, 5, config.head_dim)
         cache = torch.empty(shape, device="meta")
         ids, mask = (torch.ones(2, n, dtype=torch.int64, device="meta") for n in (3, 8))
-        # The number of kept tokens is data, which meta does not have: it is told to keep all.
+        # The number of kept tokens is a value, which meta tensors lack, so keep all.
         with torch.fx.experimental._config.patch(meta_nonzero_assume_all_nonzero=True):
             logits, *present = runtime.module(ids, mask, [cache] * 2, runtime.num_logits_tensor(3))
         assert {tensor.device.type for tensor in (logits, *present)} == {"meta"}
@@ -126,16 +126,16 @@ class TestRefusals:
         with pytest.raises(InputError, match=r"cannot load .*model\.pt2"):
             Pt2Runtime(path, trust=True)
 
-    def test_a_gpu_that_is_not_there_is_unavailable(self, bundle, monkeypatch):
+    def test_a_missing_gpu_is_unavailable(self, bundle, monkeypatch):
         monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
         with pytest.raises(UnavailableError, match=r"cuda:0.*--device cpu"):
             Pt2Runtime(bundle, device="cuda")
 
-    def test_a_program_that_asks_the_host_cannot_become_a_cuda_graph(self, bundle, monkeypatch):
+    def test_a_program_that_reads_the_host_cannot_be_a_cuda_graph(self, bundle, monkeypatch):
         monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
         with pytest.raises(InputError, match=r"steps of the pt2 runtime read.*torchscript"):
             Pt2Runtime(bundle, device="cuda", cuda=CudaOptions(graph=True))
 
-    def test_unknown_dtype_is_refused(self):
+    def test_unknown_dtype_is_rejected(self):
         with pytest.raises(InputError, match="int3"):
             Pt2Writer(dtype="int3")

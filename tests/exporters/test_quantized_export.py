@@ -1,4 +1,4 @@
-"""Quantised ONNX exports: what is stored, what is kept, and what the parity check sees."""
+"""Quantised ONNX exports: stored blocks, repacked GGUF blocks, and parity."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from tests.support.exported_bundles import exported
 from tests.support.tiny_models import tiny_config, tiny_weights, write_gguf
 
 CONFIG = tiny_config(num_hidden_layers=2, layer_types=("sliding_attention", "full_attention"))
-# Random weights leave hardly a margin between the best two tokens.
+# With random weights the two best tokens are almost equally likely.
 OPTIONS = VerifyOptions(decode_steps=8, greedy_steps=4, min_top1=0.85)
 
 
@@ -70,7 +70,7 @@ def test_int8_exports_compute_what_the_reference_computes_with_rounded_weights(t
     assert 0 < kld < 0.01  # gate B compares with the weights before rounding
 
 
-def test_no_matrix_is_left_in_float32_and_the_tied_embedding_stands_once() -> None:
+def test_all_matrices_are_quantised_and_the_tied_embedding_is_stored_once() -> None:
     bundle = int8_bundle(True)
     found = operators(bundle)
     assert "MatMul" not in found
@@ -80,7 +80,7 @@ def test_no_matrix_is_left_in_float32_and_the_tied_embedding_stands_once() -> No
     assert found.count("GatherBlockQuantized") == 1
 
 
-def test_the_file_is_no_larger_than_its_tensors_and_their_alignment() -> None:
+def test_the_file_holds_only_tensors_and_their_alignment() -> None:
     bundle = int8_bundle(True)
     wanted, tensors = 0, 0
     shapes = dict(bundle.config.weight_shapes())
@@ -142,7 +142,7 @@ def test_int8_does_not_hide_a_wrong_constant(constant: str) -> None:
     assert not verify(open_runtime(bundle, "onnx"), source, options=OPTIONS).passed
 
 
-def test_what_int8_activations_drown_is_found_with_float_products() -> None:
+def test_float_products_reveal_errors_that_int8_activations_hide() -> None:
     bundle = int8_bundle(True)
     source = open_bundle_weights(bundle, "onnx")
     source.config = tiny_config(
@@ -155,7 +155,7 @@ def test_what_int8_activations_drown_is_found_with_float_products() -> None:
     assert not report.passed
 
 
-def test_an_export_over_its_budget_fails_with_the_number_and_leaves_nothing(
+def test_an_export_over_its_budget_names_the_divergence_and_leaves_no_output(
     tmp_path: Path,
 ) -> None:
     path = tmp_path / "bundle"
@@ -175,7 +175,7 @@ def test_an_export_over_its_budget_fails_with_the_number_and_leaves_nothing(
         (OnnxWriter(dtype="keep"), "no quantised matrix"),
     ],
 )
-def test_what_cannot_be_quantised_is_refused(
+def test_unquantisable_weights_are_rejected(
     writer: OnnxWriter, message: str, tmp_path: Path
 ) -> None:
     with pytest.raises(InputError, match=message):
@@ -184,7 +184,7 @@ def test_what_cannot_be_quantised_is_refused(
 
 
 @pytest.mark.parametrize("size", [0, 8, 48, 512])
-def test_block_sizes_that_no_kernel_has_are_refused(size: int) -> None:
+def test_block_sizes_without_a_kernel_are_rejected(size: int) -> None:
     with pytest.raises(InputError, match=f"block size {size} is not supported"):
         BlockFormat(bits=8, block_size=size)
 
@@ -201,11 +201,11 @@ GGUF_CONFIG = tiny_config(
     layer_types=("sliding_attention",),
 )
 KEPT = ("Q4_0", "Q5_0", "Q8_0", "Q4_K", "Q5_K", "Q6_K")
-HALVES = {"Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)}  # where a block's half floats stand
+HALVES = {"Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)}  # offsets of a block's float16 numbers
 
 
 def random_blocks(rows: int, columns: int, kind: str, seed: int) -> np.ndarray:
-    """Any bytes are a K block, but for its half floats, which must be finite."""
+    """Return a random K block: any bytes are valid if its float16 numbers are finite."""
     quantization = gguf.GGMLQuantizationType[kind]
     block, size = gguf.GGML_QUANT_SIZES[quantization]
     generator = np.random.default_rng(seed)
@@ -218,7 +218,7 @@ def random_blocks(rows: int, columns: int, kind: str, seed: int) -> np.ndarray:
 
 @pytest.fixture
 def random_k_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The package gguf cannot quantise to K types, so their blocks are drawn."""
+    """Replace quantisation to K types, which the gguf package lacks, with random blocks."""
     quantize_with_gguf = gguf.quants.quantize
 
     def quantize(values: np.ndarray, kind: gguf.GGMLQuantizationType) -> np.ndarray:
@@ -231,7 +231,7 @@ def random_k_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("random_k_blocks")
 @pytest.mark.parametrize("kind", KEPT)
-def test_every_weight_of_a_kept_gguf_is_bit_equal(kind: str, tmp_path: Path) -> None:
+def test_every_weight_of_a_repacked_gguf_is_bit_equal(kind: str, tmp_path: Path) -> None:
     path = tmp_path / "model.gguf"
     write_gguf(path, GGUF_CONFIG, tiny_weights(GGUF_CONFIG), kind)
     with open_weights(str(path)) as source:
@@ -247,7 +247,7 @@ def test_every_weight_of_a_kept_gguf_is_bit_equal(kind: str, tmp_path: Path) -> 
 
 
 @pytest.mark.usefixtures("random_k_blocks")
-def test_a_kept_block_whose_minimum_is_not_finite_is_refused(tmp_path: Path) -> None:
+def test_a_repacked_block_whose_minimum_is_not_finite_is_rejected(tmp_path: Path) -> None:
     name = "model.layers.0.mlp.down_proj.weight"
     path = tmp_path / "model.gguf"
     write_gguf(path, GGUF_CONFIG, tiny_weights(GGUF_CONFIG), "Q4_K")
@@ -266,7 +266,7 @@ def test_a_kept_block_whose_minimum_is_not_finite_is_refused(tmp_path: Path) -> 
     assert not (tmp_path / "bundle").exists()
 
 
-def test_matrices_of_different_types_share_the_format_that_holds_them_all() -> None:
+def test_packed_matrices_of_different_types_share_a_format_without_loss() -> None:
     four = BlockFormat(bits=4, block_size=32, has_minimum=True)
     eight = BlockFormat(bits=8, block_size=16)
     both = common_format([four, eight])
@@ -283,7 +283,7 @@ def test_matrices_of_different_types_share_the_format_that_holds_them_all() -> N
         assert torch.equal(matrix.convert(both).dequantize(), matrix.dequantize())
 
 
-def test_a_quantisation_without_an_equivalent_is_named(tmp_path: Path) -> None:
+def test_the_error_for_an_unsupported_quantisation_names_it(tmp_path: Path) -> None:
     path = tmp_path / "model.gguf"
     write_gguf(path, GGUF_CONFIG, tiny_weights(GGUF_CONFIG), "Q4_1")
     with (
@@ -304,7 +304,7 @@ def test_codes_survive_packing(bits: int) -> None:
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_rounding_errs_by_half_a_step_where_nothing_is_clipped(bits: int) -> None:
+def test_rounding_errors_are_at_most_half_a_step_without_clipping(bits: int) -> None:
     weights = torch.randn(64, 64, generator=torch.Generator().manual_seed(2))
     weights[3, 16:32] = 0
     matrix = quantize(weights, BlockFormat(bits=bits, block_size=16))
@@ -315,7 +315,7 @@ def test_rounding_errs_by_half_a_step_where_nothing_is_clipped(bits: int) -> Non
     assert (matrix.dequantize()[3, 16:32] == 0).all()
 
 
-def test_searched_scales_of_four_bits_err_less_than_unclipped_ones() -> None:
+def test_searched_4_bit_scales_have_smaller_errors_than_unclipped_ones() -> None:
     weights = torch.randn(64, 64, generator=torch.Generator().manual_seed(3))
     block_format = BlockFormat(bits=4, block_size=32)
     found = quantize(weights, block_format).dequantize()

@@ -1,4 +1,4 @@
-"""A head that computes only the logits that matter: never another choice, and no logit missing."""
+"""Screened heads: every token that could be among the largest is a candidate."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def ids_of(*shape: int, seed: int = 1) -> np.ndarray:
 
 
 class Screen:
-    """The screening part of the graph alone, over a given head."""
+    """A session of the screening subgraph alone, for a given head."""
 
     def __init__(self, head: np.ndarray, margins: np.ndarray | None = None) -> None:
         import onnxruntime
@@ -80,13 +80,13 @@ class Screen:
         self.session = onnxruntime.InferenceSession(model.SerializeToString())
 
     def __call__(self, hidden: np.ndarray, count: int) -> list[Any]:
-        """Rows, ids and logits of candidates, and the states whose logits are needed in full."""
+        """Return rows, ids and logits of candidates, and the states that need all logits."""
         inputs = {"hidden": hidden, "num_candidates": np.array([count])}
         found: list[Any] = self.session.run(None, inputs)[:4]
         return found
 
     def reach(self, hidden: np.ndarray) -> list[np.ndarray]:
-        """[V] the least and the most that each logit can be."""
+        """Return the lower and upper bound of each logit, [V]."""
         inputs = {"hidden": hidden, "num_candidates": np.array([1])}
         return [found[0] for found in self.session.run(["bottom", "top"], inputs)]
 
@@ -96,11 +96,11 @@ def random_head(seed: int = 0) -> np.ndarray:
 
 
 def states() -> dict[str, np.ndarray]:
-    """[1, 1, D] hidden states of every kind."""
+    """Return hidden states [1, 1, D] of different kinds."""
     generator = np.random.default_rng(3)
     plain = generator.normal(0, 1, COLUMNS)
     outlier = plain.copy()
-    outlier[17] = 60.0  # as the real model's: half of the length in one place
+    outlier[17] = 60.0  # as in the real model: one element has half of the norm
     sparse = np.where(generator.random(COLUMNS) < 0.1, plain, 0)
     halves = np.round(plain * 127) / 127 + 0.5 / 127  # between two steps of the kernel's grid
     kinds = {"plain": plain, "outlier": outlier, "sparse": sparse, "halves": halves}
@@ -110,8 +110,8 @@ def states() -> dict[str, np.ndarray]:
 
 class TestProof:
     @pytest.mark.parametrize("kind", states())
-    def test_every_logit_lies_within_its_reach(self, kind: str) -> None:
-        """So this processor's kernel rounds to the grid that the proof takes for granted."""
+    def test_every_logit_is_within_its_bounds(self, kind: str) -> None:
+        """This processor's kernel rounds to the grid that the proof assumes."""
         head, hidden = random_head(), states()[kind]
         bottom, top = Screen(head).reach(hidden)
         truth = head.astype(np.float64) @ hidden[0, 0].astype(np.float64)
@@ -133,7 +133,7 @@ class TestProof:
         np.testing.assert_allclose(scores, truth[ids], rtol=1e-5, atol=1e-6 * size)
 
     def test_the_copy_alone_would_choose_wrongly(self) -> None:
-        """So the margins are needed: with none, tokens are missing or the order is another."""
+        """Without margins, tokens are missing or in another order."""
         head = random_head()
         blind = Screen(head, margins=np.zeros((2, ROWS), np.float32))
         wrong = 0
@@ -144,7 +144,7 @@ class TestProof:
             wrong += not set(np.argsort(-truth)[:64]) <= set(ids)
         assert wrong > 10
 
-    def test_all_equals_of_the_last_one_are_candidates(self) -> None:
+    def test_all_tokens_tied_with_the_last_candidate_are_candidates(self) -> None:
         head = random_head()
         hidden = states()["plain"]
         best = int((head @ hidden[0, 0]).argmax())
@@ -153,7 +153,7 @@ class TestProof:
         assert {3, 999, 2_400, best} <= set(ids)
         assert len(set(scores[np.isin(ids, [3, 999, 2_400, best])])) == 1
 
-    def test_each_row_gets_its_own(self) -> None:
+    def test_each_row_has_its_own_candidates(self) -> None:
         head, kinds = random_head(), states()
         hidden = np.concatenate([kinds["plain"], kinds["outlier"], kinds["one"]])
         rows, ids, _, _ = Screen(head)(hidden, 5)
@@ -162,7 +162,7 @@ class TestProof:
             assert set(np.argsort(-truth)[:5]) <= set(ids[rows == row])
 
     @pytest.mark.parametrize("value", [np.nan, np.inf])
-    def test_numbers_that_are_not_finite_get_all_logits(self, value: float) -> None:
+    def test_states_that_are_not_finite_return_all_logits(self, value: float) -> None:
         hidden = states()["plain"].copy()
         hidden[0, 0, 4] = value
         _, ids, _, others = Screen(random_head())(hidden, 1)
@@ -184,7 +184,7 @@ class TestProof:
         assert broken.shape == (ROWS,)
         assert np.isnan(broken).all()
 
-    def test_logits_that_lie_too_close_together_are_all_given(self) -> None:
+    def test_too_many_close_logits_return_all_logits(self) -> None:
         head = np.repeat(random_head()[:1], ROWS, axis=0)
         _, ids, _, others = Screen(head)(states()["plain"], 1)
         assert ids.size == 0
@@ -247,7 +247,7 @@ class TestRuntime:
         monkeypatch.setattr(runtime(), "info", unscreened)
         assert screened == texts()
 
-    def test_what_needs_all_logits_gets_them(self) -> None:
+    def test_sampling_that_needs_all_logits_gets_them(self) -> None:
         cache = runtime().new_cache(1, 8)
         for params in (
             SamplingParams(temperature=1.0),
@@ -258,13 +258,13 @@ class TestRuntime:
             assert runtime().step_candidates(ids_of(1, 1), cache, [params]) is None
         assert cache.lengths.tolist() == [0]
 
-    def test_a_full_cache_is_refused(self) -> None:
+    def test_a_full_cache_is_rejected(self) -> None:
         cache = runtime().new_cache(1, 3)
         runtime().step(ids_of(1, 3), cache, num_logits=1)
         with pytest.raises(InputError, match="no room for 1 more"):
             runtime().step_candidates(ids_of(1, 1), cache, [GREEDY])
 
-    def test_where_screening_is_of_no_use_it_rests_ever_longer(self, tmp_path: Path) -> None:
+    def test_screening_backs_off_when_it_does_not_help(self, tmp_path: Path) -> None:
         weights = write_hf_folder(tmp_path / "flat", CONFIG)
         flat = torch.ones(ROWS, COLUMNS) * 0.01
         flat[:, 0] += torch.randn(ROWS) * 1e-7
@@ -325,7 +325,7 @@ class TestParity:
             case.name for case in report.cases
         }
 
-    def test_verify_notices_a_copy_that_is_of_another_head(self, tmp_path: Path) -> None:
+    def test_verify_detects_the_copy_of_another_head(self, tmp_path: Path) -> None:
         shutil.copytree(exported_bundle("ort", "screened"), tmp_path / "other")
         data = tmp_path / "other" / "onnx" / "model_windowed.onnx_data"
         raw = np.frombuffer(data.read_bytes(), np.uint8).copy()
@@ -345,7 +345,7 @@ class TestExport:
         assert not should_screen(preset("270m").config, False)
         assert screen_format(preset("270m").config).block_size == 128
 
-    def test_the_file_holds_the_copy_and_no_more(self) -> None:
+    def test_the_file_holds_only_the_copy(self) -> None:
         bundle = Bundle(exported_bundle("ort", "screened"))
         assert bundle.graph("onnx").is_screened
         size = bundle.manifest.files["onnx/model_windowed.onnx_data"].size_bytes
@@ -370,7 +370,7 @@ class TestExport:
             ),
         ],
     )
-    def test_heads_that_cannot_be_screened_are_refused(
+    def test_heads_that_cannot_be_screened_are_rejected(
         self, writer: OnnxWriter, config: Any, problem: str, tmp_path: Path
     ) -> None:
         write_hf_folder(tmp_path / "weights", config)
@@ -379,7 +379,7 @@ class TestExport:
             export_bundle(source, tmp_path / "out", writer)
         assert not (tmp_path / "out").exists()
 
-    def test_a_bundle_from_before_has_no_screen(self, tmp_path: Path) -> None:
+    def test_an_older_bundle_has_no_screen(self, tmp_path: Path) -> None:
         shutil.copytree(exported_bundle("ort"), tmp_path / "old")
         manifest = json.loads((tmp_path / "old" / "manifest.json").read_text())
         del manifest["graphs"][0]["is_screened"]

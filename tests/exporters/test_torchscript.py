@@ -1,4 +1,4 @@
-"""TorchScript archives: they compute what the reference computes, and stand alone."""
+"""TorchScript archives: parity with the reference, and independence of this package."""
 
 from __future__ import annotations
 
@@ -53,12 +53,12 @@ class TestComputation:
         floor = errors(variant, reference(variant, torch_dtype(dtype)))
         found = errors(variant, runtime)
         assert np.isfinite(found).all()
-        # One rounding may fall differently; over what a run observes, none stands out.
+        # Single roundings may differ, but no error is larger than those of the reference.
         assert max(found) <= 2 * max(floor)
         assert all(error <= 4 * max(floor) for error in found)
 
     @pytest.mark.parametrize("variant", ["one sliding layer", "one full layer"])
-    def test_models_of_one_kind_of_layer(self, variant):
+    def test_models_with_one_layer_type(self, variant):
         runtime = TorchScriptRuntime(exported(variant), device="cpu")
         assert max(errors(variant, runtime)) <= 2 * max(
             errors(variant, reference(variant, torch.float32))
@@ -85,13 +85,13 @@ class TestComputation:
         assert found["target"] == "prepacked"
         assert found["device"] == "cpu"
 
-    def test_the_executor_is_left_as_it_was(self):
+    def test_the_executor_setting_is_restored(self):
         runtime = TorchScriptRuntime(exported(), device="cpu")
         before = torch._C._get_graph_executor_optimize()
         runtime.step(np.array([PROMPT]), runtime.new_cache(1, 16), num_logits=1)
         assert torch._C._get_graph_executor_optimize() == before
 
-    def test_unknown_dtype_is_refused(self):
+    def test_unknown_dtype_is_rejected(self):
         with pytest.raises(InputError, match=r"int3.*fp32"):
             TorchScriptWriter(dtype="int3")
 
@@ -138,7 +138,7 @@ class TestArchive:
 
 
 def baked_devices(module: Any) -> list[str]:
-    """Values of the graph, those of blocks and submodules included, that name a device."""
+    """Return values that name a device, in the graph and its blocks and submodules."""
     graph = module.inlined_graph
     nodes = graph.findAllNodes("prim::Constant", recurse=True)
     outputs = [output for node in nodes for output in node.outputs()]
@@ -152,7 +152,7 @@ def is_device(kind: Any) -> bool:
 
 
 def run_on_meta(module: Any) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """One step without numbers; whatever reads one on the host, or makes one elsewhere, fails."""
+    """Run one step on the meta device, where reading a value or using another device fails."""
     config = VARIANTS["tied"]
     cache = torch.empty(2, config.num_key_value_heads, 5, config.head_dim, device="meta")
     with torch.jit.optimized_execution(False):  # the optimizer compares constants by value
@@ -166,14 +166,14 @@ def run_on_meta(module: Any) -> tuple[torch.Tensor, list[torch.Tensor]]:
 
 
 class CountsOnItsDevice(torch.nn.Module):
-    """What an exporter must not trace: the device of the example becomes a constant."""
+    """A module that traces the device of the example as a constant."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x + torch.arange(x.shape[0], device=x.device)
 
 
 class TestBakedDevices:
-    """The checks above find what they look for."""
+    """The checks above detect devices."""
 
     def test_a_traced_device_is_found(self):
         with torchscript_support.torchscript():
@@ -264,7 +264,7 @@ class TestStandsAlone:
     def test_the_runtime_imports_no_model_definition(self):
         assert run_python(THIN, exported()).split() == []
 
-    def test_the_deprecation_of_torchscript_warns_nobody(self, tmp_path):
+    def test_the_deprecation_of_torchscript_causes_no_warning(self, tmp_path):
         strict = ("-W", "error::DeprecationWarning:torch", "-W", "error::FutureWarning")
         run_python(WHOLE, tmp_path / "bundle", options=strict)  # and prints nothing
 

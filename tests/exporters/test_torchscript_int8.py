@@ -1,4 +1,4 @@
-"""TorchScript archives with 8-bit matrices: what they compute, store and refuse."""
+"""TorchScript archives with 8-bit matrices: results, storage and rejected options."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from tests.support.observed_runs import VARIANTS
 from tests.support.tiny_models import tiny_config
 
 CONFIG = tiny_config(num_hidden_layers=2, layer_types=("sliding_attention", "full_attention"))
-# Random weights leave hardly a margin between the best two tokens.
+# With random weights the two best tokens are almost equally likely.
 OPTIONS = VerifyOptions(decode_steps=8, greedy_steps=4, min_top1=0.85)
 
 
@@ -90,7 +90,7 @@ def test_an_archive_is_about_a_quarter_of_one_in_float32() -> None:
     path = exported(TorchScriptWriter(dtype="int8", block_size=64), config, 5)
     float32 = config.num_parameters * 4
     assert (path / "torchscript" / "model.ts").stat().st_size < 0.28 * float32
-    # Nothing but norms, frequencies, codes and scales, in memory as well.
+    # Only norms, frequencies, codes and scales, in memory too.
     tensors = {t.data_ptr(): t.nbytes for t in load_plainly(path).state_dict().values()}
     assert sum(tensors.values()) < 0.28 * float32
 
@@ -122,7 +122,7 @@ def random_matrix(rows: int, columns: int, block_size: int) -> BlockMatrix:
 
 @pytest.mark.parametrize("block_size", [16, 32, 64, 128, 256])
 @pytest.mark.parametrize("count", [1, FEW_ROWS, FEW_ROWS + 1])
-def test_products_err_by_the_rounding_of_bfloat16(block_size: int, count: int) -> None:
+def test_product_errors_are_those_of_bfloat16(block_size: int, count: int) -> None:
     stored = random_matrix(97, 512, block_size)
     matrix = blocked_matrix(stored)
     matrix.dequantized_outputs = 40  # the last one is smaller
@@ -150,7 +150,7 @@ def test_a_processor_without_bfloat16_multiplies_many_rows_in_float32(monkeypatc
     torch.testing.assert_close(found, x.float() @ stored.dequantize().T)
 
 
-def test_an_export_beyond_its_budget_leaves_nothing(tmp_path: Path) -> None:
+def test_an_export_over_its_budget_leaves_no_output(tmp_path: Path) -> None:
     with pytest.raises(ParityError, match="mean_kld"):
         export_torchscript(source(), tmp_path / "out", dtype="int8", block_size=16, max_kld=1e-7)
     assert not (tmp_path / "out").exists()
@@ -172,12 +172,12 @@ def test_the_manifest_names_blocks_and_budget() -> None:
         ({"dtype": "keep"}, r"'keep'.*int8"),
     ],
 )
-def test_what_there_is_no_archive_for_is_refused(options: dict[str, Any], message: str) -> None:
+def test_unsupported_options_are_rejected(options: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         TorchScriptWriter(**options)
 
 
-def test_blocks_that_divide_no_matrix_are_refused(tmp_path: Path) -> None:
+def test_matrices_that_blocks_cannot_tile_are_rejected(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"48 columns.*block size 32"):
         export_bundle(source(), tmp_path / "out", TorchScriptWriter(dtype="int8", block_size=32))
     assert not (tmp_path / "out").exists()

@@ -1,0 +1,89 @@
+"""Graph passes change only graphs with their pattern, and run in the order of the table."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+import pytest
+from onnx import parser
+
+from gemma3_export.bundle import Signature
+from gemma3_export.exporters.onnx.passes import MODEL_PASSES, SLIDING_WINDOW_PASSES, GraphPlan
+from gemma3_export.exporters.onnx.quantize_weights import QuantizeWeights
+from gemma3_export.exporters.onnx.sliding_window import FuseNorms, UseSlidingWindowCache
+from gemma3_export.exporters.onnx.stack_layers import StackLayers
+from tests.support.tiny_models import tiny_config
+
+CONFIG = tiny_config()
+WITHOUT_PATTERNS = """
+<ir_version: 10, opset_import: ["": 23, "com.microsoft": 1]>
+graph (float[B, 4] x, float[4] scale) => (float[B, 4] y)
+{
+    doubled = Mul (x, x)
+    normed = RMSNormalization <axis: int = -1, epsilon: float = 1e-6> (doubled, scale)
+    y = Neg (normed)
+}
+"""
+RESIDUAL_NORM = WITHOUT_PATTERNS.replace("Mul", "Add")
+
+
+def model_of(text: str) -> ir.Model:
+    return ir.from_proto(parser.parse_model(text))
+
+
+@pytest.mark.parametrize(
+    "graph_pass",
+    [
+        StackLayers(CONFIG, Signature.of(CONFIG)),
+        QuantizeWeights({}),
+        UseSlidingWindowCache(),
+        FuseNorms(),
+    ],
+    ids=lambda graph_pass: type(graph_pass).__name__,
+)
+def test_a_graph_without_the_pattern_is_left_as_it_is(graph_pass: ir.passes.InPlacePass) -> None:
+    model = model_of(WITHOUT_PATTERNS)
+    before = ir.to_proto(model).SerializeToString(deterministic=True)
+    assert not graph_pass(model).modified
+    assert ir.to_proto(model).SerializeToString(deterministic=True) == before
+
+
+def test_a_residual_add_and_its_norm_become_one_node() -> None:
+    model = model_of(RESIDUAL_NORM)
+    assert FuseNorms()(model).modified
+    assert [node.op_type for node in model.graph] == ["SkipSimplifiedLayerNormalization", "Neg"]
+
+
+@pytest.mark.parametrize(
+    ("plan", "model_passes", "window_passes"),
+    [
+        (
+            GraphPlan(config=CONFIG, target="portable"),
+            ["StackLayers", "DeclareSignature"],
+            [],
+        ),
+        (
+            GraphPlan(config=CONFIG),
+            ["StackLayers", "DeclareSignature"],
+            ["UseSlidingWindowCache", "FuseNorms", "DeclareSignature"],
+        ),
+        (
+            GraphPlan(config=CONFIG, is_screened=True),
+            ["StackLayers", "DeclareSignature"],
+            ["UseSlidingWindowCache", "FuseNorms", "ScreenHead", "DeclareSignature"],
+        ),
+        (
+            GraphPlan(config=CONFIG, dtype="int8"),
+            ["StackLayers", "DeclareSignature", "QuantizeWeights"],
+            ["UseSlidingWindowCache", "FuseNorms", "DeclareSignature"],
+        ),
+    ],
+    ids=["portable", "ort fp32", "ort fp32 screened", "ort int8"],
+)
+def test_each_export_runs_the_passes_for_its_target_and_dtype(
+    plan: GraphPlan, model_passes: list[str], window_passes: list[str]
+) -> None:
+    def names(rows: tuple) -> list[str]:  # type: ignore[type-arg]
+        return [type(row.make(plan)).__name__ for row in rows if row.applies(plan)]
+
+    assert names(MODEL_PASSES)[-len(model_passes) :] == model_passes
+    assert names(SLIDING_WINDOW_PASSES) == window_passes
