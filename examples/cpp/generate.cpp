@@ -1,15 +1,15 @@
-// Greedy generation with a TorchScript archive of gemma3-export, and nothing but libtorch.
+// Generate greedily from a TorchScript archive of gemma3-export, with only libtorch.
 //
 //   generate model.ts 2,651,6037 --new-tokens 32 --device cpu
 //
-// Token ids go in and come out; a service does its tokenizing elsewhere. All that the program needs
-// to know about the model is in the archive: `config.json` is one of its extra files.
+// The program reads and prints token ids and leaves tokenizing to the caller. Everything it needs to
+// know about the model is in the archive, which has `config.json` as an extra file.
 //
 // Signature of the archive's forward (B batch, T new tokens, S cached and new tokens):
 //   input_ids           int64 [B, T]
 //   attention_mask      int64 [B, S]   1 for tokens, 0 for padding
 //   past                List[Tensor]   key, value, key, value, ... each [B, kv_heads, S - T, head_dim]
-//   num_logits_to_keep  int64 [1]      logits of that many last tokens; 0 means all
+//   num_logits_to_keep  int64 [1]      number of last tokens to return logits for; 0 means all
 //   -> (logits float32 [B, kept, vocab], key, value, key, value, ... each [B, kv_heads, S, head_dim])
 
 #include <ATen/Context.h>
@@ -110,8 +110,8 @@ Options parse_options(int argc, char** argv) {
   return options;
 }
 
-// The whole numbers of one key of config.json: `"key": 5` or `"key": [1, 106]`. A JSON library
-// would do more than is needed here: these keys occur once, at the top level.
+// Return the integers of one key of config.json: `"key": 5` or `"key": [1, 106]`. These keys occur
+// once, at the top level, so this does not need a JSON library.
 std::vector<int64_t> config_numbers(const std::string& json, const std::string& key) {
   std::smatch found;
   const std::regex pattern("\"" + key + "\"\\s*:\\s*(\\d+|\\[[\\d\\s,]*\\])");
@@ -129,7 +129,7 @@ std::vector<int64_t> config_numbers(const std::string& json, const std::string& 
 
 Model load_model(const std::string& path, torch::Device device) {
   if (device.is_cuda() && !at::hasCUDA()) {
-    throw std::runtime_error("cuda was asked for, but libtorch finds no GPU");
+    throw std::runtime_error("--device is cuda, but libtorch finds no GPU; use --device cpu");
   }
   torch::jit::ExtraFilesMap files{{"config.json", ""}};
   Model model;
@@ -137,14 +137,14 @@ Model load_model(const std::string& path, torch::Device device) {
   model.module.eval();
   model.device = device;
   const std::string& config = files["config.json"];
-  if (config.empty()) throw std::runtime_error(path + " carries no config.json");
+  if (config.empty()) throw std::runtime_error(path + " has no config.json; export it again with gemma3-export");
   model.layers = config_numbers(config, "num_hidden_layers").at(0);
   model.kv_heads = config_numbers(config, "num_key_value_heads").at(0);
   model.head_dim = config_numbers(config, "head_dim").at(0);
   model.vocab_size = config_numbers(config, "vocab_size").at(0);
   model.max_tokens = config_numbers(config, "max_position_embeddings").at(0);
   model.eos = config_numbers(config, "eos_token_id");
-  // Norms are parameters of the archive and have the element type of weights and cache.
+  // Norms are parameters of the archive; the cache has their dtype.
   for (const auto& parameter : model.module.parameters()) {
     model.cache_dtype = parameter.scalar_type();
     break;
@@ -183,11 +183,11 @@ int64_t step(Model& model, const std::vector<int64_t>& ids, Cache& cache) {
 void check_prompt(const Options& options, const Model& model) {
   for (const int64_t id : options.prompt) {
     if (id >= model.vocab_size) {
-      throw std::invalid_argument("token id " + std::to_string(id) + " lies outside the vocabulary of " +
+      throw std::invalid_argument("token id " + std::to_string(id) + " is outside the vocabulary of " +
                                   std::to_string(model.vocab_size));
     }
   }
-  // The last new token is never fed.
+  // The last new token is not fed back.
   const int64_t fed = static_cast<int64_t>(options.prompt.size()) + options.new_tokens - 1;
   if (fed > model.max_tokens) {
     throw std::invalid_argument("prompt and new tokens need a context of " + std::to_string(fed) +
@@ -232,7 +232,7 @@ int main(int argc, char** argv) {
     const Options options = parse_options(argc, argv);
     if (options.threads > 0) at::set_num_threads(options.threads);
     const c10::InferenceMode inference;
-    // On a CPU the executor only delays the first steps by recompiling them for what it sees.
+    // On a CPU, specializing the graph only delays the first steps.
     if (options.device.is_cpu()) torch::jit::setGraphExecutorOptimize(false);
     Model model = load_model(options.archive, options.device);
     check_prompt(options, model);

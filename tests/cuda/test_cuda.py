@@ -95,7 +95,7 @@ def both(form: CudaFormat, ids: Sequence[int]) -> tuple[Logits, float]:
         model.step(np.array([ids]), model.new_cache(1, len(ids)), num_logits=0)[0]
         for model in (
             reference(form, torch.float64),
-            reference(form, getattr(torch, form.floor)),
+            reference(form, getattr(torch, form.noise_floor_dtype)),
         )
     )
     return exact, float(np.abs(exact - rounded).max())
@@ -127,13 +127,13 @@ def test_parity_holds(place: Place) -> None:
     source = open_bundle_weights(Bundle(place.format.bundle()))
     report = verify(place.open(), source, options=OPTIONS)
     assert report.passed, report.to_json()
-    assert report.noise_floor_dtype == place.format.floor
+    assert report.noise_floor_dtype == place.format.noise_floor_dtype
     assert str(report.candidate["device"]).partition(":")[0] == place.device
 
 
 @pytest.mark.parametrize("place", places())
 def test_greedy_text_of_a_ragged_batch_is_the_reference_s(place: Place) -> None:
-    model = reference(place.format, getattr(torch, place.format.floor))
+    model = reference(place.format, getattr(torch, place.format.noise_floor_dtype))
     done = generate(model, PROMPTS, GREEDY, max_new_tokens=NEW_TOKENS, stop_token_ids=()).collect()
     for prompt, found, wanted in zip(PROMPTS, texts(place, PROMPTS), done, strict=True):
         assert_same_text(place.format, prompt, found, wanted.token_ids)
@@ -159,7 +159,7 @@ def test_rows_of_a_batch_are_what_they_are_alone(place: Place) -> None:
 def test_a_seed_gives_the_same_text(place: Place, params: SamplingParams) -> None:
     found = texts(place, PROMPTS, params)
     assert texts(place, PROMPTS, params) == found
-    if place.format.floor == "float32":  # in half precision, rounding may change a draw
+    if place.format.noise_floor_dtype == "float32":  # in half precision, rounding may change a draw
         model = reference(place.format, torch.float32)
         done = generate(model, PROMPTS, params, max_new_tokens=NEW_TOKENS, stop_token_ids=())
         assert [completion.token_ids for completion in done.collect()] == found

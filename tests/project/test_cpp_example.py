@@ -1,4 +1,4 @@
-"""The C++ program of ``examples/cpp`` generates what our own loop generates."""
+"""The C++ program in ``examples/cpp`` generates the same tokens as our own loop."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.slow  # libtorch's headers take half a minute to compil
 
 @pytest.fixture(scope="module")
 def program(tmp_path_factory) -> Path:
-    """The built program."""
+    """Build the program and return its path."""
     for tool in ("cmake", "c++"):
         if shutil.which(tool) is None:
             pytest.skip(f"{tool} is not installed")

@@ -1,4 +1,4 @@
-"""What must hold of the Dockerfile, read and not built (`make lint-docker` lints it)."""
+"""Check the Dockerfile by reading it, without a build (`make lint-docker` lints it)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Instruction = tuple[str, str]
 
 
 def instructions(text: str) -> list[Instruction]:
-    """Each instruction and its arguments, comments and continuations resolved."""
+    """Return each instruction with its arguments, without comments and continuation lines."""
     lines = [line for line in text.splitlines() if not line.lstrip().startswith("#")]
     joined = re.sub(r"\\\n\s*", " ", "\n".join(lines))
     found = [line.strip().partition(" ") for line in joined.splitlines() if line.strip()]
@@ -34,26 +34,26 @@ def dockerfile() -> list[Instruction]:
 
 @pytest.fixture(scope="module")
 def image(dockerfile: list[Instruction]) -> list[Instruction]:
-    """The stage that becomes the image."""
+    """Return the stage that becomes the image."""
     last = max(index for index, (name, _) in enumerate(dockerfile) if name == "FROM")
     return dockerfile[last:]
 
 
 def copied(dockerfile: list[Instruction]) -> list[str]:
-    """Paths that come from the checkout."""
+    """Return the paths copied from the checkout."""
     found = [rest.split() for name, rest in dockerfile if name == "COPY"]
     return [source for words in found if not words[0].startswith("--from") for source in words[:-1]]
 
 
 def is_sent(path: str) -> bool:
-    """Whether .dockerignore lets ``path`` reach the build; the last line that matches decides."""
+    """Return whether .dockerignore sends ``path`` to the build; the last matching line decides."""
     sent = True
     for line in (REPOSITORY / ".dockerignore").read_text(encoding="utf-8").splitlines():
         pattern = line.removeprefix("!").removeprefix("**/")
         parts = path.split("/")
         prefixes = ["/".join(parts[: index + 1]) for index in range(len(parts))]
         names = prefixes + (parts if "**/" in line else [])
-        # A star stands for one level of folders only.
+        # A star matches one folder level only.
         if line and not line.startswith("#"):
             same = [name for name in names if name.count("/") == pattern.count("/")]
             if any(fnmatch.fnmatchcase(name, pattern) for name in same):
@@ -67,7 +67,7 @@ def test_bases_are_pinned(dockerfile: list[Instruction]) -> None:
     assert all(EXACT_TAG.fullmatch(base) for base in bases)
 
 
-def test_nothing_is_downloaded_but_packages(dockerfile: list[Instruction]) -> None:
+def test_only_packages_are_downloaded(dockerfile: list[Instruction]) -> None:
     assert "ADD" not in {name for name, _ in dockerfile}
     for name, rest in dockerfile:
         if name == "RUN":
@@ -75,13 +75,13 @@ def test_nothing_is_downloaded_but_packages(dockerfile: list[Instruction]) -> No
             assert "pip install" not in rest or "--no-cache-dir -c constraints.txt" in rest
 
 
-def test_what_is_copied_is_there_and_is_sent(dockerfile: list[Instruction]) -> None:
+def test_copied_paths_exist_and_are_sent(dockerfile: list[Instruction]) -> None:
     paths = [path.rstrip("/") for path in copied(dockerfile)]
     assert [path for path in paths if not (REPOSITORY / path).exists()] == []
     assert [path for path in paths if not is_sent(path)] == []
 
 
-def test_all_of_the_package_is_copied(dockerfile: list[Instruction]) -> None:
+def test_the_whole_package_is_copied(dockerfile: list[Instruction]) -> None:
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))
     folders = {*project["tool"]["setuptools"]["package-dir"].values(), "gemma3_export"}
     files = {"pyproject.toml", project["project"]["readme"], *project["project"]["license-files"]}
@@ -105,18 +105,18 @@ def test_all_of_the_package_is_copied(dockerfile: list[Instruction]) -> None:
         "tests/test_dockerfile.py",
     ],
 )
-def test_weights_and_history_stay_outside(path: str) -> None:
+def test_weights_and_history_are_not_sent(path: str) -> None:
     assert not is_sent(path)
 
 
-def test_the_image_runs_without_rights(image: list[Instruction]) -> None:
+def test_the_image_does_not_run_as_root(image: list[Instruction]) -> None:
     users = [rest for name, rest in image if name == "USER"]
     assert re.fullmatch(r"[1-9]\d*:[1-9]\d*", users[-1]), "a number, which Kubernetes can check"
     after = image[image.index(("USER", users[-1])) :]
     assert not {"RUN", "COPY"} & {name for name, _ in after}
 
 
-def test_entry_point_command_and_health_check_are_commands_of_ours(
+def test_entry_point_command_and_health_check_parse(
     image: list[Instruction],
 ) -> None:
     found = dict(image)
@@ -131,7 +131,7 @@ def test_entry_point_command_and_health_check_are_commands_of_ours(
         subcommand.make_parser(click.Context(subcommand, parent=context)).parse_args(words[2:])
 
 
-def test_its_examples_are_commands_of_ours() -> None:
+def test_the_examples_in_its_comments_exist() -> None:
     text = (REPOSITORY / "Dockerfile").read_text(encoding="utf-8")
     for line in re.findall(r"^#\s+(?:.*\| )?(docker run .*)$", text, flags=re.MULTILINE):
         rest = shlex.split(line.partition("gemma3-export:cuda")[2])

@@ -1,4 +1,4 @@
-"""What is installed is what is in the checkout, under one name, and the thin path stays thin."""
+"""The wheel has everything in the checkout under one name, and thin modules import no torch."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def settings() -> dict[str, Any]:
 
 
 def sources() -> dict[str, Path]:
-    """Path inside the installed package -> file, for everything that must be installed."""
+    """Map the path inside the installed package to the file, for all that must be installed."""
     found = {}
     for top in ("gemma3_export", *FOLDERS):
         prefix = "gemma3_export" if top == "gemma3_export" else f"gemma3_export/{top}"
@@ -82,7 +82,7 @@ def test_wheel_has_one_name_and_everything(tmp_path):
 
 
 def copy_of_sources(folder: Path) -> Path:
-    """A checkout to build in, so that no build folder appears in the real one."""
+    """Copy the checkout, so that no build folder appears in the real one."""
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         folder.mkdir(exist_ok=True)
         (folder / name).write_bytes((REPOSITORY / name).read_bytes())
@@ -133,7 +133,7 @@ def test_no_module_is_named_after_a_dependency():
 
 
 def documented_commands(text: str) -> list[tuple[str, set[str]]]:
-    """Command name and its options, for every ``gemma3-export`` line of the shell examples."""
+    """Return name and options of every ``gemma3-export`` command in the shell examples."""
     found = []
     for block in re.findall(r"```(?:sh|console|bash)\n(.*?)```", text, flags=re.DOTALL):
         for line in block.replace("\\\n", " ").splitlines():

@@ -1,4 +1,4 @@
-"""The order of the rooms, which `make lint` checks, and that the check can fail."""
+"""`make lint` holds the order of the rooms: reversed imports are found."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ REPOSITORY = Path(__file__).parents[2]
 
 @pytest.fixture
 def copied(tmp_path: Path) -> Path:
-    """The package with its three links as real folders, which import-linter needs."""
+    """Copy the package with real folders instead of its three links, as import-linter needs."""
     ignored = shutil.ignore_patterns("__pycache__")
     shutil.copytree(REPOSITORY / "gemma3_export", tmp_path / "gemma3_export", ignore=ignored)
     shutil.copy(REPOSITORY / "pyproject.toml", tmp_path)
@@ -48,7 +48,7 @@ def test_every_import_points_to_its_own_room_or_a_lower_one(copied: Path) -> Non
         ("parity/differences", "gemma3_export.parity.judge", "No cycles"),
     ],
 )
-def test_an_import_turned_around_is_found(
+def test_a_reversed_import_is_found(
     copied: Path, importer: str, imported: str, contract: str
 ) -> None:
     module = copied / "gemma3_export" / f"{importer}.py"

@@ -1,4 +1,4 @@
-"""What CUDA runs, each as a tiny bundle: the list that tests on a GPU and over its stub share."""
+"""Every export format that CUDA runs, as tiny bundles, for tests on a GPU and over its stub."""
 
 from __future__ import annotations
 
@@ -19,31 +19,33 @@ __all__ = ["FORMATS", "ONNX_FORMATS", "CudaFormat"]
 
 @dataclass(frozen=True, kw_only=True)
 class CudaFormat:
-    """One way to export that CUDA supports."""
+    """An export format that CUDA supports."""
 
     name: str
     runtime: str
-    floor: str  # the dtype whose rounding is the parity check's floor
-    bundle: Callable[[], Path]  # exported once in a test run; do not change what is in it
-    is_fused: bool = False  # attends by GroupQueryAttention, in a cache that does not move
+    noise_floor_dtype: str  # rounding in this dtype is the noise floor of the parity check
+    bundle: Callable[[], Path]  # shared, so do not change it
+    is_fused: bool = False  # uses GroupQueryAttention on an in-place cache
 
     @property
     def can_capture(self) -> bool:
-        """Whether its decode steps can become a CUDA graph."""
+        """Return whether its decode steps can be captured as a CUDA graph."""
         return self.is_fused or self.runtime == "torchscript"
 
 
-def fused(name: str, floor: str, bundle: Callable[[], Path]) -> CudaFormat:
-    """A graph of the target ``ort``."""
-    return CudaFormat(name=name, runtime="onnx", floor=floor, bundle=bundle, is_fused=True)
+def fused(name: str, dtype: str, bundle: Callable[[], Path]) -> CudaFormat:
+    """Return the format of a graph of the target ``ort``."""
+    return CudaFormat(
+        name=name, runtime="onnx", noise_floor_dtype=dtype, bundle=bundle, is_fused=True
+    )
 
 
-def torch_format(writer: GraphWriter, floor: str) -> CudaFormat:
-    """An archive of torch."""
+def torch_format(writer: GraphWriter, dtype: str) -> CudaFormat:
+    """Return the format of a torch archive."""
     return CudaFormat(
         name=f"{writer.runtime} {writer.dtype}",
         runtime=writer.runtime,
-        floor=floor,
+        noise_floor_dtype=dtype,
         bundle=functools.partial(exported, writer),
     )
 
@@ -61,7 +63,7 @@ ONNX_FORMATS = (
     CudaFormat(
         name="portable fp32",
         runtime="onnx",
-        floor="float32",
+        noise_floor_dtype="float32",
         bundle=functools.partial(exported_bundle, "portable"),
     ),
 )

@@ -1,8 +1,8 @@
-"""Whether this machine can run the tests marked ``cuda``, and the benchmark on a GPU.
+"""Check whether this machine can run tests marked ``cuda`` and the benchmark on a GPU.
 
     python -m tests.support.cuda_machine
 
-prints why not, and exits with 3.
+prints the reason and exits with 3 if it cannot.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ COULD_NOT_RUN = UnavailableError.exit_code
 
 
 def without_gpu() -> str | None:
-    """What is missing before anything is installed: a GPU with its driver."""
+    """Return the problem if there is no GPU with a driver; needs nothing installed."""
     if gpu_count():
         return None
     return (
@@ -29,7 +29,7 @@ def without_gpu() -> str | None:
 
 
 def problem() -> str | None:
-    """What this Python environment lacks; None when the tests can run."""
+    """Return what the machine or this environment lacks, or None if the tests can run."""
     from gemma3_export.runtimes.torch.tensors import torch_device
 
     if reason := without_gpu():

@@ -1,4 +1,4 @@
-"""The interpreter that has onnxruntime-gpu, for tests over the CUDA stub."""
+"""The Python interpreter with onnxruntime-gpu, for tests over the CUDA stub."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ VARIABLE = "GEMMA3_CUDA_PYTHON"
 
 
 def cuda_python() -> Path:
-    """``make placement`` names it; elsewhere the test could not run, and says so."""
+    """Return the interpreter that ``make placement`` installs, or skip the test without it."""
     if reason := problem():
         pytest.skip(f"could not run: {reason}")
     return interpreter()
@@ -23,7 +23,7 @@ def interpreter() -> Path:
 
 
 def problem() -> str | None:
-    """Why there is none; None when there is."""
+    """Return why the interpreter is missing, or None if it exists."""
     if interpreter().is_file():
         return None
     return f"no onnxruntime-gpu at {interpreter()}; `make placement` installs it"

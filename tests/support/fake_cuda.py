@@ -1,7 +1,7 @@
-"""Packages, CUDA libraries and an NVIDIA driver that are not there, for the doctor to find.
+"""Fake packages, CUDA libraries and an NVIDIA driver for the doctor to find.
 
-Libraries are compiled, so that the loader really loads them or really fails; the packages are
-folders that come first on the path of the processes that the doctor starts.
+Libraries are compiled, so that the loader really loads or rejects them. Packages are folders that
+come first on the path of the processes that the doctor starts.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ int cuDeviceGetName(char *out, int size, int device) { return strcpy(out, "Fake 
 int cuDeviceGetAttribute(int *out, int what) { return *out = what == 75 ? MAJOR : 6, 0; }
 int cuDeviceTotalMem_v2(size_t *out, int device) { return *out = 24000000000, 0; }
 """
-# What the runtime takes from ONNX Runtime to run one session.
+# The part of ONNX Runtime that is needed to run one session.
 MODULE = f"""
 __version__ = "{GPU_VERSION}"
 VALUES = {{values}}
@@ -43,7 +43,7 @@ class InferenceSession:
 
 
 class FakeCuda:
-    """A folder of fakes; nothing is in it before it is asked for."""
+    """A folder of fakes, empty until a test adds them."""
 
     def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.packages, self.system = folder / "packages", folder / "system"
@@ -57,21 +57,21 @@ class FakeCuda:
             monkeypatch.delitem(sys.modules, name, raising=False)
 
     def distribution(self, name: str, version: str) -> None:
-        """Metadata of a package."""
+        """Write the metadata of a package."""
         folder = self.packages / f"{name.replace('-', '_')}-{version}.dist-info"
         folder.mkdir()
         text = f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
         (folder / "METADATA").write_text(text, encoding="utf-8")
 
     def module(self, name: str, code: str) -> Path:
-        """A package's code; returns its folder."""
+        """Write the code of a package; return its folder."""
         folder = self.packages / name
         folder.mkdir(exist_ok=True)
         (folder / "__init__.py").write_text(code, encoding="utf-8")
         return folder
 
     def onnxruntime_gpu(self, *needed: str, wrong_by: int = 0) -> None:
-        """onnxruntime-gpu, whose CUDA provider needs the libraries ``needed``."""
+        """Write onnxruntime-gpu with a CUDA provider that links to ``needed``."""
         self.distribution("onnxruntime-gpu", GPU_VERSION)
         capi = self.module("onnxruntime", MODULE.format(values=wrong_by)) / "capi"
         capi.mkdir()
@@ -93,7 +93,7 @@ class FakeCuda:
         )
 
     def wheel(self, name: str, version: str, *libraries: str) -> None:
-        """One of NVIDIA's packages, with its libraries."""
+        """Write one of NVIDIA's packages with its libraries."""
         self.distribution(name, version)
         folder = self.packages / "nvidia" / "cu13" / "lib"
         folder.mkdir(parents=True, exist_ok=True)
@@ -103,17 +103,17 @@ class FakeCuda:
     def driver(
         self, *, version: int = 13000, count: int = 1, error: int = 0, major: int = 8
     ) -> None:
-        """``libcuda.so.1``."""
+        """Compile ``libcuda.so.1``."""
         values = {"VERSION": version, "COUNT": count, "ERROR": error, "MAJOR": major}
         defined = [f"-D{name}={value}" for name, value in values.items()]
         compile_library(self.system / "libcuda.so.1", DRIVER, *defined)
 
 
 def compile_library(path: Path, code: str, *arguments: str) -> None:
-    """A shared object; skips the test where there is no compiler."""
+    """Compile a shared library, or skip the test if there is no compiler."""
     compiler = shutil.which("cc") or shutil.which("gcc")
     if compiler is None:
-        pytest.skip("no C compiler to make fake libraries with")
+        pytest.skip("no C compiler to build fake libraries")
     command = [compiler, "-x", "c", "-", "-x", "none", "-shared", "-fPIC", "-w", "-o", str(path)]
     named = [f"-Wl,-soname,{path.name}"]
     subprocess.run([*command, *named, *arguments], input=code, text=True, check=True)

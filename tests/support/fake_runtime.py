@@ -1,6 +1,6 @@
-"""Backends of a few lines: their logits are a function of a row's whole token history.
+"""Fake runtimes whose logits are a function of the whole token history of a row.
 
-So a mixed-up row, a wrong order, a lost or a doubled token changes the text.
+Mixing up rows or order, or losing or repeating a token, therefore changes the text.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ FAKE_CONFIG = tiny_config(vocab_size=256, max_position_embeddings=128, eos_token
 
 
 class FakeCache:
-    """Remembers the tokens instead of keys and values."""
+    """A cache that stores tokens instead of keys and values."""
 
     def __init__(self, batch_size: int, capacity: int) -> None:
         self.histories: list[list[int]] = [[] for _ in range(batch_size)]
@@ -76,7 +76,7 @@ class FakeCache:
 
 
 class FakeRuntime:
-    """Logits are normal noise seeded by a hash of the row's history."""
+    """A runtime whose logits are normal noise, seeded by a hash of the row's history."""
 
     def __init__(self, config: Gemma3Config = FAKE_CONFIG) -> None:
         self._config = config

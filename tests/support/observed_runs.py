@@ -1,4 +1,4 @@
-"""Everything that a runtime of a tiny model can be seen to compute, and how far off it is."""
+"""Observe everything that a runtime computes on a tiny model, and measure its error."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ VARIANTS: dict[str, Gemma3Config] = {
     "two layers": tiny_config(
         num_hidden_layers=2, layer_types=("full_attention", "sliding_attention")
     ),
-    "wide": tiny_config(  # so many weights that code hardly counts
+    "wide": tiny_config(  # most of the file is weights
         vocab_size=60_000, hidden_size=64, num_hidden_layers=1, layer_types=("full_attention",)
     ),
 }
 
 
 def source_of(variant: str) -> RandomSource:
-    """The weights of a variant."""
+    """Return the weights of a variant."""
     return RandomSource(VARIANTS[variant], SEED)
 
 
@@ -42,7 +42,7 @@ def reference(variant: str, dtype: torch.dtype) -> ReferenceRuntime:
 
 
 def observe(runtime: Runtime) -> list[np.ndarray]:
-    """Logits and caches of all ways to run a model, on both sides of the sliding window."""
+    """Return logits and caches of all ways to run a model, on both sides of the sliding window."""
     ids = np.random.default_rng(5).integers(3, runtime.config.vocab_size, (3, 24))
     seen: list[np.ndarray] = []
     whole = runtime.new_cache(1, 24)
@@ -63,13 +63,13 @@ def observe(runtime: Runtime) -> list[np.ndarray]:
 
 
 @functools.cache
-def truth(variant: str) -> list[np.ndarray]:
+def expected(variant: str) -> list[np.ndarray]:
     return observe(reference(variant, torch.float64))
 
 
 def errors(variant: str, runtime: Runtime) -> list[float]:
-    """The largest error of each thing observed, against the reference in float64."""
+    """Return the largest error of each observed array against the reference in float64."""
     return [
         float(np.abs(found - exact).max())
-        for found, exact in zip(observe(runtime), truth(variant), strict=True)
+        for found, exact in zip(observe(runtime), expected(variant), strict=True)
     ]

@@ -1,4 +1,4 @@
-"""Tiny models with unusual constants, so that a confusion of two of them shows."""
+"""Tiny models with unusual constants, so that mixing up two of them shows."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ TINY = Gemma3Config(
     max_position_embeddings=256,
     sliding_window=6,
     query_pre_attn_scalar=24,  # neither head_dim nor hidden_size / heads
-    layer_types=(  # follows no pattern, begins and ends unlike the published models
+    layer_types=(  # irregular, and unlike the published models at both ends
         "full_attention",
         "sliding_attention",
         "sliding_attention",
@@ -40,14 +40,14 @@ TINY = Gemma3Config(
 
 
 def tiny_config(**overrides: Any) -> Gemma3Config:
-    """A five-layer model none of whose constants equals another's or a published default."""
+    """Return a five-layer config in which no constant equals another or a published default."""
     return replace(TINY, **overrides)
 
 
 def tiny_weights(
     config: Gemma3Config, seed: int = 0, dtype: torch.dtype = torch.float32
 ) -> dict[str, torch.Tensor]:
-    """Canonical name to tensor; norms lie around 0, as Gemma stores ``w`` of ``1 + w``."""
+    """Return tensors by canonical name; norms are around 0: Gemma stores ``w`` of ``1 + w``."""
     generator = torch.Generator().manual_seed(seed)
     weights = {}
     for name, shape in config.weight_shapes():
@@ -90,7 +90,7 @@ GGUF_TOP_NAMES = {
 
 
 def gguf_name(name: str) -> str:
-    """The name that llama.cpp gives to a canonical weight."""
+    """Return llama.cpp's name of a canonical weight."""
     if name in GGUF_TOP_NAMES:
         return GGUF_TOP_NAMES[name]
     layer, rest = name.removeprefix("model.layers.").split(".", 1)
@@ -98,7 +98,7 @@ def gguf_name(name: str) -> str:
 
 
 def gguf_metadata(config: Gemma3Config) -> dict[str, Any]:
-    """The ``gemma3.*`` metadata of ``config`` as llama.cpp's converter writes it."""
+    """Return the ``gemma3.*`` metadata of ``config`` as llama.cpp's converter writes it."""
     found: dict[str, Any] = {
         "context_length": config.max_position_embeddings,
         "embedding_length": config.hidden_size,
@@ -134,8 +134,8 @@ def write_gguf(
 ) -> None:
     """Write a GGUF file; matrices are quantised, norms are stored as ``1 + w`` in float32.
 
-    ``metadata`` adds or replaces entries under ``gemma3.``, None removes one. ``tokenizer`` is the
-    list of tokens of an instruction model, which gets a chat template.
+    ``metadata`` adds or replaces entries under ``gemma3.``; None removes one. ``tokenizer`` lists
+    the tokens of an instruction-tuned model, which also gets a chat template.
     """
     import gguf
     from gguf.quants import quantize

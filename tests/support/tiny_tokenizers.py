@@ -1,4 +1,4 @@
-"""Small tokenizers of both kinds, for end-to-end tests without downloads."""
+"""Small tokenizers of both kinds for end-to-end tests without downloads."""
 
 import itertools
 import string
@@ -26,24 +26,24 @@ SPECIAL_IDS = {
     "<start_of_turn>": 105,
     "<end_of_turn>": 106,
 }
-MASK_ID = 4  # an ordinary added token; transformers adds one of its own where it is missing
+MASK_ID = 4  # an ordinary added token; transformers adds its own if there is none
 NEWLINE_RUNS = ("\n", "\n\n", "\n\n\n")
 MIN_VOCAB_SIZE = 300
 Pieces = Iterator[tuple[str, tuple[str, str] | None]]
 
 
 def tiny_gemma_tokenizer(vocab_size: int) -> Tokenizer:
-    """A tokenizer with Gemma's rules and special ids and exactly ``vocab_size`` tokens (>= 300).
+    """Return a tokenizer with Gemma's rules and special ids and ``vocab_size`` tokens (>= 300).
 
-    Ids 0 to 4, 105 and 106 are Gemma's special tokens; all 256 bytes have a piece, so that any text
-    can be encoded; the rest are characters, their merges and, at the end, ``<unusedN>``.
+    Ids 0 to 4, 105 and 106 are Gemma's special tokens; every byte has a piece, so that any text
+    can be encoded. The rest are characters, their merges and finally ``<unusedN>``.
     """
     assert vocab_size >= MIN_VOCAB_SIZE, f"{vocab_size} < {MIN_VOCAB_SIZE}"
     vocab = {**SPECIAL_IDS, "<mask>": MASK_ID}
     taken = set(vocab.values())
     free = (i for i in range(vocab_size) if i not in taken)
     merges: list[tuple[str, str]] = []
-    # The pieces come first: zip would otherwise take an id that it then does not use.
+    # Pieces come first, or zip would consume an id without using it.
     for (piece, merge), token_id in zip(_pieces(), free, strict=False):
         vocab[piece] = token_id
         if merge:
@@ -69,7 +69,7 @@ def tiny_gemma_tokenizer(vocab_size: int) -> Tokenizer:
 
 
 def tiny_byte_level_tokenizer(vocab_size: int = 600) -> Tokenizer:
-    """A GPT-2 style tokenizer with ``<|endoftext|>`` as its last token, without ``<bos>``."""
+    """Return a GPT-2 style tokenizer that ends in ``<|endoftext|>`` and has no ``<bos>``."""
     backend = tokenizers.Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -84,7 +84,7 @@ def tiny_byte_level_tokenizer(vocab_size: int = 600) -> Tokenizer:
 
 
 def _pieces() -> Pieces:
-    """Endlessly many pieces, each with the two that it is merged from."""
+    """Yield pieces without end, each with the two that it is merged from."""
     yield from ((f"<0x{byte:02X}>", None) for byte in range(256))
     yield from ((text, None) for text in (*NEWLINE_RUNS, "▁"))
     letters = "etaoinshrdlucmfwygpbvkqjxz"

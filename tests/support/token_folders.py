@@ -1,4 +1,4 @@
-"""Folders of token ids and tiny models to train on them, without any text."""
+"""Folders of token ids, and tiny models to train on them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def write_tokens(
     vocab_size: int = VOCAB_SIZE,
     fingerprint: str = "none",
 ) -> Path:
-    """A folder as ``gemma3-export data`` makes it, but for the tokenizer."""
+    """Write a folder as ``gemma3-export data`` does, without a tokenizer."""
     folder.mkdir(parents=True, exist_ok=True)
     splits = {
         "train": train,
@@ -55,7 +55,7 @@ def random_tokens(count: int, seed: int = 0) -> NDArray[np.int64]:
 
 
 def small_config(**overrides: Any) -> Gemma3Config:
-    """Two layers, one of each kind, with a window shorter than the text."""
+    """Return a config with one layer of each kind and a window shorter than the text."""
     shapes: Mapping[str, Any] = {
         "vocab_size": VOCAB_SIZE,
         "hidden_size": 32,

@@ -1,11 +1,11 @@
-"""Texts that tokenizers get wrong, and where the official tokenizer is found."""
+"""Texts that tokenizers get wrong, and the official tokenizer to compare with."""
 
 import os
 from pathlib import Path
 
 import pytest
 
-# Greek and mathematical letters are meant.
+# Greek and mathematical letters are intended.
 # ruff: noqa: RUF001
 TEXTS = (
     "",
@@ -30,10 +30,10 @@ TEXTS = (
 
 
 def official_tokenizer_json() -> Path:
-    """The official ``tokenizer.json``; skips the test where there is none."""
+    """Return the official ``tokenizer.json``, or skip the test if it is not installed."""
     cache = Path(__file__).parents[2] / ".cache" / "tokenizer-gemma3"
     named = os.environ.get("GEMMA3_TOKENIZER_JSON")
     found = [Path(named)] if named else sorted(cache.rglob("tokenizer.json"))
     if not found:
-        pytest.skip("no official tokenizer: set GEMMA3_TOKENIZER_JSON, or run make")
+        pytest.skip("no official tokenizer; set GEMMA3_TOKENIZER_JSON or run `make tokenizer`")
     return found[0]

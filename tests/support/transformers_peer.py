@@ -1,4 +1,4 @@
-"""Hugging Face's Gemma 3 with our weights: the independent implementation to compare with."""
+"""Hugging Face's Gemma 3 with our weights: an independent implementation to compare with."""
 
 from __future__ import annotations
 
@@ -16,6 +16,6 @@ def transformers_peer(
     weights: Mapping[str, torch.Tensor],
     dtype: torch.dtype = torch.float32,
 ) -> Any:
-    """``Gemma3ForCausalLM`` with copies of ``weights``, ready for gradients."""
+    """Return ``Gemma3ForCausalLM`` with copies of ``weights`` that require gradients."""
     model = build_transformers_model(config, lambda name: weights[name].clone(), dtype=dtype)
     return model.requires_grad_(True)
