@@ -201,14 +201,14 @@ class FakeGpu:
 def test_float32_attention_does_not_silently_run_on_the_cpu(
     make: Callable[[], Bundle], remedy: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gemma3_export.runtimes.onnx.runtime.choose_device", FakeGpu())
+    monkeypatch.setattr("gemma3_export.runtimes.onnx.graph_selection.choose_device", FakeGpu())
     with pytest.raises(InputError, match=f"no kernel on CUDA; export with {remedy}"):
         OnnxRuntime(make(), device="cuda")
     assert OnnxRuntime(make(), device="auto", threads=1).device == Device("cpu")
 
 
 def test_graphs_with_attention_kernels_on_cuda_run_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gemma3_export.runtimes.onnx.runtime.choose_device", FakeGpu())
+    monkeypatch.setattr("gemma3_export.runtimes.onnx.graph_selection.choose_device", FakeGpu())
     for bundle in (bundle_of("bf16"), Bundle(exported_bundle("portable"))):
         for name in ("auto", "cuda"):
             assert device_for(bundle.graph("onnx"), name) == Device("cuda")
