@@ -5,13 +5,15 @@ All exporters trace this wrapper, so all graphs have the same inputs and outputs
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from gemma3_export.config import Gemma3Config
 from gemma3_export.reference.model import Gemma3
 
-__all__ = ["DecoderStep", "example_inputs"]
+__all__ = ["DecoderStep", "dynamic_shapes", "example_inputs"]
 
 
 class DecoderStep(nn.Module):
@@ -55,3 +57,11 @@ def example_inputs(
         [torch.zeros(cache, dtype=dtype) for _ in range(2 * config.num_hidden_layers)],
         torch.zeros(1, dtype=torch.int64),
     )
+
+
+def dynamic_shapes(config: Gemma3Config) -> tuple[Any, ...]:
+    """Return torch.export's ``dynamic_shapes`` for a step: dynamic batch size and lengths."""
+    dim = torch.export.Dim
+    batch, new, past = dim("batch_size"), dim("sequence_length"), dim("past_sequence_length")
+    caches = [{0: batch, 2: past}] * (2 * config.num_hidden_layers)
+    return ({0: batch, 1: new}, {0: batch, 1: dim.DYNAMIC}, caches, None)

@@ -14,12 +14,11 @@ from dataclasses import replace
 
 import onnx_ir as ir
 import torch
-from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode  # private: pyproject.toml bounds torch
 
 from gemma3_export.bundle import MODEL_PREFIX, Signature, WeightRecipe
 from gemma3_export.config import Gemma3Config
-from gemma3_export.exporters.decoder_step import DecoderStep, example_inputs
+from gemma3_export.exporters.decoder_step import DecoderStep, dynamic_shapes, example_inputs
 from gemma3_export.exporters.onnx.modules import FusedGemma3, PortableGemma3
 from gemma3_export.exporters.onnx.stack_layers import distinct_layer_types
 from gemma3_export.exporters.packed_projections import weight_recipes
@@ -54,8 +53,14 @@ def trace_onnx(
         decoder = TARGETS[target](shallow)
         decoder.round_matrices(dtype)
         step = DecoderStep(decoder).eval().requires_grad_(False)
+        exported = torch.export.export(
+            step,
+            example_inputs(shallow, dtype=dtype),
+            dynamic_shapes=dynamic_shapes(shallow),
+            strict=False,
+        )
         program = torch.onnx.export(
-            export_program(step, shallow, dtype),
+            exported,
             dynamo=True,
             opset_version=OPSET_VERSION,
             optimize=False,
@@ -68,27 +73,6 @@ def trace_onnx(
     detach_weights(model.graph, weight_recipes(step.decoder))
     model.producer_name, model.producer_version = "gemma3-export", None
     return model, recipes
-
-
-def export_program(
-    step: nn.Module, config: Gemma3Config, cache_dtype: torch.dtype
-) -> torch.export.ExportedProgram:
-    """Export ``step`` with dynamic batch size, new length and past length."""
-    dim = torch.export.Dim
-    batch, new, past = dim("batch_size"), dim("sequence_length"), dim("past_sequence_length")
-    cache = {0: batch, 2: past}
-    count = 2 * config.num_hidden_layers
-    return torch.export.export(
-        step,
-        example_inputs(config, dtype=cache_dtype),
-        dynamic_shapes=(
-            {0: batch, 1: new},
-            {0: batch, 1: dim.DYNAMIC},
-            [cache] * count,
-            None,
-        ),
-        strict=False,
-    )
 
 
 def detach_weights(graph: ir.Graph, recipes: dict[str, WeightRecipe]) -> None:

@@ -16,7 +16,7 @@ from gemma3_export.bundle import Graph, WeightRecipe, sha256_of
 from gemma3_export.config import Gemma3Config, config_to_json
 from gemma3_export.dtypes import ELEMENT_TYPES, DType, element_type, export_dtype, torch_dtype
 from gemma3_export.exporters.bundle_writer import half_precision
-from gemma3_export.exporters.decoder_step import DecoderStep, example_inputs
+from gemma3_export.exporters.decoder_step import DecoderStep, dynamic_shapes, example_inputs
 from gemma3_export.parity.options import HalfPrecision
 from gemma3_export.progress import Progress
 from gemma3_export.reference.loading import load_reference
@@ -24,7 +24,7 @@ from gemma3_export.reference.model import Gemma3, LastTokens, LMHead
 from gemma3_export.reference.weights import WeightSource
 from gemma3_export.staging import check_disk_space
 
-__all__ = ["Pt2Writer", "export_program"]
+__all__ = ["Pt2Writer"]
 
 
 class MaskedLastTokens(LastTokens):
@@ -111,24 +111,21 @@ class Pt2Writer:
 def export_program(model: Gemma3, dtype: torch.dtype) -> torch.export.ExportedProgram:
     """Export one decoder step with dynamic batch size and lengths; replace ``model``'s head."""
     model.last_tokens, model.head = MaskedLastTokens(), FlatLMHead()
-    dim = torch.export.Dim
-    batch, new, past = dim("batch_size"), dim("sequence_length"), dim("past_sequence_length")
     *others, _ = example_inputs(model.config, dtype=dtype)
     keep = torch.ones(1, dtype=torch.int64)
-    caches = [{0: batch, 2: past}] * (2 * model.config.num_hidden_layers)
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore", FutureWarning)  # from torch itself
         program = torch.export.export(
             DecoderStep(model).eval(),
             (*others, keep),
-            dynamic_shapes=({0: batch, 1: new}, {0: batch, 1: dim.DYNAMIC}, caches, None),
+            dynamic_shapes=dynamic_shapes(model.config),
             strict=False,
         )
-    drop_source_paths(program.graph_module)
+    strip_stack_traces(program.graph_module)
     return program
 
 
-def drop_source_paths(module: nn.Module) -> None:
+def strip_stack_traces(module: nn.Module) -> None:
     """Remove stack traces, which name files of the exporting machine."""
     for part in module.modules():
         if isinstance(part, torch.fx.GraphModule):

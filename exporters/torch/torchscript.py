@@ -34,10 +34,7 @@ from gemma3_export.reference.weights.block_matrix import BlockMatrix
 from gemma3_export.runtimes.torch.torchscript import torchscript
 from gemma3_export.staging import check_disk_space
 
-__all__ = [
-    "TorchScriptWriter",
-    "drop_source_paths",
-]
+__all__ = ["TorchScriptWriter"]
 
 BLOCK_SIZE = 128  # for int8; smaller blocks are slower, because each block is a product of its own
 
@@ -125,7 +122,7 @@ class TorchScriptWriter:
             config = json.dumps(config_to_json(source.config), indent=2)
             check_disk_space(path, self.size_bytes(source.config))
             archive.save(str(path), _extra_files={"config.json": config})
-            drop_source_paths(path)
+            strip_debug_records(path)
             progress("writing weights", 1, 1)
         graph = Graph(
             runtime=self.runtime,
@@ -189,7 +186,7 @@ def load_packed(
 DEBUG_SUFFIX = ".debug_pkl"
 
 
-def drop_source_paths(path: Path) -> None:
+def strip_debug_records(path: Path) -> None:
     """Remove the debug records from the archive at ``path``, in place.
 
     An archive is a zip file with weights before code, so only the part after the first debug record
