@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 from contextlib import contextmanager
 from typing import Any
@@ -105,6 +107,16 @@ def test_buffers_stay_where_they_are() -> None:
 
 
 @torch.inference_mode()
+def test_decode_steps_are_released_with_their_cache() -> None:
+    runtime = open_fixed()
+    cache = prefilled(runtime)
+    steps = weakref.ref(runtime.decode_steps(cache))
+    assert runtime.decode_steps(cache) is steps()
+    del cache
+    gc.collect()
+    assert steps() is None
+
+
 def test_a_step_reads_nothing_on_the_host() -> None:
     """The meta device has no values, so reading one, which would wait for a GPU, fails."""
     cache = TorchCache(CONFIG, 2, 20, dtype=torch.float32, device=torch.device("meta"))
