@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from gemma3_export.device import CudaOptions, Device
-from gemma3_export.parity.options import HalfPrecision, floor_dtype
+from gemma3_export.parity.options import HalfPrecision, noise_floor_dtype
 from gemma3_export.runtimes.protocol import RuntimeInfo
 
 ONNX_INT8 = RuntimeInfo(
@@ -75,5 +75,5 @@ def test_float64_has_the_noise_floor_of_float32() -> None:
     info = RuntimeInfo(
         name="reference", dtype="float64", compute_dtype="float64", device=Device("cpu")
     )
-    assert floor_dtype(info) is torch.float32
+    assert noise_floor_dtype(info) is torch.float32
     assert HalfPrecision.of_runtime(info) is None
