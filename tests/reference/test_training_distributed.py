@@ -52,6 +52,7 @@ def run_on_two(arguments: list[str], log: Path) -> str:
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port),
             "OMP_NUM_THREADS": "1",
+            "PYTHONFAULTHANDLER": "1",  # show where torch's threads are if one aborts
         }
         files.append(log.with_suffix(f".{rank}").open("w+"))
         processes.append(
