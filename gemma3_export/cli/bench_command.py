@@ -1,4 +1,4 @@
-"""``gemma3-export bench``."""
+"""Define the command ``gemma3-export bench``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``gemma3-export data``."""
+"""Define the command ``gemma3-export data``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``gemma3-export doctor``."""
+"""Define the command ``gemma3-export doctor``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``gemma3-export generate``."""
+"""Define the command ``gemma3-export generate``."""
 
 from __future__ import annotations
 

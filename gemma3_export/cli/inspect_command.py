@@ -1,4 +1,4 @@
-"""``gemma3-export inspect``."""
+"""Define the command ``gemma3-export inspect``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``gemma3-export onnx``."""
+"""Define the command ``gemma3-export onnx``."""
 
 from __future__ import annotations
 

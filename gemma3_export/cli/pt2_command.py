@@ -1,4 +1,4 @@
-"""``gemma3-export pt2``."""
+"""Define the command ``gemma3-export pt2``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``gemma3-export to-hf``."""
+"""Define the command ``gemma3-export to-hf``."""
 
 from __future__ import annotations
 

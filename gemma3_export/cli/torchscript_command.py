@@ -1,4 +1,4 @@
-"""``gemma3-export torchscript``."""
+"""Define the command ``gemma3-export torchscript``."""
 
 from __future__ import annotations
 

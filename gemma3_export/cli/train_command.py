@@ -1,4 +1,4 @@
-"""``gemma3-export train``."""
+"""Define the command ``gemma3-export train``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``gemma3-export verify``."""
+"""Define the command ``gemma3-export verify``."""
 
 from __future__ import annotations
 
