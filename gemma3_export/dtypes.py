@@ -71,7 +71,7 @@ ELEMENT_TYPES: dict[DType, ElementType] = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ExportDtype:
-    """How an export stores the model's matrices."""
+    """A storage format of the model's matrices, as ``--dtype`` names it."""
 
     name: str  # as --dtype takes it
     element: DType | None  # of all weights; None: matrices are stored in blocks of integers

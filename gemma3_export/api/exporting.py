@@ -37,7 +37,7 @@ __all__ = [
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ExportOptions:
-    """What every export can be told.
+    """Options of every export.
 
     Args:
         dtype: how weights are stored; :func:`gemma3_export.dtypes.dtype_choices` lists what each
@@ -60,7 +60,7 @@ class ExportOptions:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OnnxOptions(ExportOptions):
-    """How to export to ONNX.
+    """Options of an ONNX export.
 
     Args:
         target: ``ort`` for ONNX Runtime's fused kernels, ``portable`` for standard operators.
@@ -86,7 +86,7 @@ class OnnxOptions(ExportOptions):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TorchScriptOptions(ExportOptions):
-    """How to export to TorchScript.
+    """Options of a TorchScript export.
 
     Args:
         prepack: let the archive lay out its matrices for the CPU when it is loaded.
@@ -101,7 +101,7 @@ class TorchScriptOptions(ExportOptions):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Pt2Options(ExportOptions):
-    """How to export a ``torch.export`` program."""
+    """Options of a ``torch.export`` export."""
 
 
 def open_weights(

@@ -21,7 +21,7 @@ Options = TypeVar("Options")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LoadOptions:
-    """Which runtime of a bundle to open, and how.
+    """Options of :func:`gemma3_export.load`: the runtime, the device, the caches.
 
     Args:
         runtime: ``onnx``, ``torchscript``, ``pt2`` or ``reference``.
@@ -59,7 +59,7 @@ class LoadOptions:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GenerateOptions(SamplingParams):
-    """How to continue prompts; the defaults are greedy. Includes every sampling parameter.
+    """Options of a generation, including every sampling parameter. The defaults are greedy.
 
     Args:
         max_new_tokens: the most tokens to generate per prompt.

@@ -183,7 +183,7 @@ class RequestState:
 
     @property
     def remaining_tokens(self) -> int:
-        """How many tokens may still follow."""
+        """The most tokens that can still follow."""
         return self._max_new_tokens - len(self.tokens)
 
     def accept(self, logits: Logits | Candidates) -> TokenEvent:

@@ -180,7 +180,7 @@ class MatrixRange:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class HalfRanges:
-    """How close the tensors that a graph holds in a 16-bit dtype come to the dtype's limits."""
+    """Ranges of the tensors that a graph holds in a 16-bit dtype, against the dtype's limits."""
 
     dtype: str
     largest: float  # largest finite value of the dtype
