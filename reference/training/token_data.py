@@ -10,16 +10,17 @@ from __future__ import annotations
 import hashlib
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from gemma3_export.config import load_json_object
 from gemma3_export.errors import InputError
 from gemma3_export.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = [
     "META",
@@ -187,6 +188,8 @@ class WindowSampler:
 
     def batch(self, index: int, *, rank: int = 0, world_size: int = 1) -> tuple[Tensor, Tensor]:
         """Return inputs and labels [B, T] int64: the rank's rows of global batch ``index``."""
+        import torch  # here, since preparing data needs no torch
+
         generator = np.random.Generator(np.random.Philox(key=self._key, counter=index << 128))
         last = self.tokens.size - self.context_length
         starts = generator.integers(0, last, size=self.batch_size * world_size)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 import gemma3_export
 from gemma3_export import GenerateOptions, InputError, LoadOptions, Model
 from gemma3_export.api import model as model_module
+from gemma3_export.device import Device
 from gemma3_export.reference.loading import load_reference
 from gemma3_export.reference.weights.bundle_weights import open_bundle_weights
 from gemma3_export.runtimes.generation.sampling import SamplingParams
@@ -236,6 +238,25 @@ class TestWhatIsDecidedHere:
         )
         assert model.generate([*LONG, 5], max_new_tokens=2).reused_tokens == 0
         assert model.generate([*LONG, 6], max_new_tokens=2).reused_tokens == len(LONG)
+
+    @pytest.mark.parametrize(
+        ("changes", "is_drafted"),
+        [({}, True), ({"is_quantized": True}, False), ({"device": Device("cuda")}, False)],
+        ids=["float32 on the CPU", "quantized", "CUDA"],
+    )
+    def test_tokens_are_drafted_by_default_where_that_cannot_change_the_text(
+        self,
+        ort_bundle: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        changes: dict[str, object],
+        is_drafted: bool,
+    ) -> None:
+        model = opened(ort_bundle)
+        monkeypatch.setattr(model.runtime, "info", replace(model.runtime.info, **changes))
+        prompt = [2, *[11, 12, 13, 14, 15] * 8]
+        assert bool(model.generate(prompt, max_new_tokens=60).drafted_tokens) == is_drafted
+        assert model.generate(prompt, max_new_tokens=60, prompt_lookup=4).drafted_tokens > 0
+        assert model.generate(prompt, max_new_tokens=60, prompt_lookup=0).drafted_tokens == 0
 
     def test_a_draft_model_is_opened_once(
         self, ort_bundle: Path, monkeypatch: pytest.MonkeyPatch

@@ -105,6 +105,8 @@ def copy_of_sources(folder: Path) -> Path:
         "gemma3_export.api.exporting",
         "gemma3_export.bundle.inspection",
         "gemma3_export.api.verification",
+        "gemma3_export.reference.training.documents",
+        "gemma3_export.reference.training.preparation",
         "gemma3_export.runtimes.generation.loop",
         "gemma3_export.runtimes.onnx.runtime",
         "gemma3_export.tokenizer.tokenizer",
