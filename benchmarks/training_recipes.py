@@ -6,9 +6,9 @@ Each recipe runs with several learning rates. All runs train on the same windows
 the same held-out windows, where predictions of separators do not count. The ancestor's recipe:
 
 - has no separators in its training text
-- keeps weights and optimiser states in bfloat16 (here they are rounded to bfloat16 after every
+- keeps weights and optimizer states in bfloat16 (here they are rounded to bfloat16 after every
   update, which needs no bfloat16 hardware)
-- initialises embeddings from N(0, 1), with an untied head
+- initializes embeddings from N(0, 1), with an untied head
 - applies weight decay to everything
 - sizes warm-up and cosine decay in micro-batches, but counts updates
 """
@@ -204,7 +204,7 @@ def evaluate(module: LossModule, held: WindowSampler, data: TokenData) -> float:
 
 @torch.no_grad()
 def round_to_bf16(recipe: Recipe) -> None:
-    """Round weights and optimiser states to bfloat16, as storing them would."""
+    """Round weights and optimizer states to bfloat16, as storing them would."""
     for weight in recipe.model.parameters():
         weight.copy_(weight.bfloat16())
         for value in recipe.optimizer.state[weight].values():
@@ -213,7 +213,7 @@ def round_to_bf16(recipe: Recipe) -> None:
 
 
 def plot(curves: dict[str, list[tuple[int, float]]], output: Path) -> None:
-    """Plot one line per run; colours are learning rates, and the ancestor's lines are dashed."""
+    """Plot one line per run; colors are learning rates, and the ancestor's lines are dashed."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4.2), dpi=120, layout="constrained")

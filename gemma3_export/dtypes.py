@@ -82,7 +82,7 @@ class ExportDtype:
 
     @property
     def is_quantized(self) -> bool:
-        """Whether matrices are stored in blocks of integers."""
+        """Return True if matrices are stored in blocks of integers."""
         return self.element is None
 
 

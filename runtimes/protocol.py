@@ -63,9 +63,9 @@ class RuntimeInfo:
     device: Device
     versions: Mapping[str, str] = field(default_factory=dict)  # by distribution
     residual_dtype: DType | None = None  # of residual stream and norms; None: compute_dtype
-    activation_dtype: DType | None = None  # 16-bit activations around quantised matrices
+    activation_dtype: DType | None = None  # 16-bit activations around quantized matrices
     is_quantized: bool = False  # matrices are stored in blocks of integers
-    quantizes_activations: bool = False  # products of quantised matrices round their inputs
+    quantizes_activations: bool = False  # products of quantized matrices round their inputs
     computed_in: str | None = None  # precision of the kernels, in words
     target: str | None = None  # export target of the graph
     cache: CacheKind | None = None
@@ -332,10 +332,10 @@ class PaddedBatches(Protocol):
 
 @runtime_checkable
 class Float32MatMul(Protocol):
-    """A runtime that can also multiply quantised matrices by float32 activations, slowly."""
+    """A runtime that can also multiply quantized matrices by float32 activations, slowly."""
 
     def with_float32_matmul(self) -> Runtime | None:
-        """Return the same graph with unquantised activations; None if they already are."""
+        """Return the same graph with unquantized activations; None if they already are."""
 
 
 @runtime_checkable
@@ -344,7 +344,7 @@ class CacheVariants(Protocol):
 
     @property
     def uses_sliding_window_cache(self) -> bool:
-        """Whether the caches of sliding layers evict old tokens."""
+        """Return True if the caches of sliding layers evict old tokens."""
 
     def with_other_cache(self) -> Runtime | None:
         """Return the variant with full instead of sliding-window caches, or vice versa.

@@ -80,7 +80,7 @@ def write_external_data(
         source: the canonical weights.
         path: the external data file, in the graph's folder.
         dtype: element type of matrices on disk; vectors (the norm weights) stay float32.
-        quantizer: makes the blocks of quantised matrices; required if any recipe has blocks.
+        quantizer: makes the blocks of quantized matrices; required if any recipe has blocks.
         on_write: called with the number of bytes of each write.
 
     Returns:
@@ -134,7 +134,7 @@ def write_blocks(
     quantizer: Quantizer,
     path: Path,
 ) -> None:
-    """Write one quantised matrix: codes as they are made, then scales and minimums."""
+    """Write one quantized matrix: codes as they are made, then scales and minimums."""
     writer.align()
     offsets = {CODES: writer.position}
     collected: dict[str, list[torch.Tensor]] = {SCALES: [], MINIMUMS: []}

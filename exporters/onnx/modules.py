@@ -135,7 +135,7 @@ class FloatNorm(RMSNorm):
     """A norm that returns float32, for the residual stream."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise the last axis of ``x``."""
+        """Normalize the last axis of ``x``."""
         return super().forward(x.float())
 
 

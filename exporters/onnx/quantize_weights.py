@@ -1,6 +1,6 @@
 """A graph pass that replaces float matrices with blocks of integers.
 
-Quantising after the trace lets one model definition serve every format, and lets every matrix have
+Quantizing after the trace lets one model definition serve every format, and lets every matrix have
 a format of its own: ``MatMul`` and ``Gemm`` become ``MatMulNBits``, and the embedding's ``Gather``
 becomes ``GatherBlockQuantized``. The tied embedding remains one tensor.
 
@@ -41,7 +41,7 @@ PLAIN_ACTIVATIONS, INT8_ACTIVATIONS = 0, 4
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class QuantizedShape:
-    """Format and output-major shape of one quantised matrix."""
+    """Format and output-major shape of one quantized matrix."""
 
     format: BlockFormat
     rows: int
@@ -54,7 +54,7 @@ def quantized_shapes(
     config: Gemma3Config,
     scale_type: DType,
 ) -> dict[str, QuantizedShape]:
-    """Return the stored matrices that ``quantizer`` quantises, by name.
+    """Return the stored matrices that ``quantizer`` quantizes, by name.
 
     Scales take ``scale_type``, the type of the graph's activations, whatever type the quantizer
     computed them in.
@@ -77,7 +77,7 @@ def quantized_shapes(
 def quantized_recipes(
     recipes: Mapping[str, WeightRecipe], matrices: Mapping[str, QuantizedShape]
 ) -> dict[str, WeightRecipe]:
-    """Return ``recipes`` with the formats of the quantised matrices."""
+    """Return ``recipes`` with the formats of the quantized matrices."""
     return {
         name: replace(recipe, transposed=False, blocks=matrices[name].format)
         if name in matrices
@@ -115,7 +115,7 @@ class QuantizeWeights(ir.passes.InPlacePass):
 
 
 class _Matrix:
-    """The initializers of one quantised matrix, and the nodes that read it."""
+    """The initializers of one quantized matrix, and the nodes that read it."""
 
     def __init__(self, graph: ir.Graph, name: str, shape: QuantizedShape) -> None:
         self.graph, self.name, self.format = graph, name, shape.format

@@ -4,8 +4,8 @@
 first has the operators and the cache that every consumer of such graphs knows. In the second,
 GroupQueryAttention drops keys that no later query can see, so neither time nor memory grows with
 the text. That needs an in-place cache that is never empty, which only this project's runtime
-guarantees. Recent ONNX Runtime operators also normalise heads without moving them, and add the
-residual while normalising it.
+guarantees. Recent ONNX Runtime operators also normalize heads without moving them, and add the
+residual while normalizing it.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def fuse_residual_norm(graph: ir.Graph, norm: ir.Node) -> bool:
         "SkipSimplifiedLayerNormalization",
         [*addition.inputs, norm.inputs[1]],
         [ir.AttrFloat32("epsilon", norm.attributes["epsilon"].as_float())],
-        num_outputs=4,  # the normalised sum, two that only training uses, the sum
+        num_outputs=4,  # the normalized sum, two that only training uses, the sum
         name=norm.name,
     )
     outputs = {norm.outputs[0]: node.outputs[0], addition.outputs[0]: node.outputs[3]}

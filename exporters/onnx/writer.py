@@ -61,8 +61,8 @@ class OnnxWriter:
     Args:
         target: ``ort`` for ONNX Runtime's fused kernels, ``portable`` for standard operators.
         dtype: one of :func:`gemma3_export.dtypes.dtype_choices` for ``onnx``.
-        activations: compute type of a quantised graph: ``fp32``, ``bf16`` or ``fp16``.
-        block_size: columns of a quantised matrix that share a scale.
+        activations: compute type of a quantized graph: ``fp32``, ``bf16`` or ``fp16``.
+        block_size: columns of a quantized matrix that share a scale.
         max_kld: largest divergence from full precision at which the export passes, in mean nats
             per token; defaults to that of ``dtype``.
         calibration: the text for 4-bit weights.
@@ -112,7 +112,7 @@ class OnnxWriter:
 
     @property
     def element(self) -> DType:
-        """Element type of the cache, of activations and of weights that are not quantised."""
+        """Element type of the cache, of activations and of weights that are not quantized."""
         return element_type(self.activations if self.is_quantized else self.dtype).name
 
     @property

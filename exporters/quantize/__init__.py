@@ -1,1 +1,1 @@
-"""Weight quantisation: round to nearest, GPTQ, mixed precision, and blocks of GGUF files."""
+"""Weight quantization: round to nearest, GPTQ, mixed precision, and blocks of GGUF files."""

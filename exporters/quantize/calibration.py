@@ -1,4 +1,4 @@
-"""Calibration text for quantisation: a file, or text that the model itself generates.
+"""Calibration text for quantization: a file, or text that the model itself generates.
 
 Without a file the model continues tokens drawn from its whole vocabulary, so that all its languages
 and kinds of text occur (as in LLM-QAT, Liu et al., arXiv:2305.17888). This needs neither a network
@@ -28,7 +28,7 @@ from gemma3_export.tokenizer import Tokenizer
 
 __all__ = ["CalibrationData", "CalibrationOptions", "calibration_from_file", "sampled_calibration"]
 
-MAX_CHARACTERS = 2**22  # to tokenise, at 165 bytes of memory per character
+MAX_CHARACTERS = 2**22  # to tokenize, at 165 bytes of memory per character
 STAGE = "sampling calibration text"
 
 
@@ -125,7 +125,7 @@ def calibration_from_file(
 
 
 def sample_evenly(text: str, pieces: int) -> str:
-    """Return evenly spread pieces of a text that is too long to tokenise as a whole."""
+    """Return evenly spread pieces of a text that is too long to tokenize as a whole."""
     if len(text) <= MAX_CHARACTERS:
         return text
     size = MAX_CHARACTERS // pieces

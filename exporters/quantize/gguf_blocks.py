@@ -1,4 +1,4 @@
-"""Convert the quantised blocks of a GGUF file to block formats, without changing any weight.
+"""Convert the quantized blocks of a GGUF file to block formats, without changing any weight.
 
 The layouts are those of ggml's ``block_*`` structures (ggml-common.h). Every supported type equals
 ``scale * (code - zero point) - minimum`` with float32 scales: a half-precision scale times a small
@@ -122,21 +122,21 @@ def gguf_format(tensor: GgufTensor) -> BlockFormat | None:
     """Return the format that represents ``tensor`` without loss, None for float types.
 
     Raises:
-        InputError: the quantisation has no equivalent.
+        InputError: the quantization has no equivalent.
     """
     kind = tensor.tensor_type.name
     if kind in FLOAT_TYPES:
         return None
     if kind not in TYPES:
         raise InputError(
-            f"tensor {tensor.name} is quantised as {kind}, which --dtype keep does not support "
+            f"tensor {tensor.name} is quantized as {kind}, which --dtype keep does not support "
             f"(supported: {', '.join(TYPES)}); export with --dtype int8 or fp32"
         )
     return TYPES[kind][1]
 
 
 def read_gguf_blocks(tensor: GgufTensor, start: int, stop: int) -> BlockMatrix:
-    """Read rows [start, stop) of a quantised tensor."""
+    """Read rows [start, stop) of a quantized tensor."""
     size, block_format, unpack = TYPES[tensor.tensor_type.name]
     data = np.ascontiguousarray(tensor.data[start:stop])
     codes, scales, minimums = unpack(data.reshape(stop - start, -1, size))

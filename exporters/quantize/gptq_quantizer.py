@@ -1,4 +1,4 @@
-"""Quantise all matrices of a model with GPTQ, into files that are deleted after the export."""
+"""Quantize all matrices of a model with GPTQ, into files that are deleted after the export."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ Observer = Callable[[Sequence[str], Hessian], None]
 
 @dataclass(frozen=True, kw_only=True)
 class GptqMatrices:
-    """A ``Quantizer`` of matrices that GPTQ has already quantised, one file each in ``folder``."""
+    """A ``Quantizer`` of matrices that GPTQ has already quantized, one file each in ``folder``."""
 
     folder: Path
     formats: Mapping[str, BlockFormat]
@@ -68,7 +68,7 @@ class GptqMatrices:
 
 
 class GptqQuantizer:
-    """Quantises every matrix with the inputs that calibration text gives it.
+    """Quantizes every matrix with the inputs that calibration text gives it.
 
     The embedding comes first, so that the layers compensate for its rounding too. As the head, it
     is rounded for the final hidden states of the full-precision model.
@@ -76,7 +76,7 @@ class GptqQuantizer:
     Args:
         source: canonical weights.
         text: the calibration text.
-        folder: an empty folder for the quantised matrices.
+        folder: an empty folder for the quantized matrices.
         progress: receives the number of layers done.
         observe: receives each matrix group and the Hessian of its inputs.
 
@@ -100,7 +100,7 @@ class GptqQuantizer:
         self.head_inputs = head_inputs(source, text.ids, self._read_embedding, on_layer)
 
     def quantize(self, formats: Mapping[str, BlockFormat]) -> GptqMatrices:
-        """Quantise every matrix to its format in ``formats``, replacing earlier results.
+        """Quantize every matrix to its format in ``formats``, replacing earlier results.
 
         Raises:
             InputError: a weight is not finite, or a matrix is not a multiple of its block size.
@@ -126,7 +126,7 @@ class GptqQuantizer:
             self.text.ids,
             lambda ids: matrices.load(EMBEDDING, ids).dequantize(),
             quantize_group,
-            partial(self.progress, "quantising"),
+            partial(self.progress, "quantizing"),
         )
         return matrices
 
@@ -165,7 +165,7 @@ def quantize_rows(
     block_format: BlockFormat,
     damping: float = DAMPING,
 ) -> list[BlockMatrix]:
-    """Quantise one matrix, some rows at a time; round to nearest if there is no Hessian."""
+    """Quantize one matrix, some rows at a time; round to nearest if there is no Hessian."""
     rounding = None if hessian is None else GptqRounding(hessian.mean(), block_format, damping)
     parts = []
     for weights in source.chunks(name, max_bytes=CHUNK_BYTES):

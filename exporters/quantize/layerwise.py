@@ -1,6 +1,6 @@
-"""Quantise decoder layers one at a time, with calibration text going through them.
+"""Quantize decoder layers one at a time, with calibration text going through them.
 
-Only one layer's weights are in memory. Each layer sees the outputs of the quantised layers before
+Only one layer's weights are in memory. Each layer sees the outputs of the quantized layers before
 it, so its rounding also compensates for theirs.
 
 Shapes: R sequences, T tokens, D hidden size.
@@ -29,7 +29,7 @@ MATRIX_GROUPS = (
 )
 BATCH_TOKENS = 2048
 
-# From canonical names and the Hessian of their inputs to their quantised weights.
+# From canonical names and the Hessian of their inputs to their quantized weights.
 QuantizeGroup = Callable[[Sequence[str], Hessian], Sequence[Tensor]]
 OnLayer = Callable[[int, int], None]  # receives (layers done, number of layers)
 
@@ -74,8 +74,8 @@ def quantize_layers(
     Args:
         source: canonical weights.
         ids: [R, T] text without padding.
-        lookup: reads rows of the quantised embedding.
-        quantize: returns the quantised weights, which replace the originals from then on.
+        lookup: reads rows of the quantized embedding.
+        quantize: returns the quantized weights, which replace the originals from then on.
         on_layer: called before each layer and at the end.
 
     Raises:

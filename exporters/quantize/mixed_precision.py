@@ -1,6 +1,6 @@
 """Choose a block format for every matrix by its sensitivity: ``--dtype mixed``.
 
-Sensitivity is the divergence that quantising one matrix group causes while all other weights stay
+Sensitivity is the divergence that quantizing one matrix group causes while all other weights stay
 in full precision. For small errors divergence is quadratic, so the divergence of another format
 follows from the squared error of the group's outputs, and divergences of groups approximately add
 up.
@@ -58,16 +58,16 @@ def quantize_mixed(
     folder: Path,
     progress: Progress,
 ) -> GptqMatrices:
-    """Quantise every matrix within a divergence budget, the least sensitive matrices most.
+    """Quantize every matrix within a divergence budget, the least sensitive matrices most.
 
-    This holds the model in memory twice, unlike quantising to one format.
+    This holds the model in memory twice, unlike quantizing to one format.
 
     Args:
         source: canonical weights.
         text: the last sequences measure divergence, the others calibrate.
         block_size: the smallest block size.
         max_kld: the budget, in mean nats per token.
-        folder: an empty folder for the quantised matrices.
+        folder: an empty folder for the quantized matrices.
         progress: receives the stage and its steps.
 
     Raises:
@@ -173,7 +173,7 @@ def measure_options(
 
 
 def measure_quantized(matrices: GptqMatrices, meter: DivergenceMeter) -> float:
-    """Return the divergence with all matrices quantised and activations rounded as by kernels."""
+    """Return the divergence with all matrices quantized and activations rounded as by kernels."""
     rounded = {name: item.block_size for name, item in matrices.formats.items()}
     weights = ((name, matrices.load(name).dequantize()) for name in matrices.formats)
     return meter.measure(weights, rounded)

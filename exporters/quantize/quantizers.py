@@ -19,7 +19,7 @@ CHUNK_BYTES = 64 * 2**20
 
 
 class Quantizer(Protocol):
-    """A source of quantised matrices, some rows at a time."""
+    """A source of quantized matrices, some rows at a time."""
 
     @property
     def calibration(self) -> dict[str, Any] | None:
@@ -85,12 +85,12 @@ class RoundToNearest:
 
 @dataclass(frozen=True, kw_only=True)
 class GgufRepacker:
-    """A :class:`Quantizer` that keeps the weights of a quantised GGUF file exactly.
+    """A :class:`Quantizer` that keeps the weights of a quantized GGUF file exactly.
 
     Matrices of a float type in the file stay float32.
 
     Raises:
-        InputError: the weights are not a quantised GGUF file, or have an unsupported type.
+        InputError: the weights are not a quantized GGUF file, or have an unsupported type.
     """
 
     source: WeightSource
@@ -100,7 +100,7 @@ class GgufRepacker:
         formats = [self._format(name) for name in matrix_names(self.source.config)]
         if not any(formats):
             raise InputError(
-                f"{self.source.origin} has no quantised matrix to keep; pass a quantised GGUF "
+                f"{self.source.origin} has no quantized matrix to keep; pass a quantized GGUF "
                 "file, or choose another --dtype"
             )
 

@@ -4,7 +4,7 @@ Archives store plain matrices. On loading, in Python and C++ alike, ``__setstate
 float32 matrix on a CPU for oneDNN, whose one-row product then reads memory two to three times as
 fast as torch's own. Other devices and half precision use the plain matrix.
 
-Quantised matrices are read as stored, so the embedding lookup and the head share one copy.
+Quantized matrices are read as stored, so the embedding lookup and the head share one copy.
 
 TorchScript compiles these classes, so they may only use its subset of Python. It resolves
 annotations itself, so this module must not defer them.
@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 __all__ = ["BlockedMatrix", "Matrix", "PlainMatrix"]
 
-FEW_ROWS = 16  # with more rows, dequantising is faster than the kernel for few rows
-DEQUANTIZED_OUTPUTS = 16_384  # outputs to dequantise at once
+FEW_ROWS = 16  # with more rows, dequantizing is faster than the kernel for few rows
+DEQUANTIZED_OUTPUTS = 16_384  # outputs to dequantize at once
 
 
 class Matrix(nn.Module):
@@ -91,7 +91,7 @@ class BlockedMatrix(nn.Module):
     """A matrix of 8-bit blocks with bfloat16 inputs and outputs, and sums in float32.
 
     For few rows, torch's kernel for 8-bit weights multiplies one block of columns at a time: it
-    supports only one scale per output. For many rows, the codes are dequantised first.
+    supports only one scale per output. For many rows, the codes are dequantized first.
 
     Shapes: M rows, N outputs, K inputs, G blocks.
     """
@@ -136,7 +136,7 @@ class BlockedMatrix(nn.Module):
         return y
 
     def multiply_many_rows(self, x_MK: Tensor) -> Tensor:
-        """Multiply [M, K] to [M, N] float32 with dequantised codes."""
+        """Multiply [M, K] to [M, N] float32 with dequantized codes."""
         # Without bfloat16 instructions, torch's bfloat16 products take ten times as long.
         if x_MK.is_cpu and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
             x_MK = x_MK.float()

@@ -115,7 +115,7 @@ def install_matrices(
 
     Args:
         model: with loaded weights.
-        blocks: quantised matrices by parameter name.
+        blocks: quantized matrices by parameter name.
         prepack: make float matrices prepack themselves when the archive is loaded.
     """
     plain: Callable[[Tensor, bool], nn.Module] = Matrix if prepack else PlainMatrix

@@ -85,7 +85,7 @@ class TorchScriptWriter:
 
     @property
     def element(self) -> DType:
-        """Element type of the cache and of everything that is not quantised."""
+        """Element type of the cache and of everything that is not quantized."""
         return element_type("bf16" if self.is_quantized else self.dtype).name
 
     @property
@@ -149,7 +149,7 @@ def load_packed(
     """Load the packed model, one tensor at a time.
 
     Returns:
-        The model, the recipes of its tensors, and the quantised matrices by name. The model has no
+        The model, the recipes of its tensors, and the quantized matrices by name. The model has no
         values for these.
 
     Raises:

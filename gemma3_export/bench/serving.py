@@ -126,7 +126,7 @@ def peak_memory_bytes() -> int:
 
 
 def main(worker: str, *conversion: str) -> None:
-    """Run a worker: a module with ``load`` and ``convert``, which may import its neighbours."""
+    """Run a worker: a module with ``load`` and ``convert``, which may import its neighbors."""
     file = Path(worker)
     sys.path.insert(0, str(file.parent))
     if conversion:

@@ -50,7 +50,7 @@ class TransformersCandidate:
             )
 
     def describe(self) -> dict[str, object]:
-        """See :class:`Candidate`."""
+        """See :class:`gemma3_export.bench.serving.Candidate`."""
         return {
             "runtime": "transformers",
             "transformers": transformers.__version__,
@@ -64,7 +64,7 @@ class TransformersCandidate:
 
     @torch.no_grad()
     def run(self, prompt: IntArray, new_tokens: int) -> tuple[float, float, IntArray]:
-        """See :class:`Candidate`."""
+        """See :class:`gemma3_export.bench.serving.Candidate`."""
         started = time.perf_counter()
         ids = torch.from_numpy(prompt).to(self.device)
         output = self.model(ids, use_cache=True, logits_to_keep=1)
@@ -83,7 +83,7 @@ class TransformersCandidate:
 
     @torch.no_grad()
     def logits(self, ids: IntArray) -> Logits:
-        """See :class:`Candidate`."""
+        """See :class:`gemma3_export.bench.serving.Candidate`."""
         output = self.model(torch.from_numpy(ids)[None].to(self.device))
         found: Logits = output.logits[0].float().cpu().numpy()
         return found
@@ -103,12 +103,12 @@ class StaticCandidate(TransformersCandidate):
         self.caches: dict[tuple[int, int], Any] = {}
 
     def describe(self) -> dict[str, object]:
-        """See :class:`Candidate`."""
+        """See :class:`gemma3_export.bench.serving.Candidate`."""
         return super().describe() | {"cache": "static", "decoding": "torch.compile"}
 
     @torch.no_grad()
     def run(self, prompt: IntArray, new_tokens: int) -> tuple[float, float, IntArray]:
-        """See :class:`Candidate`."""
+        """See :class:`gemma3_export.bench.serving.Candidate`."""
         rows, length = prompt.shape
         capacity = -(-(length + new_tokens + 1) // CAPACITY_STEP) * CAPACITY_STEP
         if (rows, capacity) not in self.caches:

@@ -1,4 +1,4 @@
-"""The exported folder: manifest, graph signature, quantised block formats, inspection."""
+"""The exported folder: manifest, graph signature, quantized block formats, inspection."""
 
 from gemma3_export.bundle.block_format import (
     CODES,

@@ -1,4 +1,4 @@
-"""The block formats of quantised matrices: small integers in blocks of columns that share a scale.
+"""The block formats of quantized matrices: small integers in blocks of columns that share a scale.
 
 A weight is ``scale * (code - zero_point) - minimum``. The layout is that of ONNX Runtime's
 ``MatMulNBits`` and ``GatherBlockQuantized``.
@@ -31,7 +31,7 @@ MINIMUM_BYTES = 4  # always float32
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BlockFormat:
-    """Storage format of a quantised matrix [N, K] (N outputs, K inputs).
+    """Storage format of a quantized matrix [N, K] (N outputs, K inputs).
 
     Args:
         bits: 4 or 8 per weight.
@@ -115,7 +115,7 @@ class StoredTensor:
 def block_tensors(
     name: str, block_format: BlockFormat, rows: int, columns: int
 ) -> dict[str, StoredTensor]:
-    """Return the tensors that store the quantised matrix ``name``, in the order of the file.
+    """Return the tensors that store the quantized matrix ``name``, in the order of the file.
 
     ``lookup_scales`` is not among them: it shares the bytes of ``scales``.
     """

@@ -51,7 +51,7 @@ class Bundle:
         )
 
     def is_quantized(self, runtime: str) -> bool:
-        """Return whether the graph for ``runtime`` stores quantised weights."""
+        """Return whether the graph for ``runtime`` stores quantized weights."""
         return any(
             recipe.blocks is not None
             for graph in self.manifest.graphs

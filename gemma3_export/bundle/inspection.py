@@ -140,7 +140,7 @@ def read_proofs(bundle: Bundle) -> dict[str, Any]:
 
 
 def parity_line(report: Mapping[str, Any]) -> str:
-    """Summarise a report from ``parity.json`` in one line.
+    """Summarize a report from ``parity.json`` in one line.
 
     Raises:
         InputError: ``report`` is not a parity report.

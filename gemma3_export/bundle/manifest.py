@@ -47,13 +47,13 @@ MANIFEST_LIMIT_BYTES = 64 * 2**20
 class WeightRecipe:
     """Recipe that makes a stored tensor of a graph from canonical weights.
 
-    Rows are concatenated, then transposed or quantised in blocks. Inverting the recipe recovers the
+    Rows are concatenated, then transposed or quantized in blocks. Inverting the recipe recovers the
     canonical weights, so a bundle can be verified without the checkpoint that it was made from.
     """
 
     names: tuple[str, ...]
     transposed: bool = False
-    blocks: BlockFormat | None = None  # None: not quantised
+    blocks: BlockFormat | None = None  # None: not quantized
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -77,7 +77,7 @@ class Graph:
     windowed_path: str | None = None  # the same model with sliding-window caches
     is_screened: bool = False  # windowed_path screens its head: exporters/onnx/screened_head.py
     max_kld: float = DEFAULT_MAX_KLD  # divergence budget of the parity check, mean nats per token
-    calibration: dict[str, Any] | None = None  # the text that quantisation used
+    calibration: dict[str, Any] | None = None  # the text that quantization used
     verified: bool = False  # parity.json holds this graph's report
 
 

@@ -80,7 +80,7 @@ Examples:
     type=float,
     default=1.0,
     metavar="R",
-    help="Penalise tokens that occurred before; 1 is off.",
+    help="Penalize tokens that occurred before; 1 is off.",
 )
 @click.option(
     "--seed",
@@ -96,7 +96,7 @@ Examples:
     type=click.IntRange(min=0),
     metavar="N",
     help="Draft up to N tokens by looking up what followed the same words before; 0 is off. "
-    "[default: 16; 0 for quantised bundles and on CUDA]",
+    "[default: 16; 0 for quantized bundles and on CUDA]",
 )
 @click.option(
     "--draft-model",
@@ -120,7 +120,7 @@ Examples:
     default=512,
     show_default=True,
     metavar="N",
-    help="Prompt tokens to compute per step. Quantised bundles and CUDA reuse whole chunks only.",
+    help="Prompt tokens to compute per step. Quantized bundles and CUDA reuse whole chunks only.",
 )
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 @cuda_options

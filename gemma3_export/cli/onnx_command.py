@@ -46,7 +46,7 @@ Examples:
     show_default=True,
     help="bf16: the recommended half precision. fp16: rejected if activations approach its "
     "maximum. int8: 8-bit blocks. int4: 4-bit blocks, calibrated on text. mixed: the smallest "
-    "format for each matrix that stays within --max-kld. keep: the blocks of a quantised GGUF, "
+    "format for each matrix that stays within --max-kld. keep: the blocks of a quantized GGUF, "
     "bit for bit.",
 )
 @click.option(

@@ -276,7 +276,7 @@ def require_range(ranges: HalfRanges) -> None:
         for metric in gate.metrics
         if not metric.passed
     )
-    option = "--dtype" if ranges.weights else "--activations"  # quantised matrices
+    option = "--dtype" if ranges.weights else "--activations"  # quantized matrices
     raise ParityError(
         f"{ranges.dtype} cannot hold this model: as fractions of the dtype's largest value, over "
         f"{ranges.tokens} tokens, {found}. No bundle was written. Export with {option} bf16, which "

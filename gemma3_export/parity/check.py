@@ -67,7 +67,7 @@ def verify(
 
     Args:
         candidate: the runtime under test.
-        source: the weights that it should have (dequantised, for a quantised bundle).
+        source: the weights that it should have (dequantized, for a quantized bundle).
         options: seed, steps, factor and thresholds.
         tokenizer: adds text prompts; None omits them.
         full_source: full-precision weights for gate B; None if ``source`` is in full precision.

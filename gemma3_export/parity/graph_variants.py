@@ -40,7 +40,7 @@ class GraphVariant:
 def float32_matmul_variant(
     candidate: Runtime, ground_truth: GroundTruth, limits: Limits
 ) -> GraphVariant | None:
-    """Return a quantised candidate with float32 products, or None if it is not quantised.
+    """Return a quantized candidate with float32 products, or None if it is not quantized.
 
     See :mod:`gemma3_export.parity.rounding`.
     """

@@ -63,7 +63,7 @@ class GroundTruth:
         blocks = source.activation_blocks
         self.expected = self._values(self.exact, blocks)
         rounded = self._values(self.rounded, blocks)
-        # For a quantised graph that multiplies in floating point; see rounding.py.
+        # For a quantized graph that multiplies in floating point; see rounding.py.
         self.float_expected = ExpectedFromReference(self.exact, self.sequences) if blocks else None
         unquantized = ExpectedFromReference(self.rounded, self.sequences) if blocks else None
         self.noise_floor = NoiseFloor(self.expected, rounded, self.sequences, unquantized)

@@ -78,7 +78,7 @@ class HalfPrecision:
 
     dtype: torch.dtype
     holds_residual: bool  # otherwise the residual stream and the norms are float32
-    holds_matrices: bool = True  # otherwise the matrices are quantised
+    holds_matrices: bool = True  # otherwise the matrices are quantized
 
     @classmethod
     def of_runtime(cls, info: RuntimeInfo) -> HalfPrecision | None:

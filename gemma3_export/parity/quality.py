@@ -1,4 +1,4 @@
-"""Gate B: measure what rounding or quantising the weights costs, against full precision.
+"""Gate B: measure what rounding or quantizing the weights costs, against full precision.
 
 Gate A compares a runtime with the reference with the *same* weights. This gate asks how good those
 weights are. For an fp32 bundle both have the same weights, so the gate passes trivially.

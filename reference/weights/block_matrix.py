@@ -1,4 +1,4 @@
-"""Quantised matrices in memory: conversion between float32 and codes with scales.
+"""Quantized matrices in memory: conversion between float32 and codes with scales.
 
 Shapes: N rows (outputs), K columns (inputs), G blocks of a row.
 """
@@ -79,7 +79,7 @@ def quantize(
 
     Scales of 8-bit blocks clip nothing. Scales of 4-bit blocks are searched for the least squared
     error, weighted by ``importance``, and the largest weight uses the extra code on the negative
-    side (both as llama.cpp's ``Q4_0`` quantiser does).
+    side (both as llama.cpp's ``Q4_0`` quantizer does).
 
     Args:
         weights: finite numbers, [N, K].

@@ -1,7 +1,7 @@
 """Canonical weights read back from a bundle's graph.
 
 The recipes of the manifest are inverted: transposed tensors are transposed back, packed tensors
-split, quantised tensors dequantised. So a bundle can be verified, or loaded into the reference
+split, quantized tensors dequantized. So a bundle can be verified, or loaded into the reference
 model, without the checkpoint that it was made from.
 """
 
@@ -64,7 +64,7 @@ class StoredMatrix(Protocol):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape before transposing or quantising: [rows, columns], or [rows] of a vector."""
+        """Shape before transposing or quantizing: [rows, columns], or [rows] of a vector."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -203,7 +203,7 @@ class OnnxTensor:
 
 
 class OnnxBlocks:
-    """A quantised matrix of an ONNX graph; see :class:`StoredMatrix`.
+    """A quantized matrix of an ONNX graph; see :class:`StoredMatrix`.
 
     Raises:
         InputError: tensors are missing, or do not have the shapes of the format.
@@ -228,7 +228,7 @@ class OnnxBlocks:
                 )
 
     def read(self, start: int, stop: int) -> torch.Tensor:
-        """Return rows [start, stop), dequantised."""
+        """Return rows [start, stop), dequantized."""
         part = {
             key: torch_tensor(tensor, tensor.numpy()[start:stop])
             for key, tensor in self.tensors.items()
@@ -326,7 +326,7 @@ class ArchiveTensor:
 
 
 class ArchiveBlocks:
-    """A quantised matrix of a torch archive; see :class:`StoredMatrix`.
+    """A quantized matrix of a torch archive; see :class:`StoredMatrix`.
 
     Args:
         matrix: a :class:`gemma3_export.exporters.torch.matrix.BlockedMatrix` of a loaded archive.
@@ -343,7 +343,7 @@ class ArchiveBlocks:
         self.shape: tuple[int, ...] = (rows, groups * size)
 
     def read(self, start: int, stop: int) -> torch.Tensor:
-        """Return rows [start, stop), dequantised."""
+        """Return rows [start, stop), dequantized."""
         codes = self.codes[:, start:stop].transpose(0, 1).flatten(1).to(torch.int16)
         codes = (codes + self.format.zero_point).to(torch.uint8)
         scales = self.scales[:, start:stop].t().contiguous()

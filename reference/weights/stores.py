@@ -63,7 +63,7 @@ class TensorStore(ABC):
 
 
 class GgufStore(TensorStore):
-    """The tensors of a GGUF file, dequantised to float32 when read."""
+    """The tensors of a GGUF file, dequantized to float32 when read."""
 
     kind = "gguf"
 
@@ -201,7 +201,7 @@ def _parse_entry(name: str, entry: Any, data_bytes: int) -> TensorInfo:
     if kind not in _DTYPES:
         raise InputError(
             f"{name} has type {kind}, which is not supported; use a checkpoint in "
-            f"{', '.join(_DTYPES)}, or a quantised GGUF file"
+            f"{', '.join(_DTYPES)}, or a quantized GGUF file"
         )
     if not _are_counts(shape) or not _are_counts(offsets) or len(offsets) != 2:
         raise InputError(f"{name!r:.80} has a malformed shape or offsets")

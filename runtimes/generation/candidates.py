@@ -47,7 +47,7 @@ class SelectsCandidates(Protocol):
 
     @property
     def selects_candidates(self) -> bool:
-        """Whether this runtime, as loaded, ever does."""
+        """Return True if this runtime, as loaded, ever selects candidates itself."""
 
     def step_candidates(
         self, input_ids: IntArray, cache: KVCache, requests: Sequence[SamplingParams]

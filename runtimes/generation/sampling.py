@@ -74,7 +74,7 @@ class SamplingParams:
 
     @property
     def has_filter(self) -> bool:
-        """Whether top-k, top-p or min-p is set to a value that can remove a token."""
+        """Return True if top-k, top-p or min-p is set to a value that can remove a token."""
         return bool(self.top_k) or self.top_p not in (None, 1) or bool(self.min_p)
 
     @property
@@ -86,7 +86,7 @@ class SamplingParams:
 
     @property
     def is_greedy(self) -> bool:
-        """Whether the largest logit always wins."""
+        """Return True if the largest logit always wins."""
         return self.effective_temperature == 0.0
 
 

@@ -136,7 +136,7 @@ class Upcast:
 
 
 def without_activation_quantization(path: Path) -> bytes:
-    """Return the graph at ``path`` with quantised products that leave activations in float32.
+    """Return the graph at ``path`` with quantized products that leave activations in float32.
 
     Raises:
         UnavailableError: the package ``onnx`` is missing.

@@ -90,7 +90,7 @@ class OnnxRuntime:
         shares_weights: use float matrices as stored in the memory-mapped file, so that all
             processes that run the bundle share them and load at once; longer prompts and batches
             are slower.
-        float32_matmul: multiply quantised matrices by float32 activations, slowly, for the parity
+        float32_matmul: multiply quantized matrices by float32 activations, slowly, for the parity
             check.
 
     Raises:

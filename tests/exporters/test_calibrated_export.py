@@ -289,7 +289,7 @@ def test_smaller_options_are_restored_when_a_large_step_leaves_room() -> None:
     assert [option.format for option in chosen] == [small, large]
 
 
-def test_only_part_of_a_long_calibration_text_is_tokenised(tmp_path, monkeypatch):
+def test_only_part_of_a_long_calibration_text_is_tokenized(tmp_path, monkeypatch):
     text = "".join(f"One, two and {number:07}. " for number in range(8_000))
     (tmp_path / "text.txt").write_text(text, encoding="utf-8")
     monkeypatch.setattr("gemma3_export.exporters.quantize.calibration.MAX_CHARACTERS", 24_000)

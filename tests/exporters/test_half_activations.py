@@ -1,4 +1,4 @@
-"""Quantised matrices with half-precision activations, made for CUDA and checked on the CPU."""
+"""Quantized matrices with half-precision activations, made for CUDA and checked on the CPU."""
 
 from __future__ import annotations
 
@@ -160,7 +160,7 @@ def test_the_error_for_overflowing_fp16_activations_names_an_alternative(
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_activations_require_quantised_matrices(dtype: str) -> None:
+def test_activations_require_quantized_matrices(dtype: str) -> None:
     with pytest.raises(InputError, match=rf"not {dtype}; .*--dtype fp16"):
         OnnxWriter(dtype=dtype, activations="fp16")
     with pytest.raises(InputError, match="choose fp32, bf16, fp16"):
@@ -216,7 +216,7 @@ def test_graphs_with_attention_kernels_on_cuda_run_there(monkeypatch: pytest.Mon
 
 @pytest.mark.placement
 @pytest.mark.parametrize("activations", HALF)
-def test_quantised_graphs_run_on_the_gpu_from_end_to_end(activations: str) -> None:
+def test_quantized_graphs_run_on_the_gpu_from_end_to_end(activations: str) -> None:
     report = check_placement(bundle_of(activations), cuda_python())
     assert report.passed, report.problems
     on_gpu = report.operators["CUDAExecutionProvider"]
@@ -235,7 +235,7 @@ def test_blocks_with_minimums_run_on_the_gpu_from_end_to_end(tmp_path: Path) -> 
 
 
 @pytest.mark.placement
-def test_a_quantised_decode_step_is_one_graph_launch() -> None:
+def test_a_quantized_decode_step_is_one_graph_launch() -> None:
     found = counted(bundle_of("bf16").path, graph=True)
     assert found["steps"][-1]["graph_launches"] == 1
     assert sum(step["capture_violations"] for step in found["steps"]) == 0

@@ -1,4 +1,4 @@
-"""Quantised ONNX exports: stored blocks, repacked GGUF blocks, and parity."""
+"""Quantized ONNX exports: stored blocks, repacked GGUF blocks, and parity."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_int8_exports_compute_what_the_reference_computes_with_rounded_weights(t
     assert 0 < kld < 0.01  # gate B compares with the weights before rounding
 
 
-def test_all_matrices_are_quantised_and_the_tied_embedding_is_stored_once() -> None:
+def test_all_matrices_are_quantized_and_the_tied_embedding_is_stored_once() -> None:
     bundle = int8_bundle(True)
     found = operators(bundle)
     assert "MatMul" not in found
@@ -172,10 +172,10 @@ def test_an_export_over_its_budget_names_the_divergence_and_leaves_no_output(
     ("writer", "message"),
     [
         (OnnxWriter(dtype="int8", block_size=32), "48 columns, not a multiple of"),
-        (OnnxWriter(dtype="keep"), "no quantised matrix"),
+        (OnnxWriter(dtype="keep"), "no quantized matrix"),
     ],
 )
-def test_unquantisable_weights_are_rejected(
+def test_unquantizable_weights_are_rejected(
     writer: OnnxWriter, message: str, tmp_path: Path
 ) -> None:
     with pytest.raises(InputError, match=message):
@@ -189,7 +189,7 @@ def test_block_sizes_without_a_kernel_are_rejected(size: int) -> None:
         BlockFormat(bits=8, block_size=size)
 
 
-# Quantised GGUF
+# Quantized GGUF
 
 
 GGUF_CONFIG = tiny_config(
@@ -218,7 +218,7 @@ def random_blocks(rows: int, columns: int, kind: str, seed: int) -> np.ndarray:
 
 @pytest.fixture
 def random_k_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Replace quantisation to K types, which the gguf package lacks, with random blocks."""
+    """Replace quantization to K types, which the gguf package lacks, with random blocks."""
     quantize_with_gguf = gguf.quants.quantize
 
     def quantize(values: np.ndarray, kind: gguf.GGMLQuantizationType) -> np.ndarray:
@@ -283,12 +283,12 @@ def test_packed_matrices_of_different_types_share_a_format_without_loss() -> Non
         assert torch.equal(matrix.convert(both).dequantize(), matrix.dequantize())
 
 
-def test_the_error_for_an_unsupported_quantisation_names_it(tmp_path: Path) -> None:
+def test_the_error_for_an_unsupported_quantization_names_it(tmp_path: Path) -> None:
     path = tmp_path / "model.gguf"
     write_gguf(path, GGUF_CONFIG, tiny_weights(GGUF_CONFIG), "Q4_1")
     with (
         open_weights(str(path)) as source,
-        pytest.raises(InputError, match=r"token_embd\.weight is quantised as Q4_1"),
+        pytest.raises(InputError, match=r"token_embd\.weight is quantized as Q4_1"),
     ):
         export_bundle(source, tmp_path / "bundle", OnnxWriter(dtype="keep"))
 

@@ -76,7 +76,7 @@ def test_a_block_whose_scales_are_twice_as_large_is_found(name: str) -> None:
     assert not check(runtime, bundle, None).passed
 
 
-def test_weights_read_back_are_those_that_the_quantiser_made() -> None:
+def test_weights_read_back_are_those_that_the_quantizer_made() -> None:
     weights = open_bundle_weights(int8_bundle(True), "torchscript")
     block_format = BlockFormat(bits=8, block_size=16)
     for name in ("model.embed_tokens.weight", "model.layers.0.self_attn.k_proj.weight"):

@@ -101,7 +101,7 @@ def round_embedding_scale(model: Any) -> None:
     embedding.forward = lambda ids: F.embedding(ids, embedding.weight) * scale
 
 
-def normalise_after_rotation(model: Any) -> None:
+def normalize_after_rotation(model: Any) -> None:
     def forward(self: Attention, x: Any, context: Any, past: Any) -> Any:
         heads = (*x.shape[:2], -1, self.config.head_dim)
         q, k, v = (part.view(heads).transpose(1, 2) for part in self.project(x))
@@ -220,7 +220,7 @@ MUTATIONS = [
     Mutation("epsilon 1e-6", use_default_epsilon, 0, "input_layernorm"),
     Mutation("attention scale from head_dim", scale_by_head_dim, 0, "self_attn.attend"),
     Mutation("embedding scale in bf16", round_embedding_scale, None, "embed_tokens"),
-    Mutation("q/k norm after rope", normalise_after_rotation, 0, "self_attn.q_norm"),
+    Mutation("q/k norm after rope", normalize_after_rotation, 0, "self_attn.q_norm"),
     Mutation("exact gelu", use_exact_gelu, 0, "mlp"),
     Mutation(
         "no post-attention norm", drop("post_attention_layernorm"), 0, "post_attention_layernorm"

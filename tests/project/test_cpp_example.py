@@ -102,7 +102,7 @@ def test_stops_at_the_end_tokens_of_the_config(program, tmp_path):
         (("--new-tokens", "0"), PROMPT, "--new-tokens"),
         (("--new-tokens", "1000"), PROMPT, "context"),
         (("--new-tokens",), PROMPT, "needs a value"),
-        (("--colour", "red"), PROMPT, "--colour"),
+        (("--color", "red"), PROMPT, "--color"),
     ],
 )
 def test_bad_arguments_exit_with_2(program, bundle, options, prompt, message):

@@ -456,7 +456,7 @@ class TestCommandLine:
         assert known[0] == 0
         assert known[1] >= 16
 
-    def test_quantised_bundles_reuse_whole_chunks_only(self) -> None:
+    def test_quantized_bundles_reuse_whole_chunks_only(self) -> None:
         bundle = int8_bundle(True).path
         assert self.reused(bundle, *self.PROMPTS)[0] == [0, 0]
         known, tokens = self.reused(bundle, *self.PROMPTS, "--prefill-chunk", 20)

@@ -34,7 +34,7 @@ def test_shared_weights_give_the_same_logits(target: str, monkeypatch: pytest.Mo
     assert runtime.info.to_json()["weights"] == "shared"
 
 
-def test_quantised_weights_are_not_shared() -> None:
+def test_quantized_weights_are_not_shared() -> None:
     bundle = exported(OnnxWriter(dtype="int8", block_size=16))
     with pytest.raises(InputError, match="kernels for int8 need their own layout"):
         OnnxRuntime(bundle, device="cpu", shares_weights=True)

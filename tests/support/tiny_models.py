@@ -132,7 +132,7 @@ def write_gguf(
     metadata: dict[str, Any] | None = None,
     tokenizer: list[str] | None = None,
 ) -> None:
-    """Write a GGUF file; matrices are quantised, norms are stored as ``1 + w`` in float32.
+    """Write a GGUF file; matrices are quantized, norms are stored as ``1 + w`` in float32.
 
     ``metadata`` adds or replaces entries under ``gemma3.``; None removes one. ``tokenizer`` lists
     the tokens of an instruction-tuned model, which also gets a chat template.

@@ -1,3 +1,5 @@
+"""Chat conversations: the rendered text, its token ids, and what is rejected."""
+
 import json
 import random
 

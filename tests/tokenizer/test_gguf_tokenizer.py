@@ -1,3 +1,5 @@
+"""Tokenizers rebuilt from GGUF metadata give the ids of the original."""
+
 import importlib
 import json
 import struct

@@ -1,3 +1,5 @@
+"""Tokenizers converted from tiktoken give the same ids, with and without special tokens."""
+
 import json
 import random
 import sys

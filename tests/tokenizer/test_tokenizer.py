@@ -1,3 +1,5 @@
+"""Encoding, decoding, streaming, saving and loading of tokenizers."""
+
 import json
 import random
 import subprocess

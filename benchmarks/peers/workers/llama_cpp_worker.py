@@ -148,7 +148,7 @@ def load(model: Path, weight_format: str, threads: int) -> LlamaCppCandidate:
 
 
 def convert(source: Path, target: Path, weight_format: str) -> None:
-    """Convert a folder of float32 safetensors to GGUF, and quantise it with llama.cpp.
+    """Convert a folder of float32 safetensors to GGUF, and quantize it with llama.cpp.
 
     The file has no vocabulary, because the benchmark feeds token ids.
     """
@@ -163,7 +163,7 @@ def convert(source: Path, target: Path, weight_format: str) -> None:
     paths = (str(path).encode() for path in (full, target / "model.gguf"))
     if c.llama_model_quantize(*paths, ctypes.byref(parameters)):
         raise RuntimeError(
-            f"llama.cpp cannot quantise to {weight_format}; its output above says why"
+            f"llama.cpp cannot quantize to {weight_format}; its output above says why"
         )
     full.unlink()
 

@@ -57,7 +57,7 @@ class Chart:
     lines: Sequence[tuple[str, Sequence[tuple[float, float]]]] = ()  # (CSS class, points)
     dots: Sequence[Dot] = ()
     bars: Sequence[Bar] = ()
-    legend: Sequence[tuple[str, str]] = ()  # (colour variable, text)
+    legend: Sequence[tuple[str, str]] = ()  # (color variable, text)
 
 
 @dataclass(frozen=True, slots=True)
