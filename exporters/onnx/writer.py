@@ -180,7 +180,7 @@ class OnnxWriter:
         windowed: Path | None = None
         if self.target == "ort" and has_sliding_layers(config):
             windowed = path.with_name("model_windowed.onnx")
-            hashes |= write_windowed(model, plan, windowed, count)
+            hashes |= write_sliding_window_graph(model, plan, windowed, count)
         graph = Graph(
             runtime=self.runtime,
             path=path.relative_to(folder).as_posix(),
@@ -249,7 +249,7 @@ class OnnxWriter:
         return BlockFormat(bits=bits, block_size=self.block_size, scale_type=self.element)
 
 
-def write_windowed(
+def write_sliding_window_graph(
     model: ir.Model, plan: GraphPlan, path: Path, on_write: OnWrite
 ) -> dict[Path, str]:
     """Turn ``model`` into the sliding-window graph, and write it to ``path``.

@@ -33,7 +33,7 @@ __all__ = [
 READ_BYTES = 512 * 2**20  # far larger than any cache
 GPU_READ_BYTES = 2 * 2**30
 GPU_COLUMNS = 8192
-GPU_PASSES = 20  # per synchronisation with the device
+GPU_PASSES = 20  # per synchronization with the device
 
 
 def describe_machine() -> dict[str, object]:

@@ -151,8 +151,8 @@ def same_device(workers: Sequence[Worker]) -> str:
 def bandwidths_of(device: str, threads: int) -> tuple[list[float], str | None]:
     """Measure several times how fast ``device`` reads its memory, in bytes per second.
 
-    A GPU's memory cannot always be measured. The list is then empty and a reason comes with it;
-    the benchmark goes on without that limit.
+    A GPU's memory cannot always be measured. The list is then empty, and the reason is returned
+    with it, so that the benchmark can run without the limit.
     """
     if not device.startswith("cuda"):
         return measure_bandwidths(threads), None

@@ -52,7 +52,7 @@ class TextPrinter:
     current: int = 0
     waiting: dict[int, list[str]] = field(default_factory=dict)
     ended: set[int] = field(default_factory=set)
-    is_labelled: bool = False
+    is_labeled: bool = False
 
     def show(self, event: Event) -> None:
         """Print the text that an event adds, or hold it back."""
@@ -75,11 +75,11 @@ class TextPrinter:
             if self.current not in self.ended:
                 return
             self._write("\n")
-            self.current, self.is_labelled = self.current + 1, False
+            self.current, self.is_labeled = self.current + 1, False
 
     def _write(self, text: str) -> None:
-        if text and len(self.prompts) > 1 and not self.is_labelled:
-            self.is_labelled = True
+        if text and len(self.prompts) > 1 and not self.is_labeled:
+            self.is_labeled = True
             click.echo(f"[{self.current + 1}/{len(self.prompts)}] {self._label()}")
         if text:
             click.echo(text, nl=False)

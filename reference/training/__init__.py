@@ -1,1 +1,1 @@
-"""Train Gemma 3 from a text to a folder that exports: data, loop, checkpoints, record."""
+"""Train and fine-tune Gemma 3: data preparation, the training loop, checkpoints and metrics."""

@@ -1,4 +1,4 @@
-"""A cache that outlives a generation: the turns of a conversation are computed once.
+"""Keep the cache of a conversation between turns, so that each turn computes only new tokens.
 
 Shapes: B rows, L cached tokens.
 """
@@ -15,15 +15,15 @@ __all__ = ["KeptCache"]
 
 
 class KeptCache:
-    """One row's cache that outlives a generation, so that the next one continues it.
+    """The cache of one row, kept after a generation so that the next generation continues it.
 
-    The next prompt may differ from what the cache holds: the tokens that both begin with are kept,
-    the others are cut off. Where a sliding-window cache has evicted what the cut would need, and
-    after an error, the next prompt starts with an empty cache.
+    The next prompt may differ from the cached tokens: their common prefix is kept, and the rest of
+    the cache is truncated. After an error, or if a sliding-window cache has evicted tokens that the
+    truncation needs, the next prompt starts with an empty cache.
 
     Args:
         runtime: the backend that the cache belongs to.
-        capacity: the fewest tokens to allocate room for, so that a conversation can grow.
+        capacity: minimum capacity in tokens, so that a conversation can grow.
     """
 
     def __init__(self, runtime: Runtime, *, capacity: int = 0) -> None:
@@ -33,28 +33,31 @@ class KeptCache:
         self._token_ids: IntArray = np.zeros(0, np.int64)
 
     def belongs_to(self, runtime: Runtime) -> bool:
-        """Return whether the cache is one of ``runtime``."""
+        """Return True if the cache belongs to ``runtime``."""
         return runtime is self._runtime
 
     def take(self, runtime: Runtime, prompt_ids: IntArray, capacity: int) -> KVCache:
-        """Return a cache that holds a true prefix of ``prompt_ids`` and has room for ``capacity``.
+        """Return a cache that holds a proper prefix of ``prompt_ids`` and has room for ``capacity``.
 
-        It stays out until it is given back: an error in between loses it, not its consistency.
+        The caller owns the cache until :meth:`give_back`. If an error prevents that, the cache is
+        dropped, so a cache in an unknown state is never reused.
 
         Raises:
-            InputError: it belongs to another runtime.
+            InputError: the cache belongs to another runtime.
         """
         if not self.belongs_to(runtime):
             raise InputError("the kept cache belongs to another runtime; keep one per runtime")
         cache, self._cache = self._cache, None
         if cache is not None and cache.capacity >= capacity:
-            longest = min(prompt_ids.size - 1, self._token_ids.size)  # one token gives the logits
+            longest = min(
+                prompt_ids.size - 1, self._token_ids.size
+            )  # logits need at least one new token
             same = prompt_ids[:longest] == self._token_ids[:longest]
             common = longest if same.all() else int(same.argmin())
             try:
                 if common < cache.lengths[0]:
                     cache.truncate(0, common)
-            except InputError:  # a sliding-window cache no longer has what the cut needs
+            except InputError:  # a sliding-window cache has evicted what is needed
                 pass
             else:
                 return cache
@@ -64,9 +67,9 @@ class KeptCache:
         return runtime.new_cache(1, max(capacity, self._capacity))
 
     def give_back(self, cache: KVCache, request: RequestState) -> None:
-        """Keep ``cache`` with the tokens of ``request`` that it is known to hold.
+        """Keep ``cache``, and record which tokens of ``request`` it holds.
 
-        Beyond those it may hold drafts that were rejected; the next prompt cuts them off.
+        It may also hold rejected drafts after them, which the next prompt truncates.
         """
         tokens = np.array([token.token_id for token in request.tokens], np.int64)
         held = min(int(cache.lengths[0]), request.fed_tokens)

@@ -1,6 +1,6 @@
 """Everything that deals with TorchScript's deprecation and its graph executor.
 
-PyTorch deprecated TorchScript in 2.9 in favour of torch.export: it gets no new features, warns when
+PyTorch deprecated TorchScript in 2.9 in favor of torch.export: it gets no new features, warns when
 it is used, and is not supported on Python 3.14. Archives still load in current PyTorch and
 libtorch; docs/torchscript.md says what that means and what comes next.
 """

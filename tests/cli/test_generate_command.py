@@ -67,7 +67,7 @@ def test_the_printed_seed_reproduces_the_run(ort_bundle):
     assert first[0]["token_ids"] != first[1]["token_ids"]
 
 
-def test_several_prompts_are_labelled_and_printed_in_order(ort_bundle):
+def test_several_prompts_are_labeled_and_printed_in_order(ort_bundle):
     result = run_ok(
         *("generate", ort_bundle, "--prompt", "one", "--prompt", "x" * 100),
         *("--max-new-tokens", 3),
