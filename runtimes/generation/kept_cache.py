@@ -37,7 +37,7 @@ class KeptCache:
         return runtime is self._runtime
 
     def take(self, runtime: Runtime, prompt_ids: IntArray, capacity: int) -> KVCache:
-        """Return a cache that holds a proper prefix of ``prompt_ids`` and has room for ``capacity``.
+        """Return a cache with a proper prefix of ``prompt_ids`` and room for ``capacity`` tokens.
 
         The caller owns the cache until :meth:`give_back`. If an error prevents that, the cache is
         dropped, so a cache in an unknown state is never reused.

@@ -239,7 +239,7 @@ def test_a_damaged_description_is_reported_with_its_file(text: str, add_fake: Ad
     assert f"{file} does not describe a peer" in done.stderr
 
 
-def test_the_benchmark_s_modules_shadow_nothing_in_a_peer_s_environment(
+def test_the_benchmarks_modules_shadow_nothing_in_the_environment_of_a_peer(
     add_fake: AddFake,
 ) -> None:
     with peer_worker(find_peer("fake", add_fake(exported_bundle("ort"))), threads=1) as worker:

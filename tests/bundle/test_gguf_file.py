@@ -104,7 +104,7 @@ ABSURD = {
 
 
 @pytest.mark.parametrize("case", ABSURD)
-def test_absurd_headers_are_refused(tmp_path: Path, case: str) -> None:
+def test_absurd_headers_are_rejected(tmp_path: Path, case: str) -> None:
     data, message = ABSURD[case]
     if message == "bytes are left":
         message = r"claims \d+ bytes, but 0 are left"

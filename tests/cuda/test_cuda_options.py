@@ -127,7 +127,7 @@ def test_a_draft_model_is_opened_like_the_model(
 
 @pytest.mark.parametrize("command", COMMANDS)
 @pytest.mark.parametrize("option", [*ALL[:2], "--gpu-memory-limit=1GB", "--cpu-fallback"])
-def test_options_without_effect_on_the_cpu_are_refused(
+def test_options_without_effect_on_the_cpu_are_rejected(
     ort_bundle: Path, command: str, option: str
 ) -> None:
     result = run(command, ort_bundle, "--device", "cpu", option)
@@ -136,7 +136,7 @@ def test_options_without_effect_on_the_cpu_are_refused(
 
 
 @pytest.mark.parametrize("option", [*ALL[:2], "--gpu-memory-limit=1GB"])
-def test_options_of_onnx_runtime_are_refused_elsewhere(ort_bundle: Path, option: str) -> None:
+def test_options_of_onnx_runtime_are_rejected_elsewhere(ort_bundle: Path, option: str) -> None:
     result = run("generate", ort_bundle, "--runtime", "reference", "--device", "cuda", option)
     assert result.exit_code == 2
     assert "not for the reference runtime" in result.stderr
@@ -186,7 +186,7 @@ def test_impossible_sizes(ort_bundle: Path, text: str) -> None:
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_a_fallback_is_asked_for_and_told(
+def test_a_fallback_is_opt_in_and_prints_a_warning(
     ort_bundle: Path, asked: dict[str, Any], command: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     devices = examined(monkeypatch, is_usable=False)

@@ -92,7 +92,7 @@ def test_the_two_half_types_give_different_results() -> None:
     assert 1e-4 < np.abs(single - half).max() < 0.1
 
 
-def test_a_bf16_bundle_without_the_onnx_package_says_what_to_do(
+def test_a_bf16_bundle_without_the_onnx_package_names_the_remedy(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setitem(sys.modules, "onnx", None)

@@ -68,7 +68,7 @@ def fp16_bundle(is_tied: bool) -> Path:
 
 
 @pytest.mark.parametrize("is_verified", [True, False])
-def test_an_overflowing_mlp_product_is_refused_by_name_and_nothing_is_left(
+def test_an_overflowing_mlp_product_is_rejected_by_name_and_leaves_no_output(
     is_verified: bool, tmp_path: Path
 ) -> None:
     verification = ParityCheck(runtime="onnx") if is_verified else None
@@ -81,7 +81,7 @@ def test_an_overflowing_mlp_product_is_refused_by_name_and_nothing_is_left(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_bf16_holds_what_fp16_does_not_and_the_report_says_how_much(tmp_path: Path) -> None:
+def test_bf16_holds_values_that_overflow_fp16_and_reports_their_range(tmp_path: Path) -> None:
     source = scaled(LOUD)
     path = export_bundle(source, tmp_path / "out", OnnxWriter(dtype="bf16")).path
     runtime = OnnxRuntime(path, device="cpu", threads=1)
@@ -171,7 +171,7 @@ def test_a_residual_stream_beyond_fp16_is_proven_where_it_is_float32(tmp_path: P
     assert all(math.isfinite(limit) for limit in limits)
 
 
-def test_a_residual_stream_beyond_fp16_is_refused_where_it_is_half(tmp_path: Path) -> None:
+def test_a_residual_stream_beyond_fp16_is_rejected_if_it_is_stored_in_half(tmp_path: Path) -> None:
     writer: GraphWriter = TorchScriptWriter(dtype="fp16")
     with pytest.raises(ParityError, match=r"residual in layer [01]"):
         export_bundle(scaled(STREAM), tmp_path / "out", writer)

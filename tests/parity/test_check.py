@@ -119,7 +119,7 @@ def test_transformers_agrees_with_the_reference(
     assert compare(reference, runtime, source, ground_truth=ground_truth).passed
 
 
-def test_impossible_options_are_refused() -> None:
+def test_impossible_options_are_rejected() -> None:
     with pytest.raises(InputError, match="decode_steps is 0"):
         VerifyOptions(decode_steps=0)
     with pytest.raises(InputError, match="factor is"):

@@ -69,7 +69,7 @@ def test_a_bundle_of_other_weights_fails_at_the_embedding(ground_truth: GroundTr
     assert not all(gate.passed for gate in report.gates)
 
 
-def test_a_bundle_of_another_shape_is_refused() -> None:
+def test_a_bundle_of_another_shape_is_rejected() -> None:
     other = RandomSource(tiny_config(intermediate_size=64), SEED)
     with pytest.raises(InputError, match=r"mlp\.down_proj\.weight is \(48, 80\) in the runtime"):
         verify(open_onnx(exported_bundle("ort")), other, options=OPTIONS)

@@ -282,7 +282,7 @@ def test_a_window_off_by_one_is_located_at_its_edge(
     assert "edge of the window" in first.explanation
 
 
-def test_padding_that_shifts_positions_is_caught_by_the_batches_alone(
+def test_only_the_batch_cases_catch_padding_that_shifts_positions(
     source: WeightSource, ground_truth: GroundTruth
 ) -> None:
     def count_padding(model: Any) -> None:

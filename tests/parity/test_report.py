@@ -112,7 +112,7 @@ def test_junit_has_one_case_for_each_metric(passing: ParityReport, failing: Pari
 
 
 @pytest.mark.parametrize("which", ["passing", "failing", "broken"])
-def test_the_page_needs_nothing_from_elsewhere(which: str, request: pytest.FixtureRequest) -> None:
+def test_the_page_loads_no_external_resources(which: str, request: pytest.FixtureRequest) -> None:
     page = render_html(request.getfixturevalue(which))
     assert not re.search(r"https?://|<script|<link|<img|@import|url\(|\bsrc=", page)
     assert page.count("<svg") == 4
@@ -138,7 +138,7 @@ def test_inspect_reads_reports_of_both_versions(passing: ParityReport) -> None:
     assert parity_line(old) == line
 
 
-def test_the_terminal_says_what_is_wrong_and_where(
+def test_the_terminal_report_names_the_failure_and_its_place(
     passing: ParityReport, failing: ParityReport, broken: ParityReport
 ) -> None:
     assert render_terminal(passing).strip().splitlines()[-1].startswith("PASS  15 cases")

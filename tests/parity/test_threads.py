@@ -96,7 +96,7 @@ def test_large_models_get_all_cores() -> None:
         assert torch.get_num_threads() == before
 
 
-def test_zero_threads_are_refused(tmp_path: Path) -> None:
+def test_zero_threads_are_rejected(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="threads is 0"):
         threads_for(tiny_config(), 0)
     with pytest.raises(InputError, match="threads is -1"):

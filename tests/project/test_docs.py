@@ -74,7 +74,7 @@ def run_example(code: str, document: str, **replacements: str) -> None:
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
-def test_python_examples_import_what_exists(document):
+def test_imports_in_python_examples_resolve(document):
     for block in python_examples(document):
         tree = ast.parse(block, document)
         imports = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]

@@ -111,7 +111,7 @@ def leave_places(server: Any, count: int) -> None:
         server.engine.places.release()
 
 
-def test_too_many_are_told_to_come_back(server: Any) -> None:
+def test_requests_beyond_the_limit_get_429(server: Any) -> None:
     body = json.dumps({"prompt": "a", "max_new_tokens": 1}).encode()
     leave_places(server, 0)
     assert ask(server, "/generate", body)[0] == 429
