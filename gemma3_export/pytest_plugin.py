@@ -36,7 +36,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.fixture
 def parity(request: pytest.FixtureRequest) -> Callable[..., ParityReport]:
-    """:func:`gemma3_export.testing.assert_parity`, with reports where the option says."""
+    """Return :func:`gemma3_export.testing.assert_parity`, with reports if the option is given."""
     folder = request.config.getoption("--parity-reports")
     reports = None if folder is None else Path(folder) / request.node.name
 

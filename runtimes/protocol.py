@@ -15,6 +15,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
+from gemma3_export.bundle import BundleRuntime
 from gemma3_export.config import Gemma3Config
 from gemma3_export.device import CudaOptions, Device
 from gemma3_export.dtypes import DType
@@ -48,7 +49,7 @@ IntArray = NDArray[np.int64]
 Logits = NDArray[np.float32]
 LayerKV = tuple[NDArray[np.float32], NDArray[np.float32]]  # key and value, each [K, L, H]
 
-RuntimeName = Literal["onnx", "torchscript", "pt2", "reference", "transformers", "dry-run"]
+RuntimeName = BundleRuntime | Literal["transformers", "dry-run"]
 CacheKind = Literal["full", "windowed"]  # windowed: sliding layers keep their newest tokens only
 PaddingSide = Literal["left", "right"]
 

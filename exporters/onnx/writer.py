@@ -12,7 +12,7 @@ from typing import ClassVar
 import onnx_ir as ir
 
 from gemma3_export.bundle import BlockFormat, Graph, WeightRecipe
-from gemma3_export.config import Gemma3Config
+from gemma3_export.config import TOKENIZER_NAME, Gemma3Config
 from gemma3_export.dtypes import (
     ELEMENT_TYPES,
     EXPORT_DTYPES,
@@ -268,7 +268,7 @@ def write_sliding_window_graph(
 
 def tokenizer_in(folder: Path) -> Tokenizer | None:
     """Return the tokenizer that was saved to a bundle, if any."""
-    path = folder / "tokenizer.json"
+    path = folder / TOKENIZER_NAME
     return load_tokenizer(path) if path.is_file() else None
 
 

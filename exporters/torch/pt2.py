@@ -13,7 +13,7 @@ import torch.nn.functional as F  # noqa: N812  (torch's own convention)
 from torch import Tensor, nn
 
 from gemma3_export.bundle import Graph, WeightRecipe, sha256_of
-from gemma3_export.config import Gemma3Config, config_to_json
+from gemma3_export.config import CONFIG_NAME, Gemma3Config, config_to_json
 from gemma3_export.dtypes import ELEMENT_TYPES, DType, element_type, export_dtype, torch_dtype
 from gemma3_export.exporters.bundle_writer import half_precision
 from gemma3_export.exporters.decoder_step import DecoderStep, dynamic_shapes, example_inputs
@@ -95,7 +95,7 @@ class Pt2Writer:
         progress("writing weights", 0, 1)
         config = json.dumps(config_to_json(source.config), indent=2)
         check_disk_space(path, self.size_bytes(source.config))
-        torch.export.save(program, path, extra_files={"config.json": config})
+        torch.export.save(program, path, extra_files={CONFIG_NAME: config})
         progress("writing weights", 1, 1)
         graph = Graph(
             runtime=self.runtime,

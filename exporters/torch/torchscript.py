@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 
 from gemma3_export.bundle import BlockFormat, Graph, WeightRecipe, sha256_of
-from gemma3_export.config import Gemma3Config, config_to_json
+from gemma3_export.config import CONFIG_NAME, Gemma3Config, config_to_json
 from gemma3_export.dtypes import (
     ELEMENT_TYPES,
     EXPORT_DTYPES,
@@ -121,7 +121,7 @@ class TorchScriptWriter:
             # Services that have only the archive read shapes and stop tokens from this.
             config = json.dumps(config_to_json(source.config), indent=2)
             check_disk_space(path, self.size_bytes(source.config))
-            archive.save(str(path), _extra_files={"config.json": config})
+            archive.save(str(path), _extra_files={CONFIG_NAME: config})
             strip_debug_records(path)
             progress("writing weights", 1, 1)
         graph = Graph(

@@ -20,6 +20,7 @@ import torch
 from gemma3_export.bench.process import Worker, own_worker
 from gemma3_export.bench.worker import FULL_PRECISION
 from gemma3_export.bundle import Bundle
+from gemma3_export.config import TOKENIZER_NAME
 from gemma3_export.errors import InputError
 from gemma3_export.parity.differences import LogitDifference, compare_logits
 from gemma3_export.parity.sequences import TEXTS
@@ -46,7 +47,7 @@ def measure_divergence(
     Raises:
         InputError: the bundle has no tokenizer.
     """
-    if not (bundle.path / "tokenizer.json").exists():
+    if not (bundle.path / TOKENIZER_NAME).exists():
         raise InputError(
             f"{bundle.path} has no tokenizer.json, which --weights needs to encode its texts; "
             "export with a tokenizer, or leave out --weights"

@@ -16,7 +16,7 @@ from pathlib import Path, PurePosixPath
 
 from gemma3_export.bundle.manifest import FileRecord, Graph, read_manifest, sha256_of
 from gemma3_export.bundle.signature import Signature
-from gemma3_export.config import Gemma3Config, load_config
+from gemma3_export.config import CONFIG_NAME, Gemma3Config, load_config
 from gemma3_export.dtypes import DEFAULT_MAX_KLD
 from gemma3_export.errors import InputError
 
@@ -33,7 +33,7 @@ class Bundle:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.manifest = read_manifest(path)
-        self.config: Gemma3Config = load_config(path / "config.json")
+        self.config: Gemma3Config = load_config(path / CONFIG_NAME)
 
     def graph(self, runtime: str) -> Graph:
         """Return the graph for ``runtime``.

@@ -9,16 +9,14 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gemma3_export.config import Gemma3Config, config_to_json
+from gemma3_export.config import CONFIG_NAME, GENERATION_CONFIG_NAME, Gemma3Config, config_to_json
 from gemma3_export.staging import write_text_atomically
 
 if TYPE_CHECKING:
     from gemma3_export.tokenizer import Tokenizer
 
-__all__ = ["CONFIG", "GENERATION_CONFIG", "generation_config_to_json", "write_hf_metadata"]
+__all__ = ["generation_config_to_json", "write_hf_metadata"]
 
-CONFIG = "config.json"
-GENERATION_CONFIG = "generation_config.json"
 # Gemma's recommended sampling. This project's own default is greedy decoding.
 SAMPLING = {"do_sample": True, "temperature": 1.0, "top_k": 64, "top_p": 0.95}
 
@@ -29,8 +27,8 @@ def write_hf_metadata(folder: Path, config: Gemma3Config, tokenizer: Tokenizer |
     Raises:
         Gemma3ExportError: the disk is full or not writable.
     """
-    _write_json(folder / CONFIG, config_to_json(config))
-    _write_json(folder / GENERATION_CONFIG, generation_config_to_json(config))
+    _write_json(folder / CONFIG_NAME, config_to_json(config))
+    _write_json(folder / GENERATION_CONFIG_NAME, generation_config_to_json(config))
     if tokenizer is not None:
         tokenizer.save(folder)
 

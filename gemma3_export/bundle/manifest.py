@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, Literal, get_args
 
 from gemma3_export.bundle.block_format import BlockFormat
 from gemma3_export.bundle.json_dataclass import dataclass_from_json
@@ -25,6 +25,7 @@ __all__ = [
     "ONNX_TARGETS",
     "PARITY",
     "RUNTIMES",
+    "BundleRuntime",
     "FileRecord",
     "Graph",
     "Manifest",
@@ -36,7 +37,8 @@ __all__ = [
 
 FORMAT_VERSION = 1
 # Backends that run a bundle. All but the reference have a graph of their own in it.
-RUNTIMES = ("onnx", "torchscript", "pt2", "reference")
+BundleRuntime = Literal["onnx", "torchscript", "pt2", "reference"]
+RUNTIMES: tuple[BundleRuntime, ...] = get_args(BundleRuntime)
 ONNX_TARGETS = ("ort", "portable")  # ONNX Runtime's fused kernels, or standard operators only
 MANIFEST = "manifest.json"
 PARITY = "parity.json"

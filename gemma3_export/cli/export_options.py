@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import click
 
 from gemma3_export.cli.options import threads_option
+from gemma3_export.config import TOKENIZER_NAME
 from gemma3_export.progress import Progress, ProgressBars
 
 if TYPE_CHECKING:
@@ -178,7 +179,7 @@ def print_summary(result: ExportResult, runtime: str, description: str) -> None:
             "parity: NOT CHECKED (--no-verify). Nothing proves that this bundle computes what the "
             f"model computes; to check it: gemma3-export verify {path}{suffix}"
         )
-    if (path / "tokenizer.json").is_file():
+    if (path / TOKENIZER_NAME).is_file():
         click.echo(f'next: gemma3-export generate {path}{suffix} --prompt "The sea is"')
     else:
         click.echo("no tokenizer came with the weights; --tokenizer adds one, or give token ids")

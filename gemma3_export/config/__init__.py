@@ -8,7 +8,13 @@ from gemma3_export.config.gemma3_config import (
     default_layer_types,
 )
 from gemma3_export.config.hugging_face import (
+    CONFIG_NAME,
+    GENERATION_CONFIG_NAME,
     PADDED_VOCAB_SIZE,
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+    TOKENIZER_CONFIG_NAME,
+    TOKENIZER_NAME,
     config_from_json,
     config_to_json,
     load_config,
@@ -17,12 +23,18 @@ from gemma3_export.config.hugging_face import (
 from gemma3_export.config.presets import END_OF_TURN_ID, SIZES, TEXT_VOCAB_SIZE, Preset, preset
 
 __all__ = [
+    "CONFIG_NAME",
     "EMBEDDING",
     "END_OF_TURN_ID",
+    "GENERATION_CONFIG_NAME",
     "HEAD",
     "PADDED_VOCAB_SIZE",
+    "SAFE_WEIGHTS_INDEX_NAME",
+    "SAFE_WEIGHTS_NAME",
     "SIZES",
     "TEXT_VOCAB_SIZE",
+    "TOKENIZER_CONFIG_NAME",
+    "TOKENIZER_NAME",
     "Gemma3Config",
     "LayerType",
     "Preset",

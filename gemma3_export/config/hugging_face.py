@@ -19,9 +19,15 @@ from gemma3_export.errors import InputError
 
 __all__ = [
     "BENIGN_KEYS",
+    "CONFIG_NAME",
+    "GENERATION_CONFIG_NAME",
     "PADDED_VOCAB_SIZE",
+    "SAFE_WEIGHTS_INDEX_NAME",
+    "SAFE_WEIGHTS_NAME",
     "TEXT_DEFAULTS",
     "TEXT_KEYS",
+    "TOKENIZER_CONFIG_NAME",
+    "TOKENIZER_NAME",
     "WRAPPER_KEYS",
     "config_from_json",
     "config_to_json",
@@ -31,6 +37,14 @@ __all__ = [
     "refuse_unimplemented",
     "refuse_unknown_keys",
 ]
+
+# Files of a folder in Hugging Face format; transformers has constants of the same names.
+CONFIG_NAME = "config.json"
+GENERATION_CONFIG_NAME = "generation_config.json"
+TOKENIZER_NAME = "tokenizer.json"
+TOKENIZER_CONFIG_NAME = "tokenizer_config.json"
+SAFE_WEIGHTS_NAME = "model.safetensors"
+SAFE_WEIGHTS_INDEX_NAME = "model.safetensors.index.json"
 
 PADDED_VOCAB_SIZE = 262_208  # embedding rows of the official multimodal checkpoints
 MAX_JSON_BYTES = 64 * 2**20
@@ -206,9 +220,9 @@ def load_config(path: Path) -> Gemma3Config:
         InputError: a file is missing, is not JSON, or describes something not implemented.
     """
     if path.is_dir():
-        path = path / "config.json"
+        path = path / CONFIG_NAME
     data = load_json_object(path)
-    generation = path.with_name("generation_config.json")
+    generation = path.with_name(GENERATION_CONFIG_NAME)
     extra: tuple[int, ...] = ()
     if generation != path and generation.is_file():
         value = load_json_object(generation).get("eos_token_id")

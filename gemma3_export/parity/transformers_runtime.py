@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from gemma3_export.config import Gemma3Config, load_config
+from gemma3_export.config import CONFIG_NAME, Gemma3Config, load_config
 from gemma3_export.errors import InputError, UnavailableError
 from gemma3_export.runtimes.protocol import (
     IntArray,
@@ -74,7 +74,7 @@ class TransformersRuntime:
             raise UnavailableError(
                 "the package transformers is not installed; run: pip install transformers"
             ) from error
-        self.config: Gemma3Config = load_config(folder / "config.json")
+        self.config: Gemma3Config = load_config(folder / CONFIG_NAME)
         self.transformers = transformers
         self.dtype = dtype
         try:

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import tokenizers
 
+from gemma3_export.config import TOKENIZER_CONFIG_NAME, TOKENIZER_NAME
 from gemma3_export.errors import InputError
 from gemma3_export.tokenizer.chat import (
     CHAT_TEMPLATE,
@@ -102,7 +103,7 @@ class Tokenizer:
             InputError: see :meth:`from_file`.
         """
         folder = Path(folder)
-        path = folder / "tokenizer.json"
+        path = folder / TOKENIZER_NAME
         if not path.is_file():
             hint = ""
             if (folder / "tokenizer.model").is_file():
@@ -262,8 +263,8 @@ class Tokenizer:
         config = json.dumps(self._hub_config(), indent=2, ensure_ascii=False) + "\n"
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / "tokenizer.json").write_text(self._backend.to_str(), encoding="utf-8")
-            (folder / "tokenizer_config.json").write_text(config, encoding="utf-8")
+            (folder / TOKENIZER_NAME).write_text(self._backend.to_str(), encoding="utf-8")
+            (folder / TOKENIZER_CONFIG_NAME).write_text(config, encoding="utf-8")
         except OSError as error:
             raise InputError(
                 f"cannot write the tokenizer to {folder}: {error}; free some disk space or choose "

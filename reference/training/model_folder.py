@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from gemma3_export.bundle import write_hf_metadata
+from gemma3_export.config import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from gemma3_export.errors import Gemma3ExportError
 from gemma3_export.progress import Progress
 from gemma3_export.reference.weights import WeightSource, check_finite
@@ -23,7 +24,6 @@ from gemma3_export.tokenizer import Tokenizer, load_tokenizer
 __all__ = ["export_hf_folder", "write_weights"]
 
 SHARD_BYTES = 4 * 2**30
-INDEX = "model.safetensors.index.json"
 
 
 def write_weights(folder: Path, weights: Mapping[str, Tensor], dtype: torch.dtype) -> None:
@@ -37,7 +37,7 @@ def write_weights(folder: Path, weights: Mapping[str, Tensor], dtype: torch.dtyp
     Raises:
         Gemma3ExportError: the disk is full or not writable; an existing file is kept.
     """
-    path = folder / "model.safetensors"
+    path = folder / SAFE_WEIGHTS_NAME
     partial = folder / ".model.safetensors.partial"
     try:
         _save({name: weight.detach().to(dtype) for name, weight in weights.items()}, partial)
@@ -101,7 +101,9 @@ def export_hf_folder(
             _save(weights, folder / file_name)
         if shards.is_sharded:
             index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
-            write_text_atomically(folder / INDEX, json.dumps(index, indent=2) + "\n")
+            write_text_atomically(
+                folder / SAFE_WEIGHTS_INDEX_NAME, json.dumps(index, indent=2) + "\n"
+            )
 
 
 def _read(source: WeightSource, name: str, dtype: torch.dtype | None) -> Tensor:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gemma3_export.config import load_json_object
+from gemma3_export.config import TOKENIZER_NAME, load_json_object
 from gemma3_export.errors import InputError
 from gemma3_export.tokenizer import Tokenizer
 
@@ -72,7 +72,7 @@ class TokenData:
 
     def tokenizer(self) -> Tokenizer | None:
         """Load the tokenizer that produced the ids; None if they were not made from text."""
-        if not (self.path / "tokenizer.json").is_file():
+        if not (self.path / TOKENIZER_NAME).is_file():
             return None
         return Tokenizer.from_folder(self.path)
 

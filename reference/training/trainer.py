@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gemma3_export.config import SAFE_WEIGHTS_NAME
 from gemma3_export.dtypes import torch_dtype
 from gemma3_export.errors import Gemma3ExportError, UnavailableError
 from gemma3_export.reference.model import Gemma3
@@ -212,7 +213,7 @@ class Trainer:
         optimizer = full_optimizer_state_dict(self.module, self.optimizer)
         if not self.group.is_main_process:
             return
-        if not (self.run_folder / "model.safetensors").exists() or self.validation_windows is None:
+        if not (self.run_folder / SAFE_WEIGHTS_NAME).exists() or self.validation_windows is None:
             write_weights(self.run_folder, weights, torch.float32)
         state = {
             "progress": asdict(self.state),

@@ -17,17 +17,24 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+from gemma3_export.config import (
+    CONFIG_NAME,
+    GENERATION_CONFIG_NAME,
+    SAFE_WEIGHTS_INDEX_NAME,
+    TOKENIZER_CONFIG_NAME,
+    TOKENIZER_NAME,
+)
 from gemma3_export.errors import InputError, UnavailableError
 
 __all__ = ["download"]
 
 PATTERNS = [
-    "config.json",
-    "generation_config.json",
-    "model.safetensors.index.json",
+    CONFIG_NAME,
+    GENERATION_CONFIG_NAME,
+    SAFE_WEIGHTS_INDEX_NAME,
     "*.safetensors",
-    "tokenizer.json",
-    "tokenizer_config.json",
+    TOKENIZER_NAME,
+    TOKENIZER_CONFIG_NAME,
     "special_tokens_map.json",
     "added_tokens.json",
     "chat_template*",

@@ -11,9 +11,13 @@ from typing import Any
 import gemma3_export
 from gemma3_export.bundle import MANIFEST
 from gemma3_export.config import (
+    CONFIG_NAME,
     PADDED_VOCAB_SIZE,
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
     SIZES,
     TEXT_VOCAB_SIZE,
+    TOKENIZER_NAME,
     Gemma3Config,
     config_from_json,
     load_config,
@@ -37,7 +41,6 @@ __all__ = ["DEMO", "DEMO_FOLDER", "open_weights"]
 
 DEMO = "demo"  # name of the model that this package includes
 DEMO_FOLDER = Path(gemma3_export.__file__).parent / "demo_model"
-INDEX = "model.safetensors.index.json"
 TORCH_SUFFIXES = (".pt", ".pth", ".bin")
 GGUF_TOKENIZER = "tokenizer.ggml.model"  # key of every GGUF file with a tokenizer
 SUFFIXES = (".safetensors", ".gguf", *TORCH_SUFFIXES)
@@ -158,7 +161,7 @@ def _find_tokenizer(store: TensorStore, folder: Path) -> Path | None:
     """Return the GGUF file if it has a tokenizer, else ``tokenizer.json`` next to the weights."""
     if isinstance(store, GgufStore) and store.reader.get_field(GGUF_TOKENIZER) is not None:
         return store.files[0]
-    file = folder / "tokenizer.json"
+    file = folder / TOKENIZER_NAME
     return file if file.is_file() else None
 
 
@@ -175,18 +178,18 @@ def _open_store(path: Path) -> TensorStore:
 
 
 def _open_folder(folder: Path) -> TensorStore:
-    if (folder / INDEX).is_file():
-        files, weight_map = read_shard_index(folder / INDEX)
+    if (folder / SAFE_WEIGHTS_INDEX_NAME).is_file():
+        files, weight_map = read_shard_index(folder / SAFE_WEIGHTS_INDEX_NAME)
         store = SafetensorsStore(files)
         wrong = sorted(weight_map.keys() ^ store.tensors.keys())
         if wrong:
             raise InputError(
-                f"{INDEX} and the shards disagree about {len(wrong)} tensors: "
+                f"{SAFE_WEIGHTS_INDEX_NAME} and the shards disagree about {len(wrong)} tensors: "
                 f"{', '.join(wrong[:10])}; download the folder again"
             )
         return store
-    if (folder / "model.safetensors").is_file():
-        return SafetensorsStore([folder / "model.safetensors"])
+    if (folder / SAFE_WEIGHTS_NAME).is_file():
+        return SafetensorsStore([folder / SAFE_WEIGHTS_NAME])
     for suffixes in ((".safetensors",), (".gguf",), TORCH_SUFFIXES):
         found = sorted(p for p in folder.iterdir() if p.suffix in suffixes and p.is_file())
         if len(found) > 1:
@@ -197,7 +200,8 @@ def _open_folder(folder: Path) -> TensorStore:
     if (folder / MANIFEST).is_file():
         raise InputError(_not_from_an_export(folder))
     raise InputError(
-        f"{folder} has no model.safetensors, {INDEX}, .gguf or .pt file; pass the folder of a model"
+        f"{folder} has no {SAFE_WEIGHTS_NAME}, {SAFE_WEIGHTS_INDEX_NAME}, .gguf or .pt file; pass "
+        "the folder of a model"
     )
 
 
@@ -219,7 +223,7 @@ def _describe(
 ) -> _Described:
     """Return the first config found: given, in the checkpoint, next to it, or of ``size``."""
     from_gguf = config_from_gguf(store.reader) if isinstance(store, GgufStore) else None
-    config_file = config_path or folder / "config.json"
+    config_file = config_path or folder / CONFIG_NAME
     if config_path is None and isinstance(store, TorchStore) and store.model_config is not None:
         data = store.model_config
         where = f"the config inside {store.files[0].name}"
@@ -228,7 +232,7 @@ def _describe(
         config = load_config(config_file)
         if from_gguf is not None:
             _agree_with_gguf(config, from_gguf, config_file)
-        file = config_file / "config.json" if config_file.is_dir() else config_file
+        file = config_file / CONFIG_NAME if config_file.is_dir() else config_file
         return _Described(config, _states_tie(load_json_object(file)))
     if from_gguf is not None:
         return _Described(from_gguf, is_tie_stated=False)

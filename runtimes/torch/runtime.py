@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch.export.passes import move_to_device_pass
 
 from gemma3_export.bundle import Bundle
-from gemma3_export.config import Gemma3Config
+from gemma3_export.config import CONFIG_NAME, Gemma3Config
 from gemma3_export.device import CudaOptions
 from gemma3_export.dtypes import torch_dtype
 from gemma3_export.errors import Gemma3ExportError, InputError
@@ -219,7 +219,7 @@ def require_untouched(bundle: Bundle, path: str) -> None:
         InputError: its hash is not the manifest's.
     """
     try:
-        bundle.check_files([path, "config.json"])
+        bundle.check_files([path, CONFIG_NAME])
     except InputError as error:
         raise InputError(
             f"{error}. Archives contain code, so a changed one is not loaded; pass "
