@@ -9,13 +9,24 @@ Importing this module imports nothing heavy; calling it needs the extra ``export
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+import os
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gemma3_export.api.options import merged
-from gemma3_export.api.verification import ParityCheck, require_packages
+from gemma3_export.api.options import (
+    check_callables,
+    check_flags,
+    check_integers,
+    check_numbers,
+    check_paths,
+    check_texts,
+    is_number,
+    merged,
+)
+from gemma3_export.api.verification import ParityCheck, opened_weights, require_packages
+from gemma3_export.errors import InputError
 from gemma3_export.tokenizer import Tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
@@ -57,6 +68,16 @@ class ExportOptions:
     threads: int | None = None
     progress: Progress | None = None
 
+    def __post_init__(self) -> None:
+        check_texts(self, "dtype")
+        check_flags(self, "verify", "force")
+        check_integers(self, 1, "threads")
+        check_callables(self, "progress")
+        if not isinstance(self.tokenizer, Tokenizer | Path | str | None):
+            raise InputError(
+                f"tokenizer is {self.tokenizer!r:.60}; it must be a Tokenizer or the path of one"
+            )
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OnnxOptions(ExportOptions):
@@ -80,8 +101,16 @@ class OnnxOptions(ExportOptions):
     activations: str = "fp32"
     block_size: int = 32
     max_kld: float | None = None
-    calibration: Path | None = None
+    calibration: Path | str | None = None
     screen: bool | None = None
+
+    def __post_init__(self) -> None:
+        ExportOptions.__post_init__(self)
+        check_texts(self, "target", "activations")
+        check_integers(self, 1, "block_size")
+        check_numbers(self, "max_kld")
+        check_paths(self, "calibration")
+        check_flags(self, "screen")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -98,6 +127,12 @@ class TorchScriptOptions(ExportOptions):
     block_size: int = 128
     max_kld: float | None = None
 
+    def __post_init__(self) -> None:
+        ExportOptions.__post_init__(self)
+        check_flags(self, "prepack")
+        check_integers(self, 1, "block_size")
+        check_numbers(self, "max_kld")
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Pt2Options(ExportOptions):
@@ -105,10 +140,10 @@ class Pt2Options(ExportOptions):
 
 
 def open_weights(
-    spec: str | None = None,
+    spec: Path | str | None = None,
     *,
     size: str | None = None,
-    config_path: Path | None = None,
+    config_path: Path | str | None = None,
     revision: str | None = None,
     token: str | None = None,
     random_seed: int | None = None,
@@ -131,10 +166,15 @@ def open_weights(
     require_packages()
     from gemma3_export.reference.weights import open_weights as open_source
 
+    for name, value in (("size", size), ("revision", revision), ("token", token)):
+        if not isinstance(value, str | None):
+            raise TypeError(f"{name} is a string, not {value!r:.60}")
+    if random_seed is not None and not is_number(random_seed, Integral):
+        raise TypeError(f"random_seed is an integer, not {random_seed!r:.60}")
     return open_source(
-        spec,
+        None if spec is None else os.fspath(spec),
         size=size,
-        config_path=config_path,
+        config_path=None if config_path is None else Path(config_path),
         revision=revision,
         token=token,
         random_seed=random_seed,
@@ -173,7 +213,9 @@ def export_onnx(
         activations=chosen.activations,
         block_size=chosen.block_size,
         max_kld=chosen.max_kld,
-        calibration=CalibrationOptions(file=chosen.calibration),
+        calibration=CalibrationOptions(
+            file=None if chosen.calibration is None else Path(chosen.calibration)
+        ),
         screen=chosen.screen,
     )
     return _export(writer, weights, output, chosen)
@@ -246,10 +288,10 @@ def _export(
     tokenizer = options.tokenizer
     if isinstance(tokenizer, Path | str):
         tokenizer = load_tokenizer(tokenizer)
-    opened: AbstractContextManager[WeightSource] = (
-        open_weights(str(weights)) if isinstance(weights, Path | str) else nullcontext(weights)
-    )
-    with opened as source, torch_threads(threads_for(source.config, options.threads)):
+    with (
+        opened_weights(weights) as source,
+        torch_threads(threads_for(source.config, options.threads)),
+    ):
         return export_bundle(
             source,
             Path(output),

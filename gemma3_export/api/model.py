@@ -13,13 +13,16 @@ computed prefix, and which tokens end a turn.
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import pairwise
+from numbers import Integral
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeGuard, overload
 
 import numpy as np
+from numpy.typing import NDArray
 
 from gemma3_export.api.opening import open_runtime
 from gemma3_export.api.options import GenerateOptions, LoadOptions, merged
@@ -50,6 +53,7 @@ __all__ = ["Chat", "Model", "Prompt", "TextStream", "bundle_tokenizer", "load", 
 
 Prompt = str | Sequence[int] | IntArray | Sequence[ChatMessage]
 CHAT_CAPACITY = 4096  # tokens that a conversation starts with room for; it doubles as needed
+BINARY = (bytes, bytearray, memoryview)
 FEWEST_SHARED_TOKENS = 16  # fewer are computed sooner than they are copied
 
 
@@ -57,24 +61,45 @@ class TextStream(Iterator[str]):
     """The text of one generation, piece by piece.
 
     Iterate it for text as it is certain; ``completion`` is the result so far, complete once the
-    iteration has ended. ``close`` stops early.
+    iteration has ended. ``close`` stops early, and so does leaving a ``with`` block.
+
+    Args:
+        generation: the generation of one prompt.
+        on_end: receives the completion when the stream has ended or is closed, or None if it
+            failed.
     """
 
     def __init__(
-        self, generation: Generation, on_end: Callable[[Completion], None] | None = None
+        self, generation: Generation, on_end: Callable[[Completion | None], None] | None = None
     ) -> None:
         self._generation = generation
         self._on_end = on_end
+        self._ending = threading.Lock()
 
     def __next__(self) -> str:
-        for event in self._generation:
-            if isinstance(event, TokenEvent) and event.text:
-                return event.text
+        try:
+            for event in self._generation:
+                if isinstance(event, TokenEvent) and event.text:
+                    return event.text
+        except BaseException:
+            self._end(has_failed=True)
+            raise
         self._end()
         raise StopIteration
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
     def close(self) -> None:
-        """Stop generating; ``completion`` keeps the text so far."""
+        """Stop generating; ``completion`` keeps the text so far. Any thread may close a stream."""
         self._generation.close()
         self._end()
 
@@ -83,10 +108,11 @@ class TextStream(Iterator[str]):
         """The result so far; its finish reason is ``cancelled`` until the end."""
         return self._generation.completions[0]
 
-    def _end(self) -> None:
-        on_end, self._on_end = self._on_end, None
+    def _end(self, has_failed: bool = False) -> None:
+        with self._ending:
+            on_end, self._on_end = self._on_end, None
         if on_end is not None:
-            on_end(self.completion)
+            on_end(None if has_failed else self.completion)
 
 
 def load(path: Path | str | Bundle, options: LoadOptions | None = None, **changes: Any) -> Model:
@@ -239,16 +265,18 @@ class Model:
         """Return the logits [T, V], float32, that follow each of the T tokens.
 
         Raises:
-            InputError: there are no tokens, or more than the model's context holds.
+            InputError: there are no tokens, or more than the model's context holds, or they are
+                not integers of the vocabulary.
         """
-        ids = np.asarray(token_ids, np.int64)
-        if ids.ndim != 1 or not ids.size:
-            raise InputError(f"token_ids has the shape {list(ids.shape)}; give a list of token ids")
-        if not 0 <= int(ids.min()) <= int(ids.max()) < self.config.vocab_size:
+        checked = checked_token_ids(token_ids)
+        if not checked:
+            raise InputError("there are no token ids; give at least one")
+        if not 0 <= min(checked) <= max(checked) < self.config.vocab_size:
             raise InputError(
                 f"token ids must be from 0 to {self.config.vocab_size - 1}, and these are from "
-                f"{ids.min()} to {ids.max()}"
+                f"{min(checked)} to {max(checked)}"
             )
+        ids = np.array(checked, np.int64)
         cache = self.runtime.new_cache(1, ids.size)
         size = GenerateOptions().prefill_chunk
         chunks = [ids[None, start : start + size] for start in range(0, ids.size, size)]
@@ -261,7 +289,7 @@ class Model:
         options: GenerateOptions | None = None,
         *,
         cancel: Cancel | None = None,
-        kept_cache: KeptCache | None = None,
+        kept_cache: KeptCache | Callable[[Runtime], KeptCache] | None = None,
         **changes: Any,
     ) -> Generation:
         """Start a generation of events, which gives more than :meth:`generate` and :meth:`stream`.
@@ -270,14 +298,23 @@ class Model:
             prompts: texts, token ids or conversations.
             options: how to sample, when to stop, and so on.
             cancel: an event or a function, checked before every step.
-            kept_cache: the cache of an earlier generation to continue, for a single prompt.
+            kept_cache: the cache of an earlier generation to continue, for a single prompt; or a
+                function that returns it for the runtime that generates.
             changes: fields of :class:`GenerateOptions`.
 
         Raises:
             InputError: as :meth:`generate`.
         """
         options = merged(GenerateOptions, options, changes)
+        if not isinstance(prompts, Sequence | np.ndarray) or isinstance(prompts, str | bytes):
+            raise InputError(
+                f"start takes a list of prompts, not {type(prompts).__name__}; put a single prompt "
+                "into a list"
+            )
+        if not (kept_cache is None or isinstance(kept_cache, KeptCache) or callable(kept_cache)):
+            raise TypeError(f"kept_cache must be a KeptCache, not {kept_cache!r:.60}")
         token_ids = [self.encode(prompt) for prompt in prompts]
+        stop_token_ids = self._stop_token_ids(prompts)
         runtime = self._open(self._needs_every_token(token_ids, options))
         draft_tokens = options.prompt_lookup
         if draft_tokens is None:
@@ -289,7 +326,7 @@ class Model:
             options.sampling(),
             GenerationOptions(
                 max_new_tokens=options.max_new_tokens,
-                stop_token_ids=self.stop_token_ids(is_chat=any(map(is_conversation, prompts))),
+                stop_token_ids=stop_token_ids,
                 stop_texts=options.stop_texts,
                 prefill_chunk=options.prefill_chunk,
                 max_draft_tokens=draft_tokens or MAX_DRAFT_TOKENS,
@@ -297,7 +334,7 @@ class Model:
             detokenize=None if tokenizer is None else lambda: StreamingDecoder(tokenizer),
             drafter=self._drafter(runtime, token_ids, options, draft_tokens),
             prefix_cache=self._prefix_cache(runtime, token_ids, options),
-            kept_cache=kept_cache,
+            kept_cache=kept_cache(runtime) if callable(kept_cache) else kept_cache,
             cancel=cancel,
         )
 
@@ -305,10 +342,11 @@ class Model:
         """Return the token ids of a prompt.
 
         Raises:
-            InputError: the bundle has no tokenizer for it, or it cannot be encoded.
+            InputError: it is no prompt, the bundle has no tokenizer for it, or it cannot be
+                encoded.
         """
         if not isinstance(prompt, str) and not is_conversation(prompt):
-            return [int(token_id) for token_id in prompt]  # type: ignore[arg-type]
+            return checked_token_ids(prompt)
         if self.tokenizer is None:
             raise InputError(
                 f"{self.bundle.path} has no tokenizer, so it takes no text; give token ids, or "
@@ -327,6 +365,20 @@ class Model:
         eos = self.config.eos_token_id
         end = self.tokenizer.token_id(END_OF_TURN) if is_chat and self.tokenizer else None
         return eos if end is None or end in eos else (*eos, end)
+
+    def _stop_token_ids(self, prompts: Sequence[Prompt]) -> tuple[int, ...]:
+        """Return the tokens that end a generation of ``prompts``.
+
+        Raises:
+            InputError: some prompts are conversations, which end with another token than the rest.
+        """
+        kinds = {self.stop_token_ids(is_chat=is_conversation(prompt)) for prompt in prompts}
+        if len(kinds) > 1:
+            raise InputError(
+                f"conversations end with {END_OF_TURN}, and the other prompts do not; generate "
+                "them in two calls"
+            )
+        return kinds.pop() if kinds else ()
 
     def _open(self, needs_every_token: bool) -> Runtime:
         """Open the runtime, again if its sliding-window caches evict tokens that are needed."""
@@ -380,7 +432,7 @@ class Model:
         granularity = options.prefill_chunk if self._is_inexact(runtime) else FEWEST_SHARED_TOKENS
         if size := self.options.kept_prefix_bytes:
             with self._opening:
-                if self._prefixes is None:
+                if self._prefixes is None or self._prefixes.runtime is not runtime:
                     self._prefixes = PrefixCache(runtime, max_bytes=size, granularity=granularity)
                 return self._prefixes
         fewest = max(granularity, FEWEST_SHARED_TOKENS)
@@ -429,7 +481,7 @@ class Model:
 class Chat:
     """A conversation. Each turn computes only the tokens that are new to its cache.
 
-    A turn is not safe to share between threads; separate conversations of one model are.
+    One turn runs at a time; separate conversations of one model may run in separate threads.
 
     Args:
         model: answers.
@@ -437,23 +489,29 @@ class Chat:
         options: for every turn; a turn may change them.
 
     Raises:
-        InputError: the bundle's tokenizer has no turn tokens.
+        InputError: the bundle's tokenizer has no turn tokens, or ``system`` is not a text.
     """
 
     def __init__(
         self, model: Model, system: str | None = None, options: GenerateOptions | None = None
     ) -> None:
+        if not isinstance(model, Model):
+            raise TypeError(f"a conversation needs a Model, not {model!r:.60}; load one")
         if model.tokenizer is None or not model.tokenizer.is_gemma:
             raise InputError(
                 f"{model.bundle.path} has no tokenizer with Gemma's turn tokens, so it cannot hold "
                 "a conversation; use generate, or an instruction model's tokenizer"
             )
         self.model = model
-        self.options = options or GenerateOptions()
+        if system is not None and not isinstance(system, str):
+            raise InputError(f"system is {system!r:.60}; it must be a text")
+        self.options = merged(GenerateOptions, options, {})
         self.messages: list[ChatMessage] = []
         if system is not None:
             self.messages.append(ChatMessage(role="system", content=system))
         self._kept: KeptCache | None = None
+        self._turn: weakref.ref[TextStream] | None = None  # the turn that runs, if any
+        self._starting = threading.Lock()
 
     def send(self, text: str, **changes: Any) -> Completion:
         """Send a message and return the model's answer.
@@ -463,8 +521,8 @@ class Chat:
             changes: fields of :class:`GenerateOptions`, for this turn.
 
         Raises:
-            InputError: the conversation no longer fits the model's context, or an option is out of
-                range; the message is then not part of the conversation.
+            InputError: the conversation no longer fits the model's context, an option is out of
+                range, or another turn is running; the message is then not part of the conversation.
         """
         stream = self.stream(text, **changes)
         for _ in stream:
@@ -474,28 +532,38 @@ class Chat:
     def stream(self, text: str, **changes: Any) -> TextStream:
         """Send a message and yield the answer's text as it is generated.
 
-        The answer becomes part of the conversation when the stream ends or is closed.
+        The message and its answer become part of the conversation when the stream ends or is
+        closed, and not if it fails or is discarded.
 
         Raises:
             InputError: as :meth:`send`.
         """
-        messages = [*self.messages, ChatMessage(role="user", content=text)]
-        generation = self.model.start(
-            [messages],
-            merged(GenerateOptions, self.options, changes),
-            kept_cache=self._cache(),
-        )
-        return TextStream(generation, on_end=self._append_to(messages))
+        with self._starting:
+            if self._turn is not None and self._turn() is not None:
+                raise InputError(
+                    "another turn of this conversation is running; read its stream to the end or "
+                    "close it, and give each thread a chat of its own"
+                )
+            messages = [*self.messages, ChatMessage(role="user", content=text)]
+            generation = self.model.start(
+                [messages],
+                merged(GenerateOptions, self.options, changes),
+                kept_cache=self._cache,
+            )
+            stream = TextStream(generation, on_end=self._append_to(messages))
+            self._turn = weakref.ref(stream)
+            return stream
 
-    def _append_to(self, messages: list[ChatMessage]) -> Callable[[Completion], None]:
-        def append(completion: Completion) -> None:
-            answer = ChatMessage(role="assistant", content=completion.text)
-            self.messages = [*messages, answer]
+    def _append_to(self, messages: list[ChatMessage]) -> Callable[[Completion | None], None]:
+        def append(completion: Completion | None) -> None:
+            if completion is not None:
+                answer = ChatMessage(role="assistant", content=completion.text)
+                self.messages = [*messages, answer]
+            self._turn = None
 
         return append
 
-    def _cache(self) -> KeptCache:
-        runtime = self.model.runtime
+    def _cache(self, runtime: Runtime) -> KeptCache:
         if self._kept is None or not self._kept.belongs_to(runtime):
             self._kept = KeptCache(runtime, capacity=CHAT_CAPACITY)
         return self._kept
@@ -515,14 +583,40 @@ def is_one_prompt(prompt: object) -> bool:
     """
     if isinstance(prompt, str):
         return True
-    if isinstance(prompt, bytes | Mapping) or not isinstance(prompt, Sequence | np.ndarray):
+    if not len(require_prompt(prompt)):
+        raise InputError("the prompt is empty; give some text, or at least one token id")
+    return isinstance(prompt[0], Integral | Mapping)  # type: ignore[index]
+
+
+def require_prompt(prompt: object) -> Sequence[Any] | NDArray[Any]:
+    """Return ``prompt`` if it can hold token ids, messages or prompts.
+
+    Raises:
+        InputError: it cannot; bytes, for instance, would pass for token ids.
+    """
+    is_list = isinstance(prompt, Sequence) and not isinstance(prompt, BINARY)
+    if not is_list and not (isinstance(prompt, np.ndarray) and prompt.ndim):
         raise InputError(
             f"a prompt is a text, a list of token ids or a list of messages, not "
             f"{type(prompt).__name__}"
         )
-    if not len(prompt):
-        raise InputError("the prompt is empty; give some text, or at least one token id")
-    return isinstance(prompt[0], int | np.integer | Mapping)
+    return prompt  # type: ignore[return-value]
+
+
+def checked_token_ids(prompt: object) -> list[int]:
+    """Return a prompt of token ids as a list of integers.
+
+    Raises:
+        InputError: it holds something else, even if that could be made an integer.
+    """
+    ids = list(require_prompt(prompt))
+    for token_id in ids:
+        if not isinstance(token_id, Integral) or isinstance(token_id, bool):
+            raise InputError(
+                f"a list of token ids holds {token_id!r:.60}, which is not an integer; to continue "
+                "several prompts, give a list of texts, or a list of lists of token ids"
+            )
+    return list(map(int, ids))
 
 
 def bundle_tokenizer(bundle: Bundle) -> Tokenizer | None:

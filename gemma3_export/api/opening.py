@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
+from gemma3_export.api.options import LoadOptions
 from gemma3_export.bundle import RUNTIMES, Bundle
 from gemma3_export.device import CudaOptions
 from gemma3_export.errors import InputError, UnavailableError
@@ -43,9 +44,18 @@ def open_runtime(
         shares_weights: see there too.
 
     Raises:
-        InputError: the bundle is damaged or has no such graph.
+        InputError: the bundle is damaged or has no such graph, or an option is invalid.
         UnavailableError: a package or the device is missing.
     """
+    LoadOptions(  # checks them
+        runtime=runtime,
+        device=device,
+        threads=threads,
+        trust=trust,
+        cuda=cuda,
+        sliding_window_cache=sliding_window_cache,
+        shares_weights=shares_weights,
+    )
     if not isinstance(bundle, Bundle):
         bundle = Bundle(Path(bundle))
     if runtime == "onnx":

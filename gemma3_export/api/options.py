@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import difflib
 import secrets
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, fields, replace
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,7 +14,18 @@ from gemma3_export.device import CudaOptions
 from gemma3_export.errors import InputError
 from gemma3_export.runtimes.generation.sampling import SamplingParams
 
-__all__ = ["GenerateOptions", "LoadOptions", "merged"]
+__all__ = [
+    "GenerateOptions",
+    "LoadOptions",
+    "check_callables",
+    "check_cuda",
+    "check_flags",
+    "check_integers",
+    "check_numbers",
+    "check_paths",
+    "check_texts",
+    "merged",
+]
 
 PREFIX_CACHE_BYTES = 256_000_000
 Options = TypeVar("Options")
@@ -46,10 +58,11 @@ class LoadOptions:
     kept_prefix_bytes: int = 0
 
     def __post_init__(self) -> None:
-        if self.threads is not None and self.threads < 1:
-            raise InputError(f"threads is {self.threads}; it must be at least 1")
-        if self.kept_prefix_bytes < 0:
-            raise InputError(f"kept_prefix_bytes is {self.kept_prefix_bytes}; it must be 0 or more")
+        check_texts(self, "runtime", "device")
+        check_integers(self, 1, "threads")
+        check_integers(self, 0, "kept_prefix_bytes")
+        check_flags(self, "trust", "sliding_window_cache", "shares_weights")
+        check_cuda(self)
         if self.kept_prefix_bytes and self.sliding_window_cache:
             raise InputError(
                 "kept_prefix_bytes needs caches that hold every token; leave "
@@ -83,15 +96,20 @@ class GenerateOptions(SamplingParams):
 
     def __post_init__(self) -> None:
         SamplingParams.__post_init__(self)
-        for name in ("prompt_lookup", "prefix_cache_bytes"):
-            value = getattr(self, name)
-            if value is not None and value < 0:
-                raise InputError(f"{name} is {value}; it must be 0 or more")
+        check_integers(self, 1, "max_new_tokens", "prefill_chunk")
+        check_integers(self, 0, "prompt_lookup", "prefix_cache_bytes")
+        check_paths(self, "draft_model")
+        if not isinstance(self.stop, str):
+            if not isinstance(self.stop, Sequence | Set) or not all(
+                isinstance(text, str) for text in self.stop
+            ):
+                raise InputError(f"stop is {self.stop!r:.60}; it must be a text or a list of texts")
+            object.__setattr__(self, "stop", tuple(self.stop))
 
     @property
     def stop_texts(self) -> tuple[str, ...]:
         """The stop texts as a tuple."""
-        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        return (self.stop,) if isinstance(self.stop, str) else self.stop
 
     def sampling(self) -> SamplingParams:
         """Return the sampling parameters, with a seed drawn where none was given."""
@@ -106,9 +124,15 @@ def merged(kind: type[Options], options: Options | None, changes: Mapping[str, A
     """Return ``options``, or the defaults of ``kind``, with ``changes`` applied.
 
     Raises:
-        TypeError: a change names no field of ``kind``; the message suggests the nearest one.
-        InputError: a value is out of range.
+        TypeError: ``options`` is not a ``kind``; or a change names no field of it, in which case
+            the message suggests the nearest one.
+        InputError: a value has the wrong type or is out of range.
     """
+    if options is not None and not isinstance(options, kind):
+        raise TypeError(
+            f"options must be of type {kind.__name__}, and this is {options!r:.60}; give its "
+            "fields as keyword arguments"
+        )
     known = [field.name for field in fields(kind)]  # type: ignore[arg-type]
     for name in changes:
         if name not in known:
@@ -116,3 +140,84 @@ def merged(kind: type[Options], options: Options | None, changes: Mapping[str, A
             hint = f"did you mean {near[0]!r}?" if near else f"choose among {', '.join(known)}"
             raise TypeError(f"unknown option {name!r}; {hint}")
     return replace(kind() if options is None else options, **changes)  # type: ignore[type-var]
+
+
+def check_integers(options: object, least: int, *names: str) -> None:
+    """Check that fields are integers of at least ``least``.
+
+    Here and below, None passes if it is the field's default.
+
+    Raises:
+        InputError: one is not.
+    """
+    words = f"an integer of at least {least}"
+    _check(options, names, lambda value: is_number(value, Integral) and value >= least, words)
+
+
+def check_numbers(options: object, *names: str) -> None:
+    """Check that fields are numbers.
+
+    Raises:
+        InputError: one is not.
+    """
+    _check(options, names, lambda value: is_number(value, Real), "a number")
+
+
+def check_flags(options: object, *names: str) -> None:
+    """Check that fields are True or False, because any text would count as True.
+
+    Raises:
+        InputError: one is not.
+    """
+    _check(options, names, lambda value: isinstance(value, bool), "True or False")
+
+
+def check_texts(options: object, *names: str) -> None:
+    """Check that fields are strings.
+
+    Raises:
+        InputError: one is not.
+    """
+    _check(options, names, lambda value: isinstance(value, str), "a string")
+
+
+def check_paths(options: object, *names: str) -> None:
+    """Check that fields are paths.
+
+    Raises:
+        InputError: one is not.
+    """
+    _check(options, names, lambda value: isinstance(value, str | Path), "a path")
+
+
+def check_callables(options: object, *names: str) -> None:
+    """Check that fields can be called.
+
+    Raises:
+        InputError: one cannot.
+    """
+    _check(options, names, callable, "a function")
+
+
+def check_cuda(options: object) -> None:
+    """Check the field ``cuda``.
+
+    Raises:
+        InputError: it is not :class:`CudaOptions`.
+    """
+    _check(options, ("cuda",), lambda value: isinstance(value, CudaOptions), "CudaOptions")
+
+
+def is_number(value: object, kind: type) -> bool:
+    """Return whether ``value`` is a number of ``kind``; bool, a number to Python, is not."""
+    return isinstance(value, kind) and not isinstance(value, bool)
+
+
+def _check(
+    options: object, names: Sequence[str], is_legal: Callable[[Any], bool], words: str
+) -> None:
+    defaults = {field.name: field.default for field in fields(options)}  # type: ignore[arg-type]
+    for name in names:
+        value = getattr(options, name)
+        if not (value is None and defaults[name] is None) and not is_legal(value):
+            raise InputError(f"{name} is {value!r:.60}; it must be {words}")

@@ -11,14 +11,22 @@ from __future__ import annotations
 
 import importlib.util
 import tempfile
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gemma3_export.api.model import bundle_tokenizer
 from gemma3_export.api.opening import open_runtime
-from gemma3_export.api.options import merged
+from gemma3_export.api.options import (
+    check_callables,
+    check_cuda,
+    check_integers,
+    check_numbers,
+    check_paths,
+    check_texts,
+    merged,
+)
 from gemma3_export.bundle import MANIFEST, RUNTIMES, Bundle
 from gemma3_export.errors import InputError, ParityError, UnavailableError
 
@@ -62,10 +70,19 @@ class VerifyRequest:
     threads: int | None = None
     cuda: CudaOptions | None = None
     weights: WeightSource | Path | str | None = None
-    against: str | None = None
+    against: Path | str | None = None
     seed: int = 0
     max_kld: float | None = None
     progress: Progress | None = None
+
+    def __post_init__(self) -> None:
+        check_texts(self, "runtime", "device")
+        check_integers(self, 1, "threads")
+        check_integers(self, 0, "seed")
+        check_numbers(self, "max_kld")
+        check_paths(self, "against")
+        check_callables(self, "progress")
+        check_cuda(self)
 
 
 def verify(
@@ -101,11 +118,9 @@ def verify(
     bundle.check_files()
     with ExitStack() as stack:
         stack.enter_context(torch_threads(request.threads))
-        source = request.weights
-        if isinstance(source, Path | str):
-            from gemma3_export.reference.weights import open_weights
-
-            source = stack.enter_context(open_weights(str(source)))
+        source = None
+        if request.weights is not None:
+            source = stack.enter_context(opened_weights(request.weights))
         candidate = open_runtime(
             bundle,
             request.runtime,
@@ -145,7 +160,7 @@ def _compared(
         )
     if request.against in RUNTIMES:
         baseline = open_runtime(
-            bundle, request.against, device=request.device, threads=request.threads
+            bundle, str(request.against), device=request.device, threads=request.threads
         )
     else:
         baseline = open_baseline(request.against, source, request)
@@ -230,7 +245,7 @@ def _why_it_failed(report: ParityReport, budget: float) -> str:
 
 
 def open_baseline(
-    against: str,
+    against: Path | str,
     source: WeightSource,
     request: VerifyRequest,
 ) -> Runtime:
@@ -257,7 +272,7 @@ def open_baseline(
         return TransformersRuntime(folder)
     if against != TRANSFORMERS:
         raise InputError(
-            f"{against!r} is neither a bundle nor a Hugging Face folder; give one of them, or "
+            f"{str(against)!r} is neither a bundle nor a Hugging Face folder; give one of them, or "
             f"{TRANSFORMERS!r} to compare with that package"
         )
     from gemma3_export.reference.training.model_folder import export_hf_folder
@@ -265,6 +280,26 @@ def open_baseline(
     with tempfile.TemporaryDirectory(prefix="gemma3-export-") as parent:
         export_hf_folder(source, Path(parent) / "model", dtype=None)
         return TransformersRuntime(Path(parent) / "model")
+
+
+def opened_weights(
+    weights: WeightSource | Path | str,
+) -> AbstractContextManager[WeightSource]:
+    """Open weights by name, to be closed again, or take an opened source, which stays open.
+
+    Raises:
+        TypeError: they are neither.
+        InputError: they cannot be opened.
+    """
+    from gemma3_export.reference.weights import WeightSource, open_weights
+
+    if isinstance(weights, Path | str):
+        return open_weights(str(weights))
+    if not isinstance(weights, WeightSource):
+        raise TypeError(
+            f"weights must be a path, a Hub id or what open_weights returns, not {weights!r:.60}"
+        )
+    return nullcontext(weights)
 
 
 def require_packages() -> None:

@@ -5,6 +5,7 @@ Shapes: B requests, T new tokens, V vocabulary.
 
 from __future__ import annotations
 
+import inspect
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -71,7 +72,7 @@ class DecodingLoop:
     requests: Sequence[RequestState]
     capacity: int
     prefill_chunk: int
-    cancel: Callable[[], bool] | None
+    is_cancelled: Callable[[], bool]
     prefill_progress: Callable[[int, int], None] | None
     speculations: Sequence[Speculation | None]  # one per request
     prefix_cache: PrefixCache | None
@@ -103,7 +104,7 @@ class DecodingLoop:
             request.time_to_first_token_s = perf_counter() - started
             yield from _report(request, event)
         while active := [request for request in self.requests if request.finish_reason is None]:
-            if self._is_cancelled():
+            if self.is_cancelled():
                 yield from self._abandon()
                 return
             begun = perf_counter()
@@ -124,11 +125,11 @@ class DecodingLoop:
         """
         sizes = [other.prompt_ids.size for other in self.requests]
         row = request.index if len(self.requests) > 1 else None
-        fed = request.reused_tokens = int(cache.lengths[request.index])  # of a kept cache
-        if not fed:
+        kept = fed = request.reused_tokens = int(cache.lengths[request.index])
+        if not kept:
             fed = self._load_prefix(request, cache)
         while True:
-            if self._is_cancelled():
+            if self.is_cancelled():
                 return None
             stop = fed - fed % self.prefill_chunk + self.prefill_chunk
             chunk = request.prompt_ids[None, fed:stop]
@@ -139,7 +140,8 @@ class DecodingLoop:
             if self.prefill_progress is not None:
                 self.prefill_progress(sum(sizes[: request.index]) + fed, sum(sizes))
             if fed >= request.prompt_ids.size:
-                self._store_prefix(request, cache)
+                if not kept:  # else some tokens were not computed in whole prefill chunks
+                    self._store_prefix(request, cache)
                 last: Logits = logits[0, -1]
                 return last
 
@@ -231,9 +233,6 @@ class DecodingLoop:
         if cache.lengths[request.index] > request.fed_tokens:
             cache.truncate(request.index, request.fed_tokens)
 
-    def _is_cancelled(self) -> bool:
-        return self.cancel is not None and self.cancel()
-
     def _abandon(self) -> Iterator[Completion]:
         for request in self.requests:
             if request.finish_reason is None:
@@ -254,20 +253,34 @@ class Generation(Iterator[Event]):
     """A running generation: iterate over its events, or ``collect()`` the results.
 
     After ``close()``, Ctrl-C or an error, ``completions`` is what was generated until then.
+
+    Args:
+        requests: the requests that ``events`` advances.
+        events: the loop.
+        closing: set by ``close()``, so that the loop ends with the step that is running.
     """
 
     def __init__(
-        self, requests: Sequence[RequestState], events: Generator[Event, None, None]
+        self,
+        requests: Sequence[RequestState],
+        events: Generator[Event, None, None],
+        closing: threading.Event,
     ) -> None:
         self._requests = requests
         self._events = events
+        self._closing = closing
+        self._lock = threading.RLock()  # a signal handler may close amid a step of its own thread
 
     def __next__(self) -> Event:
-        return next(self._events)
+        with self._lock:
+            return next(self._events)
 
     def close(self) -> None:
-        """Stop now and release the cache."""
-        self._events.close()
+        """Stop and release the cache; any thread may, and waits for the step that is running."""
+        self._closing.set()
+        with self._lock:
+            if inspect.getgeneratorstate(self._events) != inspect.GEN_RUNNING:
+                self._events.close()
 
     def collect(self) -> list[Completion]:
         """Run to the end and return one completion per prompt, in order."""
@@ -389,12 +402,13 @@ def generate(
         )
     ]
     longest_draft = _longest_draft(runtime, options.max_draft_tokens)
+    closing = threading.Event()
     loop = DecodingLoop(
         runtime=runtime,
         requests=requests,
         capacity=capacity,
         prefill_chunk=options.prefill_chunk,
-        cancel=cancel.is_set if isinstance(cancel, threading.Event) else cancel,
+        is_cancelled=_either(closing, cancel),
         prefill_progress=prefill_progress,
         speculations=[
             Speculation(request, drafter(), longest_draft, _step_costs(runtime, request.params))
@@ -405,7 +419,21 @@ def generate(
         prefix_cache=prefix_cache,
         kept_cache=kept_cache,
     )
-    return Generation(requests, loop.run())
+    return Generation(requests, loop.run(), closing)
+
+
+def _either(closing: threading.Event, cancel: Cancel | None) -> Callable[[], bool]:
+    """Return a function that tells whether one of the two is set.
+
+    Raises:
+        InputError: ``cancel`` is neither an event nor a function.
+    """
+    if cancel is None:
+        return closing.is_set
+    is_set = cancel.is_set if isinstance(cancel, threading.Event) else cancel
+    if not callable(is_set):
+        raise InputError(f"cancel is {cancel!r:.60}; give a threading.Event or a function")
+    return lambda: closing.is_set() or is_set()
 
 
 def _step_costs(runtime: Runtime, params: SamplingParams) -> StepCosts:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import secrets
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from numbers import Integral, Real
@@ -30,13 +31,13 @@ Scores = NDArray[np.float32]
 Weights = NDArray[np.float32] | NDArray[np.float64]
 
 _Rule = tuple[str, type, Callable[[Any], bool], str]
-_INFINITY = float("inf")
+_LARGEST = sys.float_info.max
 _RULES: tuple[_Rule, ...] = (  # field, type, valid range, the range in words
-    ("temperature", Real, lambda t: 0 <= t < _INFINITY, "a finite number, 0 or more"),
+    ("temperature", Real, lambda t: 0 <= t <= _LARGEST, "a finite number, 0 or more"),
     ("top_k", Integral, lambda k: k >= 0, "an integer, 0 (off) or more"),
     ("top_p", Real, lambda p: 0 < p <= 1, "a number above 0 and up to 1 (off)"),
     ("min_p", Real, lambda p: 0 <= p <= 1, "a number from 0 (off) to 1"),
-    ("repetition_penalty", Real, lambda r: 0 < r < _INFINITY, "a finite number above 0 (1: off)"),
+    ("repetition_penalty", Real, lambda r: 0 < r <= _LARGEST, "a finite number above 0 (1: off)"),
     ("seed", Integral, lambda s: 0 <= s < 2**64, "an integer from 0 to 2**64 - 1"),
     ("request_index", Integral, lambda i: 0 <= i < 2**64, "an integer from 0 to 2**64 - 1"),
     ("logprobs", Integral, lambda n: n >= 0, "an integer, 0 (only the chosen token) or more"),

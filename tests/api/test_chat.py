@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import pytest
 
 import gemma3_export
 from gemma3_export import InputError, Model
+from gemma3_export.api import model as model_module
 from gemma3_export.runtimes.generation.kept_cache import KeptCache
+from gemma3_export.runtimes.generation.request import RequestState
 from gemma3_export.runtimes.generation.sampling import SamplingParams
 from gemma3_export.runtimes.protocol import IntArray, KVCache, Logits, Runtime
 from tests.support.exported_bundles import exported_bundle
@@ -23,6 +27,10 @@ def model(ort_bundle: Path) -> Model:
 
 def fresh(model: Model, messages: list[dict[str, str]], **options: object) -> str:
     return model.generate(messages, **options).text
+
+
+def interrupted(request: RequestState, logits: object) -> NoReturn:
+    raise KeyboardInterrupt
 
 
 class TestTurns:
@@ -87,6 +95,99 @@ class TestTurns:
         model.close()
         said = [*chat.messages, {"role": "user", "content": "More"}]
         assert chat.send("More").text == fresh(model, said, max_new_tokens=5)
+
+    def test_a_turn_may_need_other_caches_than_the_open_ones(
+        self, ort_bundle: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Drafts longer than a window open the runtime again, amid the turn."""
+        asked: list[object] = []
+        real = model_module.open_runtime
+
+        def windowed_at_first(*arguments: object, **options: object) -> object:
+            asked.append(options["sliding_window_cache"])
+            if len(asked) == 1:
+                options["sliding_window_cache"] = True
+            return real(*arguments, **options)
+
+        monkeypatch.setattr(model_module, "open_runtime", windowed_at_first)
+        model = gemma3_export.load(ort_bundle, device="cpu", threads=1)
+        chat = model.chat(max_new_tokens=5)
+        chat.send("First")
+        said = [*chat.messages, {"role": "user", "content": "More"}]
+        answer = chat.send("More", prompt_lookup=model.config.sliding_window)
+        assert asked == [None, False]
+        assert answer.text == fresh(model, said, max_new_tokens=5)
+        assert chat.send("Again").reused_tokens > 0
+
+    def test_only_one_turn_runs_at_a_time(self, model: Model) -> None:
+        """Each would append to the history it began with, and lose the other's messages."""
+        chat = model.chat(max_new_tokens=20)
+        stream = chat.stream("One")
+        with pytest.raises(InputError, match="another turn"):
+            chat.send("Two")
+        next(stream)
+        with pytest.raises(InputError, match="another turn"):
+            chat.stream("Two")
+        stream.close()
+        chat.send("Two")
+        assert [m["content"] for m in chat.messages if m["role"] == "user"] == ["One", "Two"]
+
+    def test_a_discarded_stream_makes_way(self, model: Model) -> None:
+        chat = model.chat(max_new_tokens=20)
+        for _ in chat.stream("One"):
+            break
+        gc.collect()
+        chat.send("Two")
+        assert [m["content"] for m in chat.messages if m["role"] == "user"] == ["Two"]
+
+    def test_a_failed_turn_is_not_part_of_it(
+        self, model: Model, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        chat = model.chat(max_new_tokens=20)
+        chat.send("One", max_new_tokens=2)
+        before = list(chat.messages)
+        stream = chat.stream("Two")
+        next(stream)
+        with monkeypatch.context() as patch:
+            patch.setattr(RequestState, "accept", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                list(stream)
+        assert list(stream) == []  # the error ended it
+        stream.close()
+        assert chat.messages == before
+        said = [*before, {"role": "user", "content": "Three"}]
+        assert chat.send("Three").text == fresh(model, said, max_new_tokens=20)
+
+    def test_it_grows_beyond_its_first_capacity(
+        self, model: Model, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Up to the context, with the texts of fresh generations, and no further."""
+        monkeypatch.setattr(model_module, "CHAT_CAPACITY", 16)
+        chat = model.chat(max_new_tokens=9)
+        said = [{"role": "user", "content": "More"}]
+        while len(model.encode(said)) <= model.config.max_position_embeddings:
+            assert chat.send("More").text == fresh(model, said, max_new_tokens=9)
+            said = [*chat.messages, {"role": "user", "content": "More"}]
+        with pytest.raises(InputError, match="shorten"):
+            chat.send("More")
+        assert chat.messages == said[:-1]
+        assert len(chat.messages) > 6
+
+    def test_kept_prefixes_hold_no_tokens_of_answers(self, ort_bundle: Path) -> None:
+        """Answers were computed one by one, which may give other bits than whole chunks."""
+        model = gemma3_export.load(ort_bundle, device="cpu", threads=1, kept_prefix_bytes=10**7)
+        chat = model.chat(max_new_tokens=16)
+        first = chat.send("A first message of many words, so that there is something to keep.")
+        chat.send("More")
+        again = model.generate(chat.messages[:-1], max_new_tokens=1)
+        assert 0 < again.reused_tokens <= first.prompt_tokens
+
+    def test_a_system_message_is_text(self, model: Model) -> None:
+        for system in (5, b"x", ["x"], {"role": "system"}):
+            with pytest.raises(InputError, match="system"):
+                model.chat(system)
+        with pytest.raises(TypeError, match="Model"):
+            gemma3_export.Chat("a path")
 
     def test_a_bundle_without_turn_tokens_has_no_chat(self) -> None:
         bare = gemma3_export.load(exported_bundle("ort"), device="cpu")

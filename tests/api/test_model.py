@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +14,7 @@ import pytest
 import torch
 
 import gemma3_export
-from gemma3_export import GenerateOptions, InputError, LoadOptions, Model
+from gemma3_export import Chat, GenerateOptions, InputError, LoadOptions, Model, TextStream
 from gemma3_export.api import model as model_module
 from gemma3_export.device import Device
 from gemma3_export.reference.loading import load_reference
@@ -74,10 +76,58 @@ class TestPrompts:
         assert end in model.stop_token_ids(is_chat=True)
         assert end not in model.stop_token_ids(is_chat=False)
 
-    @pytest.mark.parametrize("prompt", [b"bytes", {"role": "user"}, 7, None])
+    @pytest.mark.parametrize(
+        "prompt",
+        [
+            b"bytes",
+            {"role": "user"},
+            7,
+            None,
+            bytearray(b"ab"),
+            memoryview(b"ab"),
+            np.array(5),
+            {2, 3},
+            (token_id for token_id in (2, 3)),
+            [b"ab"],
+            [2.5, 3.5],
+            [{2, 3}],
+            ["text", 5],
+            [None],
+            [Path("text")],
+        ],
+    )
     def test_what_is_not_a_prompt_is_rejected(self, model: Model, prompt: object) -> None:
         with pytest.raises(InputError, match="a prompt is"):
             model.generate(prompt)
+
+    @pytest.mark.parametrize(
+        "prompt",
+        [
+            [2, 3.9],
+            [2, "7"],
+            [2, "x"],
+            [2, None],
+            [True, False],
+            [["2", "3"]],
+            [["text"]],
+            [[[2, 3]]],
+            [np.array([2.0, 3.0])],
+            [2, 3j],
+            np.array([2, "3"], dtype=object),
+        ],
+    )
+    def test_nothing_is_made_a_token_id_that_is_none(self, model: Model, prompt: object) -> None:
+        with pytest.raises(InputError, match="not an integer"):
+            model.generate(prompt)
+
+    @pytest.mark.parametrize("prompts", ["abc", {"a"}, None, (text for text in "ab")])
+    def test_start_takes_a_list(self, model: Model, prompts: object) -> None:
+        with pytest.raises(InputError, match="list of prompts"):
+            model.start(prompts)
+
+    def test_prompts_that_end_differently_do_not_mix(self, model: Model) -> None:
+        with pytest.raises(InputError, match="two calls"):
+            model.generate(["The sea is", USER])
 
     @pytest.mark.parametrize("prompt", [[], ()])
     def test_nothing_is_rejected(self, model: Model, prompt: object) -> None:
@@ -116,18 +166,68 @@ class TestOptions:
             {"prefix_cache_bytes": -1},
             {"prefill_chunk": 0},
             {"stop": ("",)},
+            {"stop": 5},
+            {"stop": [1]},
+            {"stop": ["a", ["b"]]},
+            {"stop": b"x"},
+            {"stop": None},
+            {"stop": {"x": 1}.items()},
+            {"stop": (text for text in "ab")},  # would be empty for the second turn of a chat
+            {"max_new_tokens": "5"},
+            {"max_new_tokens": 2.5},
+            {"max_new_tokens": True},
+            {"max_new_tokens": None},
+            {"prompt_lookup": 2.5},
+            {"prefix_cache_bytes": "256MB"},
+            {"prefix_cache_bytes": None},
+            {"prefill_chunk": 1.5},
+            {"draft_model": 5},
+            {"temperature": 10**400},
+            {"repetition_penalty": 10**400},
+            {"cancel": 5},
         ],
     )
     def test_an_impossible_value_is_named(self, model: Model, change: dict[str, object]) -> None:
         with pytest.raises(InputError, match=next(iter(change))):
             model.generate("A", **change)
 
-    @pytest.mark.parametrize("change", [{"threads": 0}, {"kept_prefix_bytes": -1}])
+    @pytest.mark.parametrize(
+        "options", [LoadOptions(), {"max_new_tokens": 3}, 64, GenerateOptions, SamplingParams()]
+    )
+    def test_options_of_another_kind_are_rejected(self, model: Model, options: object) -> None:
+        with pytest.raises(TypeError, match="must be of type GenerateOptions"):
+            model.generate("A", options)
+        with pytest.raises(TypeError, match="must be of type GenerateOptions"):
+            model.chat(None, options)
+        with pytest.raises(TypeError, match="must be of type GenerateOptions"):
+            Chat(model, None, options)
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            {"threads": 0},
+            {"threads": 2.5},
+            {"threads": "2"},
+            {"threads": True},
+            {"kept_prefix_bytes": -1},
+            {"kept_prefix_bytes": "1MB"},
+            {"device": None},
+            {"device": 5},
+            {"runtime": None},
+            {"trust": "no"},
+            {"sliding_window_cache": "no"},
+            {"shares_weights": 1},
+            {"cuda": {"graph": True}},
+        ],
+    )
     def test_an_impossible_way_to_load_is_named(
         self, ort_bundle: Path, change: dict[str, object]
     ) -> None:
         with pytest.raises(InputError, match=next(iter(change))):
             gemma3_export.load(ort_bundle, **change)
+        if "kept_prefix_bytes" not in change:
+            with pytest.raises(InputError, match=next(iter(change))):
+                gemma3_export.open_runtime(ort_bundle, **change)
 
     def test_a_drawn_seed_repeats_the_text(self, model: Model) -> None:
         drawn = model.generate("A", max_new_tokens=16, temperature=1.5)
@@ -156,6 +256,56 @@ class TestStream:
         assert stream.completion.finish_reason == "cancelled"
         assert stream.completion.text.startswith(first)
 
+    def test_a_stream_is_closed_twice_and_by_leaving_its_block(self, model: Model) -> None:
+        with model.stream("The sea is", max_new_tokens=200) as stream:
+            next(stream)
+        stream.close()
+        assert list(stream) == []
+        assert stream.completion.finish_reason == "cancelled"
+
+    def test_another_thread_closes_it_within_a_step(self, model: Model) -> None:
+        """The step that is running ends, and nothing follows it."""
+        stepping, proceed = threading.Event(), threading.Event()
+
+        def wait() -> bool:
+            stepping.set()
+            proceed.wait(60)
+            return False
+
+        generation = model.start(["The sea is"], max_new_tokens=50, cancel=wait)
+        stream = TextStream(generation)
+        with ThreadPoolExecutor(2) as pool:
+            reading = pool.submit(list, stream)
+            assert stepping.wait(60)
+            closing = pool.submit(stream.close)
+            assert generation._closing.wait(60)
+            proceed.set()
+            closing.result(60)
+            reading.result(60)
+        assert stream.completion.finish_reason == "cancelled"
+        assert len(stream.completion.tokens) <= 1
+
+    def test_a_signal_handler_closes_it_within_a_step(self, model: Model) -> None:
+        """Such a handler runs in the thread of the step, which cannot wait for itself."""
+        closed: list[TextStream] = []
+
+        def interrupt() -> bool:
+            stream.close()
+            closed.append(stream)
+            return False
+
+        stream = TextStream(model.start(["The sea is"], max_new_tokens=50, cancel=interrupt))
+        list(stream)
+        assert stream.completion.finish_reason == "cancelled"
+        assert len(closed) <= 2
+
+    def test_two_threads_may_read_it(self, model: Model) -> None:
+        stream = model.stream("The sea is", max_new_tokens=40)
+        with ThreadPoolExecutor(2) as pool:
+            parts = list(pool.map(lambda _: list(stream), range(2)))
+        assert sum(map(len, parts), 0) > 0
+        assert stream.completion.text == model.generate("The sea is", max_new_tokens=40).text
+
     def test_a_list_is_rejected(self, model: Model) -> None:
         with pytest.raises(InputError, match="stream takes one prompt"):
             model.stream(["One", "Two"])
@@ -178,10 +328,32 @@ class TestLogits:
         monkeypatch.setattr(model_module, "GenerateOptions", lambda: small)
         np.testing.assert_allclose(model.logits(LONG), whole, atol=2e-4)
 
-    @pytest.mark.parametrize("ids", [[], [[2, 3]], [-1], [2, 400]])
+    @pytest.mark.parametrize(
+        "ids",
+        [
+            [],
+            [[2, 3]],
+            [-1],
+            [2, 400],
+            [2**70],
+            [2.7, 3],
+            np.array([2.0]),
+            ["2", "3"],
+            ["x"],
+            "text",
+            [True],
+            [[2], [3, 4]],
+            np.array(2),
+            None,
+        ],
+    )
     def test_what_is_not_a_list_of_tokens_is_rejected(self, model: Model, ids: object) -> None:
         with pytest.raises(InputError, match="token"):
             model.logits(ids)
+
+    def test_more_than_the_context_holds_is_rejected(self, model: Model) -> None:
+        with pytest.raises(InputError, match="context"):
+            model.logits([2] * (model.config.max_position_embeddings + 1))
 
 
 class TestWhatIsDecidedHere:
@@ -258,6 +430,15 @@ class TestWhatIsDecidedHere:
         assert model.generate(prompt, max_new_tokens=60, prompt_lookup=4).drafted_tokens > 0
         assert model.generate(prompt, max_new_tokens=60, prompt_lookup=0).drafted_tokens == 0
 
+    def test_a_closed_model_keeps_no_prefixes_of_its_old_runtime(self, ort_bundle: Path) -> None:
+        """A generation that another thread closes the model amid still has the old runtime."""
+        model = opened(ort_bundle, kept_prefix_bytes=10**7)
+        old = model.open()
+        model.close()
+        model._prefix_cache(old, [LONG], GenerateOptions())
+        assert model.generate([*LONG, 5], max_new_tokens=2).reused_tokens == 0
+        assert model.generate([*LONG, 6], max_new_tokens=2).reused_tokens == len(LONG)
+
     def test_a_draft_model_is_opened_once(
         self, ort_bundle: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -279,8 +460,6 @@ class TestWhatIsDecidedHere:
 
 
 def test_models_are_shared_between_threads(model: Model) -> None:
-    from concurrent.futures import ThreadPoolExecutor
-
     prompts = [f"Prompt {number}" for number in range(8)]
     expected = [model.generate(prompt, max_new_tokens=6).token_ids for prompt in prompts]
     with ThreadPoolExecutor(4) as pool:
