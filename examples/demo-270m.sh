@@ -24,7 +24,7 @@ gemma3-export generate "$bundle" --max-new-tokens 60 --seed 1 --top-k 64 --top-p
 
 step "Done in $(($(date +%s) - began)) s"
 cat <<END
-The export traced the reference model into an ONNX graph without loading weights, then dequantised
+The export traced the reference model into an ONNX graph without loading weights, then dequantized
 the GGUF file's weights and wrote them next to the graph. The check ran the graph in ONNX Runtime and
 compared it with the reference in float64: its error must stay within a small multiple of what
 float32 rounding alone causes. Generation used ONNX Runtime only, without PyTorch.

@@ -23,13 +23,8 @@ from typing import Any
 
 import click
 
-from gemma3_export.api.opening import open_runtime
-from gemma3_export.bundle import Bundle
-from gemma3_export.errors import Gemma3ExportError, InputError
-from gemma3_export.runtimes.generation.loop import GenerationOptions, generate
-from gemma3_export.runtimes.generation.sampling import SamplingParams
-from gemma3_export.runtimes.protocol import Runtime
-from gemma3_export.tokenizer import StreamingDecoder, Tokenizer
+import gemma3_export
+from gemma3_export import Gemma3ExportError, InputError
 
 KEY_VARIABLE = "GEMMA3_API_KEY"
 MAX_BODY_BYTES = 1_000_000
@@ -42,11 +37,16 @@ KNOWN = ("prompt", "max_new_tokens", *SAMPLING)
 
 
 class Engine:
-    """A loaded bundle that serves one request at a time."""
+    """A loaded bundle that serves one request at a time.
 
-    def __init__(self, runtime: Runtime, tokenizer: Tokenizer) -> None:
-        self.runtime = runtime
-        self.tokenizer = tokenizer
+    Raises:
+        InputError: If the bundle has no tokenizer.
+    """
+
+    def __init__(self, model: gemma3_export.Model) -> None:
+        if model.tokenizer is None:
+            raise InputError(f"{model.bundle.path} has no tokenizer; export it with --tokenizer")
+        self.model = model
         self.places = threading.Semaphore(MAX_WAITING)
         self.turn = threading.Lock()
 
@@ -64,16 +64,13 @@ class Engine:
             raise InputError(f"max_new_tokens must be from 1 to {MAX_NEW_TOKENS}")
         if unknown := sorted(set(rest) - set(SAMPLING)):
             raise InputError(f"{unknown[0]} is unknown; choose among {', '.join(KNOWN)}")
-        sampling = SamplingParams(**rest)
         with self.turn:
             deadline = time.monotonic() + MAX_SECONDS
-            (done,) = generate(
-                self.runtime,
-                [self.tokenizer.encode(prompt)],
-                sampling,
-                GenerationOptions(max_new_tokens=new_tokens),
-                detokenize=lambda: StreamingDecoder(self.tokenizer),
+            (done,) = self.model.start(
+                [prompt],
+                max_new_tokens=new_tokens,
                 cancel=lambda: time.monotonic() > deadline,
+                **rest,
             ).collect()
         return {
             "text": done.text,
@@ -103,7 +100,7 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         """Report that the server is up, and on which device."""
         if self.path == "/health":
-            self.reply(200, {"status": "ok", **self.server.engine.runtime.info.to_json()})
+            self.reply(200, {"status": "ok", **self.server.engine.model.runtime.info.to_json()})
         else:
             self.reply(404, {"error": "not found; use GET /health or POST /generate"})
 
@@ -200,10 +197,8 @@ def main(bundle_path: Path, host: str, port: int, device: str) -> None:
     key = os.environ.get(KEY_VARIABLE)
     try:
         require_key(host, key)
-        bundle = Bundle(bundle_path)
-        tokenizer = Tokenizer.from_folder(bundle_path)
-        tokenizer.check_vocab_size(bundle.config.vocab_size)
-        server = Server((host, port), Engine(open_runtime(bundle, device=device), tokenizer), key)
+        engine = Engine(gemma3_export.load(bundle_path, device=device))
+        server = Server((host, port), engine, key)
     except Gemma3ExportError as error:
         click.echo(f"error: {error}", err=True)
         sys.exit(error.exit_code)

@@ -85,7 +85,7 @@ class OnnxOptions(ExportOptions):
 
     Args:
         target: ``ort`` for ONNX Runtime's fused kernels, ``portable`` for standard operators.
-        activations: element type that a quantised graph computes in: ``fp32`` for the CPU,
+        activations: element type that a quantized graph computes in: ``fp32`` for the CPU,
             ``bf16`` or ``fp16`` for CUDA.
         block_size: inputs of an ``int8`` or ``int4`` matrix that share a scale; for ``mixed``, the
             fewest.

@@ -419,7 +419,7 @@ class Model:
     def _is_inexact(self, runtime: Runtime) -> bool:
         """Return whether several tokens at once may give other bits than one at a time.
 
-        Quantised products amplify the rounding between one division into steps and another, and on
+        Quantized products amplify the rounding between one division into steps and another, and on
         CUDA it has not been measured. There, drafts are off and only whole prefill chunks are
         reused, which changes no bit.
         """

@@ -78,7 +78,7 @@ class GenerateOptions(SamplingParams):
         max_new_tokens: the most tokens to generate per prompt.
         stop: texts that end a generation; they are cut off the result.
         prompt_lookup: the most tokens to draft by looking up what followed the same words before;
-            0 is off, None is 16 on the CPU and off for quantised bundles and on CUDA.
+            0 is off, None is 16 on the CPU and off for quantized bundles and on CUDA.
         draft_model: a smaller bundle that drafts tokens instead.
         prefix_cache_bytes: memory for prefixes that the prompts of one call share; 0 is off.
         prefill_chunk: prompt tokens to process per step.

@@ -55,7 +55,7 @@ class VerifyRequest:
             with fewer than 20 million parameters.
         cuda: what may be done on a GPU; ignored on the CPU.
         weights: the weights that the bundle was made from, as :func:`open_weights` takes or
-            returns them; None takes those in the bundle, which leaves a quantised bundle without
+            returns them; None takes those in the bundle, which leaves a quantized bundle without
             gate B.
         against: another runtime of this bundle by its name, another bundle's folder,
             ``transformers`` (which gets the bundle's weights) or a Hugging Face folder; None is the
@@ -221,25 +221,25 @@ def _why_it_failed(report: ParityReport, budget: float) -> str:
 
     Args:
         report: a report that did not pass.
-        budget: mean nats a token that the export was allowed.
+        budget: mean nats per token that the export was allowed.
     """
     from gemma3_export.parity.report.terminal import describe_divergence, verdict_line
 
     is_exact = all(gate.passed for gate in report.gates if gate.name != "quality")
     what = (
-        "the weights lie too far from full precision"
+        "the weights diverge too far from full precision"
         if is_exact
         else "the export does not compute what the model computes"
     )
     where = f"; {describe_divergence(report.divergence)}" if report.divergence else ""
     remedy = (
         f"The limits of KLD, agreement and perplexity all follow from --max-kld, {budget:g} here: "
-        "give a larger one to accept that, or take another --dtype. "
+        "raise it to accept this divergence, or choose another --dtype. "
         if is_exact
         else ""
     )
     return (
-        f"{what}, and nothing was kept: {verdict_line(report)}{where}. {remedy}To look into it, "
+        f"{what}, and nothing was kept: {verdict_line(report)}{where}. {remedy}To investigate, "
         "export with --no-verify and run `gemma3-export verify DIR --html report.html`"
     )
 

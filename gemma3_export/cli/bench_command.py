@@ -116,11 +116,12 @@ def bench(
     plot: Path | None,
     **options: Any,
 ) -> None:
-    """Measure load time, prefill, decode and memory, each candidate in its own process.
+    """Measure load time, prefill, decode and memory.
 
-    With --against, the candidates take turns on the same prompts. Ratios are computed within each
-    round; above 1, the bundle is better. The column "of limit" is the share of the machine's memory
-    bandwidth, measured in the same run, that decoding uses to read the weights.
+    Each candidate runs in its own process. With --against, the candidates take turns on the same
+    prompts. Ratios are computed within each round; above 1, the bundle is better. The column "of
+    limit" is the share of the machine's memory bandwidth, measured in the same run, that decoding
+    uses to read the weights.
     """
     from gemma3_export.bench.report import table_lines
     from gemma3_export.bench.run import BenchmarkOptions, run_benchmark

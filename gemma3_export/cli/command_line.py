@@ -21,9 +21,6 @@ __all__ = ["command_line", "main"]
 # In the order that `--help` lists them. The command NAME is the function NAME in the module
 # NAME_command, with "_" in place of "-".
 COMMANDS = (
-    "data",
-    "train",
-    "to-hf",
     "onnx",
     "torchscript",
     "pt2",
@@ -32,6 +29,9 @@ COMMANDS = (
     "inspect",
     "bench",
     "doctor",
+    "data",
+    "train",
+    "to-hf",
 )
 EPILOG = """\b
 Exit codes: 0 success, 1 failure (including failed parity), 2 invalid usage or input,

@@ -34,7 +34,7 @@ Exit codes: 0 the device is usable, 2 bad usage, 3 the device is not usable.
 )
 @click.option("--json", "as_json", is_flag=True, help="Print everything as one JSON object.")
 def doctor(device: str, runtime: str, as_json: bool) -> None:
-    """Check whether CUDA is usable here; if not, say why and which command fixes it.
+    """Check whether CUDA is usable; if not, say how to fix it.
 
     Shows Python, the installed packages, the NVIDIA driver and its GPUs, and the CUDA libraries
     that ONNX Runtime loads, then multiplies two matrices on the device. Each test runs in its own

@@ -43,7 +43,7 @@ def inspect(
     cuda_placement: bool,
     cuda_python: Path | None,
 ) -> None:
-    """Show a bundle's model, graphs, files, source of weights and proof of parity.
+    """Show a bundle's model, graphs, files and proof of parity.
 
     With --cuda-placement, show instead where ONNX Runtime places each node of the ONNX graph, using
     a stub of CUDA. The exit code is 1 if anything except shape computations stays on the CPU.

@@ -95,7 +95,7 @@ def onnx(
     calibration: Path | None,
     screen: bool | None,
 ) -> None:
-    """Export Gemma 3 to ONNX and prove that the export matches the model.
+    """Export to ONNX and prove parity with the model.
 
     The output is one self-contained folder: graph, weights, config, tokenizer, a manifest with the
     hash of every file, and the parity report. A failed or interrupted export leaves no partial

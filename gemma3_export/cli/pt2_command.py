@@ -29,7 +29,7 @@ Examples:
     help="fp16: rejected if the residual stream approaches its maximum; use bf16 instead.",
 )
 def pt2(options: ExportOptions, dtype: str) -> None:
-    """Export Gemma 3 with torch.export and prove that the export matches the model.
+    """Export with torch.export and prove parity with the model.
 
     torch.export is the successor of TorchScript; docs/torchscript.md compares both. The exported
     program needs only torch and runs on the CPU.

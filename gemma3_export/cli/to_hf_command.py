@@ -58,7 +58,7 @@ def to_hf(
     output: Path,
     force: bool,
 ) -> None:
-    """Convert weights of any supported format to a folder that `transformers` loads."""
+    """Convert weights to a folder that `transformers` loads."""
     from gemma3_export.api.exporting import open_weights
     from gemma3_export.staging import refuse_existing
     from gemma3_export.tokenizer import load_tokenizer

@@ -52,7 +52,7 @@ Examples:
 def torchscript(
     options: ExportOptions, dtype: str, block_size: str, max_kld: float | None, no_prepack: bool
 ) -> None:
-    """Export Gemma 3 to TorchScript and prove that the export matches the model.
+    """Export to TorchScript and prove parity with the model.
 
     The archive needs only torch (Python) or libtorch (C++). PyTorch has deprecated TorchScript;
     docs/torchscript.md explains the consequences. A TorchScript archive is executable code, so it

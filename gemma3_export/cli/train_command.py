@@ -112,11 +112,11 @@ def train(
     force: bool,
     **given: Any,
 ) -> None:
-    """Train or fine-tune on DATA, a folder made by `gemma3-export data`.
+    """Train or fine-tune a model on tokenized text.
 
-    The run folder always holds the best weights so far in Hugging Face format, and every other
-    command accepts it as --weights. On SIGTERM or Ctrl-C, training saves a checkpoint and exits;
-    --resume continues it with identical results.
+    DATA is a folder made by `gemma3-export data`. The run folder always holds the best weights so
+    far in Hugging Face format, and every other command accepts it as --weights. On SIGTERM or
+    Ctrl-C, training saves a checkpoint and exits; --resume continues it with identical results.
     """
     if importlib.util.find_spec("torch") is None:
         raise UnavailableError(
@@ -173,6 +173,7 @@ def _print_end(result: Any) -> None:
         )
     if not result.has_loss_curve:
         click.echo(
-            "no loss.png: matplotlib is not installed (it is part of the extra train)", err=True
+            "no loss.png: matplotlib is not installed; run: pip install 'gemma3-export[train]'",
+            err=True,
         )
     click.echo(f"next: gemma3-export onnx --weights {result.run} -o bundle")

@@ -68,7 +68,7 @@ def verify(
     cuda: CudaRequest,
     threads: int | None,
 ) -> None:
-    """Prove that a bundle matches the reference model with the same weights.
+    """Prove that a bundle matches the reference model.
 
     Verification checks the hash of every file, then compares logits and all cached keys and values
     in prefill, chunked prefill and cached decoding. Each error must stay below a small multiple of

@@ -41,7 +41,7 @@ PATTERNS = [
 ]
 ALTERNATIVES = (
     "Alternatively, use local weights (--weights FOLDER, FILE.safetensors or FILE.gguf), or try "
-    "the pipeline with --random-weights SEED."
+    "the model that comes with this package (--weights demo)."
 )
 DENIED = (401, 403)
 

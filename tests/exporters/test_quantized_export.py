@@ -160,7 +160,7 @@ def test_an_export_over_its_budget_names_the_divergence_and_leaves_no_output(
 ) -> None:
     path = tmp_path / "bundle"
     writer = OnnxWriter(dtype="int8", block_size=16, max_kld=1e-9)
-    message = r"^the weights lie too far.* mean_kld is .* --max-kld, 1e-09 here: give a larger one"
+    message = r"^the weights diverge too far.* mean_kld is .* --max-kld, 1e-09 here: raise it"
     with pytest.raises(ParityError, match=message):
         export_bundle(
             RandomSource(CONFIG, 5), path, writer, verification=ParityCheck(runtime="onnx")

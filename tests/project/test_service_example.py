@@ -15,9 +15,8 @@ from typing import Any
 
 import pytest
 
-from gemma3_export.api.opening import open_runtime
+import gemma3_export
 from gemma3_export.errors import Gemma3ExportError, InputError
-from gemma3_export.tokenizer import Tokenizer
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "service" / "serve.py"
 KEY = "a key"
@@ -32,8 +31,7 @@ def example() -> dict[str, Any]:
 
 @pytest.fixture
 def server(example: dict[str, Any], ort_bundle: Path) -> Iterator[Any]:
-    runtime = open_runtime(ort_bundle, device="cpu", threads=1)
-    engine = example["Engine"](runtime, Tokenizer.from_folder(ort_bundle))
+    engine = example["Engine"](gemma3_export.load(ort_bundle, device="cpu", threads=1))
     server = example["Server"](("127.0.0.1", 0), engine, KEY)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()

@@ -171,7 +171,7 @@ def test_shards(hub: Hub, weights: dict[str, torch.Tensor], tmp_path: Path) -> N
 
 def test_gated_needs_a_token(hub: Hub, weights: dict[str, torch.Tensor]) -> None:
     hub.gated = True
-    with pytest.raises(InputError, match=r"gated.*HF_TOKEN.*hf auth login.*--random-weights"):
+    with pytest.raises(InputError, match=r"gated.*HF_TOKEN.*hf auth login.*--weights demo"):
         open_weights("org/tiny")
     with open_weights("org/tiny", token=TOKEN) as source:
         assert torch.equal(source.read("model.norm.weight"), weights["model.norm.weight"])
