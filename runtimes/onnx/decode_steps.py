@@ -189,7 +189,7 @@ class ScreenedDecodeSteps:
     def run(
         self, input_ids: IntArray, cache: InPlaceCache, needed: int
     ) -> list[Candidates | Logits]:
-        """Feed ``input_ids`` [B, 1]; return candidates per row, or logits [V] if those won't do.
+        """Feed ``input_ids`` [B, 1]; return candidates per row, or all logits if too few.
 
         Args:
             input_ids: the newest token of each row.
