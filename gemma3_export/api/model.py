@@ -158,6 +158,9 @@ class Model:
         self._drafts: dict[Path, Runtime] = {}
         self._opening = threading.Lock()
 
+    def __repr__(self) -> str:
+        return f"Model({str(self.bundle.path)!r}, runtime={self.options.runtime!r})"
+
     @property
     def config(self) -> Gemma3Config:
         """The model's shapes and constants."""

@@ -272,8 +272,8 @@ def open_baseline(
         return TransformersRuntime(folder)
     if against != TRANSFORMERS:
         raise InputError(
-            f"{str(against)!r} is neither a bundle nor a Hugging Face folder; give one of them, or "
-            f"{TRANSFORMERS!r} to compare with that package"
+            f"{str(against)!r} is not a bundle, a Hugging Face folder or a runtime; give one of "
+            f"them ({', '.join(RUNTIMES)}), or {TRANSFORMERS!r} to compare with that package"
         )
     from gemma3_export.reference.training.model_folder import export_hf_folder
 

@@ -459,6 +459,10 @@ class TestWhatIsDecidedHere:
         assert len(opened_drafts) == 1
 
 
+def test_a_model_shows_its_folder_and_runtime(model: Model, ort_bundle: Path) -> None:
+    assert repr(model) == f"Model('{ort_bundle}', runtime='onnx')"
+
+
 def test_models_are_shared_between_threads(model: Model) -> None:
     prompts = [f"Prompt {number}" for number in range(8)]
     expected = [model.generate(prompt, max_new_tokens=6).token_ids for prompt in prompts]

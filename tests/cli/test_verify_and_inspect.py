@@ -58,7 +58,7 @@ def test_verify_against_transformers(ort_bundle, tiny_folder, is_folder):
 def test_verify_against_an_unknown_baseline_is_rejected(ort_bundle, tmp_path):
     result = run("verify", ort_bundle, "--against", tmp_path / "nothing")
     assert result.exit_code == 2
-    assert "neither a bundle nor" in result.stderr
+    assert "not a bundle, a Hugging Face folder or a runtime" in result.stderr
 
 
 def test_verify_fails_with_other_weights(ort_bundle, tmp_path):
