@@ -165,6 +165,8 @@ def _resume(run: Path, data_path: Path | None) -> None:
 
 
 def _print_end(result: Any) -> None:
+    from gemma3_export.reference.training.distributed import exit_if_distributed
+
     progress = result.state
     if progress.best_step:
         click.echo(
@@ -177,3 +179,4 @@ def _print_end(result: Any) -> None:
             err=True,
         )
     click.echo(f"next: gemma3-export onnx --weights {result.run} -o bundle")
+    exit_if_distributed()

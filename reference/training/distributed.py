@@ -7,6 +7,7 @@ processes, and the trained model is always the same folder.
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ from gemma3_export.reference.training.options import Sharding
 __all__ = [
     "ProcessGroup",
     "clip_grad_norm",
+    "exit_if_distributed",
     "full_model_state_dict",
     "full_optimizer_state_dict",
     "gradient_sync",
@@ -105,6 +107,19 @@ def init_process_group(device: str) -> Iterator[ProcessGroup]:
         yield ProcessGroup(rank=distributed.get_rank(), world_size=world_size, device=local_device)
     finally:
         distributed.destroy_process_group()
+
+
+def exit_if_distributed() -> None:
+    """End a process of a distributed training at once, with exit code 0.
+
+    Gloo's threads may still be releasing tensors of the last collective operation. That needs the
+    GIL, and a thread that waits for it while the interpreter finalizes ends in an abort (seen in
+    about 1 of 25 runs with torch 2.13). Everything has been written by now.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
 
 
 def _device(name: str, local_rank: int) -> torch.device:
