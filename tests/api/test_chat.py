@@ -34,7 +34,7 @@ def interrupted(request: RequestState, logits: object) -> NoReturn:
 
 
 class TestTurns:
-    def test_each_turn_is_what_the_whole_conversation_gives(self, model: Model) -> None:
+    def test_each_turn_equals_generating_from_the_whole_conversation(self, model: Model) -> None:
         chat = model.chat(system="Be brief.", max_new_tokens=10)
         said = [{"role": "system", "content": "Be brief."}]
         for text in ("Who wrote Faust?", "And when?", "Where?"):
@@ -44,7 +44,7 @@ class TestTurns:
             said.append({"role": "assistant", "content": answer.text})
             assert chat.messages == said
 
-    def test_a_turn_computes_only_what_is_new(self, model: Model) -> None:
+    def test_a_turn_computes_only_new_tokens(self, model: Model) -> None:
         chat = model.chat(max_new_tokens=6)
         first = chat.send("A rather long first message, which should not be computed twice.")
         second = chat.send("More")
@@ -52,14 +52,14 @@ class TestTurns:
         assert second.reused_tokens >= first.prompt_tokens
         assert second.prompt_tokens - second.reused_tokens < 30
 
-    def test_a_stream_joins_the_conversation_when_it_ends(self, model: Model) -> None:
+    def test_a_finished_stream_is_added_to_the_conversation(self, model: Model) -> None:
         chat = model.chat(max_new_tokens=6)
         stream = chat.stream("Hello")
         assert chat.messages == []
         text = "".join(stream)
         assert chat.messages[-1] == {"role": "assistant", "content": text}
 
-    def test_a_closed_stream_joins_with_what_it_has(self, model: Model) -> None:
+    def test_a_closed_stream_is_added_with_its_text_so_far(self, model: Model) -> None:
         chat = model.chat(max_new_tokens=50)
         stream = chat.stream("Hello")
         next(stream)
@@ -69,7 +69,7 @@ class TestTurns:
         said = [*chat.messages, {"role": "user", "content": "Go on"}]
         assert chat.send("Go on", max_new_tokens=8).text == fresh(model, said, max_new_tokens=8)
 
-    def test_a_turn_that_cannot_be_is_not_part_of_it(self, model: Model) -> None:
+    def test_a_rejected_turn_is_not_added(self, model: Model) -> None:
         chat = model.chat(max_new_tokens=4)
         chat.send("Hello")
         before = list(chat.messages)
@@ -88,7 +88,7 @@ class TestTurns:
         said = [*two.messages, {"role": "user", "content": "More"}]
         assert two.send("More").text == fresh(model, said, max_new_tokens=5)
 
-    def test_a_conversation_outlives_the_runtime_that_it_began_with(self, ort_bundle: Path) -> None:
+    def test_a_conversation_outlives_its_first_runtime(self, ort_bundle: Path) -> None:
         model = gemma3_export.load(ort_bundle, device="cpu", threads=1)
         chat = model.chat(max_new_tokens=5)
         chat.send("First")
@@ -96,7 +96,7 @@ class TestTurns:
         said = [*chat.messages, {"role": "user", "content": "More"}]
         assert chat.send("More").text == fresh(model, said, max_new_tokens=5)
 
-    def test_a_turn_may_need_other_caches_than_the_open_ones(
+    def test_a_turn_may_need_another_kind_of_cache(
         self, ort_bundle: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Drafts longer than a window open the runtime again, amid the turn."""
@@ -132,7 +132,7 @@ class TestTurns:
         chat.send("Two")
         assert [m["content"] for m in chat.messages if m["role"] == "user"] == ["One", "Two"]
 
-    def test_a_discarded_stream_makes_way(self, model: Model) -> None:
+    def test_a_discarded_stream_does_not_block_the_next_turn(self, model: Model) -> None:
         chat = model.chat(max_new_tokens=20)
         for _ in chat.stream("One"):
             break
@@ -140,7 +140,7 @@ class TestTurns:
         chat.send("Two")
         assert [m["content"] for m in chat.messages if m["role"] == "user"] == ["Two"]
 
-    def test_a_failed_turn_is_not_part_of_it(
+    def test_a_failed_turn_is_not_added(
         self, model: Model, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         chat = model.chat(max_new_tokens=20)
@@ -158,7 +158,7 @@ class TestTurns:
         said = [*before, {"role": "user", "content": "Three"}]
         assert chat.send("Three").text == fresh(model, said, max_new_tokens=20)
 
-    def test_it_grows_beyond_its_first_capacity(
+    def test_the_cache_grows_beyond_its_initial_capacity(
         self, model: Model, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Up to the context, with the texts of fresh generations, and no further."""
@@ -182,14 +182,14 @@ class TestTurns:
         again = model.generate(chat.messages[:-1], max_new_tokens=1)
         assert 0 < again.reused_tokens <= first.prompt_tokens
 
-    def test_a_system_message_is_text(self, model: Model) -> None:
+    def test_a_system_message_must_be_text(self, model: Model) -> None:
         for system in (5, b"x", ["x"], {"role": "system"}):
             with pytest.raises(InputError, match="system"):
                 model.chat(system)
         with pytest.raises(TypeError, match="Model"):
             gemma3_export.Chat("a path")
 
-    def test_a_bundle_without_turn_tokens_has_no_chat(self) -> None:
+    def test_a_bundle_without_turn_tokens_cannot_chat(self) -> None:
         bare = gemma3_export.load(exported_bundle("ort"), device="cpu")
         with pytest.raises(InputError, match="turn tokens"):
             bare.chat()
@@ -216,7 +216,9 @@ class TestKeptCache:
         done = generate(runtime, [prompt], SamplingParams(), max_new_tokens=5).collect()[0]
         return done.token_ids
 
-    def test_any_next_prompt_gives_what_it_gives_alone(self, runtime: Runtime) -> None:
+    def test_every_next_prompt_gives_the_same_as_with_an_empty_cache(
+        self, runtime: Runtime
+    ) -> None:
         generator = np.random.default_rng(3)
         kept = KeptCache(runtime)
         prompt = [2, 5, 9]
@@ -235,7 +237,7 @@ class TestKeptCache:
         ).collect()[0]
         assert done.reused_tokens == len(prompt) - 1
 
-    def test_an_error_loses_the_cache_and_not_its_truth(self, runtime: Runtime) -> None:
+    def test_after_an_error_the_cache_starts_empty(self, runtime: Runtime) -> None:
         class Failing:
             """The runtime, whose third step fails after it has computed."""
 
@@ -261,7 +263,9 @@ class TestKeptCache:
             self.continued(failing, kept, [2, 5, 9])
         assert self.continued(failing, kept, [2, 5, 9]) == self.alone(runtime, [2, 5, 9])
 
-    def test_it_is_one_runtimes_and_one_prompts(self, runtime: Runtime, model: Model) -> None:
+    def test_a_kept_cache_belongs_to_one_runtime_and_takes_one_prompt(
+        self, runtime: Runtime, model: Model
+    ) -> None:
         kept = KeptCache(runtime)
         with pytest.raises(InputError, match="one prompt"):
             generate(runtime, [[2], [3]], SamplingParams(), max_new_tokens=1, kept_cache=kept)

@@ -12,7 +12,7 @@ from gemma3_export.bundle import Bundle
 from tests.support.exported_bundles import exported_bundle
 
 
-def test_weights_may_be_a_path_and_the_tokenizer_too(tiny_folder: Path, tmp_path: Path) -> None:
+def test_weights_and_tokenizer_may_be_paths(tiny_folder: Path, tmp_path: Path) -> None:
     done = gemma3_export.export_onnx(
         tiny_folder, tmp_path / "out", verify=False, tokenizer=tiny_folder, threads=1
     )
@@ -38,7 +38,7 @@ def test_a_mistyped_option_is_named_before_anything_is_opened(tmp_path: Path) ->
         gemma3_export.export_onnx("no such weights", tmp_path / "out", dtyp="int8")
 
 
-def test_other_formats_join_the_bundle(tiny_folder: Path, tmp_path: Path) -> None:
+def test_other_formats_are_added_to_the_bundle(tiny_folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     gemma3_export.export_torchscript(tiny_folder, out, verify=False, threads=1)
     gemma3_export.export_pt2(tiny_folder, out, verify=False, threads=1)
@@ -102,7 +102,7 @@ def test_a_request_of_the_wrong_type_is_named(ort_bundle: Path, change: dict[str
 
 
 @pytest.mark.parametrize("weights", [None, 5, b"weights", ["weights"]])
-def test_what_is_not_weights_is_rejected(ort_bundle: Path, tmp_path: Path, weights: object) -> None:
+def test_invalid_weights_are_rejected(ort_bundle: Path, tmp_path: Path, weights: object) -> None:
     with pytest.raises(TypeError, match="weights must be"):
         gemma3_export.export_onnx(weights, tmp_path / "out")
     if weights is not None:
@@ -133,7 +133,9 @@ def test_configs_and_calibration_texts_may_be_strings(tiny_folder: Path, tmp_pat
             gemma3_export.open_weights(**change)
 
 
-def test_a_progress_callback_that_raises_leaves_nothing(tiny_folder: Path, tmp_path: Path) -> None:
+def test_a_progress_callback_that_raises_leaves_no_output(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
     def fail(stage: str, done: int, total: int) -> None:
         raise ArithmeticError(stage)
 

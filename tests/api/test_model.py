@@ -38,7 +38,7 @@ def opened(bundle: Path, **changes: object) -> Model:
 
 
 class TestPrompts:
-    def test_a_text_gives_what_the_loop_gives(self, model: Model) -> None:
+    def test_a_text_gives_the_same_as_the_generation_loop(self, model: Model) -> None:
         tokenizer = model.tokenizer
         assert tokenizer is not None
         (expected,) = generate(
@@ -61,7 +61,7 @@ class TestPrompts:
     def test_token_ids_are_one_prompt(self, model: Model, ids: object) -> None:
         assert model.generate(ids, max_new_tokens=4).prompt_tokens == 3
 
-    def test_lists_of_token_ids_are_many(self, model: Model) -> None:
+    def test_a_list_of_lists_of_token_ids_is_many_prompts(self, model: Model) -> None:
         found = model.generate([[2, 7], [2, 7, 11]], max_new_tokens=4)
         assert [done.prompt_tokens for done in found] == [2, 3]
 
@@ -96,7 +96,7 @@ class TestPrompts:
             [Path("text")],
         ],
     )
-    def test_what_is_not_a_prompt_is_rejected(self, model: Model, prompt: object) -> None:
+    def test_invalid_prompts_are_rejected(self, model: Model, prompt: object) -> None:
         with pytest.raises(InputError, match="a prompt is"):
             model.generate(prompt)
 
@@ -116,7 +116,9 @@ class TestPrompts:
             np.array([2, "3"], dtype=object),
         ],
     )
-    def test_nothing_is_made_a_token_id_that_is_none(self, model: Model, prompt: object) -> None:
+    def test_nothing_but_integers_is_taken_as_a_token_id(
+        self, model: Model, prompt: object
+    ) -> None:
         with pytest.raises(InputError, match="not an integer"):
             model.generate(prompt)
 
@@ -130,7 +132,7 @@ class TestPrompts:
             model.generate(["The sea is", USER])
 
     @pytest.mark.parametrize("prompt", [[], ()])
-    def test_nothing_is_rejected(self, model: Model, prompt: object) -> None:
+    def test_empty_prompts_are_rejected(self, model: Model, prompt: object) -> None:
         with pytest.raises(InputError, match="empty"):
             model.generate(prompt)
 
@@ -220,7 +222,7 @@ class TestOptions:
             {"cuda": {"graph": True}},
         ],
     )
-    def test_an_impossible_way_to_load_is_named(
+    def test_an_impossible_load_option_is_named(
         self, ort_bundle: Path, change: dict[str, object]
     ) -> None:
         with pytest.raises(InputError, match=next(iter(change))):
@@ -234,7 +236,7 @@ class TestOptions:
         again = model.generate("A", max_new_tokens=16, temperature=1.5, seed=drawn.seed)
         assert again.token_ids == drawn.token_ids
 
-    def test_one_stop_text_may_stand_alone(self, model: Model) -> None:
+    def test_a_single_stop_text_needs_no_list(self, model: Model) -> None:
         text = model.generate("A", max_new_tokens=24).text
         cut = text[3:6]
         assert model.generate("A", max_new_tokens=24, stop=cut).text == text[: text.index(cut)]
@@ -249,7 +251,7 @@ class TestStream:
         assert stream.completion.text == model.generate("The sea is", max_new_tokens=12).text
         assert stream.completion.finish_reason == "length"
 
-    def test_closing_keeps_what_there_is(self, model: Model) -> None:
+    def test_closing_keeps_the_text_so_far(self, model: Model) -> None:
         stream = model.stream("The sea is", max_new_tokens=200)
         first = next(stream)
         stream.close()
@@ -312,7 +314,7 @@ class TestStream:
 
 
 class TestLogits:
-    def test_they_are_the_references(self, model: Model) -> None:
+    def test_logits_equal_those_of_the_reference(self, model: Model) -> None:
         ids = LONG[:30]
         reference = load_reference(open_bundle_weights(model.bundle))
         with torch.inference_mode():
@@ -322,7 +324,9 @@ class TestLogits:
         assert found.dtype == np.float32
         np.testing.assert_allclose(found, expected, atol=2e-4)
 
-    def test_chunks_give_the_same(self, model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_logits_do_not_depend_on_the_chunk_size(
+        self, model: Model, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         whole = model.logits(LONG)
         small = GenerateOptions(prefill_chunk=7)
         monkeypatch.setattr(model_module, "GenerateOptions", lambda: small)
@@ -347,7 +351,7 @@ class TestLogits:
             None,
         ],
     )
-    def test_what_is_not_a_list_of_tokens_is_rejected(self, model: Model, ids: object) -> None:
+    def test_invalid_token_lists_are_rejected(self, model: Model, ids: object) -> None:
         with pytest.raises(InputError, match="token"):
             model.logits(ids)
 
@@ -356,7 +360,7 @@ class TestLogits:
             model.logits([2] * (model.config.max_position_embeddings + 1))
 
 
-class TestWhatIsDecidedHere:
+class TestDefaults:
     def test_the_runtime_opens_with_the_first_generation(self, ort_bundle: Path) -> None:
         lazy = opened(ort_bundle)
         assert lazy._runtime is None
@@ -375,7 +379,7 @@ class TestWhatIsDecidedHere:
         off = shared.generate(prompts, max_new_tokens=6, prefix_cache_bytes=0)
         assert [done.reused_tokens for done in off] == [0, 0, 0]
 
-    def test_an_open_window_makes_way_for_a_shared_prefix_and_no_longer(
+    def test_sliding_window_caches_are_replaced_only_to_share_a_prefix(
         self, ort_bundle: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         asked: list[object] = []
@@ -395,7 +399,9 @@ class TestWhatIsDecidedHere:
         model.generate("A", max_new_tokens=2)
         assert asked == [None, False]
 
-    def test_a_window_that_was_asked_for_is_kept_and_shares_nothing(self, ort_bundle: Path) -> None:
+    def test_requested_sliding_window_caches_are_kept_and_share_no_prefix(
+        self, ort_bundle: Path
+    ) -> None:
         model = opened(ort_bundle, sliding_window_cache=True)
         prompts = [[*LONG, 5], [*LONG, 6]]
         found = model.generate(prompts, max_new_tokens=6)
