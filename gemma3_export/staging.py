@@ -1,84 +1,277 @@
 """Write files and folders atomically: write to a temporary sibling, then rename.
 
 After a failure (a full disk, Ctrl-C, a failed check), the target is either unchanged or complete.
+One process at a time writes a folder; another one is told which process is in the way. What a
+killed process left behind is removed by the next one that writes to the same place.
+
+    .NAME.partial/owner     locked and held by the process that writes NAME
+    .NAME.partial/content   becomes NAME
+    .NAME.partial/replaced  what NAME was, for the moment of an exchange that the system cannot do
 """
 
 from __future__ import annotations
 
+import ctypes
+import errno
+import fnmatch
+import json
+import logging
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from gemma3_export.errors import Gemma3ExportError, InputError
 
-__all__ = ["check_disk_space", "staged_directory", "write_text_atomically"]
+__all__ = [
+    "check_disk_space",
+    "exclusive",
+    "publish",
+    "refuse_existing",
+    "staged_directory",
+    "write_text_atomically",
+]
 
-# Every folder that a command creates contains one of these files: a bundle, a Hugging Face folder,
-# a training run, a token folder, a benchmark peer's model. --force replaces no other folder.
-MARKER_FILES = ("manifest.json", "config.json", "meta.json", "peer.json")
+# What the folders that commands create contain: a marker, and nothing but files of these names.
+# --force replaces no other folder.
+MODEL_FILES = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "model*.safetensors",
+    "model.safetensors.index.json",
+)
+RUN_FILES = ("training.json", "log.csv", "loss.png", "checkpoints/*", "tensorboard/*", ".lock")
+OWN_FOLDERS: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("meta.json", ("meta.json", "*.bin", "tokenizer.json", "tokenizer_config.json")),
+    ("peer.json", ("*",)),
+    ("training.json", MODEL_FILES + RUN_FILES),
+    ("config.json", MODEL_FILES),
+)
+MANIFEST = "manifest.json"
+RENAME_EXCHANGE = 2  # of renameat2(2)
+AT_FDCWD = -100
+logger = logging.getLogger(__name__)
 
 
 @contextmanager
 def staged_directory(target: Path, *, force: bool = False) -> Iterator[Path]:
-    """Yield an empty sibling folder, and rename it to ``target`` if the block succeeds.
+    """Yield an empty folder, and rename it to ``target`` if the block succeeds.
 
     Args:
-        target: the folder to create.
-        force: replace an existing folder.
+        target: the folder to create. An empty mount point is filled instead, manifest last.
+        force: replace an existing folder that this program made.
 
     Raises:
-        InputError: ``target`` must not be replaced; see :func:`refuse_existing`.
+        InputError: ``target`` must not be replaced, also because files appeared in it meanwhile
+            (see :func:`refuse_existing`); or another process is writing it.
         Gemma3ExportError: writing failed, for example because the disk is full.
     """
     target = target.absolute()
     refuse_existing(target, force=force)
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
-    except OSError as error:
-        raise InputError(
-            f"cannot create a folder in {target.parent}: {error}; choose another output"
-        ) from error
-    try:
-        staging.chmod(0o755)  # mkdtemp creates it with 0o700, but a bundle is meant to be shared
-        yield staging
-        _swap(staging, target)
-    except OSError as error:
-        raise Gemma3ExportError(
-            f"writing {target} failed, and no partial output is left: {error}; "
-            "free some disk space or choose another output"
-        ) from error
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+    with _reserved(target) as place:
+        content = place / "content"
+        try:
+            content.mkdir()
+            yield content
+            refuse_existing(target, force=force, other_than=place.name)
+            publish(content, target)
+        except OSError as error:
+            raise Gemma3ExportError(
+                f"writing {target} failed, and no partial output is left: {error}; "
+                "free some disk space or choose another output"
+            ) from error
 
 
-def refuse_existing(target: Path, *, force: bool) -> None:
+def refuse_existing(target: Path, *, force: bool, other_than: str = "") -> None:
     """Raise an error if ``target`` must not be created or replaced.
 
+    Args:
+        target: the folder to create.
+        force: whether a folder that this program made may be replaced.
+        other_than: an entry of ``target`` that does not count.
+
     Raises:
-        InputError: ``target`` is not a folder, is not empty and ``force`` is false, contains no
-            file of this program, or contains the current folder, which would be renamed away.
+        InputError: ``target`` is not a folder, is not empty and ``force`` is false, contains files
+            that this program did not write, is a mount point that is not empty, or contains the
+            current folder, which would be renamed away.
     """
-    if Path.cwd().is_relative_to(target.resolve()):
+    if _current_folder().is_relative_to(target.resolve()):
         raise InputError(
             f"{target} is or contains the current folder, which cannot be replaced; "
             "choose an output that does not exist yet"
         )
     if target.is_symlink() or (target.exists() and not target.is_dir()):
         raise InputError(f"{target} exists and is not a folder; choose another output")
-    if not target.exists() or not (names := sorted(path.name for path in target.iterdir())):
+    if not target.exists():
         return
-    if not set(names) & set(MARKER_FILES):
+    names = sorted(path.name for path in target.iterdir() if path.name != other_than)
+    if not names:
+        return
+    if foreign := _foreign_files(target):
         raise InputError(
             f"{target} exists and was not created by this program (it contains "
-            f"{', '.join(names[:3])}), so it is not replaced even with --force; choose another "
+            f"{', '.join(foreign[:3])}), so it is not replaced even with --force; choose another "
             "output"
         )
     if not force:
         raise InputError(f"{target} exists and is not empty; pass --force to replace it")
+    if target.is_mount():
+        raise InputError(
+            f"{target} is a mount point and is not empty; empty it, or choose a folder inside it"
+        )
+
+
+def _current_folder() -> Path:
+    try:
+        return Path.cwd()
+    except FileNotFoundError as error:
+        raise InputError(
+            "the current folder has been deleted; change to one that exists and try again"
+        ) from error
+
+
+def _foreign_files(folder: Path) -> list[str]:
+    """Return the files of ``folder`` that no command of this program writes."""
+    found = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+    if MANIFEST in found:
+        with suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
+            manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+            if "format_version" in manifest:
+                own = {MANIFEST, "parity.json", *manifest["files"]}
+                return sorted(name for name in found if name not in own)
+    for marker, patterns in OWN_FOLDERS:
+        if marker in found:
+            return sorted(
+                name
+                for name in found
+                if not any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+            )
+    return sorted(found) or [folder.name]
+
+
+@contextmanager
+def _reserved(target: Path) -> Iterator[Path]:
+    """Hold the place beside ``target`` where its content is prepared, and remove it at the end.
+
+    Raises:
+        InputError: another process holds it, or it cannot be created.
+    """
+    parent = target if target.is_mount() else target.parent
+    place = parent / f".{target.name}.partial"
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"cannot create a folder in {parent}: {error}; choose another output"
+        ) from error
+    with exclusive(place / "owner", f"writing {target}"):
+        _recover(place, target)
+        try:
+            yield place
+        finally:
+            shutil.rmtree(place, ignore_errors=True)
+
+
+@contextmanager
+def exclusive(file: Path, what: str) -> Iterator[None]:
+    """Hold the lock ``file`` while the block runs; it is freed even if the process is killed.
+
+    Args:
+        file: the lock, which holds the process id of its owner.
+        what: what is being done, such as ``writing out``.
+
+    Raises:
+        InputError: another process holds it; the message names the process.
+    """
+    lock = FileLock(file, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        owner = file.with_name(file.name + ".pid")
+        pid = owner.read_text(encoding="utf-8").strip() if owner.is_file() else "unknown"
+        raise InputError(
+            f"another process is {what} (process {pid}); wait until it has ended, or choose "
+            "another folder"
+        ) from None
+    except OSError as error:
+        raise InputError(f"cannot lock {file}: {error}; choose another folder") from error
+    pid_file = file.with_name(file.name + ".pid")
+    try:
+        pid_file.write_text(str(os.getpid()), encoding="utf-8")
+        yield
+    finally:
+        pid_file.unlink(missing_ok=True)
+        file.unlink(missing_ok=True)
+        lock.release()
+
+
+def _recover(place: Path, target: Path) -> None:
+    """Undo what a process that was killed left in ``place``."""
+    replaced, content = place / "replaced", place / "content"
+    if replaced.exists() and not target.exists():
+        replaced.rename(target)
+        logger.warning("restored %s, which an interrupted run was replacing", target)
+    for left in (replaced, content):
+        if left.exists():
+            size = sum(path.stat().st_size for path in left.rglob("*") if path.is_file())
+            shutil.rmtree(left)
+            logger.warning(
+                "removed %.1f MB of partial output that an interrupted run left beside %s",
+                size / 1e6,
+                target,
+            )
+
+
+def publish(content: Path, target: Path) -> None:
+    """Rename ``content`` to ``target``, which does not exist, is empty, or may be replaced.
+
+    A plain rename replaces an empty folder and no other, so that files that appeared meanwhile are
+    never lost.
+
+    Raises:
+        InputError: files appeared in ``target`` at the last moment.
+    """
+    if target.is_mount():
+        _fill(content, target)
+        return
+    has_entries = target.exists() and any(target.iterdir())
+    if has_entries:
+        if not _exchange(content, target):
+            replaced = content.with_name("replaced")
+            target.rename(replaced)
+            content.rename(target)
+        return
+    try:
+        content.rename(target)
+    except OSError as error:
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+            raise InputError(
+                f"files appeared in {target} while it was being written, so nothing was "
+                "replaced; choose another output"
+            ) from error
+        raise
+
+
+def _fill(content: Path, target: Path) -> None:
+    """Move the entries of ``content`` into the mount point ``target``, the manifest last."""
+    entries = sorted(content.iterdir(), key=lambda path: path.name == MANIFEST)
+    for entry in entries:
+        entry.rename(target / entry.name)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Exchange two folders in one step; return False if the system cannot."""
+    try:
+        rename = ctypes.CDLL(None, use_errno=True).renameat2
+    except (OSError, AttributeError):
+        return False
+    names = (os.fsencode(one), os.fsencode(other))
+    return bool(rename(AT_FDCWD, names[0], AT_FDCWD, names[1], RENAME_EXCHANGE) == 0)
 
 
 def check_disk_space(path: Path, size_bytes: int) -> None:
@@ -95,22 +288,6 @@ def check_disk_space(path: Path, size_bytes: int) -> None:
             os.posix_fallocate(file.fileno(), 0, size_bytes)
     finally:
         path.unlink(missing_ok=True)
-
-
-def _swap(staging: Path, target: Path) -> None:
-    if not target.exists():
-        staging.rename(target)
-        return
-    old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old-", dir=target.parent))
-    try:
-        target.rename(old / "bundle")
-        staging.rename(target)
-    except BaseException:
-        if not target.exists() and (old / "bundle").exists():
-            (old / "bundle").rename(target)
-        raise
-    finally:
-        shutil.rmtree(old, ignore_errors=True)
 
 
 def write_text_atomically(path: Path, text: str) -> None:

@@ -135,12 +135,21 @@ def _cells(row: StepMetrics) -> list[str]:
     return ["" if value is None else repr(value) for value in asdict(row).values()]
 
 
-def _open_tensorboard(folder: Path, start_step: int) -> Any:
+def require_tensorboard() -> None:
+    """Raise an error if TensorBoard is not installed.
+
+    Raises:
+        UnavailableError: it is not.
+    """
     if importlib.util.find_spec("tensorboard") is None:
         raise UnavailableError(
             'TensorBoard is not installed; run: pip install "gemma3-export[train]", or drop '
             "--tensorboard: log.csv has the same metrics"
         )
+
+
+def _open_tensorboard(folder: Path, start_step: int) -> Any:
+    require_tensorboard()
     from torch.utils.tensorboard import SummaryWriter
 
     return SummaryWriter(str(folder), purge_step=start_step + 1)

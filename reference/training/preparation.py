@@ -7,6 +7,7 @@ tokenizer continues from there. The output appears under its name once it is com
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import os
@@ -34,7 +35,7 @@ from gemma3_export.reference.training.token_data import (
     token_dtype,
     tokenizer_fingerprint,
 )
-from gemma3_export.staging import refuse_existing, write_text_atomically
+from gemma3_export.staging import exclusive, publish, refuse_existing, write_text_atomically
 from gemma3_export.tokenizer import Tokenizer
 
 __all__ = ["prepare_tokens", "train_bpe"]
@@ -44,6 +45,7 @@ MIN_VOCAB_SIZE = 256 + len(SPECIAL_TOKENS)
 MAX_CHARACTERS = 2**27  # of text to learn merges from; more does not change them
 BATCH_PIECES = 512  # encoded at once, on all cores
 PLAN, STATE = "plan.json", "progress.json"
+EMPTY_SHA256 = hashlib.sha256().hexdigest()
 
 
 @dataclass(kw_only=True, slots=True)
@@ -55,6 +57,7 @@ class _State:
     tokens: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
     documents: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
     characters: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
+    sha256: dict[str, str] = field(default_factory=dict)  # of each split's tokens so far
 
 
 def prepare_tokens(
@@ -101,10 +104,13 @@ def prepare_tokens(
         "validation_fraction": validation_fraction,
         "source": source.description,
     }
+    lock = work.with_name(work.name + ".lock")
     try:
-        state = _begin(work, plan, tokenizer, force=force)
-        _encode_all(source, tokenizer, work, state, validation_fraction, progress)
-        meta = _finish(work, output, plan, state, tokenizer)
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        with exclusive(lock, f"preparing {output}"):
+            state = _begin(work, plan, tokenizer, force=force)
+            _encode_all(source, tokenizer, work, state, validation_fraction, progress)
+            meta = _finish(work, output, plan, state, tokenizer, force=force)
     except OSError as error:
         raise Gemma3ExportError(
             f"preparing {output} failed: {error}; free some disk space and run the command "
@@ -147,23 +153,43 @@ def _encode_all(
     dtype = token_dtype(tokenizer.vocab_size)
     with ExitStack() as stack:
         files: dict[str, IO[bytes]] = {}
+        hashes = {}
         for split in SPLITS:
-            files[split] = stack.enter_context((work / f"{split}.bin").open("ab"))
-            # Drop what was written after the last record.
-            files[split].truncate(state.tokens[split] * dtype.itemsize)
+            path, size = work / f"{split}.bin", state.tokens[split] * dtype.itemsize
+            files[split] = stack.enter_context(path.open("ab"))
+            hashes[split] = _hash_of(path, size)
+            if hashes[split].hexdigest() != state.sha256.get(split, EMPTY_SHA256):
+                raise InputError(
+                    f"{path} is not what an interrupted preparation wrote; pass --force to start "
+                    "over"
+                )
+            files[split].truncate(size)  # drop what was written after the last record
         for batch in _batches(itertools.islice(source, state.pieces, None)):
             encoded = tokenizer.encode_ordinary_batch([piece.text for piece in batch])
             for piece, ids in zip(batch, encoded, strict=True):
                 split = _choose_split(piece, state, fraction)
                 marked = _with_separators(piece, ids, tokenizer)
-                files[split].write(np.asarray(marked, dtype).tobytes())
+                data = np.asarray(marked, dtype).tobytes()
+                files[split].write(data)
+                hashes[split].update(data)
                 state.tokens[split] += len(marked)
                 state.documents[split] += piece.is_end
                 state.characters[split] += len(piece.text)
+            state.sha256 = {split: found.hexdigest() for split, found in hashes.items()}
             _record(files, work, state, len(batch))
             if progress is not None:
                 done = sum(state.characters.values())
                 progress("tokenizing", done, max(done, source.size_bytes or 0))
+
+
+def _hash_of(path: Path, size: int) -> Any:
+    """Return the SHA-256 of the first ``size`` bytes of a file, to be continued."""
+    found = hashlib.sha256()
+    with path.open("rb") as file:
+        while size > 0 and (block := file.read(min(size, 2**20))):
+            found.update(block)
+            size -= len(block)
+    return found
 
 
 def _choose_split(piece: Document, state: _State, fraction: float) -> Split:
@@ -193,7 +219,13 @@ def _record(files: dict[str, IO[bytes]], work: Path, state: _State, pieces: int)
 
 
 def _finish(
-    work: Path, output: Path, plan: dict[str, Any], state: _State, tokenizer: Tokenizer
+    work: Path,
+    output: Path,
+    plan: dict[str, Any],
+    state: _State,
+    tokenizer: Tokenizer,
+    *,
+    force: bool,
 ) -> TokenMeta:
     if state.tokens["train"] == 0:
         shutil.rmtree(work, ignore_errors=True)
@@ -222,9 +254,9 @@ def _finish(
     open_token_data(work)
     for name in (PLAN, STATE):
         (work / name).unlink()
-    if output.exists():  # empty, or to be replaced
-        shutil.rmtree(output)
-    work.rename(output)
+    refuse_existing(output, force=force)  # again: files may have appeared meanwhile
+    publish(work, output.absolute())
+    shutil.rmtree(work, ignore_errors=True)  # what was replaced
     return meta
 
 

@@ -20,7 +20,7 @@ import torch
 
 from gemma3_export import __version__
 from gemma3_export.bundle import write_hf_metadata
-from gemma3_export.config import load_config, load_json_object
+from gemma3_export.config import Gemma3Config, load_config, load_json_object
 from gemma3_export.errors import Gemma3ExportError, InputError
 from gemma3_export.reference.model import Gemma3
 from gemma3_export.reference.training.checkpoints import load_latest_checkpoint
@@ -30,12 +30,12 @@ from gemma3_export.reference.training.initialization import (
     model_from_config,
     model_from_pretrained,
 )
-from gemma3_export.reference.training.metrics import MetricsLog, draw_loss_curve
+from gemma3_export.reference.training.metrics import MetricsLog, draw_loss_curve, require_tensorboard
 from gemma3_export.reference.training.options import TrainOptions
-from gemma3_export.reference.training.token_data import TokenMeta, open_token_data
+from gemma3_export.reference.training.token_data import TokenData, TokenMeta, open_token_data
 from gemma3_export.reference.training.trainer import Trainer, TrainState
 from gemma3_export.reference.weights import WeightSource
-from gemma3_export.staging import refuse_existing, write_text_atomically
+from gemma3_export.staging import exclusive, refuse_existing, write_text_atomically
 
 __all__ = ["RECORD", "TrainResult", "resume_training", "train"]
 
@@ -81,7 +81,7 @@ def train(
         Gemma3ExportError: the loss or a gradient is not finite, or the disk is full.
     """
     data = open_token_data(data_path)
-    with init_process_group(options.device) as group:
+    with init_process_group(options.device) as group, _sole_writer(run, group):
         _check(options, group)
         if source is not None:
             if size is not None or config_path is not None:
@@ -89,12 +89,13 @@ def train(
             model = model_from_pretrained(source, data)
         else:
             model = model_from_config(config_for_data(data, size, config_path), options.seed)
+        _check_sample_prompt(options, data, model.config)
         if group.is_main_process:
+            _settle(run, report)  # what a killed run left
             refuse_existing(run, force=force)
         trainer = Trainer(options, data, model, run, group, report)
-        with _report_write_errors(run):
+        with _report_write_errors(run), _old_run_aside(run, group, report):
             if group.is_main_process:
-                shutil.rmtree(run, ignore_errors=True)
                 _write_folder(run, trainer, source)
             return _run(trainer)
 
@@ -116,7 +117,7 @@ def resume_training(
     options = TrainOptions.from_json(record["options"])
     data = open_token_data(data_path or Path(record["data_path"]))
     _check_same_data(data.meta, record["data"], data.path)
-    with init_process_group(options.device) as group:
+    with init_process_group(options.device) as group, _sole_writer(run, group):
         # Every process reads the checkpoint; only the main process reports problems with it.
         state = load_latest_checkpoint(run, report if group.is_main_process else lambda line: None)
         trainer = Trainer(options, data, Gemma3(load_config(run)), run, group, report)
@@ -158,7 +159,76 @@ def _run(trainer: Trainer) -> TrainResult:
     return TrainResult(run=run, state=trainer.state, has_loss_curve=has_curve)
 
 
+@contextmanager
+def _sole_writer(run: Path, group: ProcessGroup) -> Iterator[None]:
+    """Let one training at a time write to ``run``.
+
+    Raises:
+        InputError: another process does.
+    """
+    if not group.is_main_process:
+        yield
+        return
+    lock = run.absolute().with_name(f".{run.name}.lock")
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with exclusive(lock, f"training into {run}"):
+        yield
+
+
+@contextmanager
+def _old_run_aside(run: Path, group: ProcessGroup, report: Report) -> Iterator[None]:
+    """Set an old run aside, and delete it once the new one has weights or a checkpoint.
+
+    If the new run ends before that, the old one comes back.
+    """
+    if not group.is_main_process:
+        yield
+        return
+    aside = _aside(run)
+    if run.exists():
+        run.rename(aside)
+    try:
+        yield
+    finally:
+        _settle(run, report)
+
+
+def _aside(run: Path) -> Path:
+    return run.absolute().with_name(f".{run.name}.replaced")
+
+
+def _settle(run: Path, report: Report) -> None:
+    """Delete the run that was set aside, or bring it back if the new one has nothing to show."""
+    aside = _aside(run)
+    if not aside.exists():
+        return
+    if any(run.glob("*.safetensors")) or any((run / "checkpoints").glob("*")):
+        shutil.rmtree(aside)
+        return
+    shutil.rmtree(run, ignore_errors=True)
+    aside.rename(run)
+    report(f"{run}: the run that was to be replaced is back")
+
+
+def _check_sample_prompt(options: TrainOptions, data: TokenData, config: Gemma3Config) -> None:
+    """Reject a sample prompt that would end the run at its first sample.
+
+    Raises:
+        InputError: it does not fit the model's context.
+    """
+    if not options.sample_interval:
+        return
+    length = len(data.tokenizer().encode(options.sample_prompt))
+    if length > config.max_position_embeddings:
+        raise InputError(
+            f"--sample-prompt has {length} tokens, and the model's context is "
+            f"{config.max_position_embeddings}; shorten it"
+        )
+
+
 def _check(options: TrainOptions, group: ProcessGroup) -> None:
+    if options.tensorboard:
+        require_tensorboard()
     if options.precision == "fp16" and options.sharding == "fsdp" and group.is_distributed:
         raise InputError("fp16 is not supported with --sharding fsdp; use bf16")
 
