@@ -131,6 +131,10 @@ def export_bundle(
         seconds["activation range"] = time.perf_counter() - started
     with staged_directory(output, force=force or existing is not None) as folder:
         started = time.perf_counter()
+        if existing is not None:  # again, now that no other process can add to it
+            existing = extendable_bundle(output, writer.runtime, source)
+            if existing is None:
+                refuse_existing(output, force=force)
         if existing is None:
             write_hf_metadata(folder, source.config, tokenizer)
         else:

@@ -1,4 +1,4 @@
-"""Handle SIGINT (Ctrl-C) and SIGTERM: raise an exception, or defer the signal to a safe point."""
+"""Handle SIGINT (Ctrl-C), SIGTERM and SIGHUP: raise an exception, or defer to a safe point."""
 
 from __future__ import annotations
 
@@ -21,9 +21,26 @@ REPEAT_SECONDS = 2.0  # after a signal, ignore others for this long
 class Terminated(KeyboardInterrupt):
     """The exception that SIGTERM raises."""
 
+    number = signal.SIGTERM
+
+
+class HungUp(Terminated):
+    """The exception that SIGHUP raises: the terminal was closed."""
+
+    number = signal.SIGHUP
+
+
+INTERRUPTIONS: dict[int, type[KeyboardInterrupt]] = {
+    signal.SIGINT: KeyboardInterrupt,
+    signal.SIGTERM: Terminated,
+    signal.SIGHUP: HungUp,
+}
+
 
 def install_signal_handlers() -> None:
-    """Raise ``KeyboardInterrupt`` on SIGINT and :class:`Terminated` on SIGTERM.
+    """Raise ``KeyboardInterrupt`` on SIGINT, :class:`Terminated` on SIGTERM, and on SIGHUP too.
+
+    A SIGHUP that was ignored from the start, as under nohup, stays ignored.
 
     A signal within two seconds of the previous one is ignored, because it would interrupt the
     cleanup of partial output that the first one started.
@@ -37,20 +54,22 @@ def install_signal_handlers() -> None:
         if now - last < REPEAT_SECONDS:
             return
         last = now
-        raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
+        raise INTERRUPTIONS[number]
 
     signal.signal(signal.SIGINT, interrupt)
     signal.signal(signal.SIGTERM, interrupt)
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, interrupt)
 
 
 def interrupt_exit_code(interruption: KeyboardInterrupt) -> int:
     """Return 128 plus the signal number, the exit code by shell convention."""
-    number = signal.SIGTERM if isinstance(interruption, Terminated) else signal.SIGINT
+    number = interruption.number if isinstance(interruption, Terminated) else signal.SIGINT
     return 128 + int(number)
 
 
 class DeferredSignals:
-    """A context manager that records SIGINT and SIGTERM instead of letting them interrupt.
+    """A context manager that records SIGINT, SIGTERM and SIGHUP instead of letting them interrupt.
 
     The caller polls :attr:`received` at points where it can stop. A second Ctrl-C interrupts at
     once. Outside the main thread, where Python delivers no signals, nothing is recorded.
@@ -62,7 +81,9 @@ class DeferredSignals:
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+                if signal.getsignal(number) == signal.SIG_IGN:  # as under nohup
+                    continue
                 self._previous_handlers[number] = signal.signal(number, self._record)
         return self
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import fcntl
 import fnmatch
 import json
 import logging
@@ -21,8 +22,6 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-
-from filelock import FileLock, Timeout
 
 from gemma3_export.errors import Gemma3ExportError, InputError
 
@@ -164,50 +163,81 @@ def _reserved(target: Path) -> Iterator[Path]:
     parent = target if target.is_mount() else target.parent
     place = parent / f".{target.name}.partial"
     try:
-        place.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(
-            f"cannot create a folder in {parent}: {error}; choose another output"
-        ) from error
-    with exclusive(place / "owner", f"writing {target}"):
-        _recover(place, target)
-        try:
-            yield place
-        finally:
-            shutil.rmtree(place, ignore_errors=True)
+        with exclusive(place / "owner", f"writing {target}"):
+            _recover(place, target)
+            try:
+                yield place
+            finally:
+                for left in (place / "content", place / "replaced"):
+                    shutil.rmtree(left, ignore_errors=True)
+    finally:
+        with suppress(OSError):  # another process may have taken the place already
+            place.rmdir()
 
 
 @contextmanager
 def exclusive(file: Path, what: str) -> Iterator[None]:
-    """Hold the lock ``file`` while the block runs; it is freed even if the process is killed.
+    """Hold the lock ``file`` while the block runs. The system frees it if the process is killed.
 
     Args:
-        file: the lock, which holds the process id of its owner.
-        what: what is being done, such as ``writing out``.
+        file: the lock, which contains the process id of its owner and is removed at the end.
+        what: the work that the lock protects, such as ``writing out``.
 
     Raises:
-        InputError: another process holds it; the message names the process.
+        InputError: another process holds the lock; the message names the process.
     """
-    lock = FileLock(file, timeout=0)
     try:
-        lock.acquire()
-    except Timeout:
-        owner = file.with_name(file.name + ".pid")
-        pid = owner.read_text(encoding="utf-8").strip() if owner.is_file() else "unknown"
-        raise InputError(
-            f"another process is {what} (process {pid}); wait until it has ended, or choose "
-            "another folder"
-        ) from None
+        descriptor = _lock(file)
     except OSError as error:
-        raise InputError(f"cannot lock {file}: {error}; choose another folder") from error
-    pid_file = file.with_name(file.name + ".pid")
+        raise InputError(
+            f"cannot create a file in {file.parent}: {error}; choose another output"
+        ) from error
+    if descriptor is None:
+        with suppress(OSError):
+            what += f" (process {file.read_text(encoding='utf-8').strip() or 'unknown'})"
+        raise InputError(
+            f"another process is {what}; wait until it has ended, or choose another output"
+        )
     try:
-        pid_file.write_text(str(os.getpid()), encoding="utf-8")
         yield
     finally:
-        pid_file.unlink(missing_ok=True)
-        file.unlink(missing_ok=True)
-        lock.release()
+        file.unlink(missing_ok=True)  # while it is locked: see _lock
+        os.close(descriptor)
+
+
+def _lock(file: Path) -> int | None:
+    """Return a descriptor that holds the lock ``file``, or None if another process holds it.
+
+    The owner removes the file before it frees the lock, so a lock that was won on a removed file
+    counts for nothing and is tried again.
+    """
+    while True:
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        except FileNotFoundError:  # the folder was removed by its last owner meanwhile
+            continue
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if _is_at(descriptor, file):
+                os.ftruncate(descriptor, 0)
+                os.write(descriptor, str(os.getpid()).encode())
+                return descriptor
+        except BlockingIOError:
+            os.close(descriptor)
+            return None
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)
+
+
+def _is_at(descriptor: int, file: Path) -> bool:
+    """Return whether ``descriptor`` is of the file that is at the path now."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), file.stat())
+    except FileNotFoundError:
+        return False
 
 
 def _recover(place: Path, target: Path) -> None:
@@ -241,7 +271,7 @@ def publish(content: Path, target: Path) -> None:
         return
     has_entries = target.exists() and any(target.iterdir())
     if has_entries:
-        if not _exchange(content, target):
+        if not exchange(content, target):
             replaced = content.with_name("replaced")
             target.rename(replaced)
             content.rename(target)
@@ -264,7 +294,7 @@ def _fill(content: Path, target: Path) -> None:
         entry.rename(target / entry.name)
 
 
-def _exchange(one: Path, other: Path) -> bool:
+def exchange(one: Path, other: Path) -> bool:
     """Exchange two folders in one step; return False if the system cannot."""
     try:
         rename = ctypes.CDLL(None, use_errno=True).renameat2

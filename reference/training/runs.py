@@ -30,7 +30,11 @@ from gemma3_export.reference.training.initialization import (
     model_from_config,
     model_from_pretrained,
 )
-from gemma3_export.reference.training.metrics import MetricsLog, draw_loss_curve, require_tensorboard
+from gemma3_export.reference.training.metrics import (
+    MetricsLog,
+    draw_loss_curve,
+    require_tensorboard,
+)
 from gemma3_export.reference.training.options import TrainOptions
 from gemma3_export.reference.training.token_data import TokenData, TokenMeta, open_token_data
 from gemma3_export.reference.training.trainer import Trainer, TrainState
@@ -216,9 +220,10 @@ def _check_sample_prompt(options: TrainOptions, data: TokenData, config: Gemma3C
     Raises:
         InputError: it does not fit the model's context.
     """
-    if not options.sample_interval:
+    tokenizer = data.tokenizer()
+    if not options.sample_interval or tokenizer is None:
         return
-    length = len(data.tokenizer().encode(options.sample_prompt))
+    length = len(tokenizer.encode(options.sample_prompt))
     if length > config.max_position_embeddings:
         raise InputError(
             f"--sample-prompt has {length} tokens, and the model's context is "

@@ -102,7 +102,9 @@ def test_a_file_size_limit_leaves_no_output(one_layer, output, command):
     assert b"no partial output is left: [Errno 27] File too large" in complaint
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
+)
 def test_a_signal_while_writing_weights_leaves_no_output(one_layer, output, number, code):
     process = start(*RANDOM_EXPORT, one_layer, "-o", output, code=INTERRUPTIBLE_EXPORT)
     assert process.stdout.readline() == b"writing\n"
