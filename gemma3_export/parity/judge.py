@@ -233,8 +233,8 @@ def cache_metrics(layers: tuple[LayerResult, ...]) -> list[MetricResult]:
         own = [layer for layer in layers if layer.kind == kind]
         if not own:
             continue
-        worst = max(own, key=lambda layer: layer.max_abs / layer.limit)
-        mean = max(own, key=lambda layer: layer.rms / layer.limit_rms)
+        worst = max(own, key=lambda layer: layer.share_of_limit)
+        mean = max(own, key=lambda layer: layer.rms_share_of_limit)
         metrics += [
             at_most(
                 f"{kind}_max_abs",

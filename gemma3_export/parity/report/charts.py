@@ -142,7 +142,7 @@ def layer_chart(report: ParityReport) -> Chart:
     worst: dict[tuple[int, str], LayerResult] = {}
     for item in (item for case in report.cases for item in case.layers):
         known = worst.get((item.layer, item.kind))
-        if known is None or item.max_abs / item.limit > known.max_abs / known.limit:
+        if known is None or item.share_of_limit > known.share_of_limit:
             worst[item.layer, item.kind] = item
     count = report.model.num_hidden_layers
     x = Scale(-0.5, count - 0.5, LEFT, RIGHT)

@@ -81,6 +81,23 @@ class LayerResult:
     passed: bool
     first_bad_position: int | None = None
 
+    @property
+    def share_of_limit(self) -> float:
+        """The largest error relative to its limit; 0 of 0 is 0, as in a pruned layer."""
+        return share(self.max_abs, self.limit)
+
+    @property
+    def rms_share_of_limit(self) -> float:
+        """The RMS error relative to its limit."""
+        return share(self.rms, self.limit_rms)
+
+
+def share(value: float, limit: float) -> float:
+    """Return ``value`` relative to ``limit``, of which either may be 0."""
+    if limit:
+        return value / limit
+    return math.inf if value else 0.0
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CaseResult:
