@@ -12,6 +12,7 @@ import math
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -212,6 +213,12 @@ class _Header:
         tensors = {info[0]: self._map(start, *info) for info in infos}
         if len(tensors) != len(infos):
             raise InputError("two tensors have the same name")
+        by_offset = sorted(tensors.values(), key=lambda tensor: tensor.data_offset)
+        for one, other in pairwise(by_offset):
+            if one.data_offset + one.n_bytes > other.data_offset:
+                raise InputError(
+                    f"tensors {one.name} and {other.name} share bytes; the file is corrupt"
+                )
         return GgufFile(
             path=path,
             fields=MappingProxyType(fields),

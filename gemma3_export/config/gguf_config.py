@@ -176,7 +176,7 @@ class _Metadata:
         )
 
     def _rope_factor(self) -> float:
-        kind = self._value("rope.scaling.type", "none")
+        kind = self._value("rope.scaling.type", "linear")  # llama.cpp's default
         if kind == "none":
             return 1.0
         if kind != "linear":

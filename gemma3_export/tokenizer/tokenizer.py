@@ -66,6 +66,8 @@ class Tokenizer:
     def __init__(self, backend: tokenizers.Tokenizer) -> None:
         backend.no_truncation()
         backend.no_padding()
+        if getattr(backend.model, "dropout", None):
+            backend.model.dropout = None  # for training: it encodes one text in many ways
         self._backend = backend
         self._is_byte_level = has_byte_level_decoder(backend)
         added = sorted(backend.get_added_tokens_decoder().items())

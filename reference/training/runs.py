@@ -44,6 +44,7 @@ from gemma3_export.staging import exclusive, refuse_existing, write_text_atomica
 __all__ = ["RECORD", "TrainResult", "resume_training", "train"]
 
 RECORD = "training.json"
+FORMAT_VERSION = 1
 Report = Callable[[str], None]
 
 
@@ -118,6 +119,11 @@ def resume_training(
         InputError: there is no intact checkpoint, or the run was trained on other data.
     """
     record = load_json_object(run / RECORD)
+    if record.get("format_version") != FORMAT_VERSION:
+        raise InputError(
+            f"{run} has the format version {record.get('format_version')!r:.40}, and this version "
+            f"of gemma3-export reads {FORMAT_VERSION}; resume it with the version that began it"
+        )
     options = TrainOptions.from_json(record["options"])
     data = open_token_data(data_path or Path(record["data_path"]))
     _check_same_data(data.meta, record["data"], data.path)
@@ -255,7 +261,7 @@ def _write_folder(run: Path, trainer: Trainer, source: WeightSource | None) -> N
     run.mkdir(parents=True)
     write_hf_metadata(run, model.config, data.tokenizer())
     record = {
-        "format_version": 1,
+        "format_version": FORMAT_VERSION,
         "options": trainer.options.to_json(),
         "parameters": model.config.num_parameters,
         "world_size": trainer.group.world_size,

@@ -253,7 +253,8 @@ class TorchStore(TensorStore):
 
     def read(self, name: str, start: int, stop: int) -> torch.Tensor:
         """See :meth:`TensorStore.read`."""
-        rows = self._state[name][start:stop].detach()
+        # A lazy negation or conjugation is not part of the stored bytes, which others read.
+        rows = self._state[name][start:stop].detach().resolve_neg().resolve_conj()
         return rows.to(self.tensors[name].dtype).contiguous()
 
     def close(self) -> None:

@@ -194,7 +194,6 @@ def test_metadata_that_converters_leave_out(tmp_path: Path) -> None:
         CONFIG,
         rope_local_base_freq=10_000.0,
         layer_types=default_layer_types(5),
-        rope_scaling_factor=1.0,
     )
     write_gguf(path, CONFIG, tiny_weights(CONFIG), metadata={"attention.sliding_window_pattern": 2})
     assert config_from_gguf(open_gguf(path)).layer_types == default_layer_types(5, 2)
