@@ -71,7 +71,7 @@ def interrupt_exit_code(interruption: KeyboardInterrupt) -> int:
 class DeferredSignals:
     """A context manager that records SIGINT, SIGTERM and SIGHUP instead of letting them interrupt.
 
-    The caller polls :attr:`received` at points where it can stop. A second Ctrl-C interrupts at
+    The caller polls ``received`` at points where it can stop. A second Ctrl-C interrupts at
     once. Outside the main thread, where Python delivers no signals, nothing is recorded.
     """
 

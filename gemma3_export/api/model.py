@@ -644,7 +644,7 @@ def evicts(runtime: Runtime) -> bool:
 def shared_length(prompts: Sequence[Sequence[int]]) -> int:
     """Return the length of the longest prefix that two of the prompts share."""
     longest = 0
-    for one, other in pairwise(sorted(map(list, prompts))):  # neighbours share the most
+    for one, other in pairwise(sorted(map(list, prompts))):  # neighbors share the most
         ends = min(len(one), len(other))
         same = next((at for at in range(ends) if one[at] != other[at]), ends)
         longest = max(longest, same)

@@ -51,8 +51,8 @@ def model_lines(model: Mapping[str, Any]) -> Iterator[str]:
     )
     yield (
         f"  hidden {model['hidden_size']}, feed-forward {model['intermediate_size']}, "
-        f"{model['num_attention_heads']} query heads, {model['num_key_value_heads']} "
-        f"key-value heads of {model['head_dim']}, vocabulary {model['vocab_size']:,}, "
+        f"{model['num_attention_heads']} query and {model['num_key_value_heads']} "
+        f"key-value heads of size {model['head_dim']}, vocabulary {model['vocab_size']:,}, "
         f"context {model['max_position_embeddings']:,}"
     )
 

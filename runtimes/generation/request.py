@@ -10,7 +10,7 @@ Shapes: V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 from gemma3_export.runtimes.generation.candidates import Candidates
@@ -59,7 +59,8 @@ class Completion:
 
     request: int  # index of the prompt
     prompt_tokens: int
-    tokens: tuple[SampledToken, ...]  # all that were generated, including a stop token
+    # All that were generated, including a stop token; too long for a notebook's output.
+    tokens: tuple[SampledToken, ...] = field(repr=False)
     text: str  # without the stop text; if cancelled, without text that is still held back
     finish_reason: FinishReason
     stop_reason: int | str | None  # the token or text that stopped it
