@@ -196,13 +196,18 @@ class _Metadata:
         for key in ("tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id"):
             if key in self.reader.fields:
                 found.append(self._token_id(key, 1))
-        if vocab_size == TEXT_VOCAB_SIZE and self._ends_turns():
+        if self._token(1) == "<eos>":  # a fine-tune that ends with another token still knows it
+            found.append(1)
+        if vocab_size >= TEXT_VOCAB_SIZE and self._ends_turns():
             found += [1, END_OF_TURN_ID]  # instruction-tuned models stop at both
         return tuple(sorted(set(found)))
 
     def _ends_turns(self) -> bool:
         template = self.reader.value("tokenizer.chat_template", "")
+        return "<end_of_turn>" in str(template) and self._token(END_OF_TURN_ID) == "<end_of_turn>"
+
+    def _token(self, token_id: int) -> object:
         tokens = self.reader.get_field("tokenizer.ggml.tokens")
-        if "<end_of_turn>" not in str(template) or tokens is None or tokens.size <= END_OF_TURN_ID:
-            return False
-        return bool(tokens.contents(END_OF_TURN_ID) == "<end_of_turn>")
+        if tokens is None or tokens.size <= token_id:
+            return None
+        return tokens.contents(token_id)

@@ -7,6 +7,8 @@ first. For the official vocabulary, the result equals the official ``tokenizer.j
 
 from __future__ import annotations
 
+import logging
+import re
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -16,7 +18,8 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 
 from gemma3_export.errors import InputError
 from gemma3_export.tokenizer.chat import CONTROL_TOKENS
-from gemma3_export.tokenizer.tokenizer import IMAGE_PLACEHOLDER, Tokenizer
+from gemma3_export.tokenizer.tokenizer import Tokenizer
+from gemma3_export.tokenizer.tokenizer_json import IMAGE_PLACEHOLDER
 
 __all__ = ["MetadataReader", "merges_from_scores", "tokenizer_from_gguf"]
 
@@ -26,7 +29,20 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 # tries every split of every piece, for malicious files.
 MAX_PIECE_CHARACTERS = 256
 MAX_TOKENS = 2**20
+# Converters mark these as control tokens; officially they are added tokens, but not special.
+_NOT_SPECIAL = re.compile(r"<mask>|<unused\d+>")
+# Other chat formats' control tokens, which fine-tunes add. llama.cpp, too, goes by their names.
+_OTHER_CONTROL_TOKENS = (
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|endoftext|>",
+    "<|end|>",
+    "<|eot_id|>",
+    "<|start_header_id|>",
+    "<|end_header_id|>",
+)
 _PREFIX = "tokenizer.ggml."
+logger = logging.getLogger(__name__)
 _T = TypeVar("_T")
 _N = TypeVar("_N", int, float)
 
@@ -57,6 +73,7 @@ def tokenizer_from_gguf(reader: MetadataReader) -> Tokenizer:
     # Drop entries that a conversion added for the padded embedding of the multimodal models.
     while pieces and (types[len(pieces) - 1] == UNUSED or pieces[-1] == IMAGE_PLACEHOLDER):
         pieces.pop()
+    _retype_control_tokens(pieces, types)
     # llama.cpp matches these in raw text; Gemma's own file writes their spaces as "▁" too.
     for index in np.flatnonzero(types[: len(pieces)] == USER_DEFINED).tolist():
         pieces[index] = pieces[index].replace(" ", "▁")
@@ -129,13 +146,31 @@ def _build(
         single="<bos> $A", pair="<bos> $A <bos>:1 $B:1", special_tokens=[("<bos>", bos_id)]
     )
     added = [
-        # GGUF marks unused and mask tokens as control tokens; officially they are not special.
-        AddedToken(piece, normalized=False, special=piece in CONTROL_TOKENS)
+        AddedToken(piece, normalized=False, special=_is_special(piece, kind))
         for piece, kind in zip(vocab, types.tolist(), strict=False)
-        if kind in (CONTROL, USER_DEFINED) and piece != IMAGE_PLACEHOLDER
+        if kind in (CONTROL, USER_DEFINED)
     ]
     backend.add_tokens(added)
     return backend
+
+
+def _is_special(piece: str, kind: int) -> bool:
+    return kind == CONTROL and not _NOT_SPECIAL.fullmatch(piece)
+
+
+def _retype_control_tokens(pieces: list[str], types: npt.NDArray[np.int64]) -> None:
+    """Make known control tokens control tokens, whatever type a converter gave them.
+
+    As ordinary pieces, they would be encoded character by character, and printed as text.
+    """
+    known = {*CONTROL_TOKENS, *_OTHER_CONTROL_TOKENS}
+    wrong = [i for i, piece in enumerate(pieces) if piece in known and types[i] != CONTROL]
+    if shown := [pieces[i] for i in wrong if types[i] != UNKNOWN]:  # the usual type of <unk>
+        logger.warning(
+            "the GGUF file does not mark %s as control tokens; they are read as such by name",
+            ", ".join(shown),
+        )
+    types[wrong] = CONTROL
 
 
 def _check_kind(reader: MetadataReader) -> None:
@@ -163,9 +198,15 @@ def _check_special_ids(reader: MetadataReader, vocab: dict[str, int]) -> None:
                 "original tokenizer.json"
             )
         token_id = _contents(reader, f"{name}_token_id")
-        # Instruction-tuned models may set <end_of_turn> as their eos token.
-        allowed = {None, vocab[piece]} | ({vocab.get("<end_of_turn>")} if name == "eos" else set())
-        if type(token_id) not in (int, type(None)) or token_id not in allowed:
+        if token_id is None:
+            continue
+        if type(token_id) is not int or not 0 <= token_id < 2**31:
+            raise InputError(
+                f"{_PREFIX}{name}_token_id is {token_id!r}; it must be the id of a token; convert "
+                "the file again"
+            )
+        # A fine-tune may end or pad texts with any token, but encoding relies on the other two.
+        if name in ("bos", "unknown") and token_id != vocab[piece]:
             raise InputError(
                 f"{_PREFIX}{name}_token_id is {token_id!r}, but {piece} is token {vocab[piece]}; "
                 "convert the file again"

@@ -28,21 +28,17 @@ from gemma3_export.tokenizer.chat import (
     ChatMessage,
     chat_turns,
 )
+from gemma3_export.tokenizer.tokenizer_json import IMAGE_PLACEHOLDER, read_tokenizer_json
 
 __all__ = [
-    "IMAGE_PLACEHOLDER",
     "StreamingDecoder",
     "Tokenizer",
     "character_of_byte",
     "has_byte_level_decoder",
-    "parse_tokenizer_json",
     "piece_bytes",
-    "read_tokenizer_json",
 ]
 
 MAX_PADDING_ROWS = 128  # of an embedding with more rows than the tokenizer has tokens
-# Its id is outside the vocabulary of the text models; only the multimodal processor uses it.
-IMAGE_PLACEHOLDER = "<image_soft_token>"
 
 _BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
 _GEMMA_DECODERS = [
@@ -56,8 +52,7 @@ class Tokenizer:
     """A Gemma or GPT-2 style tokenizer, which threads can share.
 
     Args:
-        backend: a tokenizer without the image placeholder as an added token; :meth:`from_file`
-            drops it.
+        backend: a tokenizer; :meth:`from_file` drops an image placeholder at its end.
 
     Raises:
         InputError: ``backend`` is of neither type.
@@ -80,8 +75,16 @@ class Tokenizer:
         self._ordinary = tokenizers.Tokenizer(backend.model)
         self._ordinary.normalizer = backend.normalizer
         self._ordinary.pre_tokenizer = backend.pre_tokenizer
+        # The library numbers tokens outside of the model's vocabulary by their order, so the
+        # special ones among them keep their places.
+        self._ordinary.encode_special_tokens = True
         self._ordinary.add_tokens(
-            [token for token_id, token in added if token_id not in self._special_ids]
+            [
+                _as_special(token) if token_id in self._special_ids else token
+                for token_id, token in added
+                if token_id not in self._special_ids
+                or backend.model.token_to_id(token.content) is None
+            ]
         )
         self.bos_token_id = self.token_id("<bos>")
         self.eos_token_id = self._first_id("<eos>", "<|endoftext|>")
@@ -326,6 +329,17 @@ class StreamingDecoder:
         return text
 
 
+def _as_special(token: tokenizers.AddedToken) -> tokenizers.AddedToken:
+    return tokenizers.AddedToken(
+        token.content,
+        single_word=token.single_word,
+        lstrip=token.lstrip,
+        rstrip=token.rstrip,
+        normalized=token.normalized,
+        special=True,
+    )
+
+
 def _encode(backend: tokenizers.Tokenizer, text: str) -> list[int]:
     try:
         return list(backend.encode(text, add_special_tokens=False).ids)
@@ -334,56 +348,6 @@ def _encode(backend: tokenizers.Tokenizer, text: str) -> list[int]:
             f"the text {text!r:.60} cannot be encoded; it must be a string of Unicode characters "
             "without lone surrogates"
         ) from error
-
-
-def read_tokenizer_json(path: Path) -> tokenizers.Tokenizer:
-    """Read a ``tokenizer.json`` for text models, dropping the image placeholder.
-
-    Raises:
-        InputError: the file is missing, truncated, or not a tokenizer.
-    """
-    try:
-        return parse_tokenizer_json(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read the tokenizer {path}: {error}") from error
-    except InputError as error:
-        raise InputError(f"{path} {error}") from error
-
-
-def parse_tokenizer_json(text: str) -> tokenizers.Tokenizer:
-    """Parse the contents of a ``tokenizer.json``, dropping the image placeholder.
-
-    Raises:
-        InputError: ``text`` is not a tokenizer.
-    """
-    try:
-        if IMAGE_PLACEHOLDER in text:
-            text = _without_image_placeholder(text)
-        return tokenizers.Tokenizer.from_str(text)
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    # The library raises Exception for most invalid files, and a Rust panic, which is not even an
-    # Exception, for some.
-    except BaseException as error:
-        raise InputError(f"is not a valid tokenizer.json ({error}); download it again") from error
-
-
-def _without_image_placeholder(text: str) -> str:
-    """Remove the added token for which text models have no embedding."""
-    # Parse only the list, which is near the start: parsing all of Gemma's 33 MB takes a second.
-    _, found, rest = text.partition('"added_tokens"')
-    if found and (tail := rest.lstrip()).startswith(":"):
-        start = len(text) - len(tail[1:].lstrip())
-        added, end = json.JSONDecoder().raw_decode(text, start)
-        if isinstance(added, list):
-            return f"{text[:start]}{json.dumps(_without_placeholder(added))}{text[end:]}"
-    whole = json.loads(text)
-    whole["added_tokens"] = _without_placeholder(whole.get("added_tokens") or [])
-    return json.dumps(whole)
-
-
-def _without_placeholder(added: list[dict[str, object]]) -> list[dict[str, object]]:
-    return [token for token in added if token["content"] != IMAGE_PLACEHOLDER]
 
 
 def has_byte_level_decoder(backend: tokenizers.Tokenizer) -> bool:

@@ -222,3 +222,63 @@ def test_the_real_file_gives_the_official_tokenizer():
     special = "<bos><start_of_turn>user\nhi<end_of_turn>\n<eos><unused7><mask>"
     for text in (*TEXTS, special, Path(__file__).read_text()):
         assert rebuilt.encode(text) == official.encode(text)
+
+
+def add_token(metadata, piece, kind):
+    metadata["tokens"].append(piece)
+    metadata["token_type"].append(kind)
+    metadata["scores"].append(-1000.0)
+    return len(metadata["tokens"]) - 1
+
+
+@pytest.mark.parametrize("kind", [NORMAL, USER_DEFINED, UNUSED])
+def test_control_tokens_of_another_type_are_control_tokens_and_said_to_be(
+    gemma, metadata, kind, caplog
+):
+    for piece in ("<start_of_turn>", "<end_of_turn>"):
+        metadata["token_type"][SPECIAL_IDS[piece]] = kind
+    rebuilt = tokenizer_from_gguf(metadata)
+    text = "<start_of_turn>user\nhi<end_of_turn>\n"
+    assert rebuilt.encode(text) == gemma.encode(text)
+    assert rebuilt.decode(rebuilt.encode(text)) == gemma.decode(gemma.encode(text))
+    assert json.loads(rebuilt._backend.to_str()) == json.loads(
+        tokenizer_from_gguf(metadata_of(gemma))._backend.to_str()
+    )
+    assert "<start_of_turn>, <end_of_turn> as control tokens" in caplog.text
+
+
+def test_a_well_typed_file_warns_of_nothing(metadata, caplog):
+    metadata["token_type"][SPECIAL_IDS["<unk>"]] = UNKNOWN
+    tokenizer_from_gguf(metadata)
+    assert not caplog.text
+
+
+@pytest.mark.parametrize(
+    ("piece", "kind", "is_special"),
+    [
+        ("<|im_end|>", CONTROL, True),
+        ("<|im_end|>", NORMAL, True),
+        ("<|call|>", CONTROL, True),
+        ("<|call|>", USER_DEFINED, False),
+        ("<unused77>", CONTROL, False),
+    ],
+)
+def test_added_control_tokens_are_not_printed_as_text(metadata, piece, kind, is_special):
+    placeholder = add_token(metadata, "<image_soft_token>", CONTROL)
+    added = add_token(metadata, piece, kind)
+    add_token(metadata, "[PAD2002]", UNUSED)
+    rebuilt = tokenizer_from_gguf(metadata)
+    assert (placeholder, added, rebuilt.vocab_size) == (2000, 2001, 2002)
+    ids = rebuilt.encode(f"a{piece}b")
+    assert added in ids
+    assert rebuilt.encode("<image_soft_token>", add_bos=False) == [placeholder]
+    assert rebuilt.decode(ids) == ("ab" if is_special else f"a{piece}b")
+    assert rebuilt.decode(ids, skip_special_tokens=False) == f"<bos>a{piece}b"
+
+
+@pytest.mark.parametrize("token_id", [0, 1, 3, 106, 1999])
+def test_any_token_may_pad_or_end_texts(gemma, metadata, token_id):
+    metadata["padding_token_id"] = metadata["eos_token_id"] = token_id
+    rebuilt = tokenizer_from_gguf(metadata)
+    for text in TEXTS:
+        assert rebuilt.encode(text) == gemma.encode(text)
