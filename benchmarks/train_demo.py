@@ -11,13 +11,12 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import click
 import torch
 
-from gemma3_export.config import load_json_object
 from gemma3_export.errors import Gemma3ExportError
 from gemma3_export.progress import ProgressBars
 from gemma3_export.reference.training.checkpoints import checkpoint_steps
@@ -27,7 +26,12 @@ from gemma3_export.reference.training.metrics import LOG
 from gemma3_export.reference.training.model_folder import export_hf_folder
 from gemma3_export.reference.training.options import TrainOptions
 from gemma3_export.reference.training.preparation import prepare_tokens, train_bpe
-from gemma3_export.reference.training.runs import RECORD, resume_training, train
+from gemma3_export.reference.training.runs import (
+    RECORD,
+    read_run_record,
+    resume_training,
+    train,
+)
 from gemma3_export.reference.weights import open_weights
 from gemma3_export.reference.weights.opening import DEMO_FOLDER
 
@@ -76,14 +80,14 @@ def _is_interrupted(run: Path) -> bool:
     """Return whether ``run`` is an unfinished run with the demo's options."""
     if not checkpoint_steps(run):
         return False
-    record = load_json_object(run / RECORD)
-    steps = record.get("result", {}).get("steps", 0)  # recorded when a run ends, even by a signal
-    return bool(record["options"] == DEMO_OPTIONS.to_json() and steps < DEMO_OPTIONS.steps)
+    record = read_run_record(run)
+    steps = (record.result or {}).get("steps", 0)  # recorded when a run ends, even by a signal
+    return bool(record.options == DEMO_OPTIONS.to_json() and steps < DEMO_OPTIONS.steps)
 
 
 def install(run: Path) -> None:
     """Replace the bundled model with that of ``run``: bfloat16 weights, and the run's record."""
-    record = load_json_object(run / RECORD)
+    record = asdict(read_run_record(run))
     del record["data_path"]  # a path on this machine
     with open_weights(str(run)) as source:
         export_hf_folder(source, DEMO_FOLDER, dtype=torch.bfloat16, force=True)
@@ -106,11 +110,11 @@ def main(output: Path, is_to_install: bool) -> None:
         install(output / "run")
         click.echo(f"installed: validation loss {loss:.4f}")
         return
-    recorded: dict[str, Any] = load_json_object(DEMO_FOLDER / RECORD)
-    expected = recorded["result"]["best_validation_loss"]
+    recorded = read_run_record(DEMO_FOLDER)
+    expected = (recorded.result or {})["best_validation_loss"]
     click.echo(
         f"validation loss {loss:.4f}, recorded {expected:.4f} ({loss / expected - 1:+.2%}; "
-        f"recorded with Python {recorded['versions']['python']}, whose library is the text)"
+        f"recorded with Python {recorded.versions['python']}, whose library is the text)"
     )
     if loss > expected * (1 + TOLERANCE):
         click.echo(f"error: the loss is more than {TOLERANCE:.0%} above the recorded one", err=True)

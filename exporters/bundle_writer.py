@@ -26,6 +26,7 @@ from gemma3_export.bundle import (
     write_hf_metadata,
     write_manifest,
 )
+from gemma3_export.bundle.inspection import read_proofs
 from gemma3_export.config import Gemma3Config
 from gemma3_export.errors import Gemma3ExportError, InputError
 from gemma3_export.parity.activation_range import (
@@ -228,10 +229,8 @@ def combine(existing: Bundle | None, graph: Graph, source: WeightSource) -> Mani
 
 def add_report(folder: Path, runtime: str, report: str) -> None:
     """Add one runtime's parity report to ``parity.json``."""
-    path = folder / PARITY
-    reports = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    reports[runtime] = json.loads(report)
-    write_text_atomically(path, json.dumps(reports, indent=1) + "\n")
+    reports = read_proofs(folder) | {runtime: json.loads(report)}
+    write_text_atomically(folder / PARITY, json.dumps(reports, indent=1) + "\n")
 
 
 def tokenizer_of(source: WeightSource) -> Tokenizer | None:

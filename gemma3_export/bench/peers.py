@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from gemma3_export.errors import InputError, UnavailableError
+from gemma3_export.records import read_json, to_record
 
 __all__ = [
     "BUILT_IN_PEERS",
@@ -68,14 +69,11 @@ class InstalledPeer:
             InputError: the file is damaged.
         """
         file = model / DESCRIPTION
-        try:
-            found = json.loads(file.read_text(encoding="utf-8"))
-            found["command"] = tuple(found["command"])
-            return cls(**found, model=model.resolve())
-        except (OSError, ValueError, TypeError, KeyError) as error:
-            raise InputError(
-                f"{file} does not describe a peer ({error}); set the peer up again, with --force"
-            ) from error
+        remedy = "set the peer up again, with --force"
+        found = read_json(file, remedy=remedy)
+        if isinstance(found, dict):
+            found["model"] = str(model.resolve())
+        return to_record(found, cls, where=str(file), remedy=remedy)
 
     def write(self) -> None:
         """Write the description into the model's folder."""

@@ -6,18 +6,20 @@ installed.
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from gemma3_export.bundle.bundle import Bundle
-from gemma3_export.bundle.manifest import PARITY, Graph
+from gemma3_export.bundle.manifest import PARITY, REMEDY, Graph
 from gemma3_export.bundle.signature import TensorSpec, window_capacity
 from gemma3_export.dtypes import ELEMENT_TYPES
 from gemma3_export.errors import InputError
+from gemma3_export.files import is_file
+from gemma3_export.records import Count, read_json, to_record
 
 __all__ = ["CONTEXTS", "cache_bytes_per_token", "inspect_bundle", "parity_line", "read_proofs"]
 
@@ -40,7 +42,7 @@ def inspect_bundle(bundle: Bundle) -> dict[str, Any]:
         "size_bytes": sum(record.size_bytes for record in manifest.files.values()),
         "source": manifest.source,
         "versions": manifest.versions,
-        "proofs": read_proofs(bundle),
+        "proofs": read_proofs(bundle.path),
     }
 
 
@@ -119,24 +121,48 @@ def _operators(bundle: Bundle, graph: Graph) -> dict[str, Any]:
     }
 
 
-def read_proofs(bundle: Bundle) -> dict[str, Any]:
-    """Return the bundle's parity reports by runtime; empty if it was never verified.
+def read_proofs(folder: Path) -> dict[str, dict[str, Any]]:
+    """Return the parity reports of the bundle at ``folder``, by runtime.
+
+    Empty if it was never verified.
 
     Raises:
         InputError: the file is damaged.
     """
-    path = bundle.file(PARITY)
-    if not path.is_file():
+    path = folder / PARITY
+    if not is_file(path):
         return {}
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{path} is damaged: {error}; export the bundle again") from error
-    if not isinstance(data, dict) or not all(isinstance(v, dict) for v in data.values()):
-        raise InputError(
-            f"{path} is damaged: it is not an object of reports; export the bundle again"
-        )
-    return data
+    data = read_json(path, remedy=REMEDY)
+    return to_record(data, dict[str, dict[str, Any]], where=str(path), remedy=REMEDY)
+
+
+@dataclass(kw_only=True)
+class _Metric:
+    """What a summary needs of a metric; version 1 of the report said floor for noise_floor."""
+
+    name: str
+    value: float | None
+    noise_floor: float | None = None
+    floor: float | None = None
+
+    @property
+    def ratio(self) -> float:
+        floor = self.noise_floor or self.floor
+        return self.value / floor if floor and self.value is not None else 0.0
+
+
+@dataclass(kw_only=True)
+class _Case:
+    positions: Count
+    metrics: list[_Metric]
+
+
+@dataclass(kw_only=True)
+class _Report:
+    passed: bool
+    cases: list[_Case]
+    noise_floor_dtype: str = ""
+    floor_dtype: str = ""
 
 
 def parity_line(report: Mapping[str, Any]) -> str:
@@ -145,38 +171,13 @@ def parity_line(report: Mapping[str, Any]) -> str:
     Raises:
         InputError: ``report`` is not a parity report.
     """
-    try:
-        return _parity_line(report)
-    except (KeyError, TypeError, ValueError) as error:
-        raise InputError(
-            f"{PARITY} has no valid report of this graph ({error!r:.200}); export the bundle again"
-        ) from error
-
-
-def _parity_line(report: Mapping[str, Any]) -> str:
-    floor = "noise_floor" if report.get("schema_version", 1) >= 2 else "floor"
-    cases = report.get("cases", [])
-    positions = sum(case["positions"] for case in cases)
-    worst = max(
-        (
-            metric["value"] / metric[floor]
-            for case in cases
-            for metric in case["metrics"]
-            if metric[floor] and metric["value"] is not None and "kld" not in metric["name"]
-        ),
-        default=0.0,
-    )
-    error = max(
-        (
-            metric["value"]
-            for case in cases
-            for metric in case["metrics"]
-            if metric["name"] == "logits_max_abs" and metric["value"] is not None
-        ),
-        default=0.0,
-    )
-    verdict = "passed" if report.get("passed") else "FAILED"
+    found = to_record(report, _Report, where=f"a report in {PARITY}", remedy=REMEDY, is_part=True)
+    metrics = [metric for case in found.cases for metric in case.metrics]
+    worst = max((item.ratio for item in metrics if "kld" not in item.name), default=0.0)
+    errors = (item.value or 0.0 for item in metrics if item.name == "logits_max_abs")
     return (
-        f"{verdict}; {len(cases)} cases, {positions} positions, largest logit error "
-        f"{error:.2g}, worst error {worst:.2f} x the noise floor of {report[f'{floor}_dtype']}"
+        f"{'passed' if found.passed else 'FAILED'}; {len(found.cases)} cases, "
+        f"{sum(case.positions for case in found.cases)} positions, largest logit error "
+        f"{max(errors, default=0.0):.2g}, worst error {worst:.2f} x the noise floor of "
+        f"{found.noise_floor_dtype or found.floor_dtype}"
     )

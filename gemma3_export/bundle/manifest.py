@@ -14,9 +14,10 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal, get_args
 
 from gemma3_export.bundle.block_format import BlockFormat
-from gemma3_export.bundle.json_dataclass import dataclass_from_json
 from gemma3_export.dtypes import DEFAULT_MAX_KLD, DType
 from gemma3_export.errors import InputError
+from gemma3_export.files import is_file, to_path
+from gemma3_export.records import Count, read_record
 from gemma3_export.staging import write_text_atomically
 
 __all__ = [
@@ -42,7 +43,7 @@ RUNTIMES: tuple[BundleRuntime, ...] = get_args(BundleRuntime)
 ONNX_TARGETS = ("ort", "portable")  # ONNX Runtime's fused kernels, or standard operators only
 MANIFEST = "manifest.json"
 PARITY = "parity.json"
-MANIFEST_LIMIT_BYTES = 64 * 2**20
+REMEDY = "export the bundle again"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,7 +64,7 @@ class FileRecord:
     """Size and hash of one file of a bundle."""
 
     sha256: str
-    size_bytes: int
+    size_bytes: Count
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -132,28 +133,16 @@ def read_manifest(path: Path) -> Manifest:
         InputError: the folder is not a bundle, or its manifest is damaged or has another version.
     """
     file = path / MANIFEST
-    if not file.is_file():
+    if not is_file(file):
         raise InputError(
             f"{path} is not a gemma3-export bundle (no {MANIFEST}); "
             "make one with `gemma3-export onnx --size 270m -o DIR`"
         )
-    if file.stat().st_size > MANIFEST_LIMIT_BYTES:
-        raise InputError(f"{file} is larger than {MANIFEST_LIMIT_BYTES} bytes; it is damaged")
+    manifest = read_record(file, Manifest, remedy=REMEDY, format_version=FORMAT_VERSION)
     try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-        version = data["format_version"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise InputError(f"{file} is damaged: {error!r:.200}; export the bundle again") from error
-    if version != FORMAT_VERSION:
-        raise InputError(
-            f"{path} has bundle format version {version!r:.20} and this gemma3-export reads "
-            f"{FORMAT_VERSION}; upgrade gemma3-export or export the bundle again"
-        )
-    try:
-        manifest = dataclass_from_json(Manifest, data)
         _check_graphs(manifest)
     except ValueError as error:
-        raise InputError(f"{file} is damaged: {error}; export the bundle again") from error
+        raise InputError(f"{file} is damaged: {error}; {REMEDY}") from error
     return manifest
 
 
@@ -183,3 +172,7 @@ def _check_inside(relative: str) -> None:
     parts = PurePosixPath(relative).parts
     if not parts or relative.startswith("/") or ".." in parts or "\\" in relative:
         raise ValueError(f"path {relative!r:.60} leads out of the bundle")
+    try:
+        to_path(relative, "the file")
+    except InputError as error:
+        raise ValueError(str(error)) from error

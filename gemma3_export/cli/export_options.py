@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import wraps
@@ -188,7 +187,6 @@ def print_summary(result: ExportResult, runtime: str, description: str) -> None:
 
 def proof_line(path: Path, runtime: str) -> str:
     """Return the new graph's parity report in one line."""
-    from gemma3_export.bundle import PARITY
-    from gemma3_export.bundle.inspection import parity_line
+    from gemma3_export.bundle.inspection import parity_line, read_proofs
 
-    return parity_line(json.loads((path / PARITY).read_text(encoding="utf-8"))[runtime])
+    return parity_line(read_proofs(path)[runtime])

@@ -16,6 +16,7 @@ from typing import Any, cast
 from gemma3_export.config.gemma3_config import Gemma3Config, LayerType, default_layer_types
 from gemma3_export.config.presets import TEXT_VOCAB_SIZE
 from gemma3_export.errors import InputError
+from gemma3_export.files import is_file, read_text
 
 __all__ = [
     "BENIGN_KEYS",
@@ -47,7 +48,7 @@ SAFE_WEIGHTS_NAME = "model.safetensors"
 SAFE_WEIGHTS_INDEX_NAME = "model.safetensors.index.json"
 
 PADDED_VOCAB_SIZE = 262_208  # embedding rows of the official multimodal checkpoints
-MAX_JSON_BYTES = 64 * 2**20
+MAX_JSON_BYTES = 16 * 2**20
 MAX_LAYERS = 4096  # bounds the lists that a number in a file allocates
 GPT2_VOCAB_SIZE = 50_257  # the ancestors' custom model; its last id is <|endoftext|>
 
@@ -224,7 +225,7 @@ def load_config(path: Path) -> Gemma3Config:
     data = load_json_object(path)
     generation = path.with_name(GENERATION_CONFIG_NAME)
     extra: tuple[int, ...] = ()
-    if generation != path and generation.is_file():
+    if generation != path and is_file(generation):
         value = load_json_object(generation).get("eos_token_id")
         extra = _token_ids(value, where=f"{generation.name}: eos_token_id")
     return _config_from_json(data, where=str(path), extra_eos=extra)
@@ -291,15 +292,7 @@ def load_json_object(path: Path) -> dict[str, Any]:
         InputError: the file is missing, unreadable, too large, not JSON, or not an object.
     """
     try:
-        if path.stat().st_size > MAX_JSON_BYTES:
-            raise InputError(
-                f"{path} is larger than {MAX_JSON_BYTES} bytes; it is not a JSON config"
-            )
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{path} does not exist; give the path of a config.json") from None
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
+        data = json.loads(read_text(path, limit_bytes=MAX_JSON_BYTES))
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not valid JSON: {str(error)[:200]}") from error
     return _object(data, where=str(path))

@@ -11,7 +11,9 @@ import hashlib
 import json
 import os
 import random
+import re
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +21,12 @@ import numpy as np
 import torch
 
 from gemma3_export.errors import Gemma3ExportError, InputError
+from gemma3_export.files import check_regular, is_file, open_regular
+from gemma3_export.records import Count, read_record
 from gemma3_export.staging import write_text_atomically
 
 __all__ = [
+    "after_failure",
     "checkpoint_steps",
     "get_rng_states",
     "load_latest_checkpoint",
@@ -30,7 +35,17 @@ __all__ = [
 ]
 
 FOLDER = "checkpoints"
+CHECKPOINT = re.compile(r"step-(\d{8}|[1-9]\d{8,17})\.pt")
 HASH_BYTES = 2**20
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Record:
+    """Describes a checkpoint."""
+
+    step: Count
+    size_bytes: Count
+    sha256: str
 
 
 def save_checkpoint(run: Path, step: int, state: dict[str, Any], *, keep: int) -> Path:
@@ -48,15 +63,14 @@ def save_checkpoint(run: Path, step: int, state: dict[str, Any], *, keep: int) -
             torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())
-        record = {"step": step, "size_bytes": partial.stat().st_size, "sha256": _sha256(partial)}
+        record = _Record(step=step, size_bytes=partial.stat().st_size, sha256=_sha256(partial))
         _record_of(path).unlink(missing_ok=True)
         partial.replace(path)
-        write_text_atomically(_record_of(path), json.dumps(record) + "\n")
+        write_text_atomically(_record_of(path), json.dumps(asdict(record)) + "\n")
     # torch reports a full disk as a RuntimeError.
     except (OSError, RuntimeError) as error:
         raise Gemma3ExportError(
-            f"cannot write the checkpoint of step {step}: {error}; older checkpoints are kept: "
-            "free some disk space and resume"
+            f"cannot write the checkpoint of step {step}: {error}; {after_failure(run)}"
         ) from error
     finally:
         partial.unlink(missing_ok=True)
@@ -68,8 +82,16 @@ def save_checkpoint(run: Path, step: int, state: dict[str, Any], *, keep: int) -
 
 def checkpoint_steps(run: Path) -> list[int]:
     """Return the steps that have a checkpoint, damaged or not, in ascending order."""
-    found = (run / FOLDER).glob("step-*.pt")
-    return sorted(int(path.stem.removeprefix("step-")) for path in found)
+    found = (CHECKPOINT.fullmatch(path.name) for path in (run / FOLDER).glob("step-*.pt"))
+    return sorted(int(match[1]) for match in found if match)
+
+
+def after_failure(run: Path) -> str:
+    """Return what is left of a run that could not write, and what to do."""
+    steps = checkpoint_steps(run)
+    if not steps:
+        return "there is no checkpoint to resume from: free some disk space and start again"
+    return f"the checkpoint of step {steps[-1]} is kept: free some disk space and resume"
 
 
 def load_latest_checkpoint(run: Path, report: Callable[[str], None]) -> dict[str, Any]:
@@ -114,18 +136,18 @@ def set_rng_states(states: dict[str, Any], device: torch.device) -> None:
 
 
 def _load(path: Path) -> dict[str, Any]:
+    if not is_file(_record_of(path)):
+        raise InputError(f"checkpoint {path.name} is incomplete")
     try:
-        record = json.loads(_record_of(path).read_text(encoding="utf-8"))
-        size, expected = path.stat().st_size, record["size_bytes"]
+        record = read_record(_record_of(path), _Record, remedy="delete it")
+        size, expected = check_regular(path), record.size_bytes
         if size != expected:
             raise InputError(f"checkpoint {path.name} is truncated: {size} of {expected} bytes")
-        if _sha256(path) != record["sha256"]:
+        if _sha256(path) != record.sha256:
             raise InputError(f"checkpoint {path.name} is damaged: its checksum does not match")
         state = torch.load(path, map_location="cpu", weights_only=True)
     except InputError:
         raise
-    except FileNotFoundError:
-        raise InputError(f"checkpoint {path.name} is incomplete") from None
     except Exception as error:  # a damaged file can fail anywhere in json or torch
         raise InputError(f"checkpoint {path.name} cannot be read: {str(error)[:200]}") from error
     assert isinstance(state, dict)
@@ -138,7 +160,7 @@ def _record_of(path: Path) -> Path:
 
 def _sha256(path: Path) -> str:
     digest = hashlib.sha256()
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         while block := file.read(HASH_BYTES):
             digest.update(block)
     return digest.hexdigest()

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any, Literal, get_args
 
 from gemma3_export.dtypes import FLOAT_DTYPES
 from gemma3_export.errors import InputError
+from gemma3_export.records import to_record
 
 __all__ = ["PRECISIONS", "SHARDINGS", "Sharding", "TrainOptions"]
 
 Sharding = Literal["ddp", "fsdp"]
 
 PRECISIONS = FLOAT_DTYPES
+MAX_COUNT = 2**31 - 1
+MAX_SEED = 2**64 - 1  # of torch's generators
 SHARDINGS: tuple[Sharding, ...] = get_args(Sharding)
 
 
@@ -70,8 +73,12 @@ class TrainOptions:
         at_least = dict.fromkeys(counts, 1)
         at_least |= dict.fromkeys(("warmup_steps", "sample_interval", "seed"), 0)
         for name, lowest in at_least.items():
-            if getattr(self, name) < lowest:
-                raise InputError(f"{name} is {getattr(self, name)}; it must be at least {lowest}")
+            highest = MAX_SEED if name == "seed" else MAX_COUNT
+            if not lowest <= getattr(self, name) <= highest:
+                raise InputError(
+                    f"{name} is {getattr(self, name)}; it must be at least {lowest} and at most "
+                    f"{highest}"
+                )
         for name in ("learning_rate", "epsilon"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise InputError(f"{name} is {getattr(self, name)}; it must be positive")
@@ -105,14 +112,9 @@ class TrainOptions:
         Raises:
             InputError: a value is missing, unknown or of the wrong type.
         """
-        kinds = get_type_hints(cls) | {"sharding": str}  # __post_init__ checks its value
         if wrong := sorted(data.keys() ^ {field.name for field in fields(cls)}):
             raise InputError(
                 "the training options are of another version, with unknown or missing fields: "
                 f"{', '.join(wrong)}; start a new run"
             )
-        for name, value in data.items():
-            if type(value) is not kinds[name] and not (kinds[name] is float and value == 0):
-                kind = kinds[name].__name__
-                raise InputError(f"training option {name} is {value!r:.60}; it must be a {kind}")
-        return cls(**data)
+        return to_record(data, cls, where="the record of the options", remedy="start a new run")

@@ -22,9 +22,10 @@ import numpy as np
 import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors, trainers
 
-from gemma3_export.config import load_json_object
 from gemma3_export.errors import Gemma3ExportError, InputError
+from gemma3_export.files import is_file
 from gemma3_export.progress import Progress
+from gemma3_export.records import Count, read_record
 from gemma3_export.reference.training.documents import Document, DocumentSource, Split
 from gemma3_export.reference.training.token_data import (
     FORMAT_VERSION,
@@ -45,6 +46,7 @@ MIN_VOCAB_SIZE = 256 + len(SPECIAL_TOKENS)
 MAX_CHARACTERS = 2**27  # of text to learn merges from; more does not change them
 BATCH_PIECES = 512  # encoded at once, on all cores
 PLAN, STATE = "plan.json", "progress.json"
+START_OVER = "pass --force to start over"
 EMPTY_SHA256 = hashlib.sha256().hexdigest()
 
 
@@ -52,11 +54,11 @@ EMPTY_SHA256 = hashlib.sha256().hexdigest()
 class _State:
     """The progress of a preparation."""
 
-    pieces: int = 0  # of the source that are done
+    pieces: Count = 0  # of the source that are done
     last_split: Split = "train"  # split of the latest piece
-    tokens: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
-    documents: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
-    characters: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
+    tokens: dict[str, Count] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
+    documents: dict[str, Count] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
+    characters: dict[str, Count] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
     sha256: dict[str, str] = field(default_factory=dict)  # of each split's tokens so far
 
 
@@ -120,12 +122,12 @@ def prepare_tokens(
 
 
 def _begin(work: Path, plan: dict[str, Any], tokenizer: Tokenizer, *, force: bool) -> _State:
-    if force or not (work / PLAN).is_file():
+    if force or not is_file(work / PLAN):
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir(parents=True)
         tokenizer.save(work)
         write_text_atomically(work / PLAN, json.dumps(plan, indent=2) + "\n")
-    found = load_json_object(work / PLAN)
+    found = read_record(work / PLAN, dict[str, Any], remedy=START_OVER)
     for key, difference in (
         ("tokenizer_fingerprint", "another tokenizer"),
         ("source", "other text"),
@@ -137,9 +139,12 @@ def _begin(work: Path, plan: dict[str, Any], tokenizer: Tokenizer, *, force: boo
                 f"an interrupted preparation in {work} used {difference}; finish that one first, "
                 "or pass --force to start over"
             )
-    if not (work / STATE).is_file():
+    if not is_file(work / STATE):
         return _State()
-    return _State(**load_json_object(work / STATE))
+    state = read_record(work / STATE, _State, remedy=START_OVER)
+    if state.tokens.keys() ^ set(SPLITS):
+        raise InputError(f"{work / STATE} is damaged: it has other splits; {START_OVER}")
+    return state
 
 
 def _encode_all(

@@ -12,7 +12,7 @@ import platform
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,12 @@ import torch
 
 from gemma3_export import __version__
 from gemma3_export.bundle import write_hf_metadata
-from gemma3_export.config import Gemma3Config, load_config, load_json_object
+from gemma3_export.config import Gemma3Config, load_config
 from gemma3_export.errors import Gemma3ExportError, InputError
+from gemma3_export.files import is_file
+from gemma3_export.records import Count, read_record
 from gemma3_export.reference.model import Gemma3
-from gemma3_export.reference.training.checkpoints import load_latest_checkpoint
+from gemma3_export.reference.training.checkpoints import after_failure, load_latest_checkpoint
 from gemma3_export.reference.training.distributed import ProcessGroup, init_process_group
 from gemma3_export.reference.training.initialization import (
     config_for_data,
@@ -41,11 +43,40 @@ from gemma3_export.reference.training.trainer import Trainer, TrainState
 from gemma3_export.reference.weights import WeightSource
 from gemma3_export.staging import exclusive, refuse_existing, write_text_atomically
 
-__all__ = ["RECORD", "TrainResult", "resume_training", "train"]
+__all__ = ["RECORD", "RunRecord", "TrainResult", "read_run_record", "resume_training", "train"]
 
 RECORD = "training.json"
+REMEDY = "start a new run"
 FORMAT_VERSION = 1
 Report = Callable[[str], None]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunRecord:
+    """The content of ``training.json``."""
+
+    format_version: int
+    options: dict[str, Any]  # see :meth:`TrainOptions.from_json`
+    parameters: Count
+    world_size: Count
+    data: TokenMeta
+    weights: dict[str, Any] | None  # fingerprint of the weights that were fine-tuned
+    versions: dict[str, str]
+    data_path: str | None = None  # absolute; None in the record of the bundled model
+    result: dict[str, Any] | None = None  # of a run that has ended
+
+
+def read_run_record(run: Path) -> RunRecord:
+    """Read the record of the run in the folder ``run``.
+
+    Raises:
+        InputError: it is not a run, or its record is damaged or of another version.
+    """
+    if not is_file(run / RECORD):
+        raise InputError(
+            f"{run} is not a run (no {RECORD}); give the folder that `gemma3-export train` made"
+        )
+    return read_record(run / RECORD, RunRecord, remedy=REMEDY, format_version=FORMAT_VERSION)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -118,15 +149,12 @@ def resume_training(
     Raises:
         InputError: there is no intact checkpoint, or the run was trained on other data.
     """
-    record = load_json_object(run / RECORD)
-    if record.get("format_version") != FORMAT_VERSION:
-        raise InputError(
-            f"{run} has the format version {record.get('format_version')!r:.40}, and this version "
-            f"of gemma3-export reads {FORMAT_VERSION}; resume it with the version that began it"
-        )
-    options = TrainOptions.from_json(record["options"])
-    data = open_token_data(data_path or Path(record["data_path"]))
-    _check_same_data(data.meta, record["data"], data.path)
+    record = read_run_record(run)
+    options = TrainOptions.from_json(record.options)
+    if data_path is None and record.data_path is None:
+        raise InputError(f"{run / RECORD} does not say where its data is; give DATA")
+    data = open_token_data(data_path or Path(record.data_path or ""))
+    _check_same_data(data.meta, record.data, data.path)
     with init_process_group(options.device) as group, _sole_writer(run, group):
         # Every process reads the checkpoint; only the main process reports problems with it.
         state = load_latest_checkpoint(run, report if group.is_main_process else lambda line: None)
@@ -143,10 +171,7 @@ def _report_write_errors(run: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise Gemma3ExportError(
-            f"cannot write to {run}: {error}; its checkpoints are kept: free some disk space "
-            "and resume"
-        ) from error
+        raise Gemma3ExportError(f"cannot write to {run}: {error}; {after_failure(run)}") from error
 
 
 def _run(trainer: Trainer) -> TrainResult:
@@ -163,8 +188,7 @@ def _run(trainer: Trainer) -> TrainResult:
             metrics_log.close()
             has_curve = draw_loss_curve(run)
     if group.is_main_process:
-        record = load_json_object(run / RECORD) | {"result": _result(trainer)}
-        write_text_atomically(run / RECORD, json.dumps(record, indent=2) + "\n")
+        _write_record(run, replace(read_run_record(run), result=_result(trainer)))
     group.barrier()
     return TrainResult(run=run, state=trainer.state, has_loss_curve=has_curve)
 
@@ -244,13 +268,13 @@ def _check(options: TrainOptions, group: ProcessGroup) -> None:
         raise InputError("fp16 is not supported with --sharding fsdp; use bf16")
 
 
-def _check_same_data(found: TokenMeta, recorded: dict[str, Any], where: Path) -> None:
-    if found.tokenizer_fingerprint != recorded["tokenizer_fingerprint"]:
+def _check_same_data(found: TokenMeta, recorded: TokenMeta, where: Path) -> None:
+    if found.tokenizer_fingerprint != recorded.tokenizer_fingerprint:
         raise InputError(
             f"{where} was tokenized with another tokenizer than this run's data; resume with the "
             "original data"
         )
-    if found.to_json() != recorded:
+    if found != recorded:
         raise InputError(
             f"{where} is not the data that this run was trained on; resume with the original data"
         )
@@ -260,22 +284,26 @@ def _write_folder(run: Path, trainer: Trainer, source: WeightSource | None) -> N
     data, model = trainer.data, trainer.module.model
     run.mkdir(parents=True)
     write_hf_metadata(run, model.config, data.tokenizer())
-    record = {
-        "format_version": FORMAT_VERSION,
-        "options": trainer.options.to_json(),
-        "parameters": model.config.num_parameters,
-        "world_size": trainer.group.world_size,
-        "data_path": str(data.path.absolute()),
-        "data": data.meta.to_json(),
-        "weights": None if source is None else source.fingerprint(),
-        "versions": {
+    record = RunRecord(
+        format_version=FORMAT_VERSION,
+        options=trainer.options.to_json(),
+        parameters=model.config.num_parameters,
+        world_size=trainer.group.world_size,
+        data_path=str(data.path.absolute()),
+        data=data.meta,
+        weights=None if source is None else source.fingerprint(),
+        versions={
             "gemma3-export": __version__,
             "python": platform.python_version(),
             "torch": torch.__version__,
             "tokenizers": importlib.metadata.version("tokenizers"),
         },
-    }
-    write_text_atomically(run / RECORD, json.dumps(record, indent=2) + "\n")
+    )
+    _write_record(run, record)
+
+
+def _write_record(run: Path, record: RunRecord) -> None:
+    write_text_atomically(run / RECORD, json.dumps(asdict(record), indent=2) + "\n")
 
 
 def _result(trainer: Trainer) -> dict[str, Any]:

@@ -8,15 +8,17 @@ same global batch.
 from __future__ import annotations
 
 import hashlib
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from gemma3_export.config import TOKENIZER_NAME, load_json_object
+from gemma3_export.config import TOKENIZER_NAME
 from gemma3_export.errors import InputError
+from gemma3_export.files import is_file
+from gemma3_export.records import Count, read_record
 from gemma3_export.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -38,6 +40,7 @@ __all__ = [
 META = "meta.json"
 SPLITS = ("train", "validation")
 FORMAT_VERSION = 1
+REMEDY = "prepare the data again"
 TRAIN_STREAM, VALIDATION_STREAM = 0, 1  # random streams; validation has its own
 
 
@@ -46,14 +49,14 @@ class TokenMeta:
     """The metadata of a token folder."""
 
     format_version: int
-    vocab_size: int
+    vocab_size: Count
     dtype: str  # uint16 or uint32, little-endian
     tokenizer_fingerprint: str  # see :func:`tokenizer_fingerprint`
     bos_token_id: int | None  # begins every document, if the tokenizer has one
     eos_token_id: int  # ends every document
-    tokens: dict[str, int]  # by split
-    documents: dict[str, int]  # documents that end in the split
-    characters: dict[str, int]  # by split
+    tokens: dict[str, Count]  # by split
+    documents: dict[str, Count]  # documents that end in the split
+    characters: dict[str, Count]  # by split
     source: dict[str, Any]
 
     def to_json(self) -> dict[str, Any]:
@@ -98,11 +101,11 @@ def open_token_data(folder: Path) -> TokenData:
     Raises:
         InputError: the folder is missing, damaged, or of another version.
     """
-    if not (folder / META).is_file():
+    if not is_file(folder / META):
         raise InputError(
             f"{folder} has no {META}; make it with: gemma3-export data TEXT... -o {folder}"
         )
-    meta = _parse_meta(load_json_object(folder / META), folder / META)
+    meta = _read_meta(folder / META)
     train = _map_split(folder, "train", meta)
     if train is None:
         raise InputError(f"{folder} has no training tokens; prepare it again")
@@ -111,21 +114,19 @@ def open_token_data(folder: Path) -> TokenData:
     )
 
 
-def _parse_meta(data: dict[str, Any], where: Path) -> TokenMeta:
-    version = data.get("format_version")
-    if version != FORMAT_VERSION:
+def _read_meta(file: Path) -> TokenMeta:
+    meta = read_record(file, TokenMeta, remedy=REMEDY, format_version=FORMAT_VERSION)
+    for name in ("tokens", "documents", "characters"):
+        if getattr(meta, name).keys() != set(SPLITS):
+            raise InputError(
+                f"{file} is damaged: {name} must have the keys {' and '.join(SPLITS)}; {REMEDY}"
+            )
+    dtype = token_dtype(meta.vocab_size).name
+    if meta.dtype != dtype:
         raise InputError(
-            f"{where} has format_version {version!r}, but this version reads {FORMAT_VERSION}; "
-            "prepare the data again"
+            f"{file} is damaged: dtype is {meta.dtype!r:.20}, but a vocabulary of "
+            f"{meta.vocab_size} needs {dtype}; {REMEDY}"
         )
-    try:
-        meta = TokenMeta(**{field.name: data[field.name] for field in fields(TokenMeta)})
-        sizes = [meta.tokens[split] for split in SPLITS]
-        is_valid = all(type(size) is int and size >= 0 for size in (*sizes, meta.vocab_size))
-    except (KeyError, TypeError) as error:
-        raise InputError(f"{where} has no {error}; prepare the data again") from error
-    if not is_valid or meta.dtype != token_dtype(meta.vocab_size).name:
-        raise InputError(f"{where} is inconsistent; prepare the data again")
     return meta
 
 

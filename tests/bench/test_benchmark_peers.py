@@ -236,7 +236,7 @@ def test_a_damaged_description_is_reported_with_its_file(text: str, add_fake: Ad
     file.write_text(text)
     done = run(str(bundle), *SMALL, "--against", "fake", "--peers", str(place))
     assert done.exit_code == InputError.exit_code
-    assert f"{file} does not describe a peer" in done.stderr
+    assert f"{file} is damaged" in done.stderr
 
 
 def test_the_benchmarks_modules_shadow_nothing_in_the_environment_of_a_peer(

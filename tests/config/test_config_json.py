@@ -287,5 +287,5 @@ def test_missing_and_binary_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="does not exist"):
         load_config(tmp_path)
     (tmp_path / "config.json").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(InputError, match="not valid JSON"):
+    with pytest.raises(InputError, match="is not UTF-8 text"):
         load_config(tmp_path)
