@@ -21,6 +21,7 @@ __all__ = [
     "ELEMENT_TYPES",
     "EXPORT_DTYPES",
     "FLOAT_DTYPES",
+    "ROUNDINGS",
     "DType",
     "ElementType",
     "ExportDtype",
@@ -32,6 +33,7 @@ __all__ = [
 ]
 
 DType = Literal["float64", "float32", "float16", "bfloat16", "int64", "uint8"]
+ROUNDINGS = ("auto", "gptq", "q4_0")  # how int4 rounds, as --rounding takes it
 DEFAULT_MAX_KLD = 0.01  # nats per token: what 8-bit weights stay within with room to spare
 
 

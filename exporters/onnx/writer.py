@@ -17,6 +17,7 @@ from gemma3_export.dtypes import (
     ELEMENT_TYPES,
     EXPORT_DTYPES,
     FLOAT_DTYPES,
+    ROUNDINGS,
     DType,
     dtype_choices,
     element_type,
@@ -40,6 +41,13 @@ from gemma3_export.exporters.onnx.trace import TARGETS, trace_onnx
 from gemma3_export.exporters.quantize.calibration import CalibrationOptions
 from gemma3_export.exporters.quantize.gptq_quantizer import GptqQuantizer, check_formats
 from gemma3_export.exporters.quantize.mixed_precision import quantize_mixed
+from gemma3_export.exporters.quantize.q4_0 import (
+    COMPARED_PARAMETERS,
+    GRID,
+    GgufRounding,
+    compare_with_gptq,
+    reason_for_q4_0,
+)
 from gemma3_export.exporters.quantize.quantizers import (
     GgufRepacker,
     Quantizer,
@@ -66,6 +74,8 @@ class OnnxWriter:
         max_kld: largest divergence from full precision at which the export passes, in mean nats
             per token; defaults to that of ``dtype``.
         calibration: the text for 4-bit weights.
+        rounding: how ``int4`` rounds: ``gptq``, ``q4_0``, or ``auto``, which is ``q4_0`` for
+            checkpoints that were trained for it.
         screen: store an 8-bit copy of the head, so that greedy and top-k decoding reads a quarter
             of the bytes (target ``ort`` in fp32, on the CPU); by default, if the head is large.
 
@@ -81,10 +91,12 @@ class OnnxWriter:
     block_size: int = 32
     max_kld: float | None = None
     calibration: CalibrationOptions = field(default_factory=CalibrationOptions)
+    rounding: str = "auto"
     screen: bool | None = None
 
     def __post_init__(self) -> None:
         export_dtype(self.dtype, self.runtime)
+        self._check_rounding()
         require_max_kld(self.budget)
         if self.target not in TARGETS:
             raise InputError(f"unknown target {self.target!r}; choose {' or '.join(TARGETS)}")
@@ -103,6 +115,26 @@ class OnnxWriter:
                 f"--activations {self.activations} requires --dtype {', '.join(quantized)}, not "
                 f"{self.dtype}; for weights and activations in one type, use "
                 f"--dtype {self.activations}"
+            )
+
+    def _check_rounding(self) -> None:
+        if self.rounding not in ROUNDINGS:
+            raise InputError(
+                f"rounding {self.rounding!r:.40} is not supported; choose {', '.join(ROUNDINGS)}"
+            )
+        if self.rounding != "auto" and self.dtype != "int4":
+            raise InputError(
+                f"--rounding {self.rounding} applies to --dtype int4, not to {self.dtype}; omit it"
+            )
+        if self.rounding == "q4_0" and self.block_size != GRID.block_size:
+            raise InputError(
+                f"--rounding q4_0 has blocks of {GRID.block_size}, not of {self.block_size}; omit "
+                "--block-size"
+            )
+        if self.rounding == "q4_0" and self.calibration.file is not None:
+            raise InputError(
+                "--rounding q4_0 uses no calibration text; omit --calibration, or use "
+                "--rounding auto, which measures both ways with it"
             )
 
     @property
@@ -239,11 +271,27 @@ class OnnxWriter:
         if EXPORT_DTYPES[self.dtype].is_calibrated:
             formats = dict.fromkeys(matrix_names(source.config), self._format(bits=4))
             check_formats(source.config, formats)
+            q4_0 = self._q4_0(source, progress)
+            is_compared = source.config.num_parameters <= COMPARED_PARAMETERS
+            if q4_0 is not None and (self.rounding == "q4_0" or not is_compared):
+                return q4_0
             text = self.calibration.load(source, tokenizer_in(folder), progress)
+            if q4_0 is not None:
+                return compare_with_gptq(q4_0, text, scratch, progress)
             if self.dtype == "int4":
                 return GptqQuantizer(source, text, scratch, progress).quantize(formats)
             return quantize_mixed(source, text, self.block_size, self.budget, scratch, progress)
         return None
+
+    def _q4_0(self, source: WeightSource, progress: Progress) -> GgufRounding | None:
+        """Return Q4_0's own rounding if it is requested, or if the weights were trained for it."""
+        if self.dtype != "int4" or self.block_size != GRID.block_size:
+            return None
+        progress("looking for Q4_0's grid", 0, 1)
+        reason = reason_for_q4_0(source, self.rounding)
+        rounding = None if reason is None else GgufRounding.of(source, reason)
+        progress("looking for Q4_0's grid", 1, 1)
+        return rounding
 
     def _format(self, bits: int) -> BlockFormat:
         return BlockFormat(bits=bits, block_size=self.block_size, scale_type=self.element)

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -31,13 +32,15 @@ from gemma3_export.progress import Progress
 from gemma3_export.reference.loading import load_reference
 from gemma3_export.reference.model import Gemma3, KeyValue, LayerContext
 from gemma3_export.reference.weights import WeightSource
-from gemma3_export.reference.weights.block_matrix import quantize
+from gemma3_export.reference.weights.block_matrix import BlockMatrix, quantize
 
 __all__ = [
+    "HELD_OUT_SEQUENCES",
     "DivergenceMeter",
     "FormatOption",
     "candidate_formats",
     "choose_formats",
+    "measure_quantized",
     "quantize_mixed",
 ]
 
@@ -172,7 +175,18 @@ def measure_options(
     return options
 
 
-def measure_quantized(matrices: GptqMatrices, meter: DivergenceMeter) -> float:
+class LoadableMatrices(Protocol):
+    """Quantized matrices by name, each with its format."""
+
+    @property
+    def formats(self) -> Mapping[str, BlockFormat]:
+        """Format of each canonical matrix."""
+
+    def load(self, name: str) -> BlockMatrix:
+        """Return a whole matrix."""
+
+
+def measure_quantized(matrices: LoadableMatrices, meter: DivergenceMeter) -> float:
     """Return the divergence with all matrices quantized and activations rounded as by kernels."""
     rounded = {name: item.block_size for name, item in matrices.formats.items()}
     weights = ((name, matrices.load(name).dequantize()) for name in matrices.formats)

@@ -93,6 +93,8 @@ class OnnxOptions(ExportOptions):
             None is the default of ``dtype``: 0.01, for ``mixed`` 0.05 and for ``int4`` 0.1.
         calibration: UTF-8 text to calibrate ``int4`` and ``mixed`` with; None lets the model
             write it.
+        rounding: how ``int4`` rounds: ``gptq``, ``q4_0`` (llama.cpp's rule, for QAT checkpoints),
+            or ``auto``, which recognizes weights that were trained for ``q4_0``.
         screen: also store the head of an ``fp32`` export for ``ort`` in 8 bits, so that greedy and
             top-k decoding on the CPU reads a quarter of it; None is wherever that pays.
     """
@@ -102,11 +104,12 @@ class OnnxOptions(ExportOptions):
     block_size: int = 32
     max_kld: float | None = None
     calibration: Path | str | None = None
+    rounding: str = "auto"
     screen: bool | None = None
 
     def __post_init__(self) -> None:
         ExportOptions.__post_init__(self)
-        check_texts(self, "target", "activations")
+        check_texts(self, "target", "activations", "rounding")
         check_integers(self, 1, "block_size")
         check_numbers(self, "max_kld")
         check_paths(self, "calibration")
@@ -216,6 +219,7 @@ def export_onnx(
         calibration=CalibrationOptions(
             file=None if chosen.calibration is None else Path(chosen.calibration)
         ),
+        rounding=chosen.rounding,
         screen=chosen.screen,
     )
     return _export(writer, weights, output, chosen)

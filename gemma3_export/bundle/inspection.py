@@ -21,7 +21,14 @@ from gemma3_export.errors import InputError
 from gemma3_export.files import is_file
 from gemma3_export.records import Count, read_json, to_record
 
-__all__ = ["CONTEXTS", "cache_bytes_per_token", "inspect_bundle", "parity_line", "read_proofs"]
+__all__ = [
+    "CONTEXTS",
+    "cache_bytes_per_token",
+    "inspect_bundle",
+    "parity_line",
+    "read_proofs",
+    "rounding_line",
+]
 
 CONTEXTS = (2048, 8192, 32768)  # numbers of tokens to report cache sizes for
 
@@ -57,6 +64,7 @@ def _describe_graph(bundle: Bundle, graph: Graph) -> dict[str, Any]:
         "windowed_path": graph.windowed_path,
         "screen_bytes": screen_bytes(bundle, graph),
         "verified": graph.verified,
+        "calibration": graph.calibration,
         "cache_dtype": graph.cache_dtype,
         "cache_bytes_per_token": per_token,
         "cache_bytes": {str(n): per_token * n for n in CONTEXTS if n <= limit},
@@ -68,6 +76,29 @@ def _describe_graph(bundle: Bundle, graph: Graph) -> dict[str, Any]:
         "signature": bundle.signature(graph).to_json(),
         **_operators(bundle, graph),
     }
+
+
+def rounding_line(calibration: Mapping[str, Any] | None) -> str | None:
+    """Say in one line why and how well weights were rounded by Q4_0's rule, None if they were not.
+
+    Args:
+        calibration: of a graph in the manifest.
+    """
+    if not calibration or calibration.get("rounding") != "q4_0":
+        return None
+    reasons = {
+        "requested": "as requested",
+        "grid": "on whose grid the weights lie",
+        "name": "for which the repository says that it was trained",
+    }
+    line = f"by the rule of Q4_0, {reasons.get(str(calibration.get('reason')), 'reason unknown')}"
+    divergence = calibration.get("divergence")
+    if not isinstance(divergence, dict):
+        return line
+    own, other = divergence.get("q4_0"), divergence.get("gptq")
+    if not isinstance(own, float) or not isinstance(other, float):
+        return line
+    return f"{line}; divergence {own:.3g} nats per token (with GPTQ {other:.3g})"
 
 
 def screen_bytes(bundle: Bundle, graph: Graph) -> int | None:

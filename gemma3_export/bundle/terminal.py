@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from gemma3_export.bundle.inspection import parity_line
+from gemma3_export.bundle.inspection import parity_line, rounding_line
 
 __all__ = ["bundle_lines"]
 
@@ -63,6 +63,8 @@ def graph_lines(graph: Mapping[str, Any]) -> Iterator[str]:
         f"graph {graph['path']}: runtime {graph['runtime']}, target {graph['target']}, "
         f"weights {graph['dtype']}, cache {graph['cache_dtype']}"
     )
+    if rounding := rounding_line(graph["calibration"]):
+        yield f"  rounded: {rounding}"
     if graph["operators"] is None:
         yield f"  operators not counted: {graph['operators_missing']}"
     else:

@@ -167,9 +167,14 @@ def refuse_early(output: Path, runtime: str, *, force: bool) -> None:
 
 def print_summary(result: ExportResult, runtime: str, description: str) -> None:
     """Print the size and proof of a new graph, and the command to try next."""
+    from gemma3_export.bundle import Bundle
+    from gemma3_export.bundle.inspection import rounding_line
+
     path = result.path
     click.echo(f"{path}: {description}, {result.size_bytes / 1e6:,.1f} MB")
     click.echo(f"export: {result.seconds['export']:.1f} s")
+    if rounding := rounding_line(Bundle(path).graph(runtime).calibration):
+        click.echo(f"rounded: {rounding}")
     suffix = "" if runtime == "onnx" else f" --runtime {runtime}"
     if result.verified:
         click.echo(f"parity: {proof_line(path, runtime)} ({result.seconds['parity']:.1f} s)")

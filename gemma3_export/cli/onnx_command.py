@@ -10,7 +10,7 @@ import click
 from gemma3_export.bundle import ONNX_TARGETS
 from gemma3_export.cli.export_options import ExportOptions, export_options, run_export
 from gemma3_export.cli.options import refuse_if_given
-from gemma3_export.dtypes import EXPORT_DTYPES, FLOAT_DTYPES, dtype_choices
+from gemma3_export.dtypes import EXPORT_DTYPES, FLOAT_DTYPES, ROUNDINGS, dtype_choices
 
 __all__ = ["onnx"]
 
@@ -58,6 +58,14 @@ Examples:
     "bf16 or fp16 for CUDA.",
 )
 @click.option(
+    "--rounding",
+    type=click.Choice(ROUNDINGS),
+    default="auto",
+    show_default=True,
+    help="How int4 rounds. gptq: with calibration text. q4_0: by the rule of llama.cpp's Q4_0, for "
+    "QAT checkpoints. auto: q4_0 for weights that were trained for it, gptq for others.",
+)
+@click.option(
     "--block-size",
     type=click.Choice(("16", "32", "64", "128", "256")),
     default="32",
@@ -90,6 +98,7 @@ def onnx(
     target: str,
     dtype: str,
     activations: str,
+    rounding: str,
     block_size: str,
     max_kld: float | None,
     calibration: Path | None,
@@ -105,6 +114,8 @@ def onnx(
         raise click.UsageError(
             f"--calibration applies to --dtype {' and '.join(CALIBRATED)} only; omit it for {dtype}"
         )
+    if dtype != "int4":
+        refuse_if_given("rounding", "--rounding", f"it applies to --dtype int4, not to {dtype}")
     if dtype not in BLOCKED:
         refuse_if_given(
             "block_size",
@@ -118,6 +129,7 @@ def onnx(
         target=target,
         dtype=dtype,
         activations=activations,
+        rounding=rounding,
         block_size=int(block_size),
         max_kld=max_kld,
         calibration=calibration,
