@@ -202,7 +202,7 @@ def link_files(bundle: Bundle, folder: Path) -> None:
 
     Once the old folder is deleted, the links are the only names of the files.
     """
-    bundle.check_sizes()
+    bundle.check_quickly()
     for relative in bundle.manifest.files:
         target = folder / relative
         target.parent.mkdir(parents=True, exist_ok=True)

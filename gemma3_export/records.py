@@ -66,7 +66,7 @@ def read_json(path: Path, *, remedy: str) -> Any:
 
 
 def read_record(
-    path: Path, kind: type[Record], *, remedy: str, format_version: int | None = None
+    path: Path, kind: type[Record], *, remedy: str, format_versions: tuple[int, ...] = ()
 ) -> Record:
     """Read a JSON file as the dataclass ``kind``.
 
@@ -74,19 +74,19 @@ def read_record(
         path: the file.
         kind: a dataclass; fields with defaults may be missing.
         remedy: what to do if the file is damaged, such as ``export the bundle again``.
-        format_version: the version that this program reads, if the record has one.
+        format_versions: the versions that this program reads, if the record has one.
 
     Raises:
         InputError: see :func:`read_json`; or a value is missing, unknown or of another type.
     """
     data = read_json(path, remedy=remedy)
-    if format_version is not None and isinstance(data, dict):
+    if format_versions and isinstance(data, dict):
         if "format_version" not in data:
             raise InputError(f"{path} is damaged: format_version is missing; {remedy}")
-        if (found := data["format_version"]) != format_version:
+        if (found := data["format_version"]) not in format_versions:
             raise InputError(
                 f"{path} has format version {found!r:.40} and this gemma3-export reads "
-                f"{format_version}; upgrade gemma3-export or {remedy}"
+                f"{' and '.join(map(str, format_versions))}; upgrade gemma3-export or {remedy}"
             )
     return to_record(data, kind, where=str(path), remedy=remedy)
 

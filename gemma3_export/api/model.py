@@ -144,7 +144,8 @@ class Model:
         changes: fields of :class:`LoadOptions`.
 
     Raises:
-        InputError: the folder is not a bundle, or its tokenizer is not its model's.
+        InputError: the folder is not a bundle, its tokenizer is not its model's, or ``check`` finds
+            a file that was changed.
     """
 
     def __init__(
@@ -152,6 +153,8 @@ class Model:
     ) -> None:
         self.options = merged(LoadOptions, options, changes)
         self.bundle = path if isinstance(path, Bundle) else Bundle(Path(path))
+        if self.options.check:
+            self.bundle.check_files()
         self.tokenizer = bundle_tokenizer(self.bundle)
         self._runtime: Runtime | None = None
         self._prefixes: PrefixCache | None = None  # kept between calls
@@ -467,6 +470,8 @@ class Model:
         with self._opening:
             if path not in self._drafts:
                 bundle = Bundle(path)
+                if self.options.check:
+                    bundle.check_files()
                 own = bundle_tokenizer(bundle)
                 if self.tokenizer and own and not own.has_tokens_of(self.tokenizer):
                     raise InputError(

@@ -98,7 +98,7 @@ def _open_reference(bundle: Bundle, device: str, threads: int | None) -> Runtime
     place = torch_device(device)
     if threads is not None:
         torch.set_num_threads(threads)
-    bundle.check_sizes()
+    bundle.check_quickly()
     return ReferenceRuntime(load_reference(open_bundle_weights(bundle), device=place))
 
 

@@ -41,6 +41,8 @@ class LoadOptions:
         threads: intra-op threads; None lets the backend choose.
         cuda: what may be done on a GPU; ignored on the CPU.
         trust: load a torch archive although it is not the one that was exported.
+        check: hash every file of the bundle before using it; otherwise, of files above 32 MiB, only
+            the size and a sample are compared.
         sliding_window_cache: whether sliding layers cache only their window; None is whatever
             suits the prompts. Generation opens the runtime again, once, where prompts share a
             prefix that such caches could not copy.
@@ -53,6 +55,7 @@ class LoadOptions:
     threads: int | None = None
     cuda: CudaOptions | None = None
     trust: bool = False
+    check: bool = False
     sliding_window_cache: bool | None = None
     shares_weights: bool = False
     kept_prefix_bytes: int = 0
@@ -61,7 +64,7 @@ class LoadOptions:
         check_texts(self, "runtime", "device")
         check_integers(self, 1, "threads")
         check_integers(self, 0, "kept_prefix_bytes")
-        check_flags(self, "trust", "sliding_window_cache", "shares_weights")
+        check_flags(self, "trust", "check", "sliding_window_cache", "shares_weights")
         check_cuda(self)
         if self.kept_prefix_bytes and self.sliding_window_cache:
             raise InputError(

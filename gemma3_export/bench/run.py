@@ -96,7 +96,7 @@ def run_benchmark(path: Path, options: BenchmarkOptions) -> dict[str, Any]:
         UnavailableError: a package, a peer or the device is missing.
     """
     bundle = Bundle(path)
-    bundle.check_sizes()
+    bundle.check_quickly()
     check_context(bundle.config, options)
     threads = options.threads or available_processors()
     candidates = prepare(bundle, options, threads)

@@ -15,6 +15,7 @@ from gemma3_export.bundle.bundle import Bundle
 from gemma3_export.bundle.hf_metadata import write_hf_metadata
 from gemma3_export.bundle.manifest import (
     FORMAT_VERSION,
+    FULLY_HASHED_BYTES,
     MANIFEST,
     ONNX_TARGETS,
     PARITY,
@@ -25,6 +26,7 @@ from gemma3_export.bundle.manifest import (
     Manifest,
     WeightRecipe,
     read_manifest,
+    sample_sha256_of,
     sha256_of,
     write_manifest,
 )
@@ -40,6 +42,7 @@ from gemma3_export.bundle.signature import (
 __all__ = [
     "CODES",
     "FORMAT_VERSION",
+    "FULLY_HASHED_BYTES",
     "LOOKUP_SCALES",
     "MANIFEST",
     "MINIMUMS",
@@ -64,6 +67,7 @@ __all__ = [
     "block_tensors",
     "common_format",
     "read_manifest",
+    "sample_sha256_of",
     "sha256_of",
     "window_capacity",
     "write_hf_metadata",

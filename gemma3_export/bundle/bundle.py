@@ -3,7 +3,7 @@
     config.json generation_config.json tokenizer.json tokenizer_config.json
     onnx/model.onnx  onnx/model.onnx_data  onnx/model_windowed.onnx
     torchscript/model.ts  pt2/model.pt2
-    manifest.json    format version, graphs, signature, origin and SHA-256 of every file
+    manifest.json    format version, graphs, signature, origin and hashes of every file
     parity.json      the parity report of each verified graph, by runtime
 
 Reading a bundle needs neither torch nor ONNX Runtime.
@@ -11,10 +11,17 @@ Reading a bundle needs neither torch nor ONNX Runtime.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping
 from pathlib import Path, PurePosixPath
 
-from gemma3_export.bundle.manifest import FileRecord, Graph, read_manifest, sha256_of
+from gemma3_export.bundle.manifest import (
+    FULLY_HASHED_BYTES,
+    FileRecord,
+    Graph,
+    read_manifest,
+    sample_sha256_of,
+    sha256_of,
+)
 from gemma3_export.bundle.signature import Signature
 from gemma3_export.config import CONFIG_NAME, Gemma3Config, load_config
 from gemma3_export.dtypes import DEFAULT_MAX_KLD
@@ -82,7 +89,7 @@ class Bundle:
         """Return the path of one file of the bundle."""
         return self.path.joinpath(*PurePosixPath(relative).parts)
 
-    def check_files(self, only: Sequence[str] | None = None) -> None:
+    def check_files(self, only: Collection[str] | None = None) -> None:
         """Compare sizes and SHA-256 hashes with the manifest.
 
         Args:
@@ -91,47 +98,55 @@ class Bundle:
         Raises:
             InputError: files are missing or differ; the message lists all of them.
         """
-        problems = []
-        for relative, record in self.manifest.files.items():
-            if only is not None and relative not in only:
-                continue
-            problem = _file_problem(self.file(relative), record)
-            if problem:
-                problems.append(f"{relative}: {problem}")
-        if problems:
+        names = self.manifest.files if only is None else only
+        self._check(dict.fromkeys(names, True))
+
+    def check_quickly(
+        self, *, in_full: Collection[str] = (), except_for: Collection[str] = ()
+    ) -> None:
+        """Compare files with the manifest as far as that costs milliseconds.
+
+        Sizes are compared, small files are hashed in full, and of larger ones a sample is. An edit
+        of a large file that keeps its size and misses the sample goes unnoticed; bundles of format
+        1 have no samples, so there only the sizes of large files are compared.
+
+        Args:
+            in_full: relative paths of files to hash in full whatever their size.
+            except_for: relative paths of files not to check.
+
+        Raises:
+            InputError: files are missing or differ; the message lists all of them.
+        """
+        self._check(
+            {
+                name: name in in_full or record.size_bytes <= FULLY_HASHED_BYTES
+                for name, record in self.manifest.files.items()
+                if name not in except_for
+            }
+        )
+
+    def _check(self, in_full: Mapping[str, bool]) -> None:
+        """Check files, and those with a true value in full."""
+        found = {
+            name: _file_problem(self.file(name), self.manifest.files[name], in_full=is_full)
+            for name, is_full in in_full.items()
+            if name in self.manifest.files
+        }
+        if problems := [f"{name}: {problem}" for name, problem in found.items() if problem]:
             raise InputError(
                 f"{self.path} differs from its manifest: {'; '.join(problems)}; "
                 "copy the bundle again or export it again"
             )
 
-    def check_sizes(self) -> None:
-        """Check that every file exists and has its size: the cheap part of :meth:`check_files`.
 
-        Raises:
-            InputError: files are missing or have another size; the message lists all of them.
-        """
-        problems = []
-        for relative, record in self.manifest.files.items():
-            path = self.file(relative)
-            if not path.is_file():
-                problems.append(f"{relative} is missing")
-            elif path.stat().st_size != record.size_bytes:
-                problems.append(
-                    f"{relative} has {path.stat().st_size} bytes instead of {record.size_bytes}"
-                )
-        if problems:
-            raise InputError(
-                f"{self.path} is damaged: {'; '.join(problems)}; "
-                "copy the bundle again or export it again"
-            )
-
-
-def _file_problem(path: Path, record: FileRecord) -> str | None:
+def _file_problem(path: Path, record: FileRecord, *, in_full: bool) -> str | None:
     if not path.is_file():
         return "missing"
     size = path.stat().st_size
     if size != record.size_bytes:
         return f"{size} bytes instead of {record.size_bytes}"
-    if sha256_of(path) != record.sha256:
-        return "SHA-256 differs"
+    if in_full:
+        return "SHA-256 differs" if sha256_of(path) != record.sha256 else None
+    if record.sample_sha256 is not None and sample_sha256_of(path) != record.sample_sha256:
+        return "SHA-256 of a sample differs"
     return None

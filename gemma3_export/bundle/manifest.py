@@ -2,6 +2,7 @@
 
 It lists the graphs with their cache types and the recipe of every stored weight, the origin of the
 weights, the versions of the packages that made the bundle, and the size and SHA-256 of every file.
+Large files also have the hash of a sample, which is cheap enough to compare whenever one is loaded.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from gemma3_export.staging import write_text_atomically
 
 __all__ = [
     "FORMAT_VERSION",
+    "FULLY_HASHED_BYTES",
     "MANIFEST",
     "ONNX_TARGETS",
     "PARITY",
@@ -32,11 +34,13 @@ __all__ = [
     "Manifest",
     "WeightRecipe",
     "read_manifest",
+    "sample_sha256_of",
     "sha256_of",
     "write_manifest",
 ]
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 2 added samples of large files
+READABLE_VERSIONS = (1, FORMAT_VERSION)
 # Backends that run a bundle. All but the reference have a graph of their own in it.
 BundleRuntime = Literal["onnx", "torchscript", "pt2", "reference"]
 RUNTIMES: tuple[BundleRuntime, ...] = get_args(BundleRuntime)
@@ -44,6 +48,11 @@ ONNX_TARGETS = ("ort", "portable")  # ONNX Runtime's fused kernels, or standard 
 MANIFEST = "manifest.json"
 PARITY = "parity.json"
 REMEDY = "export the bundle again"
+FULLY_HASHED_BYTES = 2**25  # up to here, such as tokenizers, loading hashes a file in full
+# The sample of a file: blocks at equal distances, the first at its start and the last at its end.
+# Part of the format: other numbers need another format version.
+SAMPLE_BLOCKS = 64
+SAMPLE_BLOCK_BYTES = 2**14
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,10 +70,11 @@ class WeightRecipe:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FileRecord:
-    """Size and hash of one file of a bundle."""
+    """Size and hashes of one file of a bundle."""
 
     sha256: str
     size_bytes: Count
+    sample_sha256: str | None = None  # of large files; None in bundles of format 1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -106,8 +116,11 @@ def write_manifest(path: Path, manifest: Manifest, hashes: Mapping[str, str]) ->
     manifest.files = {}
     for relative in _files_below(path):
         file = path / relative
+        size = file.stat().st_size
         manifest.files[relative] = FileRecord(
-            sha256=hashes.get(relative) or sha256_of(file), size_bytes=file.stat().st_size
+            sha256=hashes.get(relative) or sha256_of(file),
+            size_bytes=size,
+            sample_sha256=sample_sha256_of(file) if size > FULLY_HASHED_BYTES else None,
         )
     text = json.dumps(asdict(manifest), indent=1, sort_keys=True) + "\n"
     write_text_atomically(path / MANIFEST, text)
@@ -117,6 +130,21 @@ def sha256_of(path: Path) -> str:
     """Return the hexadecimal SHA-256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sample_sha256_of(path: Path) -> str:
+    """Return the hexadecimal SHA-256 of a sample of a file: 1 MiB, however large the file is.
+
+    Damage to a stretch of more than a 63rd of the file always shows, and so do other weights; an
+    edit of a few bytes usually does not.
+    """
+    digest = hashlib.sha256()
+    with path.open("rb", buffering=0) as file:
+        last = max(0, file.seek(0, 2) - SAMPLE_BLOCK_BYTES)
+        for index in range(SAMPLE_BLOCKS):
+            file.seek(last * index // (SAMPLE_BLOCKS - 1))
+            digest.update(file.read(SAMPLE_BLOCK_BYTES))
+    return digest.hexdigest()
 
 
 def _files_below(path: Path) -> Iterator[str]:
@@ -138,7 +166,7 @@ def read_manifest(path: Path) -> Manifest:
             f"{path} is not a gemma3-export bundle (no {MANIFEST}); "
             "make one with `gemma3-export onnx --size 270m -o DIR`"
         )
-    manifest = read_record(file, Manifest, remedy=REMEDY, format_version=FORMAT_VERSION)
+    manifest = read_record(file, Manifest, remedy=REMEDY, format_versions=READABLE_VERSIONS)
     try:
         _check_graphs(manifest)
     except ValueError as error:

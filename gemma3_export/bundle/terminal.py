@@ -114,7 +114,7 @@ def proof_line(graph: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
 
 def file_lines(facts: Mapping[str, Any]) -> Iterator[str]:
     """List the files with size and hash."""
-    checked = "SHA-256 checked" if facts["files_checked"] == "sha256" else "sizes checked"
+    checked = "SHA-256 checked" if facts["files_checked"] == "sha256" else "checked by sample"
     yield f"files: {facts['size_bytes']:,} bytes in total, {checked}"
     for name, record in facts["files"].items():
         yield f"  {record['size_bytes']:>15,}  {record['sha256'][:16]}...  {name}"

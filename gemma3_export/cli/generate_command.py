@@ -142,6 +142,12 @@ Examples:
     "--trust", is_flag=True, help="Load a torch archive that is not the one that was exported."
 )
 @click.option(
+    "--check",
+    is_flag=True,
+    help="Hash every file of the bundle first. By default only a sample of files above 32 MiB is "
+    "hashed, which can miss edits that keep the size.",
+)
+@click.option(
     "--logprobs",
     type=int,
     metavar="N",
@@ -169,6 +175,7 @@ def generate(
     threads: int | None,
     share_weights: bool,
     trust: bool,
+    check: bool,
     as_json: bool,
     **sampling: Any,
 ) -> None:
@@ -197,6 +204,7 @@ def generate(
         device=device,
         threads=threads,
         trust=trust,
+        check=check,
         cuda=cuda_options,
         shares_weights=share_weights,
     )

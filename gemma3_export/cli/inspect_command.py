@@ -59,7 +59,7 @@ def inspect(
     if check:
         bundle.check_files()
     else:
-        bundle.check_sizes()
+        bundle.check_quickly()
     if cuda_placement:
         from gemma3_export.cuda.placement import check_placement
         from gemma3_export.cuda.terminal import placement_lines
@@ -73,7 +73,7 @@ def inspect(
     from gemma3_export.bundle.inspection import inspect_bundle
     from gemma3_export.bundle.terminal import bundle_lines
 
-    facts = inspect_bundle(bundle) | {"files_checked": "sha256" if check else "size"}
+    facts = inspect_bundle(bundle) | {"files_checked": "sha256" if check else "sample"}
     show(facts, bundle_lines(facts), as_json=as_json)
 
 

@@ -76,7 +76,7 @@ def read_run_record(run: Path) -> RunRecord:
         raise InputError(
             f"{run} is not a run (no {RECORD}); give the folder that `gemma3-export train` made"
         )
-    return read_record(run / RECORD, RunRecord, remedy=REMEDY, format_version=FORMAT_VERSION)
+    return read_record(run / RECORD, RunRecord, remedy=REMEDY, format_versions=(FORMAT_VERSION,))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -115,7 +115,7 @@ def open_token_data(folder: Path) -> TokenData:
 
 
 def _read_meta(file: Path) -> TokenMeta:
-    meta = read_record(file, TokenMeta, remedy=REMEDY, format_version=FORMAT_VERSION)
+    meta = read_record(file, TokenMeta, remedy=REMEDY, format_versions=(FORMAT_VERSION,))
     for name in ("tokens", "documents", "characters"):
         if getattr(meta, name).keys() != set(SPLITS):
             raise InputError(

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gemma3_export.bundle import Bundle, Graph, Signature
-from gemma3_export.config import CONFIG_NAME, Gemma3Config
+from gemma3_export.config import Gemma3Config
 from gemma3_export.device import CudaOptions
 from gemma3_export.errors import Gemma3ExportError, InputError
 from gemma3_export.runtimes.generation.candidates import (
@@ -112,7 +112,7 @@ class OnnxRuntime:
     ) -> None:
         self.bundle = Bundle(bundle) if isinstance(bundle, Path) else bundle
         graph = self.bundle.graph("onnx")
-        self.bundle.check_sizes()
+        self.bundle.check_quickly(in_full={graph.path, graph.windowed_path or graph.path})
         self.config: Gemma3Config = self.bundle.config
         self.device = device_for(graph, device)
         self.cuda = (cuda or CudaOptions()) if self.device.kind == "cuda" else None
@@ -165,7 +165,6 @@ class OnnxRuntime:
         is_windowed = self.uses_sliding_window_cache
         relative = graph.windowed_path if is_windowed else graph.path
         assert relative is not None
-        self.bundle.check_files([relative, CONFIG_NAME])  # small files; verify hashes them all
         path = self.bundle.file(relative)
         if is_emulated(graph, self.device.kind):
             signature = Signature.of(self.config, is_windowed=is_windowed)

@@ -296,10 +296,10 @@ def copied(tmp_path: Path) -> Path:
 def test_truncated_weights_are_found_before_they_are_used(copied: Path) -> None:
     data = copied / "onnx" / "model.onnx_data"
     data.write_bytes(data.read_bytes()[:-1])
-    with pytest.raises(InputError, match=r"onnx/model\.onnx_data has \d+ bytes instead of \d+"):
+    with pytest.raises(InputError, match=r"onnx/model\.onnx_data: \d+ bytes instead of \d+"):
         OnnxRuntime(copied)
     data.unlink()
-    with pytest.raises(InputError, match=r"onnx/model\.onnx_data is missing"):
+    with pytest.raises(InputError, match=r"onnx/model\.onnx_data: missing"):
         OnnxRuntime(copied)
 
 
