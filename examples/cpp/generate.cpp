@@ -232,8 +232,8 @@ int main(int argc, char** argv) {
     const Options options = parse_options(argc, argv);
     if (options.threads > 0) at::set_num_threads(options.threads);
     const c10::InferenceMode inference;
-    // On a CPU, specializing the graph only delays the first steps.
-    if (options.device.is_cpu()) torch::jit::setGraphExecutorOptimize(false);
+    // Specializing the graph would make logits depend on earlier runs, and is slow on CPUs.
+    torch::jit::setGraphExecutorOptimize(false);
     Model model = load_model(options.archive, options.device);
     check_prompt(options, model);
     generate(options, model);

@@ -25,7 +25,7 @@ from gemma3_export.runtimes.torch.tensors import as_numpy
 
 __all__ = ["TorchDecodeSteps"]
 
-WARM_UPS = 3  # the graph executor specializes in its first calls, which must not be captured
+WARM_UPS = 3  # libraries allocate and load kernels in first calls, which must not be captured
 
 
 class TorchDecodeSteps:

@@ -42,7 +42,7 @@ from gemma3_export.runtimes.protocol import (
 from gemma3_export.runtimes.torch.cache import TorchCache
 from gemma3_export.runtimes.torch.decode_steps import TorchDecodeSteps
 from gemma3_export.runtimes.torch.tensors import as_numpy, device_of, to_device, torch_device
-from gemma3_export.runtimes.torch.torchscript import executor_for, last_line, torchscript
+from gemma3_export.runtimes.torch.torchscript import last_line, torchscript, unspecialized
 
 __all__ = ["ArchiveRuntime", "Pt2Runtime", "TorchScriptRuntime"]
 
@@ -249,7 +249,7 @@ class TorchScriptRuntime(ArchiveRuntime):
 
     def execution_context(self) -> AbstractContextManager[None]:
         """See :class:`ArchiveRuntime`."""
-        return executor_for(self.device)
+        return unspecialized()
 
 
 class Pt2Runtime(ArchiveRuntime):

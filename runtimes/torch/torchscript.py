@@ -10,13 +10,13 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 
 from gemma3_export.errors import UnavailableError
 
-__all__ = ["executor_for", "last_line", "torchscript"]
+__all__ = ["last_line", "torchscript", "unspecialized"]
 
 FIRST_UNSUPPORTED_PYTHON = (3, 14)
 
@@ -40,15 +40,14 @@ def torchscript() -> Iterator[None]:
         yield
 
 
-def executor_for(device: torch.device) -> AbstractContextManager[None]:
-    """Return a context in which the graph executor suits ``device``.
+def unspecialized() -> AbstractContextManager[None]:
+    """Return a context in which the graph executor runs graphs as they were exported.
 
-    On a CPU its specialization makes the first steps several times slower and no later step faster:
-    nearly all time is spent inside a few large operators. On a GPU it fuses small kernels, so there
-    it keeps torch's settings.
+    By default it records shapes in the first runs and then replaces the graph by a specialized one,
+    in which it fuses elementwise operators on GPUs. These round once where the graph rounds several
+    times, so logits would depend on how often, and with which shapes, an archive ran before. On a
+    CPU specializing only costs time. The setting belongs to the thread and is restored at the end.
     """
-    if device.type != "cpu":
-        return nullcontext()
     optimized_execution: Callable[[bool], AbstractContextManager[None]]
     optimized_execution = torch.jit.optimized_execution  # type: ignore[attr-defined]
     return optimized_execution(False)
