@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gemma3_export.errors import InputError, UnavailableError
+from gemma3_export.files import check_regular
 
 __all__ = ["GgufField", "GgufFile", "GgufTensor", "gguf_module", "open_gguf"]
 
@@ -172,10 +173,9 @@ def open_gguf(path: str | Path) -> GgufFile:
     """
     path = Path(path)
     gguf = gguf_module()
+    check_regular(path)
     try:
         data = np.memmap(path, dtype=np.uint8, mode="r")
-    except FileNotFoundError:
-        raise InputError(f"{path} does not exist; give the path of a .gguf file") from None
     except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be mapped: {error}; give a readable .gguf file") from error
     try:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from gemma3_export.config import Gemma3Config
 from gemma3_export.errors import InputError
+from gemma3_export.files import read_text
 from gemma3_export.progress import Progress
 from gemma3_export.reference.loading import load_reference
 from gemma3_export.reference.runtime import ReferenceRuntime
@@ -29,6 +30,7 @@ from gemma3_export.tokenizer import Tokenizer
 __all__ = ["CalibrationData", "CalibrationOptions", "calibration_from_file", "sampled_calibration"]
 
 MAX_CHARACTERS = 2**22  # to tokenize, at 165 bytes of memory per character
+MAX_TEXT_BYTES = 2**30
 STAGE = "sampling calibration text"
 
 
@@ -98,16 +100,7 @@ def calibration_from_file(
     Raises:
         InputError: the file cannot be read, is not UTF-8 text, or has too few tokens.
     """
-    try:
-        data = path.read_bytes()
-        text = data.decode("utf-8")
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise InputError(f"{path} cannot be read: {reason}; pass a UTF-8 text file") from error
-    except UnicodeDecodeError as error:
-        raise InputError(
-            f"{path} is not UTF-8 text ({error.reason} at byte {error.start}); convert it to UTF-8"
-        ) from error
+    text = read_text(path, limit_bytes=MAX_TEXT_BYTES, or_pipe=True)
     bos = config.bos_token_id
     found = tokenizer.encode_ordinary(sample_evenly(text, options.sequences))
     body = options.length(config) - 1
@@ -120,7 +113,7 @@ def calibration_from_file(
     starts = np.linspace(0, len(found) - body, options.sequences).astype(np.int64)
     rows = [[bos, *found[start : start + body]] for start in starts.tolist()]
     return with_description(
-        torch.tensor(rows), "file", file_sha256=hashlib.sha256(data).hexdigest()
+        torch.tensor(rows), "file", file_sha256=hashlib.sha256(text.encode()).hexdigest()
     )
 
 

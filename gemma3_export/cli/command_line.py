@@ -33,6 +33,7 @@ COMMANDS = (
     "train",
     "to-hf",
 )
+MAX_MESSAGE_CHARACTERS = 3000
 EPILOG = """\b
 Exit codes: 0 success, 1 failure (including failed parity), 2 invalid usage or input,
 3 could not run (missing package, device or network), 130 interrupted, 143 terminated.
@@ -66,16 +67,36 @@ class CommandLine(click.Group):
         except Gemma3ExportError as error:
             if ctx.params.get("debug"):
                 traceback.print_exc()
-            click.echo(f"error: {error}", err=True)
+            click.echo(f"error: {_one_line(str(error))}", err=True)
             ctx.exit(error.exit_code)
         except KeyboardInterrupt as interruption:
             click.echo("interrupted", err=True)
             ctx.exit(interrupt_exit_code(interruption))
+        except MemoryError:
+            if ctx.params.get("debug"):
+                traceback.print_exc()
+            click.echo("error: out of memory; use a smaller model or a machine with more", err=True)
+            ctx.exit(1)
         except OSError as error:
             if error.errno != errno.EPIPE:
                 raise
             _discard_stdout()  # the reader (head, less) has exited, which is not an error
             ctx.exit(1)
+
+
+def _one_line(message: str) -> str:
+    """Escape line breaks and control characters, and shorten what is very long.
+
+    A name in a damaged file may contain them, and would write to the terminal what it likes. The
+    end stays, which has the remedy.
+    """
+    if len(message) > MAX_MESSAGE_CHARACTERS:
+        half = MAX_MESSAGE_CHARACTERS // 2
+        message = f"{message[:half]} ... {message[-half:]}"
+    return "".join(
+        character if character.isprintable() else character.encode("unicode_escape").decode("ascii")
+        for character in message
+    )
 
 
 def _module_of(name: str) -> str:

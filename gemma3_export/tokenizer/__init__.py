@@ -4,30 +4,27 @@ from gemma3_export.tokenizer.chat import (
     CHAT_TEMPLATE,
     CONTROL_TOKENS,
     END_OF_TURN,
+    GENERATION_PROMPT,
     START_OF_TURN,
     ChatMessage,
-    check_conversation,
+    Turn,
+    chat_turns,
+    render_chat,
 )
-from gemma3_export.tokenizer.chat_format import ChatFormat, ChatOptions, EncodedChat
 from gemma3_export.tokenizer.loading import load_tokenizer
-from gemma3_export.tokenizer.settings import TokenizerSettings
-from gemma3_export.tokenizer.template import ChatTemplate, RenderedChat
 from gemma3_export.tokenizer.tokenizer import StreamingDecoder, Tokenizer
 
 __all__ = [
     "CHAT_TEMPLATE",
     "CONTROL_TOKENS",
     "END_OF_TURN",
+    "GENERATION_PROMPT",
     "START_OF_TURN",
-    "ChatFormat",
     "ChatMessage",
-    "ChatOptions",
-    "ChatTemplate",
-    "EncodedChat",
-    "RenderedChat",
     "StreamingDecoder",
     "Tokenizer",
-    "TokenizerSettings",
-    "check_conversation",
+    "Turn",
+    "chat_turns",
     "load_tokenizer",
+    "render_chat",
 ]

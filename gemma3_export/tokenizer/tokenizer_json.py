@@ -15,6 +15,7 @@ from typing import Any
 import tokenizers
 
 from gemma3_export.errors import InputError
+from gemma3_export.files import read_text
 
 __all__ = [
     "IMAGE_PLACEHOLDER",
@@ -25,6 +26,8 @@ __all__ = [
 # The multimodal processor's token. Text models have no embedding for it, unless a fine-tune has
 # added tokens with higher ids.
 IMAGE_PLACEHOLDER = "<image_soft_token>"
+MAX_TOKENIZER_BYTES = 2**28  # Gemma's has 33 MB
+BYTE_ORDER_MARK = "\ufeff"
 
 
 def read_tokenizer_json(path: Path) -> tokenizers.Tokenizer:
@@ -33,10 +36,9 @@ def read_tokenizer_json(path: Path) -> tokenizers.Tokenizer:
     Raises:
         InputError: the file is missing, truncated, or not a tokenizer.
     """
+    text = read_text(path, limit_bytes=MAX_TOKENIZER_BYTES).removeprefix(BYTE_ORDER_MARK)
     try:
-        return parse_tokenizer_json(path.read_text(encoding="utf-8-sig"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read the tokenizer {path}: {error}") from error
+        return parse_tokenizer_json(text)
     except InputError as error:
         raise InputError(f"{path} {error}") from error
 

@@ -114,9 +114,22 @@ def _read(source: WeightSource, name: str, dtype: torch.dtype | None) -> Tensor:
     return rows
 
 
+def _apart(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copy tensors that share memory, as those of a checkpoint may; safetensors writes none."""
+    apart, seen = {}, set()
+    for name, weight in weights.items():
+        whole = weight.cpu().contiguous()
+        storage = whole.untyped_storage()
+        if storage.nbytes() != whole.nbytes or storage.data_ptr() in seen:
+            whole = whole.clone()
+        seen.add(storage.data_ptr())
+        apart[name] = whole
+    return apart
+
+
 def _save(weights: dict[str, Tensor], path: Path) -> None:
     try:
-        save_file({k: v.contiguous().cpu() for k, v in weights.items()}, path, {"format": "pt"})
+        save_file(_apart(weights), path, {"format": "pt"})
         path.chmod(0o644)  # safetensors creates it with 0o600, but a model is meant to be shared
         with path.open("rb") as file:
             os.fsync(file.fileno())

@@ -14,6 +14,7 @@ import torch
 from gemma3_export.config import EMBEDDING, HEAD, PADDED_VOCAB_SIZE, TEXT_VOCAB_SIZE, Gemma3Config
 from gemma3_export.dtypes import FLOAT_DTYPES, torch_dtype
 from gemma3_export.errors import InputError
+from gemma3_export.files import open_regular
 from gemma3_export.gguf_file import GgufTensor
 from gemma3_export.reference.weights.source import WeightSource
 from gemma3_export.reference.weights.stores import GgufStore, TensorStore
@@ -158,8 +159,8 @@ def _check_fit(store: TensorStore, names: NameMap, config: Gemma3Config, origin:
     lines = [_summary(kind, items) for kind, items in problems.items() if items]
     if lines:
         raise InputError(
-            f"{origin} does not have the weights of its config:\n  " + "\n  ".join(lines) + "\n"
-            "pass the config of these weights (--config), the right --size, or other weights"
+            f"{origin} does not have the weights of its config: {'; '.join(lines)}; pass the "
+            "config of these weights (--config), the right --size, or other weights"
         )
 
 
@@ -179,7 +180,7 @@ def _summary(kind: str, items: list[str]) -> str:
 def _sha256(path: Path) -> str:
     digest = hashlib.sha256()
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             while block := file.read(HASH_BYTES):
                 digest.update(block)
     except OSError as error:

@@ -26,6 +26,7 @@ from gemma3_export.config import (
 )
 from gemma3_export.config.gguf_config import config_from_gguf
 from gemma3_export.errors import InputError
+from gemma3_export.files import is_file
 from gemma3_export.reference.weights.checkpoint import CheckpointSource
 from gemma3_export.reference.weights.hub import download
 from gemma3_export.reference.weights.source import RandomSource, WeightSource
@@ -162,7 +163,7 @@ def _find_tokenizer(store: TensorStore, folder: Path) -> Path | None:
     if isinstance(store, GgufStore) and store.reader.get_field(GGUF_TOKENIZER) is not None:
         return store.files[0]
     file = folder / TOKENIZER_NAME
-    return file if file.is_file() else None
+    return file if is_file(file) else None
 
 
 def _open_store(path: Path) -> TensorStore:
@@ -178,7 +179,7 @@ def _open_store(path: Path) -> TensorStore:
 
 
 def _open_folder(folder: Path) -> TensorStore:
-    if (folder / SAFE_WEIGHTS_INDEX_NAME).is_file():
+    if is_file(folder / SAFE_WEIGHTS_INDEX_NAME):
         files, weight_map = read_shard_index(folder / SAFE_WEIGHTS_INDEX_NAME)
         store = SafetensorsStore(files)
         wrong = sorted(weight_map.keys() ^ store.tensors.keys())
@@ -188,16 +189,16 @@ def _open_folder(folder: Path) -> TensorStore:
                 f"{', '.join(wrong[:10])}; download the folder again"
             )
         return store
-    if (folder / SAFE_WEIGHTS_NAME).is_file():
+    if is_file(folder / SAFE_WEIGHTS_NAME):
         return SafetensorsStore([folder / SAFE_WEIGHTS_NAME])
     for suffixes in ((".safetensors",), (".gguf",), TORCH_SUFFIXES):
-        found = sorted(p for p in folder.iterdir() if p.suffix in suffixes and p.is_file())
+        found = sorted(p for p in folder.iterdir() if p.suffix in suffixes and is_file(p))
         if len(found) > 1:
             names = ", ".join(p.name for p in found[:10])
             raise InputError(f"{folder} has several weight files ({names}); pass one of them")
         if found:
             return _open_store(found[0])
-    if (folder / MANIFEST).is_file():
+    if is_file(folder / MANIFEST):
         raise InputError(_not_from_an_export(folder))
     raise InputError(
         f"{folder} has no {SAFE_WEIGHTS_NAME}, {SAFE_WEIGHTS_INDEX_NAME}, .gguf or .pt file; pass "
@@ -228,7 +229,7 @@ def _describe(
         data = store.model_config
         where = f"the config inside {store.files[0].name}"
         return _Described(config_from_json(data, where=where), _states_tie(data))
-    if config_path is not None or config_file.is_file():
+    if config_path is not None or is_file(config_file):
         config = load_config(config_file)
         if from_gguf is not None:
             _agree_with_gguf(config, from_gguf, config_file)

@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import pickle
 import struct
 import warnings
+import zipfile
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any, BinaryIO, TypeGuard
 
 import torch
 from safetensors import safe_open
@@ -22,6 +24,7 @@ from safetensors import safe_open
 from gemma3_export.config import load_json_object
 from gemma3_export.dtypes import ELEMENT_TYPES, torch_dtype
 from gemma3_export.errors import InputError
+from gemma3_export.files import is_file, open_regular
 from gemma3_export.gguf_file import GgufTensor, open_gguf
 
 __all__ = [
@@ -153,7 +156,7 @@ def read_shard_index(path: Path) -> tuple[list[Path], dict[str, str]]:
         if not isinstance(shard, str) or Path(shard).name != shard or "\0" in shard:
             raise InputError(f"{path.name}: {name} is in {shard!r:.80}, which is not a file name")
     names = sorted(set(weight_map.values()))
-    missing = [name for name in names if not (path.parent / name).is_file()]
+    missing = [name for name in names if not is_file(path.parent / name)]
     if missing:
         shown = ", ".join(missing[:10]) + (" ..." if len(missing) > 10 else "")
         raise InputError(
@@ -164,24 +167,24 @@ def read_shard_index(path: Path) -> tuple[list[Path], dict[str, str]]:
 
 
 def _read_header(path: Path) -> dict[str, TensorInfo]:
-    try:
-        return _parse_header(path)
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
-    except InputError as error:
-        raise InputError(f"{path.name}: {error}; download the file again") from error
+    with open_regular(path) as file:
+        try:
+            return _parse_header(file)
+        except OSError as error:
+            raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
+        except InputError as error:
+            raise InputError(f"{path.name}: {error}; download the file again") from error
 
 
-def _parse_header(path: Path) -> dict[str, TensorInfo]:
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        prefix = file.read(8)
-        if len(prefix) < 8:
-            raise InputError(f"{size} bytes are too few for a safetensors file")
-        (length,) = struct.unpack("<Q", prefix)
-        if length > min(MAX_HEADER_BYTES, size - 8):
-            raise InputError(f"its header length is {length} bytes, but the file has only {size}")
-        raw = file.read(length)
+def _parse_header(file: BinaryIO) -> dict[str, TensorInfo]:
+    size = os.fstat(file.fileno()).st_size
+    prefix = file.read(8)
+    if len(prefix) < 8:
+        raise InputError(f"{size} bytes are too few for a safetensors file")
+    (length,) = struct.unpack("<Q", prefix)
+    if length > min(MAX_HEADER_BYTES, size - 8):
+        raise InputError(f"its header length is {length} bytes, but the file has only {size}")
+    raw = file.read(length)
     try:
         header = json.loads(raw)
     except (ValueError, RecursionError) as error:
@@ -224,6 +227,7 @@ def _are_counts(value: object) -> TypeGuard[list[int]]:
 
 # PyTorch state dicts (.pt, .pth, .bin), read without running the code that they may contain
 
+CHECK_BYTES = 2**22  # read at once
 _WRAPPERS = ("model", "state_dict", "model_state_dict")
 _CONFIGS = ("config", "model_config")
 _CONFIG_MARKS = {"emb_dim", "model_type"}  # keys that distinguish a model's config from a trainer's
@@ -264,12 +268,16 @@ class TorchStore(TensorStore):
 
 def _load(path: Path) -> Any:
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             is_zip = file.read(4) == b"PK\x03\x04"
+        if is_zip:
+            _check_archive(path)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about storages of the legacy format
             # Only the zip format can be memory-mapped.
             return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+    except InputError:
+        raise
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
     except pickle.UnpicklingError as error:
@@ -286,6 +294,29 @@ def _load(path: Path) -> Any:
             f"{path.name} is not a PyTorch checkpoint, or is damaged: {str(error)[:200]}; get it "
             "again"
         ) from error
+
+
+def _check_archive(path: Path) -> None:
+    """Check what torch does not when it maps an archive: checksums, and that nothing is compressed.
+
+    Raises:
+        InputError: the archive is damaged, or was not written by torch.
+    """
+    with zipfile.ZipFile(path) as archive:
+        names = archive.namelist()
+        if len(set(names)) != len(names):
+            raise InputError(f"{path.name} has two records of one name; save it again with torch")
+        for record in archive.infolist():
+            if record.compress_type != zipfile.ZIP_STORED:
+                raise InputError(
+                    f"{path.name} is compressed ({record.filename:.80}), as torch never writes it; "
+                    "save it again with torch"
+                )
+            if record.CRC == 0:  # torch.serialization.set_crc32_options(False)
+                continue
+            with archive.open(record) as content:  # raises an error at the end for a wrong checksum
+                while content.read(CHECK_BYTES):
+                    pass
 
 
 def _find_config(checkpoint: Any) -> dict[str, Any] | None:

@@ -117,7 +117,7 @@ def test_absurd_headers_are_rejected(tmp_path: Path, case: str) -> None:
 def test_missing_file_and_folder(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="does not exist"):
         open_gguf(tmp_path / "no.gguf")
-    with pytest.raises(InputError, match="cannot be mapped"):
+    with pytest.raises(InputError, match="is a folder; give a regular file"):
         open_gguf(tmp_path)
 
 

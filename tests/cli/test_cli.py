@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 
 import pytest
@@ -106,3 +107,24 @@ def test_a_long_stage_reports_its_progress_every_half_minute(monkeypatch, capsys
         "comparing prefill-5 ...",
         "comparing chunked (80%) ...",
     ]
+
+
+def test_an_error_is_one_line_whatever_a_name_in_a_file_contains(tmp_path):
+    name = "\x1b[2Jred\r\nsecond line\x00" + "x" * 50_000
+    header = json.dumps({name: {"dtype": "Q9", "shape": [1], "data_offsets": [0, 4]}}).encode()
+    data = len(header).to_bytes(8, "little") + header + bytes(4)
+    (tmp_path / "model.safetensors").write_bytes(data)
+    message = error_line("to-hf", "--weights", tmp_path, "-o", tmp_path / "out")
+    assert r"\x1b[2Jred\r\nsecond line\x00xxx" in message
+    assert message.rstrip("\n").isprintable()
+    assert len(message) < 3500
+    assert message.endswith("download the file again\n")  # the remedy
+
+
+def test_a_lack_of_memory_is_one_line(monkeypatch, tmp_path):
+    def exhausted(*arguments, **options):
+        raise MemoryError
+
+    monkeypatch.setattr("gemma3_export.api.exporting.open_weights", exhausted)
+    message = error_line("to-hf", "--weights", tmp_path, "-o", tmp_path / "out", code=1)
+    assert "out of memory" in message

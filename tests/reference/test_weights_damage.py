@@ -7,13 +7,17 @@ import os
 import random
 import struct
 import time
+import warnings
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from gemma3_export.errors import InputError
+from gemma3_export.reference.training.model_folder import export_hf_folder
 from gemma3_export.reference.weights import open_weights
 from tests.support.tiny_models import tiny_config, tiny_weights, write_gguf, write_hf_folder
 
@@ -128,3 +132,79 @@ def test_changed_header_of_an_open_source_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"")
     with pytest.raises(InputError, match="cannot read"):
         source.read("model.norm.weight")
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "model.gguf", "model.pt"])
+@pytest.mark.parametrize("kind", ["FIFO", "folder", "device"])
+def test_what_is_not_a_regular_file_is_rejected_without_waiting(
+    tmp_path: Path, name: str, kind: str
+) -> None:
+    write_hf_folder(tmp_path, tiny_config())
+    path = tmp_path / name
+    path.unlink(missing_ok=True)
+    if kind == "FIFO":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        path.symlink_to("/dev/zero")
+    with pytest.raises(InputError, match=f"{kind}|no model.safetensors"):
+        open_weights(str(path))
+
+
+class TestArchives:
+    """Zip archives, which torch maps without looking at their checksums."""
+
+    @pytest.fixture
+    def archive(self, tmp_path: Path) -> Path:
+        config = tiny_config()
+        write_hf_folder(tmp_path, config)
+        (tmp_path / "model.safetensors").unlink()
+        torch.save(tiny_weights(config), tmp_path / "model.pt")
+        return tmp_path / "model.pt"
+
+    def test_a_changed_weight_is_noticed(self, archive: Path) -> None:
+        data = bytearray(archive.read_bytes())
+        data[len(data) // 2] ^= 1
+        archive.write_bytes(data)
+        with pytest.raises(InputError, match="damaged: Bad CRC-32"):
+            open_weights(str(archive))
+
+    def test_compressed_records_and_records_of_one_name_are_rejected(self, archive: Path) -> None:
+        with zipfile.ZipFile(archive) as original:
+            entries = [(info.filename, original.read(info)) for info in original.infolist()]
+        for compression, extra, match in (
+            (zipfile.ZIP_DEFLATED, [], "is compressed"),
+            (zipfile.ZIP_STORED, entries[:1], "two records of one name"),
+        ):
+            with warnings.catch_warnings(), zipfile.ZipFile(archive, "w", compression) as changed:
+                warnings.simplefilter("ignore")
+                for name, content in entries + extra:
+                    changed.writestr(name, content)
+            with pytest.raises(InputError, match=match):
+                open_weights(str(archive))
+
+    def test_an_archive_without_checksums_is_read(self, archive: Path) -> None:
+        state = torch.load(archive, weights_only=True)
+        torch.serialization.set_crc32_options(False)
+        try:
+            torch.save(state, archive)
+        finally:
+            torch.serialization.set_crc32_options(True)
+        with open_weights(str(archive)) as source:
+            name = "model.norm.weight"
+            torch.testing.assert_close(source.read(name), state[name], rtol=0, atol=0)
+
+
+def test_tensors_that_share_memory_are_written_apart(tmp_path: Path) -> None:
+    config = tiny_config()
+    weights = tiny_weights(config)
+    one, other = (f"model.layers.0.self_attn.{kind}_proj.weight" for kind in "kv")
+    write_hf_folder(tmp_path, config)
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(weights | {one: weights[other]}, tmp_path / "model.pt")
+    with open_weights(str(tmp_path / "model.pt")) as source:
+        export_hf_folder(source, tmp_path / "out")
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    torch.testing.assert_close(written[one], weights[other], rtol=0, atol=0)
+    torch.testing.assert_close(written[other], weights[other], rtol=0, atol=0)
