@@ -27,7 +27,7 @@ PYTEST_ARGS ?=
 PYTEST_PARALLEL := -n logical --maxprocesses 4 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help setup weights tokenizer demo demo-270m train-demo test test-full test-cuda gpu placement lint lint-docker docs picture \
+.PHONY: help setup weights tokenizer demo demo-270m train-demo test test-full test-faults test-cuda gpu placement lint lint-docker docs picture \
 	bench bench-peers bench-cuda peers clean
 
 help: ## List the targets
@@ -110,6 +110,12 @@ test: lint $(WEIGHTS) tokenizer ## Run lint and the tests (6 minutes on 2 cores)
 
 test-full: lint $(WEIGHTS) tokenizer ## Run lint and all tests, including slow and network tests
 	$(BIN)/python -m pytest $(PYTEST_PARALLEL) -m "not cuda and not placement" $(PYTEST_ARGS)
+
+TIME ?= 600
+SEED ?= 0
+
+test-faults: $(INSTALLED) ## Run hostile inputs, kills and races (TIME=seconds, SEED=n)
+	$(BIN)/python -m tests.faults.harness --time $(TIME) --seed $(SEED)
 
 test-cuda: gpu $(GPU_VENV)/.installed ## Test every format on an NVIDIA GPU (Error 3: no GPU)
 	$(GPU_VENV)/bin/python -m pytest -m cuda $(PYTEST_ARGS)
