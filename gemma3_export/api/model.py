@@ -47,7 +47,7 @@ from gemma3_export.runtimes.generation.speculation import (
     relative_cost,
 )
 from gemma3_export.runtimes.protocol import CacheVariants, IntArray, Logits, Runtime
-from gemma3_export.tokenizer import END_OF_TURN, ChatMessage, StreamingDecoder, Tokenizer
+from gemma3_export.tokenizer import ChatMessage, StreamingDecoder, Tokenizer
 
 __all__ = ["Chat", "Model", "Prompt", "TextStream", "bundle_tokenizer", "load", "shared_length"]
 
@@ -263,7 +263,7 @@ class Model:
             changes: fields of :class:`GenerateOptions`.
 
         Raises:
-            InputError: the bundle's tokenizer has no turn tokens.
+            InputError: the bundle's tokenizer has neither a chat template nor Gemma's turn tokens.
         """
         return Chat(self, system, merged(GenerateOptions, options, changes))
 
@@ -365,12 +365,11 @@ class Model:
     def stop_token_ids(self, *, is_chat: bool) -> tuple[int, ...]:
         """Return the tokens that end a generation.
 
-        A conversation also ends where the model's turn does, which the configs of base models
-        do not say.
+        A conversation also ends where the chat template ends the model's turn, which the configs
+        of base models do not say.
         """
-        eos = self.config.eos_token_id
-        end = self.tokenizer.token_id(END_OF_TURN) if is_chat and self.tokenizer else None
-        return eos if end is None or end in eos else (*eos, end)
+        ends = self.tokenizer.chat.end_token_ids if is_chat and self.tokenizer else ()
+        return tuple(dict.fromkeys((*self.config.eos_token_id, *ends)))
 
     def _stop_token_ids(self, prompts: Sequence[Prompt]) -> tuple[int, ...]:
         """Return the tokens that end a generation of ``prompts``.
@@ -381,8 +380,8 @@ class Model:
         kinds = {self.stop_token_ids(is_chat=is_conversation(prompt)) for prompt in prompts}
         if len(kinds) > 1:
             raise InputError(
-                f"conversations end with {END_OF_TURN}, and the other prompts do not; generate "
-                "them in two calls"
+                "conversations end with other tokens than the rest of the prompts; generate them "
+                "in two calls"
             )
         return kinds.pop() if kinds else ()
 
@@ -497,7 +496,8 @@ class Chat:
         options: for every turn; a turn may change them.
 
     Raises:
-        InputError: the bundle's tokenizer has no turn tokens, or ``system`` is not a text.
+        InputError: the bundle's tokenizer has neither a chat template nor Gemma's turn tokens, or
+            ``system`` is not a text.
     """
 
     def __init__(
@@ -505,10 +505,11 @@ class Chat:
     ) -> None:
         if not isinstance(model, Model):
             raise TypeError(f"a conversation needs a Model, not {model!r:.60}; load one")
-        if model.tokenizer is None or not model.tokenizer.is_gemma:
+        if model.tokenizer is None or not model.tokenizer.chat.exists:
             raise InputError(
-                f"{model.bundle.path} has no tokenizer with Gemma's turn tokens, so it cannot hold "
-                "a conversation; use generate, or an instruction model's tokenizer"
+                f"{model.bundle.path} has no tokenizer with a chat template or Gemma's turn "
+                "tokens, so it cannot hold a conversation; use generate, or an instruction model's "
+                "tokenizer"
             )
         self.model = model
         if system is not None and not isinstance(system, str):

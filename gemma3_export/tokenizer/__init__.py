@@ -4,27 +4,30 @@ from gemma3_export.tokenizer.chat import (
     CHAT_TEMPLATE,
     CONTROL_TOKENS,
     END_OF_TURN,
-    GENERATION_PROMPT,
     START_OF_TURN,
     ChatMessage,
-    Turn,
-    chat_turns,
-    render_chat,
+    check_conversation,
 )
+from gemma3_export.tokenizer.chat_format import ChatFormat, ChatOptions, EncodedChat
 from gemma3_export.tokenizer.loading import load_tokenizer
+from gemma3_export.tokenizer.settings import TokenizerSettings
+from gemma3_export.tokenizer.template import ChatTemplate, RenderedChat
 from gemma3_export.tokenizer.tokenizer import StreamingDecoder, Tokenizer
 
 __all__ = [
     "CHAT_TEMPLATE",
     "CONTROL_TOKENS",
     "END_OF_TURN",
-    "GENERATION_PROMPT",
     "START_OF_TURN",
+    "ChatFormat",
     "ChatMessage",
+    "ChatOptions",
+    "ChatTemplate",
+    "EncodedChat",
+    "RenderedChat",
     "StreamingDecoder",
     "Tokenizer",
-    "Turn",
-    "chat_turns",
+    "TokenizerSettings",
+    "check_conversation",
     "load_tokenizer",
-    "render_chat",
 ]

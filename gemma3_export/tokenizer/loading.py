@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from gemma3_export.tokenizer.settings import settings_from_gguf
 from gemma3_export.tokenizer.tokenizer import Tokenizer
 
 __all__ = ["load_tokenizer"]
@@ -12,7 +13,7 @@ TIKTOKEN_PREFIX = "tiktoken:"
 
 
 def load_tokenizer(path: Path | str) -> Tokenizer:
-    """Load a tokenizer from a file, a folder, or tiktoken.
+    """Load a tokenizer and its chat templates from a file, a folder, or tiktoken.
 
     Args:
         path: a ``tokenizer.json``, a folder that contains one, a ``.gguf`` file, or
@@ -35,4 +36,5 @@ def load_tokenizer(path: Path | str) -> Tokenizer:
     from gemma3_export.gguf_file import open_gguf
     from gemma3_export.tokenizer.gguf_tokenizer import tokenizer_from_gguf
 
-    return tokenizer_from_gguf(open_gguf(path))
+    reader = open_gguf(path)
+    return tokenizer_from_gguf(reader).with_settings(settings_from_gguf(reader))

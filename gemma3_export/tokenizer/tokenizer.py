@@ -23,10 +23,14 @@ from gemma3_export.tokenizer.chat import (
     CHAT_TEMPLATE,
     CONTROL_TOKENS,
     END_OF_TURN,
-    GENERATION_PROMPT,
     START_OF_TURN,
     ChatMessage,
-    chat_turns,
+)
+from gemma3_export.tokenizer.chat_format import ChatFormat, ChatOptions, EncodedChat
+from gemma3_export.tokenizer.settings import (
+    DEFAULT_TEMPLATE,
+    TokenizerSettings,
+    settings_from_folder,
 )
 from gemma3_export.tokenizer.tokenizer_json import IMAGE_PLACEHOLDER, read_tokenizer_json
 
@@ -38,6 +42,9 @@ __all__ = [
     "piece_bytes",
 ]
 
+STANDARD_TOKENS = (
+    *("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"),
+)
 MAX_PADDING_ROWS = 128  # of an embedding with more rows than the tokenizer has tokens
 
 _BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
@@ -53,16 +60,21 @@ class Tokenizer:
 
     Args:
         backend: a tokenizer; :meth:`from_file` drops an image placeholder at its end.
+        settings: its special tokens, chat templates and other settings; None means that none came
+            with it.
 
     Raises:
         InputError: ``backend`` is of neither type.
     """
 
-    def __init__(self, backend: tokenizers.Tokenizer) -> None:
+    def __init__(
+        self, backend: tokenizers.Tokenizer, settings: TokenizerSettings | None = None
+    ) -> None:
         backend.no_truncation()
         backend.no_padding()
         if getattr(backend.model, "dropout", None):
             backend.model.dropout = None  # for training: it encodes one text in many ways
+        self.settings = TokenizerSettings() if settings is None else settings
         self._backend = backend
         self._is_byte_level = has_byte_level_decoder(backend)
         added = sorted(backend.get_added_tokens_decoder().items())
@@ -71,34 +83,24 @@ class Tokenizer:
             for token_id, token in added
             if token.special or token.content in CONTROL_TOKENS
         )
-        # The same tokenizer without special tokens, which it encodes as text. The model is shared.
-        self._ordinary = tokenizers.Tokenizer(backend.model)
-        self._ordinary.normalizer = backend.normalizer
-        self._ordinary.pre_tokenizer = backend.pre_tokenizer
-        # The library numbers tokens outside of the model's vocabulary by their order, so the
-        # special ones among them keep their places.
-        self._ordinary.encode_special_tokens = True
-        self._ordinary.add_tokens(
-            [
-                _as_special(token) if token_id in self._special_ids else token
-                for token_id, token in added
-                if token_id not in self._special_ids
-                or backend.model.token_to_id(token.content) is None
-            ]
-        )
-        self.bos_token_id = self.token_id("<bos>")
-        self.eos_token_id = self._first_id("<eos>", "<|endoftext|>")
-        self.pad_token_id = self.token_id("<pad>")
-        self.unk_token_id = self.token_id("<unk>")
+        self.bos_token_id = self._named_id("bos_token", "<bos>")
+        self.eos_token_id = self._named_id("eos_token", "<eos>", "<|endoftext|>")
+        self.pad_token_id = self._named_id("pad_token", "<pad>")
+        self.unk_token_id = self._named_id("unk_token", "<unk>")
+
+    def with_settings(self, settings: TokenizerSettings) -> Tokenizer:
+        """Return the same tokenizer with other settings."""
+        return Tokenizer(self._backend, settings)
 
     @classmethod
     def from_file(cls, path: Path | str) -> Tokenizer:
-        """Read a ``tokenizer.json``.
+        """Read a ``tokenizer.json``, and the settings and chat templates next to it.
 
         Raises:
-            InputError: the file is missing, truncated, or not a Gemma or GPT-2 style tokenizer.
+            InputError: a file is missing, truncated, or not a Gemma or GPT-2 style tokenizer.
         """
-        return cls(read_tokenizer_json(Path(path)))
+        path = Path(path)
+        return cls(read_tokenizer_json(path), settings_from_folder(path.parent))
 
     @classmethod
     def from_folder(cls, folder: Path | str) -> Tokenizer:
@@ -125,14 +127,32 @@ class Tokenizer:
 
     @property
     def special_token_ids(self) -> frozenset[int]:
-        """Return the ids that decoding skips and that ordinary text never yields."""
+        """Return the ids that decoding skips."""
         return self._special_ids
+
+    @cached_property
+    def control_token_ids(self) -> frozenset[int]:
+        """Return the ids that ordinary text never yields.
+
+        They are the special tokens, and other added tokens that a chat template writes.
+        """
+        literals = self.chat.literals
+        return self._special_ids | {
+            token_id
+            for token_id, token in self._backend.get_added_tokens_decoder().items()
+            if token.content in literals and not token.content.isspace()
+        }
 
     @property
     def is_gemma(self) -> bool:
-        """Return True if the tokenizer has Gemma's turn tokens and so can encode a conversation."""
-        needed = (self.bos_token_id, self.token_id(START_OF_TURN), self.token_id(END_OF_TURN))
+        """Return True if the tokenizer has Gemma's turn tokens and so can use its chat format."""
+        needed = (self.token_id("<bos>"), self.token_id(START_OF_TURN), self.token_id(END_OF_TURN))
         return None not in needed
+
+    @cached_property
+    def chat(self) -> ChatFormat:
+        """Return the format of conversations: the tokenizer's own templates, or Gemma's format."""
+        return ChatFormat(self)
 
     def has_tokens_of(self, other: Tokenizer) -> bool:
         """Return True if both tokenizers have the same vocabulary."""
@@ -142,17 +162,24 @@ class Tokenizer:
         """Return the id of the vocabulary entry ``token``, or None."""
         return self._backend.token_to_id(token)
 
-    def encode(self, text: str, *, add_bos: bool = True) -> list[int]:
-        """Encode ``text``, in which special tokens are recognized.
+    def encode(
+        self, text: str, *, add_bos: bool = True, allow_control_tokens: bool = True
+    ) -> list[int]:
+        """Encode ``text``.
 
-        With ``add_bos`` the ids begin with exactly one ``<bos>``, even if the text itself begins
-        with one or more. A tokenizer without ``<bos>`` adds none.
+        Args:
+            text: the text.
+            add_bos: begin with exactly one ``<bos>``, even if the text itself begins with one or
+                more. A tokenizer without ``<bos>``, or with ``add_bos_token: false`` in its config,
+                adds none.
+            allow_control_tokens: recognize control tokens that the text spells. Where False, they
+                are plain text, as they should be in text from others.
 
         Raises:
             InputError: ``text`` is not a string of Unicode characters.
         """
-        ids = _encode(self._backend, text)
-        if not add_bos or self.bos_token_id is None:
+        ids = _encode(self._backend if allow_control_tokens else self._ordinary, text)
+        if not add_bos or self.bos_token_id is None or not self.adds_bos:
             return ids
         start = 0
         while start < len(ids) and ids[start] == self.bos_token_id:
@@ -160,7 +187,7 @@ class Tokenizer:
         return [self.bos_token_id, *ids[start:]]
 
     def encode_ordinary(self, text: str) -> list[int]:
-        """Encode ``text`` without ``<bos>``, treating special tokens as plain text.
+        """Encode ``text`` without ``<bos>``, treating control tokens as plain text.
 
         Raises:
             InputError: ``text`` is not a string of Unicode characters.
@@ -182,32 +209,44 @@ class Tokenizer:
         return [list(encoding.ids) for encoding in encodings]
 
     def encode_chat(
-        self, messages: Sequence[ChatMessage], *, add_generation_prompt: bool = True
+        self,
+        messages: Sequence[ChatMessage],
+        options: ChatOptions | None = None,
+        *,
+        add_generation_prompt: bool = True,
     ) -> list[int]:
-        """Encode a conversation, beginning with one ``<bos>``.
+        """Encode a conversation with the chat template.
 
-        The ids equal those of the text that the official chat template renders, except where
-        content spells out special tokens: it is encoded as plain text and cannot end its turn.
+        The ids are those of ``apply_chat_template`` in transformers, except where content spells
+        out control tokens: it is encoded as plain text and cannot end its turn.
 
         Raises:
-            InputError: see :func:`chat_turns`; or this tokenizer has no turn tokens.
+            InputError: the template does not accept the conversation; or the tokenizer has neither
+                a chat template nor Gemma's turn tokens.
         """
-        bos, start, end = (self.token_id(token) for token in ("<bos>", START_OF_TURN, END_OF_TURN))
-        if bos is None or start is None or end is None:
-            raise InputError(
-                f"this tokenizer lacks <bos>, {START_OF_TURN} or {END_OF_TURN}, so it cannot "
-                "encode a conversation; use plain text or the tokenizer of an instruction-tuned "
-                "model"
-            )
-        newline = self.encode_ordinary("\n")
-        ids = [bos]
-        # The tokenizer first splits text at special tokens, so encoding the parts separately is
-        # exact.
-        for turn in chat_turns(messages):
-            ids += [start, *self.encode_ordinary(f"{turn.speaker}\n{turn.text}"), end, *newline]
-        if add_generation_prompt:
-            ids += [start, *self.encode_ordinary(GENERATION_PROMPT.removeprefix(START_OF_TURN))]
-        return ids
+        return self.chat.encode(messages, options, add_generation_prompt=add_generation_prompt)
+
+    def encode_chat_answers(
+        self, messages: Sequence[ChatMessage], options: ChatOptions | None = None
+    ) -> EncodedChat:
+        """Encode a whole conversation, and say which tokens are the assistant's.
+
+        Raises:
+            InputError: see :meth:`encode_chat`; or the answers cannot be found in what the template
+                renders.
+        """
+        return self.chat.encode_answers(messages, options)
+
+    def encode_with_offsets(
+        self, text: str, *, allow_control_tokens: bool = True
+    ) -> tuple[list[int], list[tuple[int, int]]]:
+        """Encode ``text`` without ``<bos>``; return ids and the [start, end) of each in the text.
+
+        Raises:
+            InputError: ``text`` is not a string of Unicode characters.
+        """
+        encoding = _encoding(self._backend if allow_control_tokens else self._ordinary, text)
+        return list(encoding.ids), list(encoding.offsets)
 
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
         """Decode ``ids`` to text; bytes that are not UTF-8 become U+FFFD.
@@ -278,23 +317,100 @@ class Tokenizer:
 
     def _hub_config(self) -> dict[str, object]:
         # Without <mask>, transformers' GemmaTokenizer would add one, which has no embedding.
-        is_hub_gemma = self.is_gemma and self.token_id("<mask>") is not None
+        is_hub_gemma = self.is_gemma and not self._is_byte_level and self.token_id("<mask>")
         config: dict[str, object] = {
             "tokenizer_class": "GemmaTokenizer" if is_hub_gemma else "PreTrainedTokenizerFast",
             "add_bos_token": self.bos_token_id is not None,
             "add_eos_token": False,
             "clean_up_tokenization_spaces": False,
         }
-        for name in ("bos", "eos", "pad", "unk"):
-            token_id = getattr(self, f"{name}_token_id")
-            if token_id is not None:
-                config[f"{name}_token"] = self._backend.id_to_token(token_id)
-        if self.is_gemma:
+        config |= {key: value for key, value in self.settings.other.items() if key in config}
+        named = {key: self._backend.id_to_token(i) for key, i in self._named_ids().items()}
+        config |= {key: text for key, text in named.items() if key in STANDARD_TOKENS}
+        # transformers would add tokens that it does not find, which have no embedding.
+        if extra := {key: text for key, text in named.items() if key not in STANDARD_TOKENS}:
+            config["extra_special_tokens"] = extra
+        for key, value in self.settings.other.items():
+            if key in ("extra_special_tokens", "additional_special_tokens"):
+                # transformers 4 knows only the older name of the list.
+                config["additional_special_tokens"] = self._known_tokens(value)
+            else:
+                config.setdefault(key, value)
+        # By default, transformers 4.57 passes token_type_ids, which Gemma does not take.
+        config["model_input_names"] = ["input_ids", "attention_mask"]
+        templates = self.settings.templates
+        if set(templates) == {DEFAULT_TEMPLATE}:
+            config["chat_template"] = templates[DEFAULT_TEMPLATE]
+        elif templates:
+            config["chat_template"] = [
+                {"name": name, "template": source} for name, source in templates.items()
+            ]
+        elif self.is_gemma:
             config["chat_template"] = CHAT_TEMPLATE
         return config
 
-    def _first_id(self, *tokens: str) -> int | None:
-        return next((i for token in tokens if (i := self.token_id(token)) is not None), None)
+    @property
+    def adds_bos(self) -> bool:
+        """Return whether ``<bos>`` goes before plain text."""
+        return self.settings.other.get("add_bos_token") is not False
+
+    def special_tokens(self) -> dict[str, str]:
+        """Return the special tokens by name, such as ``bos_token``, as templates use them."""
+        defaults = {key: str(self._backend.id_to_token(i)) for key, i in self._named_ids().items()}
+        declared = {key: text for key, text in self.settings.special_tokens.items() if text}
+        return defaults | declared
+
+    def _named_ids(self) -> dict[str, int]:
+        """Return the ids of the special tokens by name."""
+        ids = {
+            f"{name}_token": getattr(self, f"{name}_token_id")
+            for name in ("bos", "eos", "pad", "unk")
+        }
+        if self.is_gemma:
+            ids["mask_token"] = self.token_id("<mask>")
+        for key, text in self.settings.special_tokens.items():
+            if text is not None and (token_id := self.token_id(text)) is not None:
+                ids[key] = token_id
+        return {key: token_id for key, token_id in ids.items() if token_id is not None}
+
+    def _named_id(self, key: str, *defaults: str) -> int | None:
+        """Return the id of a special token that the settings declare, or else of a default."""
+        if key in self.settings.special_tokens:
+            declared = self.settings.special_tokens[key]
+            if declared is None:
+                return None
+            if (token_id := self.token_id(declared)) is not None:
+                return token_id
+        return next((i for token in defaults if (i := self.token_id(token)) is not None), None)
+
+    def _known_tokens(self, tokens: object) -> list[object]:
+        """Return those of a list of tokens that the vocabulary has."""
+        listed = tokens if isinstance(tokens, list) else []
+        texts = [token.get("content") if isinstance(token, dict) else token for token in listed]
+        return [
+            token
+            for token, text in zip(listed, texts, strict=True)
+            if isinstance(text, str) and self.token_id(text) is not None
+        ]
+
+    @cached_property
+    def _ordinary(self) -> tokenizers.Tokenizer:
+        """The same tokenizer, which encodes control tokens as text. The model is shared."""
+        backend, control = self._backend, self.control_token_ids
+        ordinary = tokenizers.Tokenizer(backend.model)
+        ordinary.normalizer = backend.normalizer
+        ordinary.pre_tokenizer = backend.pre_tokenizer
+        # The library numbers tokens outside of the model's vocabulary by their order, so the
+        # control tokens among them keep their places.
+        ordinary.encode_special_tokens = True
+        ordinary.add_tokens(
+            [
+                _as_special(token) if token_id in control else token
+                for token_id, token in sorted(backend.get_added_tokens_decoder().items())
+                if token_id not in control or backend.model.token_to_id(token.content) is None
+            ]
+        )
+        return ordinary
 
 
 class StreamingDecoder:
@@ -341,8 +457,12 @@ def _as_special(token: tokenizers.AddedToken) -> tokenizers.AddedToken:
 
 
 def _encode(backend: tokenizers.Tokenizer, text: str) -> list[int]:
+    return list(_encoding(backend, text).ids)
+
+
+def _encoding(backend: tokenizers.Tokenizer, text: str) -> tokenizers.Encoding:
     try:
-        return list(backend.encode(text, add_special_tokens=False).ids)
+        return backend.encode(text, add_special_tokens=False)
     except (TypeError, UnicodeEncodeError) as error:
         raise InputError(
             f"the text {text!r:.60} cannot be encoded; it must be a string of Unicode characters "
