@@ -136,14 +136,14 @@ def read_bytes(path: Path, *, limit_bytes: int, or_pipe: bool = False) -> bytes:
 
 
 def read_text(path: Path, *, limit_bytes: int, or_pipe: bool = False) -> str:
-    """Read a UTF-8 text file of at most ``limit_bytes``.
+    """Read a UTF-8 text file of at most ``limit_bytes``, without a byte order mark.
 
     Raises:
         InputError: see :func:`read_bytes`; or it is not UTF-8.
     """
     data = read_bytes(path, limit_bytes=limit_bytes, or_pipe=or_pipe)
     try:
-        return data.decode("utf-8")
+        return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(
             f"{path} is not UTF-8 text ({error.reason} at byte {error.start}); convert it to UTF-8"

@@ -9,9 +9,10 @@ tensors have the names of ``gguf.GGUFReader``, so code that reads metadata works
 from __future__ import annotations
 
 import math
+import re
 import struct
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from types import MappingProxyType
@@ -23,7 +24,14 @@ import numpy.typing as npt
 from gemma3_export.errors import InputError, UnavailableError
 from gemma3_export.files import check_regular
 
-__all__ = ["GgufField", "GgufFile", "GgufTensor", "gguf_module", "open_gguf"]
+__all__ = [
+    "GgufField",
+    "GgufFile",
+    "GgufTensor",
+    "first_of_split",
+    "gguf_module",
+    "open_gguf",
+]
 
 _SCALARS = {
     0: "B",
@@ -45,6 +53,9 @@ _MAX_TENSORS = 100_000
 _MAX_ARRAY_ITEMS = 2**24  # bounds parsing time; Gemma's vocabulary has 2**18 entries
 _MAX_DIMS = 4
 _MAX_ALIGNMENT = 2**20
+_MAX_PARTS = 9999
+# The naming rule of llama.cpp, which finds the parts of a split file by their names.
+_PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,12 +142,16 @@ class GgufTensor:
 
 @dataclass(frozen=True, slots=True)
 class GgufFile:
-    """A validated GGUF file, whose tensors are read-only views of the mapped file."""
+    """A validated GGUF file, whose tensors are read-only views of the mapped file.
+
+    The parts of a split file are one :class:`GgufFile` with the metadata of the first part.
+    """
 
     path: Path
     fields: Mapping[str, GgufField]
     tensors: tuple[GgufTensor, ...]
     alignment: int
+    parts: tuple[Path, ...]  # all files; of a file that is not split, ``path`` alone
 
     def get_field(self, key: str) -> GgufField | None:
         """Return the metadata entry ``key``, or None."""
@@ -167,11 +182,23 @@ def gguf_module() -> Any:
 def open_gguf(path: str | Path) -> GgufFile:
     """Validate the header of a GGUF file and map its tensors.
 
+    Any part of a split file opens all parts, which lie in one folder under llama.cpp's names
+    (``model-00001-of-00003.gguf``).
+
     Raises:
-        InputError: the file is missing, truncated, corrupt, or of an unsupported version.
+        InputError: the file or a part of it is missing, truncated, corrupt, or of an unsupported
+            version.
         UnavailableError: the package ``gguf`` is not installed.
     """
     path = Path(path)
+    part = _open_part(path)
+    count = part.value("split.count", 0)
+    if not isinstance(count, int) or not 0 <= count <= _MAX_PARTS:
+        raise InputError(f"{path.name}: split.count is {count!r:.20}; download the file again")
+    return part if count <= 1 else _open_split(path, count)
+
+
+def _open_part(path: Path) -> GgufFile:
     gguf = gguf_module()
     check_regular(path)
     try:
@@ -182,6 +209,51 @@ def open_gguf(path: str | Path) -> GgufFile:
         return _Header(data, gguf).parse(path)
     except InputError as error:
         raise InputError(f"{path.name}: {error}; download the file again") from error
+
+
+def _open_split(path: Path, count: int) -> GgufFile:
+    """Open all parts of a split file, of which ``path`` is any."""
+    match = _PART.fullmatch(path.name)
+    if match is None or int(match["count"]) != count:
+        raise InputError(
+            f"{path.name}: split.count is {count}: this is one part of a split GGUF, but its name "
+            f"does not end in -00001-of-{count:05}.gguf; restore the original names of the parts, "
+            "or merge them with `llama-gguf-split --merge`"
+        )
+    paths = tuple(
+        path.with_name(f"{match['stem']}-{number:05}-of-{count:05}.gguf")
+        for number in range(1, count + 1)
+    )
+    if missing := [part.name for part in paths if not part.exists()]:
+        raise InputError(
+            f"{path.name}: {len(missing)} of {count} parts are missing: {', '.join(missing[:10])}; "
+            "download all parts into one folder"
+        )
+    files = [_open_part(part) for part in paths]
+    for number, file in enumerate(files):
+        stated = (file.value("split.no"), file.value("split.count"))
+        if stated != (number, count):
+            raise InputError(
+                f"{file.path.name}: split.no and split.count are {stated!r:.40}, not "
+                f"{(number, count)}; the parts are of different files; download them again"
+            )
+    tensors = tuple(tensor for file in files for tensor in file.tensors)
+    total = files[0].value("split.tensors.count", len(tensors))
+    if len({tensor.name for tensor in tensors}) != len(tensors) or total != len(tensors):
+        raise InputError(
+            f"{path.name}: the parts have {len(tensors)} tensors, some of them twice or too few "
+            f"(split.tensors.count is {total!r:.20}); download them again"
+        )
+    return replace(files[0], tensors=tensors, parts=paths)
+
+
+def first_of_split(paths: Sequence[Path]) -> Path | None:
+    """Return the first part if ``paths`` are all parts of one split GGUF file, else None."""
+    matches = [_PART.fullmatch(path.name) for path in paths]
+    kinds = {(match["stem"], match["count"]) if match else None for match in matches}
+    if len(paths) < 2 or len(kinds) != 1 or None in kinds:
+        return None
+    return min(paths, key=lambda path: path.name)
 
 
 class _Header:
@@ -224,6 +296,7 @@ class _Header:
             fields=MappingProxyType(fields),
             tensors=tuple(tensors.values()),
             alignment=alignment,
+            parts=(path,),
         )
 
     def _start(self) -> int:

@@ -87,7 +87,7 @@ def read_prompt_file(path: Path) -> str:
 
 def _decode(data: bytes, where: str) -> str:
     try:
-        text = data.decode("utf-8")
+        text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(f"{where} is not UTF-8 text ({error}); convert it to UTF-8") from error
     return text.removesuffix("\n").removesuffix("\r")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import numpy as np
 
 from gemma3_export.config.gemma3_config import Gemma3Config, LayerType, default_layer_types
-from gemma3_export.config.hugging_face import PADDED_VOCAB_SIZE
+from gemma3_export.config.hugging_face import text_vocab_size
+from gemma3_export.config.other_models import GGUF_ARCHITECTURES
 from gemma3_export.config.presets import END_OF_TURN_ID, TEXT_VOCAB_SIZE
 from gemma3_export.errors import InputError
 from gemma3_export.gguf_file import GgufFile
@@ -44,15 +46,23 @@ _KNOWN = {
     "rope.dimension_count_swa",
     "vocab_size",
     "mm.tokens_per_image",
+    # Ollama's converter
+    "rope.global.freq_base",
+    "rope.local.freq_base",
 }
+_VISION = "vision."  # Ollama's files hold the vision tower too
+# Ollama's converter writes these, and leaves out what its engine hard-codes.
+_OLLAMA_MARKS = ("tokenizer.ggml.add_padding_token", "tokenizer.ggml.add_unknown_token")
+_OLLAMA_LEAVES_OUT = ("attention.layer_norm_rms_epsilon",)
+_LONG_CONTEXT, _LONG_CONTEXT_FACTOR = 131_072, 8.0  # of the published 4b, 12b and 27b
+logger = logging.getLogger(__name__)
 
 
 def config_from_gguf(reader: GgufFile) -> Gemma3Config:
     """Read the config from the metadata of a GGUF file and the shape of its embedding.
 
     Raises:
-        InputError: the architecture is another one, the file is split, or metadata is missing or
-            not supported.
+        InputError: the architecture is another one, or metadata is missing or not supported.
     """
     try:
         return _Metadata(reader).config()
@@ -77,12 +87,17 @@ class _Metadata:
             raise InputError(
                 f"{_ARCHITECTURE}.block_count is {layers}; it must be between 1 and 4096"
             )
-        vocab_size = self._vocab_size(hidden)
         # As hard-coded in llama.cpp: hidden/heads for the 27B, the head size for the others.
         scalar = hidden / max(heads, 1) if layers == _LAYERS_27B else head_dim
         token = "tokenizer.ggml.{}_token_id".format
+        rows = self._embedding_rows(hidden)
+        tokens: dict[str, Any] = {
+            "pad_token_id": self._token_id(token("padding"), 0),
+            "bos_token_id": self._token_id(token("bos"), 2),
+            "eos_token_id": self._eos_ids(rows),
+        }
         return Gemma3Config(
-            vocab_size=vocab_size,
+            vocab_size=text_vocab_size(rows, tokens),
             hidden_size=hidden,
             intermediate_size=self._whole("feed_forward_length"),
             num_hidden_layers=layers,
@@ -93,36 +108,51 @@ class _Metadata:
             sliding_window=self._whole("attention.sliding_window"),
             query_pre_attn_scalar=scalar,
             layer_types=self._layer_types(layers),
-            rope_theta=self._real("rope.freq_base", 1_000_000.0),
-            rope_local_base_freq=self._real("rope.freq_base_swa", 10_000.0),
+            rope_theta=self._rope_base("rope.freq_base", "rope.global.freq_base", 1_000_000.0),
+            rope_local_base_freq=self._rope_base(
+                "rope.freq_base_swa", "rope.local.freq_base", 10_000.0
+            ),
             rope_scaling_factor=self._rope_factor(),
             rms_norm_eps=self._real("attention.layer_norm_rms_epsilon", 1e-6),
-            pad_token_id=self._token_id(token("padding"), 0),
-            bos_token_id=self._token_id(token("bos"), 2),
-            eos_token_id=self._eos_ids(vocab_size),
+            **tokens,
         )
 
     def _check_kind(self) -> None:
         value = self.reader.value
         architecture = value("general.architecture")
         if architecture != _ARCHITECTURE:
+            advice = GGUF_ARCHITECTURES.get(str(architecture), "")
             raise InputError(
                 f"general.architecture is {architecture!r:.60}; only {_ARCHITECTURE} is supported"
-            )
-        splits = value("split.count", 0)
-        if not isinstance(splits, int) or splits > 1:
-            raise InputError(
-                f"split.count is {splits!r:.20}: this is one part of a split GGUF; merge the parts "
-                "with `llama-gguf-split --merge` first"
+                + (f": {advice}" if advice else "")
             )
         prefix = _ARCHITECTURE + "."
         own = [key for key in self.reader.fields if key.startswith(prefix)]
         for key in own:
-            if key.removeprefix(prefix) not in _KNOWN:
+            name = key.removeprefix(prefix)
+            if name not in _KNOWN and not name.startswith(_VISION):
                 shown = f"{self.reader.value(key)!r:.60}"
                 raise InputError(f"{key} = {shown} may change the computation and is not supported")
-        if missing := [key for key in _REQUIRED if prefix + key not in self.reader.fields]:
+        required = [key for key in _REQUIRED if not (self._is_ollama and key in _OLLAMA_LEAVES_OUT)]
+        if missing := [key for key in required if prefix + key not in self.reader.fields]:
             raise InputError(f"metadata is missing: {', '.join(prefix + key for key in missing)}")
+
+    @property
+    def _is_ollama(self) -> bool:
+        return any(mark in self.reader.fields for mark in _OLLAMA_MARKS)
+
+    def _rope_base(self, key: str, ollama_key: str, default: float) -> float:
+        """Read the base of RoPE under either name."""
+        fields = {name: self._real(name, default) for name in (key, ollama_key) if self._has(name)}
+        if len(set(fields.values())) > 1:
+            raise InputError(
+                f"{_ARCHITECTURE}.{key} and {_ARCHITECTURE}.{ollama_key} contradict each other "
+                f"({', '.join(map(str, fields.values()))}); convert the model again"
+            )
+        return next(iter(fields.values()), default)
+
+    def _has(self, key: str) -> bool:
+        return f"{_ARCHITECTURE}.{key}" in self.reader.fields
 
     def _value(self, key: str, default: Any = None) -> Any:
         return self.reader.value(f"{_ARCHITECTURE}.{key}", default)
@@ -151,7 +181,7 @@ class _Metadata:
                 f"{_ARCHITECTURE}.{key} is {value!r:.60}; only {expected!r} is supported here"
             )
 
-    def _vocab_size(self, hidden: int) -> int:
+    def _embedding_rows(self, hidden: int) -> int:
         shapes = {tensor.name: tensor.shape for tensor in self.reader.tensors}
         shape = shapes.get("token_embd.weight")
         if shape is None or len(shape) != 2:
@@ -162,7 +192,7 @@ class _Metadata:
             raise InputError(
                 f"token_embd.weight has shape {shape}, but embedding_length is {hidden}"
             )
-        return TEXT_VOCAB_SIZE if shape[0] == PADDED_VOCAB_SIZE else shape[0]
+        return shape[0]
 
     def _layer_types(self, layers: int) -> tuple[LayerType, ...]:
         key = "attention.sliding_window_pattern"
@@ -183,6 +213,19 @@ class _Metadata:
             raise InputError(
                 f"{_ARCHITECTURE}.rope.scaling.type is {kind!r:.40}; only linear is supported"
             )
+        if (
+            self._is_ollama
+            and not self._has("rope.scaling.factor")
+            and self._whole("context_length") >= _LONG_CONTEXT
+        ):
+            logger.warning(
+                "%s does not state its RoPE scaling, which Ollama leaves out; %g is used, as in "
+                "the published models with a context of %d tokens. If it is another, pass --config",
+                self.reader.path.name,
+                _LONG_CONTEXT_FACTOR,
+                _LONG_CONTEXT,
+            )
+            return _LONG_CONTEXT_FACTOR
         return self._real("rope.scaling.factor", 1.0)
 
     def _token_id(self, key: str, default: int) -> int:
@@ -191,14 +234,14 @@ class _Metadata:
             raise InputError(f"{key} is {value!r:.60}; it must be an integer")
         return value
 
-    def _eos_ids(self, vocab_size: int) -> tuple[int, ...]:
+    def _eos_ids(self, rows: int) -> tuple[int, ...]:
         found = [self._token_id("tokenizer.ggml.eos_token_id", 1)]
         for key in ("tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id"):
             if key in self.reader.fields:
                 found.append(self._token_id(key, 1))
         if self._token(1) == "<eos>":  # a fine-tune that ends with another token still knows it
             found.append(1)
-        if vocab_size >= TEXT_VOCAB_SIZE and self._ends_turns():
+        if rows >= TEXT_VOCAB_SIZE and self._ends_turns():
             found += [1, END_OF_TURN_ID]  # instruction-tuned models stop at both
         return tuple(sorted(set(found)))
 

@@ -14,6 +14,11 @@ from pathlib import Path
 from typing import Any, cast
 
 from gemma3_export.config.gemma3_config import Gemma3Config, LayerType, default_layer_types
+from gemma3_export.config.other_models import (
+    MODEL_TYPES,
+    advice_on_architecture,
+    advice_on_quantization,
+)
 from gemma3_export.config.presets import TEXT_VOCAB_SIZE
 from gemma3_export.errors import InputError
 from gemma3_export.files import is_file, read_text
@@ -29,6 +34,7 @@ __all__ = [
     "TEXT_KEYS",
     "TOKENIZER_CONFIG_NAME",
     "TOKENIZER_NAME",
+    "WEIGHTS_INDEX_NAME",
     "WRAPPER_KEYS",
     "config_from_json",
     "config_to_json",
@@ -37,6 +43,7 @@ __all__ = [
     "read_rope",
     "refuse_unimplemented",
     "refuse_unknown_keys",
+    "text_vocab_size",
 ]
 
 # Files of a folder in Hugging Face format; transformers has constants of the same names.
@@ -46,6 +53,7 @@ TOKENIZER_NAME = "tokenizer.json"
 TOKENIZER_CONFIG_NAME = "tokenizer_config.json"
 SAFE_WEIGHTS_NAME = "model.safetensors"
 SAFE_WEIGHTS_INDEX_NAME = "model.safetensors.index.json"
+WEIGHTS_INDEX_NAME = "pytorch_model.bin.index.json"
 
 PADDED_VOCAB_SIZE = 262_208  # embedding rows of the official multimodal checkpoints
 MAX_JSON_BYTES = 16 * 2**20
@@ -132,6 +140,8 @@ BENIGN_KEYS = {
     "finetuning_task",
     "id2label",
     "label2id",
+    "max_seq_length",  # of the training, written by unsloth
+    "model_max_length",  # of the tokenizer
     "output_attentions",
     "output_hidden_states",
     "prefix",
@@ -187,6 +197,7 @@ BENIGN_KEYS = {
     "is_encoder_decoder",
     "mlp_bias",
     "pruned_heads",
+    "quantization_config",
     "tf_legacy_loss",
     "tie_encoder_decoder",
     "use_bidirectional_attention",
@@ -203,7 +214,6 @@ _MUST_BE_ABSENT = {
     "is_encoder_decoder": "only decoders are supported",
     "pruned_heads": "pruned models are not supported",
     "tie_encoder_decoder": "only decoders are supported",
-    "quantization_config": "use the unquantized checkpoint or a GGUF file",
     "auto_map": "custom model code is never executed; use a checkpoint of the stock architecture",
 }
 
@@ -327,8 +337,12 @@ def _from_hugging_face(top: dict[str, Any], extra_eos: tuple[int, ...]) -> Gemma
     for key, default in TEXT_DEFAULTS.items():
         value = text.get(key)
         fields[key] = default if value is None else value
-    if is_wrapper and fields["vocab_size"] == PADDED_VOCAB_SIZE:
-        fields["vocab_size"] = TEXT_VOCAB_SIZE
+    tokens = {
+        "eos_token_id": _eos_token_ids(top, text, extra_eos),
+        **_other_token_ids(top, text),
+    }
+    if is_wrapper:
+        fields["vocab_size"] = text_vocab_size(fields["vocab_size"], tokens)
     layer_types = _layer_types(text, fields["num_hidden_layers"])
     if text.get("sliding_window", 0) is None:
         if "sliding_attention" in layer_types:
@@ -340,10 +354,21 @@ def _from_hugging_face(top: dict[str, Any], extra_eos: tuple[int, ...]) -> Gemma
         **fields,
         **read_rope(text),
         layer_types=layer_types,
-        tie_word_embeddings=_is_tied(top, text),
-        eos_token_id=_eos_token_ids(top, text, extra_eos),
-        **_other_token_ids(top, text),
+        tie_word_embeddings=_is_tied(top),
+        **tokens,
     )
+
+
+def text_vocab_size(rows: object, tokens: Mapping[str, Any]) -> Any:
+    """Return how many of the embedding's ``rows`` belong to text.
+
+    The official multimodal checkpoints pad the vocabulary of the text model to 262,208 rows. What
+    lies behind the text is kept as far as one of the special ``tokens`` needs it.
+    """
+    if rows != PADDED_VOCAB_SIZE:
+        return rows
+    ids = [tokens.get("pad_token_id", 0), tokens.get("bos_token_id", 0), *tokens["eos_token_id"]]
+    return max(TEXT_VOCAB_SIZE, 1 + max(i for i in ids if i < PADDED_VOCAB_SIZE))
 
 
 def _from_ancestor(top: dict[str, Any], extra_eos: tuple[int, ...]) -> Gemma3Config:
@@ -369,7 +394,7 @@ def _from_ancestor(top: dict[str, Any], extra_eos: tuple[int, ...]) -> Gemma3Con
     return _build(
         **fields,
         layer_types=_layer_types(top, fields["num_hidden_layers"]),
-        tie_word_embeddings=_is_tied(top, top),
+        tie_word_embeddings=_is_tied(top),
         eos_token_id=_eos_token_ids(top, top, extra_eos),
         **tokens,
     )
@@ -395,10 +420,13 @@ def _check_model_type(top: Mapping[str, Any]) -> None:
     if model_type is None:
         raise InputError("model_type is missing; set it to gemma3_text or gemma3")
     if model_type not in ("gemma3", "gemma3_text"):
+        advice = next((say for kind, say in MODEL_TYPES if str(model_type).startswith(kind)), None)
         raise InputError(
             f"model_type is {model_type!r:.80}; only Gemma 3 text models (gemma3_text, or gemma3 "
-            "with a text_config) are supported"
+            "with a text_config) are supported" + (f": {advice}" if advice else "")
         )
+    if advice := advice_on_architecture(top.get("architectures")):
+        raise InputError(advice)
 
 
 def _layer_types(text: Mapping[str, Any], num_hidden_layers: object) -> tuple[LayerType, ...]:
@@ -432,17 +460,18 @@ def _layer_types(text: Mapping[str, Any], num_hidden_layers: object) -> tuple[La
     return cast("tuple[LayerType, ...]", listed)
 
 
-def _is_tied(top: Mapping[str, Any], text: Mapping[str, Any]) -> bool:
-    values = [part["tie_word_embeddings"] for part in (top, text) if "tie_word_embeddings" in part]
-    values = [value for value in values if value is not None]
-    for value in values:
-        if not isinstance(value, bool):
-            raise InputError(f"tie_word_embeddings is {value!r:.80}; it must be true or false")
-    if len(set(values)) > 1:
-        raise InputError(
-            "tie_word_embeddings differs between text_config and the top level; keep one"
-        )
-    return values[0] if values else True
+def _is_tied(top: Mapping[str, Any]) -> bool:
+    """Return whether the head shares the embedding's weight.
+
+    As in transformers 5, the top level of a multimodal config decides, whatever its text_config
+    says.
+    """
+    value = top.get("tie_word_embeddings")
+    if value is None:
+        return True
+    if not isinstance(value, bool):
+        raise InputError(f"tie_word_embeddings is {value!r:.80}; it must be true or false")
+    return value
 
 
 def _eos_token_ids(
@@ -481,8 +510,11 @@ def refuse_unimplemented(part: Mapping[str, Any]) -> None:
     if bidirectional not in (None, False):
         raise InputError(
             f"use_bidirectional_attention is {bidirectional!r:.80}: this is an embedding model "
-            "such as EmbeddingGemma, which does not generate text; use a causal Gemma 3 checkpoint"
+            "such as EmbeddingGemma, which does not generate text; use sentence-transformers, or "
+            "Optimum to export it"
         )
+    if quantization := part.get("quantization_config"):
+        raise InputError(f"quantization_config: {advice_on_quantization(quantization)}")
     for key in ("hidden_activation", "hidden_act"):
         if part.get(key) not in (None, _ACTIVATION):
             raise InputError(f"{key} is {part[key]!r:.60}; only {_ACTIVATION} is supported")

@@ -9,7 +9,7 @@ from gemma3_export.tokenizer.chat import (
     check_conversation,
 )
 from gemma3_export.tokenizer.chat_format import ChatFormat, ChatOptions, EncodedChat
-from gemma3_export.tokenizer.loading import load_tokenizer
+from gemma3_export.tokenizer.loading import count_tokens, load_tokenizer
 from gemma3_export.tokenizer.settings import TokenizerSettings
 from gemma3_export.tokenizer.template import ChatTemplate, RenderedChat
 from gemma3_export.tokenizer.tokenizer import StreamingDecoder, Tokenizer
@@ -29,5 +29,6 @@ __all__ = [
     "Tokenizer",
     "TokenizerSettings",
     "check_conversation",
+    "count_tokens",
     "load_tokenizer",
 ]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Sequence
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -21,7 +22,7 @@ from gemma3_export.tokenizer.chat import CONTROL_TOKENS
 from gemma3_export.tokenizer.tokenizer import Tokenizer
 from gemma3_export.tokenizer.tokenizer_json import IMAGE_PLACEHOLDER
 
-__all__ = ["MetadataReader", "merges_from_scores", "tokenizer_from_gguf"]
+__all__ = ["MetadataReader", "count_gguf_tokens", "merges_from_scores", "tokenizer_from_gguf"]
 
 # Token types of the GGUF specification.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
@@ -31,7 +32,7 @@ MAX_PIECE_CHARACTERS = 256
 MAX_TOKENS = 2**20
 # Converters mark these as control tokens; officially they are added tokens, but not special.
 _NOT_SPECIAL = re.compile(r"<mask>|<unused\d+>")
-# Other chat formats' control tokens, which fine-tunes add. llama.cpp, too, goes by their names.
+# Control tokens of other chat formats and of FunctionGemma; llama.cpp, too, goes by such names.
 _OTHER_CONTROL_TOKENS = (
     "<|im_start|>",
     "<|im_end|>",
@@ -40,6 +41,13 @@ _OTHER_CONTROL_TOKENS = (
     "<|eot_id|>",
     "<|start_header_id|>",
     "<|end_header_id|>",
+    "<start_function_declaration>",
+    "<end_function_declaration>",
+    "<start_function_call>",
+    "<end_function_call>",
+    "<start_function_response>",
+    "<end_function_response>",
+    "<escape>",
 )
 _PREFIX = "tokenizer.ggml."
 logger = logging.getLogger(__name__)
@@ -70,9 +78,9 @@ def tokenizer_from_gguf(reader: MetadataReader) -> Tokenizer:
         raise InputError(f"{_PREFIX}scores has values that are not finite; convert the file again")
     if bad := sorted({int(kind) for kind in types} - set(range(NORMAL, BYTE + 1))):
         raise InputError(f"{_PREFIX}token_type has unknown types {bad[:5]}; convert the file again")
-    # Drop entries that a conversion added for the padded embedding of the multimodal models.
-    while pieces and (types[len(pieces) - 1] == UNUSED or pieces[-1] == IMAGE_PLACEHOLDER):
-        pieces.pop()
+    del pieces[_count_named(pieces, types.tolist()) :]
+    if _is_ollamas(reader):
+        _retype_user_defined(types, scores)
     _retype_control_tokens(pieces, types)
     # llama.cpp matches these in raw text; Gemma's own file writes their spaces as "▁" too.
     for index in np.flatnonzero(types[: len(pieces)] == USER_DEFINED).tolist():
@@ -84,6 +92,39 @@ def tokenizer_from_gguf(reader: MetadataReader) -> Tokenizer:
     _check_special_ids(reader, vocab)
     merges = merges_from_scores(vocab, types, scores)
     return Tokenizer(_build(vocab, merges, types))
+
+
+def count_gguf_tokens(reader: MetadataReader) -> int | None:
+    """Return how many ids the tokenizer of a GGUF file names, without rebuilding it.
+
+    None if it has no tokenizer or one that is malformed, which whoever needs it reports.
+    """
+    pieces, types = _contents(reader, "tokens"), _contents(reader, "token_type")
+    if not isinstance(pieces, list) or not isinstance(types, list) or len(pieces) != len(types):
+        return len(pieces) if isinstance(pieces, list) and types is None else None
+    return _count_named(pieces, types)
+
+
+def _count_named(pieces: Sequence[str], types: Sequence[int]) -> int:
+    """Return the number of tokens without those that only fill the rows of a padded embedding."""
+    count = len(pieces)
+    while count and (types[count - 1] == UNUSED or pieces[count - 1] == IMAGE_PLACEHOLDER):
+        count -= 1
+    return count
+
+
+def _is_ollamas(reader: MetadataReader) -> bool:
+    """Return whether Ollama converted the file: no other converter writes these two."""
+    marks = ("add_padding_token", "add_unknown_token")
+    return any(_contents(reader, mark) is not None for mark in marks)
+
+
+def _retype_user_defined(types: npt.NDArray[np.int64], scores: npt.NDArray[np.float64]) -> None:
+    """Give user-defined pieces the type that Ollama's converter does not keep.
+
+    SentencePiece scores them +0, and normal pieces -0, -1, -2 and so on.
+    """
+    types[(types == NORMAL) & (scores == 0) & ~np.signbit(scores)] = USER_DEFINED
 
 
 def merges_from_scores(

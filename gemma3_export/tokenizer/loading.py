@@ -7,7 +7,7 @@ from pathlib import Path
 from gemma3_export.tokenizer.settings import settings_from_gguf
 from gemma3_export.tokenizer.tokenizer import Tokenizer
 
-__all__ = ["load_tokenizer"]
+__all__ = ["count_tokens", "load_tokenizer"]
 
 TIKTOKEN_PREFIX = "tiktoken:"
 
@@ -38,3 +38,18 @@ def load_tokenizer(path: Path | str) -> Tokenizer:
 
     reader = open_gguf(path)
     return tokenizer_from_gguf(reader).with_settings(settings_from_gguf(reader))
+
+
+def count_tokens(path: Path) -> int | None:
+    """Return how many token ids a ``tokenizer.json`` or ``.gguf`` file names, without loading it.
+
+    None if it names none, or cannot be read.
+    """
+    if path.suffix.lower() != ".gguf":
+        from gemma3_export.tokenizer.tokenizer_json import count_json_tokens
+
+        return count_json_tokens(path)
+    from gemma3_export.gguf_file import open_gguf
+    from gemma3_export.tokenizer.gguf_tokenizer import count_gguf_tokens
+
+    return count_gguf_tokens(open_gguf(path))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import codecs
 import json
+import logging
 import re
 from collections.abc import Iterable, Sequence
 from functools import cached_property
@@ -45,7 +46,9 @@ __all__ = [
 STANDARD_TOKENS = (
     *("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"),
 )
-MAX_PADDING_ROWS = 128  # of an embedding with more rows than the tokenizer has tokens
+USUAL_PADDING_ROWS = 256  # trainers pad the embedding to a multiple of up to 256 rows
+
+logger = logging.getLogger(__name__)
 
 _BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
 _GEMMA_DECODERS = [
@@ -285,11 +288,20 @@ class Tokenizer:
     def check_vocab_size(self, config_vocab_size: int) -> None:
         """Check that this tokenizer fits a model with ``config_vocab_size`` embedding rows.
 
+        Rows without a token are padding, which many checkpoints have.
+
         Raises:
-            InputError: the tokenizer has more tokens than the model, or more than 128 fewer.
+            InputError: the tokenizer has more tokens than the model, or less than half as many.
         """
         spare = config_vocab_size - self.vocab_size
-        if 0 <= spare <= MAX_PADDING_ROWS:
+        if 0 <= spare <= max(USUAL_PADDING_ROWS, config_vocab_size // 2):
+            if spare > USUAL_PADDING_ROWS:
+                logger.warning(
+                    "the tokenizer has %d tokens, but the model's vocab_size is %d; the model may "
+                    "generate ids without a token, which are no text",
+                    self.vocab_size,
+                    config_vocab_size,
+                )
             return
         problem = "has no embedding for some of them" if spare < 0 else "yields ids without a token"
         raise InputError(

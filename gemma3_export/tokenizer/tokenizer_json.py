@@ -12,6 +12,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import tokenizers
 
 from gemma3_export.errors import InputError
@@ -19,6 +20,7 @@ from gemma3_export.files import read_text
 
 __all__ = [
     "IMAGE_PLACEHOLDER",
+    "count_json_tokens",
     "parse_tokenizer_json",
     "read_tokenizer_json",
 ]
@@ -27,7 +29,6 @@ __all__ = [
 # added tokens with higher ids.
 IMAGE_PLACEHOLDER = "<image_soft_token>"
 MAX_TOKENIZER_BYTES = 2**28  # Gemma's has 33 MB
-BYTE_ORDER_MARK = "\ufeff"
 
 
 def read_tokenizer_json(path: Path) -> tokenizers.Tokenizer:
@@ -36,7 +37,7 @@ def read_tokenizer_json(path: Path) -> tokenizers.Tokenizer:
     Raises:
         InputError: the file is missing, truncated, or not a tokenizer.
     """
-    text = read_text(path, limit_bytes=MAX_TOKENIZER_BYTES).removeprefix(BYTE_ORDER_MARK)
+    text = read_text(path, limit_bytes=MAX_TOKENIZER_BYTES)
     try:
         return parse_tokenizer_json(text)
     except InputError as error:
@@ -63,6 +64,35 @@ def parse_tokenizer_json(text: str) -> tokenizers.Tokenizer:
         raise InputError(f"is not a valid tokenizer.json ({error}); download it again") from error
     _check_ids(backend, kept)
     return backend
+
+
+class _AddedToken(msgspec.Struct):
+    id: int
+    content: str
+
+
+class _Model(msgspec.Struct):
+    vocab: dict[str, int]
+
+
+class _Vocabulary(msgspec.Struct):
+    model: _Model
+    added_tokens: list[_AddedToken] = []
+
+
+def count_json_tokens(path: Path) -> int | None:
+    """Return how many ids a ``tokenizer.json`` names, without building the tokenizer.
+
+    This is ``Tokenizer.vocab_size``; None if the file cannot be read, which whoever needs the
+    tokenizer reports.
+    """
+    try:
+        found = msgspec.json.decode(read_text(path, limit_bytes=MAX_TOKENIZER_BYTES), type=_Vocabulary)
+    except (InputError, msgspec.DecodeError, RecursionError):
+        return None
+    ids = {token.content: token.id for token in found.added_tokens} | found.model.vocab
+    ids.pop(IMAGE_PLACEHOLDER, None)
+    return max(ids.values(), default=-1) + 1
 
 
 def _with_added_tokens(text: str) -> tuple[str, list[dict[str, Any]]]:

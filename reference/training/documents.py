@@ -231,7 +231,7 @@ def _read_documents(files: Sequence[Path], read: Callable[[Path], str]) -> Itera
 
 def _read_utf8(file: Path) -> str:
     try:
-        return file.read_text(encoding="utf-8")
+        return file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(
             f"{file} is not UTF-8 text ({error.reason} at byte {error.start}); convert it or "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -18,6 +19,7 @@ from gemma3_export.files import open_regular
 from gemma3_export.gguf_file import GgufTensor
 from gemma3_export.reference.weights.source import WeightSource
 from gemma3_export.reference.weights.stores import GgufStore, TensorStore
+from gemma3_export.tokenizer import count_tokens
 
 __all__ = [
     "CheckpointSource",
@@ -29,10 +31,16 @@ READABLE_DTYPES = tuple(map(torch_dtype, FLOAT_DTYPES))
 MAX_LISTED = 10
 COMPARE_BYTES = 16 * 2**20
 HASH_BYTES = 2**20
+USUAL_PADDING_ROWS = 256  # trainers pad the embedding to a multiple of up to 256 rows
+OTHER_WEIGHTS = "pass the config of these weights (--config), the right --size, or other weights"
+logger = logging.getLogger(__name__)
 
 
 class CheckpointSource(WeightSource):
     """Weights from a store of named tensors.
+
+    Embedding rows that the tokenizer does not name are padding and are left out. A head that
+    differs from the embedding unties the config, as in transformers 5.
 
     Args:
         store: the open files; closing this source closes them.
@@ -40,8 +48,6 @@ class CheckpointSource(WeightSource):
         origin: where the weights come from, for messages.
         location: the origin without local folders, for the fingerprint.
         tokenizer: the file of the checkpoint's tokenizer, if any.
-        is_tie_stated: a config file says that the head is tied, so a different head is an error;
-            otherwise a different head unties it.
 
     Raises:
         InputError: names or shapes do not fit ``config``; the message lists all of them.
@@ -55,20 +61,20 @@ class CheckpointSource(WeightSource):
         origin: str,
         location: str,
         tokenizer: Path | None = None,
-        is_tie_stated: bool = True,
     ) -> None:
         self.store = store
-        self.config = config
         self.origin = origin
         self._location = location
         self._tokenizer = tokenizer
         self._fingerprint: dict[str, Any] | None = None
         names = map_names(store.tensors)
-        _check_fit(store, names, config, origin)
+        rows = _embedding_rows(store, names, config)
+        _check_fit(store, names, replace(config, vocab_size=rows), origin)
+        self.config = replace(config, vocab_size=_named_rows(rows, config, tokenizer, origin))
         self._stored: Mapping[str, str] = names.stored
         self.skipped = tuple(sorted(names.skipped))
         if config.tie_word_embeddings and HEAD in names.stored:
-            self._settle_head(is_tie_stated)
+            self._settle_head()
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
         """See :meth:`WeightSource.read`."""
@@ -110,20 +116,20 @@ class CheckpointSource(WeightSource):
         """Return whether the file stores ``1 + w`` for the canonical weight ``w``."""
         return self.store.kind == "gguf" and name.endswith("norm.weight")
 
-    def _settle_head(self, is_tie_stated: bool) -> None:
+    def _settle_head(self) -> None:
         """Skip a head that equals the embedding; untie the config for any other head."""
         if self._is_head_embedding():
             stored = dict(self._stored)
             self.skipped = tuple(sorted((*self.skipped, stored.pop(HEAD))))
             self._stored = stored
-        elif is_tie_stated:
-            raise InputError(
-                f"{self.origin}: the config has tie_word_embeddings, but {self._stored[HEAD]} "
-                "differs from the embedding; set tie_word_embeddings to false in the config, or "
-                "remove the head"
-            )
-        else:
-            self.config = replace(self.config, tie_word_embeddings=False)
+            return
+        logger.warning(
+            "%s: %s differs from the embedding, although the config ties the two; both are used, "
+            "as in transformers 5. Set tie_word_embeddings to false in the config",
+            self.origin,
+            self._stored[HEAD],
+        )
+        self.config = replace(self.config, tie_word_embeddings=False)
 
     def _is_head_embedding(self) -> bool:
         head, embedding = self._stored[HEAD], self._stored[EMBEDDING]
@@ -136,6 +142,37 @@ class CheckpointSource(WeightSource):
         return True
 
 
+def _embedding_rows(store: TensorStore, names: NameMap, config: Gemma3Config) -> int:
+    """Return the rows of the stored embedding, or of the config if the two contradict each other.
+
+    Multimodal checkpoints add image placeholders to the vocabulary, after the text tokens.
+    """
+    name = names.stored.get(EMBEDDING)
+    rows = store.tensors[name].shape[:1] if name is not None else ()
+    is_padded = rows == (PADDED_VOCAB_SIZE,) and config.vocab_size >= TEXT_VOCAB_SIZE
+    return PADDED_VOCAB_SIZE if is_padded else config.vocab_size
+
+
+def _named_rows(rows: int, config: Gemma3Config, tokenizer: Path | None, origin: str) -> int:
+    """Return how many of the embedding's rows have a token; those behind them are padding."""
+    tokens = None if tokenizer is None else count_tokens(tokenizer)
+    if tokens is None:
+        return config.vocab_size
+    needed = 1 + max(config.pad_token_id, config.bos_token_id, *config.eos_token_id, tokens - 1)
+    spare = rows - needed
+    if spare < 0 or 2 * spare > rows:  # another model's tokenizer, which its reader rejects
+        return config.vocab_size
+    if spare > USUAL_PADDING_ROWS:
+        logger.warning(
+            "%s: the last %d of %d embedding rows have no token, so they are left out; check that "
+            "the tokenizer is the model's",
+            origin,
+            spare,
+            rows,
+        )
+    return needed
+
+
 def _check_fit(store: TensorStore, names: NameMap, config: Gemma3Config, origin: str) -> None:
     expected = dict(config.weight_shapes())
     missing = [name for name in expected if name not in names.stored]
@@ -146,7 +183,7 @@ def _check_fit(store: TensorStore, names: NameMap, config: Gemma3Config, origin:
         tensor = store.tensors[stored_name]
         if name not in known:
             unexpected.append(stored_name)
-        elif not _fits(name, tensor.shape, known[name]):
+        elif tensor.shape != known[name]:
             misshapen.append(f"{stored_name} is {tensor.shape}, the config needs {known[name]}")
         if tensor.dtype not in READABLE_DTYPES:
             unreadable.append(f"{stored_name} is {tensor.dtype}".replace("torch.", ""))
@@ -158,18 +195,24 @@ def _check_fit(store: TensorStore, names: NameMap, config: Gemma3Config, origin:
     }
     lines = [_summary(kind, items) for kind, items in problems.items() if items]
     if lines:
+        advice = _advice(names.unexpected, missing)
         raise InputError(
-            f"{origin} does not have the weights of its config: {'; '.join(lines)}; pass the "
-            "config of these weights (--config), the right --size, or other weights"
+            f"{origin} does not have the weights of its config: {'; '.join(lines)}; "
+            f"{advice or OTHER_WEIGHTS}"
         )
 
 
-def _fits(name: str, stored: tuple[int, ...], needed: tuple[int, ...]) -> bool:
-    if stored == needed:
-        return True
-    # Multimodal checkpoints add image placeholders to the vocabulary, after the text tokens.
-    is_padded = stored[:1] == (PADDED_VOCAB_SIZE,) and needed[0] == TEXT_VOCAB_SIZE
-    return name in (EMBEDDING, HEAD) and is_padded and stored[1:] == needed[1:]
+def _advice(unexpected: list[str], missing: list[str]) -> str | None:
+    """Return what to do about weights that are known not to be a plain Gemma 3 text model."""
+    for pattern, advice in _FOREIGN.items():
+        if any(re.search(pattern, name) for name in unexpected):
+            return advice
+    if missing == [HEAD]:
+        return (
+            "the config has a head of its own (tie_word_embeddings is false), but none is stored; "
+            "set tie_word_embeddings to true if it shares the embedding, or save the model again"
+        )
+    return None
 
 
 def _summary(kind: str, items: list[str]) -> str:
@@ -231,10 +274,45 @@ _GGUF_TOP = {
     "output.weight": "lm_head.weight",
 }
 _LAYER = re.compile(r"(?P<stack>layers|blocks|blk)\.(?P<layer>0|[1-9][0-9]{0,4})\.(?P<rest>.+)")
-_VISION = re.compile(r"(model\.)*(vision_tower|multi_modal_projector)\.")
+# The last two are those of Ollama's GGUF files.
+_VISION = re.compile(r"(model\.)*(vision_tower|multi_modal_projector|v|mm)\.")
 # Buffers: tables and masks that modules compute.
 _BUFFER = re.compile(r"(.*\.)?(((\w+_)?inv_freq)|(cos|sin)(_\w+)?|(\w+_)?mask|embed_scale)")
+_WRAPPERS = ("module.", "base_model.model.")
 _HEAD_OF_TEXT = re.compile(r"(model\.|language_model\.)+")
+
+
+# What to do about weights with such names, which are no plain Gemma 3 text model.
+_FOREIGN = {
+    r"lora_|\.base_layer\.|modules_to_save|original_module|trainable_tokens": (
+        "these are weights with an adapter of PEFT that is not merged; merge it with "
+        "merge_and_unload() and save the result, or pass base and adapter separately"
+    ),
+    r"(^|\.)(score|classifier)\.(weight|bias)$": (
+        "this is a classifier, which generates no text; export it with Optimum, or pass the "
+        "language model that it was made from"
+    ),
+    r"\.(absmax|quant_map|quant_state\..+|SCB|weight_format)$": (
+        "these weights are quantized by bitsandbytes; load them in transformers, call "
+        "model.dequantize(), and save the result in bfloat16"
+    ),
+    r"\.(qweight|qzeros|scales|g_idx)$": (
+        "these weights are quantized by GPTQ or AWQ; pass the checkpoint that they were made from, "
+        "or a quantized GGUF file"
+    ),
+    r"\.(weight_packed|weight_scale|weight_scale_inv|weight_shape|input_scale)$": (
+        "these weights are quantized (compressed-tensors or fp8); pass the checkpoint that they "
+        "were made from, or a quantized GGUF file"
+    ),
+    r"per_layer_|altup|laurel": (
+        "these are weights of Gemma 3n or Gemma 4, which are other architectures than Gemma 3; use "
+        "transformers or llama.cpp"
+    ),
+    r"(^|\.)(encoder|dense)\.": (
+        "this is not a decoder that generates text (EmbeddingGemma and T5Gemma have such weights); "
+        "use transformers or sentence-transformers"
+    ),
+}
 
 
 @dataclass(slots=True)
@@ -270,10 +348,11 @@ def map_names(names: Iterable[str]) -> NameMap:
 
 
 def _strip_wrappers(name: str) -> str:
-    """Remove the prefixes of torch.compile and DistributedDataParallel."""
+    """Remove the prefixes of torch.compile, DistributedDataParallel and PEFT."""
     name = name.replace("_orig_mod.", "")
-    while name.startswith("module."):
-        name = name.removeprefix("module.")
+    while name.startswith(_WRAPPERS):
+        for prefix in _WRAPPERS:
+            name = name.removeprefix(prefix)
     return name
 
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Sequence
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
 
 import gemma3_export
 from gemma3_export.bundle import MANIFEST
@@ -18,6 +17,7 @@ from gemma3_export.config import (
     SIZES,
     TEXT_VOCAB_SIZE,
     TOKENIZER_NAME,
+    WEIGHTS_INDEX_NAME,
     Gemma3Config,
     config_from_json,
     load_config,
@@ -27,6 +27,7 @@ from gemma3_export.config import (
 from gemma3_export.config.gguf_config import config_from_gguf
 from gemma3_export.errors import InputError
 from gemma3_export.files import is_file
+from gemma3_export.gguf_file import first_of_split
 from gemma3_export.reference.weights.checkpoint import CheckpointSource
 from gemma3_export.reference.weights.hub import download
 from gemma3_export.reference.weights.source import RandomSource, WeightSource
@@ -42,7 +43,12 @@ __all__ = ["DEMO", "DEMO_FOLDER", "open_weights"]
 
 DEMO = "demo"  # name of the model that this package includes
 DEMO_FOLDER = Path(gemma3_export.__file__).parent / "demo_model"
-TORCH_SUFFIXES = (".pt", ".pth", ".bin")
+TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
+# Files that trainers and converters leave beside the weights.
+NOT_WEIGHTS = re.compile(
+    r"(training_args|optimizer|scheduler|scaler|rng_state(_\d+)?|random_states_\d+)\.(bin|pt|pth|pkl)"
+    r"|mmproj.*\.gguf"
+)
 GGUF_TOKENIZER = "tokenizer.ggml.model"  # key of every GGUF file with a tokenizer
 SUFFIXES = (".safetensors", ".gguf", *TORCH_SUFFIXES)
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -50,14 +56,6 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 NOT_COMPARED = {"pad_token_id", "bos_token_id", "eos_token_id", "initializer_range"}
 SHOWN_FIELDS = 4  # differing fields to show in full
 STATED_IN_GGUF = ("rope_theta", "rope_scaling_factor", "rms_norm_eps", "sliding_window")
-
-
-@dataclass(frozen=True, slots=True)
-class _Described:
-    """A config, and whether its file says that the head is tied."""
-
-    config: Gemma3Config
-    is_tie_stated: bool
 
 
 def open_weights(
@@ -143,15 +141,13 @@ def _open_path(
     folder = path if path.is_dir() else path.parent
     store = _open_store(path)
     try:
-        described = _describe(store, folder, size, config_path)
-        config = _agree_with_size(described.config, size, origin)
+        config = _agree_with_size(_describe(store, folder, size, config_path), size, origin)
         return CheckpointSource(
             store,
             config,
             origin=origin,
             location=location,
             tokenizer=_find_tokenizer(store, folder),
-            is_tie_stated=described.is_tie_stated,
         )
     except BaseException:
         store.close()
@@ -174,25 +170,25 @@ def _open_store(path: Path) -> TensorStore:
     if path.suffix == ".gguf":
         return GgufStore(path)
     if path.suffix in TORCH_SUFFIXES:
-        return TorchStore(path)
+        return TorchStore([path])
     raise InputError(f"{path} is not a {', '.join(SUFFIXES)} file; convert it, or pass another")
 
 
 def _open_folder(folder: Path) -> TensorStore:
     if is_file(folder / SAFE_WEIGHTS_INDEX_NAME):
-        files, weight_map = read_shard_index(folder / SAFE_WEIGHTS_INDEX_NAME)
-        store = SafetensorsStore(files)
-        wrong = sorted(weight_map.keys() ^ store.tensors.keys())
-        if wrong:
-            raise InputError(
-                f"{SAFE_WEIGHTS_INDEX_NAME} and the shards disagree about {len(wrong)} tensors: "
-                f"{', '.join(wrong[:10])}; download the folder again"
-            )
-        return store
+        return _open_shards(folder / SAFE_WEIGHTS_INDEX_NAME, SafetensorsStore)
     if is_file(folder / SAFE_WEIGHTS_NAME):
         return SafetensorsStore([folder / SAFE_WEIGHTS_NAME])
     for suffixes in ((".safetensors",), (".gguf",), TORCH_SUFFIXES):
-        found = sorted(p for p in folder.iterdir() if p.suffix in suffixes and is_file(p))
+        if TORCH_SUFFIXES is suffixes and is_file(folder / WEIGHTS_INDEX_NAME):
+            return _open_shards(folder / WEIGHTS_INDEX_NAME, TorchStore)
+        found = sorted(
+            path
+            for path in folder.iterdir()
+            if path.suffix in suffixes and is_file(path) and not NOT_WEIGHTS.fullmatch(path.name)
+        )
+        if first := first_of_split(found):
+            return _open_store(first)
         if len(found) > 1:
             names = ", ".join(p.name for p in found[:10])
             raise InputError(f"{folder} has several weight files ({names}); pass one of them")
@@ -204,6 +200,17 @@ def _open_folder(folder: Path) -> TensorStore:
         f"{folder} has no {SAFE_WEIGHTS_NAME}, {SAFE_WEIGHTS_INDEX_NAME}, .gguf or .pt file; pass "
         "the folder of a model"
     )
+
+
+def _open_shards(index: Path, open_files: Callable[[Sequence[Path]], TensorStore]) -> TensorStore:
+    files, weight_map = read_shard_index(index)
+    store = open_files(files)
+    if wrong := sorted(weight_map.keys() ^ store.tensors.keys()):
+        raise InputError(
+            f"{index.name} and the shards disagree about {len(wrong)} tensors: "
+            f"{', '.join(wrong[:10])}; download the folder again"
+        )
+    return store
 
 
 def _not_from_an_export(folder: Path) -> str:
@@ -221,36 +228,26 @@ def _not_from_an_export(folder: Path) -> str:
 
 def _describe(
     store: TensorStore, folder: Path, size: str | None, config_path: Path | None
-) -> _Described:
+) -> Gemma3Config:
     """Return the first config found: given, in the checkpoint, next to it, or of ``size``."""
     from_gguf = config_from_gguf(store.reader) if isinstance(store, GgufStore) else None
     config_file = config_path or folder / CONFIG_NAME
     if config_path is None and isinstance(store, TorchStore) and store.model_config is not None:
-        data = store.model_config
         where = f"the config inside {store.files[0].name}"
-        return _Described(config_from_json(data, where=where), _states_tie(data))
+        return config_from_json(store.model_config, where=where)
     if config_path is not None or is_file(config_file):
         config = load_config(config_file)
         if from_gguf is not None:
             _agree_with_gguf(config, from_gguf, config_file)
-        file = config_file / CONFIG_NAME if config_file.is_dir() else config_file
-        return _Described(config, _states_tie(load_json_object(file)))
+        return config
     if from_gguf is not None:
-        return _Described(from_gguf, is_tie_stated=False)
+        return from_gguf
     if size is not None:
-        return _Described(preset(size).config, is_tie_stated=False)
+        return preset(size).config
     raise InputError(
         f"there is no config.json next to {store.files[0].name}; pass --config FILE or --size "
         f"({', '.join(SIZES)})"
     )
-
-
-def _states_tie(data: Mapping[str, Any]) -> bool:
-    """Return whether a config decides about tying.
-
-    Hugging Face configs tie the head by default; the notebook's dictionary leaves it open.
-    """
-    return "emb_dim" not in data or "tie_word_embeddings" in data
 
 
 def _agree_with_gguf(config: Gemma3Config, from_gguf: Gemma3Config, where: Path) -> None:

@@ -66,13 +66,13 @@ class TensorStore(ABC):
 
 
 class GgufStore(TensorStore):
-    """The tensors of a GGUF file, dequantized to float32 when read."""
+    """The tensors of a GGUF file, split or not, dequantized to float32 when read."""
 
     kind = "gguf"
 
     def __init__(self, path: Path) -> None:
         self.reader = open_gguf(path)
-        self.files = (path,)
+        self.files = self.reader.parts
         self.blocks: dict[str, GgufTensor] = {t.name: t for t in self.reader.tensors}
         for tensor in {t.tensor_type: t for t in self.reader.tensors}.values():
             tensor.dequantize_rows(0, 1)  # report unsupported types now, not halfway through
@@ -144,7 +144,7 @@ class SafetensorsStore(TensorStore):
 
 
 def read_shard_index(path: Path) -> tuple[list[Path], dict[str, str]]:
-    """Read ``model.safetensors.index.json``; return the shards, and each tensor's shard.
+    """Read the index of a sharded checkpoint; return the shards, and each tensor's shard.
 
     Raises:
         InputError: the index is malformed, refers outside of its folder, or lacks shards.
@@ -201,6 +201,11 @@ def _parse_entry(name: str, entry: Any, data_bytes: int) -> TensorInfo:
     kind, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
     if not isinstance(kind, str):
         raise InputError(f"{name!r:.80} has no dtype")
+    if kind.startswith("F8"):
+        raise InputError(
+            f"{name} has type {kind}: 8-bit floats, whose scales are separate tensors; use the "
+            "bfloat16 checkpoint that they were made from, or a quantized GGUF file"
+        )
     if kind not in _DTYPES:
         raise InputError(
             f"{name} has type {kind}, which is not supported; use a checkpoint in "
@@ -225,7 +230,7 @@ def _are_counts(value: object) -> TypeGuard[list[int]]:
     )
 
 
-# PyTorch state dicts (.pt, .pth, .bin), read without running the code that they may contain
+# PyTorch state dicts (.pt, .pth, .bin, .ckpt), read without running the code they may contain
 
 CHECK_BYTES = 2**22  # read at once
 _WRAPPERS = ("model", "state_dict", "model_state_dict")
@@ -234,7 +239,7 @@ _CONFIG_MARKS = {"emb_dim", "model_type"}  # keys that distinguish a model's con
 
 
 class TorchStore(TensorStore):
-    """The tensors of a state dict; float64 is read as float32.
+    """The tensors of a state dict, in one file or in shards; float64 is read as float32.
 
     Attributes:
         model_config: the model's config if the checkpoint has one, as parsed JSON.
@@ -242,11 +247,19 @@ class TorchStore(TensorStore):
 
     kind = "torch"
 
-    def __init__(self, path: Path) -> None:
-        self.files = (path,)
-        checkpoint = _load(path)
-        self.model_config = _find_config(checkpoint)
-        self._state = _find_state(checkpoint, path)
+    def __init__(self, files: Sequence[Path]) -> None:
+        self.files = tuple(files)
+        self.model_config: dict[str, Any] | None = None
+        self._state: dict[str, torch.Tensor] = {}
+        for path in self.files:
+            checkpoint = _load(path)
+            self.model_config = self.model_config or _find_config(checkpoint)
+            state = _find_state(checkpoint, path)
+            if twice := sorted(state.keys() & self._state.keys()):
+                raise InputError(
+                    f"{twice[0]} is in {path.name} and in another shard; remove one of the files"
+                )
+            self._state |= state
         self.tensors = {
             name: TensorInfo(
                 tuple(tensor.shape),

@@ -187,10 +187,27 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"layer_types": ["full_attention"] * 4 + ["chunked"]}, "chunked"),
     ({"layer_types": [1] * 5}, "list of strings"),
     ({"layer_types": []}, "layer_types has 0 entries"),
-    ({"quantization_config": {"bits": 4}}, "quantization_config"),
+    ({"quantization_config": {"bits": 4}}, "quantization_config: "),
     ({"auto_map": {"AutoModel": "x.py"}}, "custom model code"),
-    ({"model_type": "gemma2"}, "'gemma2'"),
-    ({"model_type": "gemma3n"}, "'gemma3n'"),
+    ({"model_type": "gemma"}, "Gemma 1 is another architecture than Gemma 3"),
+    ({"model_type": "gemma2"}, "Gemma 2 is another architecture than Gemma 3"),
+    ({"model_type": "gemma3n"}, "Gemma 3n is another architecture than Gemma 3"),
+    ({"model_type": "gemma3n_text"}, "Gemma 3n is another architecture than Gemma 3"),
+    ({"model_type": "gemma4"}, "Gemma 4 is another architecture than Gemma 3"),
+    ({"model_type": "gemma4_unified"}, "Gemma 4 is another architecture than Gemma 3"),
+    ({"model_type": "t5gemma"}, "T5Gemma is an encoder-decoder"),
+    ({"model_type": "t5gemma2"}, "T5Gemma is an encoder-decoder"),
+    ({"model_type": "embedding_gemma2"}, "use sentence-transformers"),
+    ({"architectures": ["Gemma3TextForSequenceClassification"]}, "a classification head"),
+    ({"architectures": ["Gemma3ForSequenceClassification"]}, "a classification head"),
+    ({"use_bidirectional_attention": True}, "use sentence-transformers"),
+    ({"quantization_config": {"load_in_4bit": True}}, "bitsandbytes; load it in transformers"),
+    ({"quantization_config": {"quant_method": "bitsandbytes"}}, "model.dequantize()"),
+    ({"quantization_config": {"quant_method": "compressed-tensors"}}, "llm-compressor"),
+    ({"quantization_config": {"quant_method": "gptq"}}, "GPTQ; take the checkpoint"),
+    ({"quantization_config": {"quant_method": "awq"}}, "AWQ; take the checkpoint"),
+    ({"quantization_config": {"quant_method": "fbgemm_fp8"}}, "8-bit floats with scales"),
+    ({"quantization_config": {"quant_method": "new"}}, "'new'; take the unquantized checkpoint"),
     ({"model_type": "llama"}, "'llama'"),
     ({"model_type": "gemma3"}, "no text_config"),
     ({"model_type": None}, "model_type is missing"),
@@ -236,16 +253,28 @@ def test_contradictions_in_multimodal_configs_are_errors() -> None:
     text = OFFICIAL_4B["text_config"]
     assert isinstance(text, dict)
     for changes, message in [
-        (
-            {"text_config": text | {"tie_word_embeddings": False}, "tie_word_embeddings": True},
-            "tie",
-        ),
+        ({"tie_word_embeddings": "yes"}, "tie_word_embeddings is 'yes'"),
         ({"text_config": text | {"model_type": "llama"}}, "llama"),
         ({"text_config": [1]}, "text_config must be a JSON object"),
         ({"audio_config": {}, "extra": 1}, "extra"),
     ]:
         with pytest.raises(InputError, match=message):
             read(OFFICIAL_4B | changes)
+
+
+def test_every_gemma_of_transformers_is_named_as_another_model() -> None:
+    auto = pytest.importorskip("transformers.models.auto.configuration_auto")
+    others = {kind for kind in auto.CONFIG_MAPPING_NAMES if "gemma" in kind}
+    others -= {"gemma3", "gemma3_text"}
+    assert {"gemma2", "gemma4", "t5gemma", "paligemma"} <= others
+    for kind in sorted(others):
+        advice = complaint(flat(model_type=kind)).partition("are supported: ")[2]
+        assert "use " in advice, kind
+
+
+@pytest.mark.parametrize("key", ["max_seq_length", "model_max_length"])
+def test_lengths_of_trainers_and_tokenizers_are_no_shapes(key: str) -> None:
+    assert read(flat(**{key: 2048})) == read(flat())
 
 
 def complaint(data: object) -> str:

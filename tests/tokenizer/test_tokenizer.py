@@ -154,11 +154,13 @@ def test_invalid_text_is_an_error(gemma, text):
 
 
 @pytest.mark.parametrize(
-    ("rows", "fits"), [(999, False), (1000, True), (1128, True), (1129, False)]
+    ("rows", "fits"),
+    [(999, False), (1000, True), (1256, True), (1257, True), (2000, True), (2002, False)],
 )
-def test_the_vocabulary_must_fit_the_model(gemma, rows, fits):
+def test_the_vocabulary_must_fit_the_model(gemma, rows, fits, caplog):
     if fits:
         gemma.check_vocab_size(rows)
+        assert ("may generate ids without a token" in caplog.text) == (rows > 1256)
         return
     with pytest.raises(InputError, match=f"1000 tokens, .* {rows}"):
         gemma.check_vocab_size(rows)
