@@ -87,7 +87,9 @@ def count_json_tokens(path: Path) -> int | None:
     tokenizer reports.
     """
     try:
-        found = msgspec.json.decode(read_text(path, limit_bytes=MAX_TOKENIZER_BYTES), type=_Vocabulary)
+        found = msgspec.json.decode(
+            read_text(path, limit_bytes=MAX_TOKENIZER_BYTES), type=_Vocabulary
+        )
     except (InputError, msgspec.DecodeError, RecursionError):
         return None
     ids = {token.content: token.id for token in found.added_tokens} | found.model.vocab
