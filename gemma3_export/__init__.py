@@ -23,7 +23,7 @@ if TYPE_CHECKING:
         export_torchscript,
         open_weights,
     )
-    from gemma3_export.api.model import Chat, Model, TextStream, load
+    from gemma3_export.api.model import Chat, Model, load
     from gemma3_export.api.opening import open_runtime
     from gemma3_export.api.options import GenerateOptions, LoadOptions
     from gemma3_export.api.verification import VerifyRequest, verify
@@ -72,7 +72,7 @@ _HOMES = {
     "Model": "api.model",
     "OnnxOptions": "api.exporting",
     "Pt2Options": "api.exporting",
-    "TextStream": "api.model",
+    "TextStream": "api.stream",
     "Tokenizer": "tokenizer",
     "TorchScriptOptions": "api.exporting",
     "VerifyRequest": "api.verification",

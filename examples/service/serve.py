@@ -33,7 +33,7 @@ MAX_SECONDS = 120
 MAX_WAITING = 8
 READ_TIMEOUT_S = 30  # drops clients that connect and send nothing
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
-KNOWN = ("prompt", "max_new_tokens", *SAMPLING)
+KNOWN = ("prompt", "max_new_tokens", "allow_control_tokens", *SAMPLING)
 
 
 class Engine:
@@ -62,6 +62,8 @@ class Engine:
             raise InputError("prompt must be a string")
         if type(new_tokens) is not int or not 1 <= new_tokens <= MAX_NEW_TOKENS:
             raise InputError(f"max_new_tokens must be from 1 to {MAX_NEW_TOKENS}")
+        # Clients' text is plain text unless they ask: spelled control tokens could end its turn.
+        allows_control = rest.pop("allow_control_tokens", False)
         if unknown := sorted(set(rest) - set(SAMPLING)):
             raise InputError(f"{unknown[0]} is unknown; choose among {', '.join(KNOWN)}")
         with self.turn:
@@ -69,6 +71,7 @@ class Engine:
             (done,) = self.model.start(
                 [prompt],
                 max_new_tokens=new_tokens,
+                allow_control_tokens=allows_control,
                 cancel=lambda: time.monotonic() > deadline,
                 **rest,
             ).collect()

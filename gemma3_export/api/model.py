@@ -14,18 +14,24 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import pairwise
-from numbers import Integral
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TypeGuard, overload
+from typing import Any, Self, overload
 
 import numpy as np
-from numpy.typing import NDArray
 
 from gemma3_export.api.opening import open_runtime
 from gemma3_export.api.options import GenerateOptions, LoadOptions, merged
+from gemma3_export.api.prompts import (
+    Prompt,
+    checked_token_ids,
+    is_conversation,
+    is_one_prompt,
+    resolve_stops,
+    shared_length,
+)
+from gemma3_export.api.stream import TextStream
 from gemma3_export.bundle import Bundle
 from gemma3_export.config import Gemma3Config
 from gemma3_export.errors import InputError
@@ -35,7 +41,6 @@ from gemma3_export.runtimes.generation.loop import (
     Completion,
     Generation,
     GenerationOptions,
-    TokenEvent,
 )
 from gemma3_export.runtimes.generation.loop import generate as start_generation
 from gemma3_export.runtimes.generation.prefix_cache import PrefixCache
@@ -47,72 +52,12 @@ from gemma3_export.runtimes.generation.speculation import (
     relative_cost,
 )
 from gemma3_export.runtimes.protocol import CacheVariants, IntArray, Logits, Runtime
-from gemma3_export.tokenizer import ChatMessage, StreamingDecoder, Tokenizer
+from gemma3_export.tokenizer import ChatMessage, FunctionCall, StreamingDecoder, Tokenizer
 
-__all__ = ["Chat", "Model", "Prompt", "TextStream", "bundle_tokenizer", "load", "shared_length"]
+__all__ = ["Chat", "Model", "bundle_tokenizer", "load"]
 
-Prompt = str | Sequence[int] | IntArray | Sequence[ChatMessage]
 CHAT_CAPACITY = 4096  # tokens that a conversation starts with room for; it doubles as needed
-BINARY = (bytes, bytearray, memoryview)
 FEWEST_SHARED_TOKENS = 16  # fewer are computed sooner than they are copied
-
-
-class TextStream(Iterator[str]):
-    """The text of one generation, piece by piece.
-
-    Iterate it for text as it is certain; ``completion`` is the result so far, complete once the
-    iteration has ended. ``close`` stops early, and so does leaving a ``with`` block.
-
-    Args:
-        generation: the generation of one prompt.
-        on_end: receives the completion when the stream has ended or is closed, or None if it
-            failed.
-    """
-
-    def __init__(
-        self, generation: Generation, on_end: Callable[[Completion | None], None] | None = None
-    ) -> None:
-        self._generation = generation
-        self._on_end = on_end
-        self._ending = threading.Lock()
-
-    def __next__(self) -> str:
-        try:
-            for event in self._generation:
-                if isinstance(event, TokenEvent) and event.text:
-                    return event.text
-        except BaseException:
-            self._end(has_failed=True)
-            raise
-        self._end()
-        raise StopIteration
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Stop generating; ``completion`` keeps the text so far. Any thread may close a stream."""
-        self._generation.close()
-        self._end()
-
-    @property
-    def completion(self) -> Completion:
-        """The result so far; its finish reason is ``cancelled`` until the end."""
-        return self._generation.completions[0]
-
-    def _end(self, has_failed: bool = False) -> None:
-        with self._ending:
-            on_end, self._on_end = self._on_end, None
-        if on_end is not None:
-            on_end(None if has_failed else self.completion)
 
 
 def load(path: Path | str | Bundle, options: LoadOptions | None = None, **changes: Any) -> Model:
@@ -319,8 +264,8 @@ class Model:
             )
         if not (kept_cache is None or isinstance(kept_cache, KeptCache) or callable(kept_cache)):
             raise TypeError(f"kept_cache must be a KeptCache, not {kept_cache!r:.60}")
-        token_ids = [self.encode(prompt) for prompt in prompts]
-        stop_token_ids = self._stop_token_ids(prompts)
+        token_ids = [self.encode(prompt, options) for prompt in prompts]
+        stop_token_ids, stop_texts = self._stops(prompts, options)
         runtime = self._open(self._needs_every_token(token_ids, options))
         draft_tokens = options.prompt_lookup
         if draft_tokens is None:
@@ -333,19 +278,27 @@ class Model:
             GenerationOptions(
                 max_new_tokens=options.max_new_tokens,
                 stop_token_ids=stop_token_ids,
-                stop_texts=options.stop_texts,
+                stop_texts=stop_texts,
                 prefill_chunk=options.prefill_chunk,
                 max_draft_tokens=draft_tokens or MAX_DRAFT_TOKENS,
             ),
-            detokenize=None if tokenizer is None else lambda: StreamingDecoder(tokenizer),
+            detokenize=None
+            if tokenizer is None
+            else lambda: StreamingDecoder(
+                tokenizer, skip_special_tokens=not options.show_special_tokens
+            ),
             drafter=self._drafter(runtime, token_ids, options, draft_tokens),
             prefix_cache=self._prefix_cache(runtime, token_ids, options),
             kept_cache=kept_cache(runtime) if callable(kept_cache) else kept_cache,
             cancel=cancel,
         )
 
-    def encode(self, prompt: Prompt) -> list[int]:
+    def encode(self, prompt: Prompt, options: GenerateOptions | None = None) -> list[int]:
         """Return the token ids of a prompt.
+
+        Args:
+            prompt: a text, token ids, or the messages of a conversation.
+            options: whether a text may spell control tokens, and what goes into a chat template.
 
         Raises:
             InputError: it is no prompt, the bundle has no tokenizer for it, or it cannot be
@@ -358,9 +311,10 @@ class Model:
                 f"{self.bundle.path} has no tokenizer, so it takes no text; give token ids, or "
                 "export it again with a tokenizer"
             )
+        options = options or GenerateOptions()
         if isinstance(prompt, str):
-            return self.tokenizer.encode(prompt)
-        return self.tokenizer.encode_chat(prompt)
+            return self.tokenizer.encode(prompt, allow_control_tokens=options.allow_control_tokens)
+        return self.tokenizer.encode_chat(prompt, options.chat())
 
     def stop_token_ids(self, *, is_chat: bool) -> tuple[int, ...]:
         """Return the tokens that end a generation.
@@ -371,11 +325,14 @@ class Model:
         ends = self.tokenizer.chat.end_token_ids if is_chat and self.tokenizer else ()
         return tuple(dict.fromkeys((*self.config.eos_token_id, *ends)))
 
-    def _stop_token_ids(self, prompts: Sequence[Prompt]) -> tuple[int, ...]:
-        """Return the tokens that end a generation of ``prompts``.
+    def _stops(
+        self, prompts: Sequence[Prompt], options: GenerateOptions
+    ) -> tuple[tuple[int, ...], tuple[str, ...]]:
+        """Return the tokens and the texts that end a generation of ``prompts``.
 
         Raises:
-            InputError: some prompts are conversations, which end with another token than the rest.
+            InputError: some prompts are conversations, which end with another token than the rest;
+                or there is no such token, or a text can never occur.
         """
         kinds = {self.stop_token_ids(is_chat=is_conversation(prompt)) for prompt in prompts}
         if len(kinds) > 1:
@@ -383,7 +340,9 @@ class Model:
                 "conversations end with other tokens than the rest of the prompts; generate them "
                 "in two calls"
             )
-        return kinds.pop() if kinds else ()
+        ends = kinds.pop() if kinds else ()
+        tokens, texts = resolve_stops(options, self.tokenizer, self.config.vocab_size)
+        return tuple(dict.fromkeys((*ends, *tokens))), texts
 
     def _open(self, needs_every_token: bool) -> Runtime:
         """Open the runtime, again if its sliding-window caches evict tokens that are needed."""
@@ -490,6 +449,9 @@ class Chat:
 
     One turn runs at a time; separate conversations of one model may run in separate threads.
 
+    Attributes:
+        messages: the conversation so far.
+
     Args:
         model: answers.
         system: a system message.
@@ -515,9 +477,9 @@ class Chat:
         if system is not None and not isinstance(system, str):
             raise InputError(f"system is {system!r:.60}; it must be a text")
         self.options = merged(GenerateOptions, options, {})
-        self.messages: list[ChatMessage] = []
-        if system is not None:
-            self.messages.append(ChatMessage(role="system", content=system))
+        self._format = model.tokenizer.chat
+        self.messages: list[ChatMessage] = self._format.opening(system, self.options.tools)
+        self._last: Completion | None = None
         self._kept: KeptCache | None = None
         self._turn: weakref.ref[TextStream] | None = None  # the turn that runs, if any
         self._starting = threading.Lock()
@@ -547,13 +509,54 @@ class Chat:
         Raises:
             InputError: as :meth:`send`.
         """
+        return self._start([ChatMessage(role="user", content=text)], changes)
+
+    @property
+    def calls(self) -> list[FunctionCall]:
+        """The function calls of the last answer, to be answered with :meth:`respond`.
+
+        Only FunctionGemma's format is read; for other models, the list is empty.
+
+        Raises:
+            InputError: a call is malformed or incomplete.
+        """
+        return [] if self._last is None else self._format.read_answer(self._last.token_ids)[1]
+
+    def respond(self, *results: object, **changes: Any) -> Completion:
+        """Give the results of the functions that the last answer calls; return the next answer.
+
+        Args:
+            results: one for each of ``calls``, in the same order: a text, a number, or a mapping.
+            changes: fields of :class:`GenerateOptions`, for this turn.
+
+        Raises:
+            InputError: there are more or fewer calls than results; or as :meth:`send`.
+        """
+        calls = self.calls
+        if len(results) != len(calls):
+            raise InputError(
+                f"the last answer calls {len(calls)} functions, and there are {len(results)} "
+                "results; give one for each call"
+            )
+        if not results:
+            raise InputError("the last answer calls no function; send a message instead")
+        messages = [
+            ChatMessage(role="tool", name=call.name, content=result)  # type: ignore[typeddict-item]
+            for call, result in zip(calls, results, strict=True)
+        ]
+        stream = self._start(messages, changes)
+        for _ in stream:
+            pass
+        return stream.completion
+
+    def _start(self, new: list[ChatMessage], changes: dict[str, Any]) -> TextStream:
         with self._starting:
             if self._turn is not None and self._turn() is not None:
                 raise InputError(
                     "another turn of this conversation is running; read its stream to the end or "
                     "close it, and give each thread a chat of its own"
                 )
-            messages = [*self.messages, ChatMessage(role="user", content=text)]
+            messages = [*self.messages, *new]
             generation = self.model.start(
                 [messages],
                 merged(GenerateOptions, self.options, changes),
@@ -566,66 +569,29 @@ class Chat:
     def _append_to(self, messages: list[ChatMessage]) -> Callable[[Completion | None], None]:
         def append(completion: Completion | None) -> None:
             if completion is not None:
-                answer = ChatMessage(role="assistant", content=completion.text)
-                self.messages = [*messages, answer]
+                self.messages = [*messages, self._answer(completion)]
+                self._last = completion
             self._turn = None
 
         return append
+
+    def _answer(self, completion: Completion) -> ChatMessage:
+        """Return an answer as a message; calls that are malformed stay text."""
+        try:
+            text, calls = self._format.read_answer(completion.token_ids)
+        except InputError:
+            calls = []
+        if not calls:
+            return ChatMessage(role="assistant", content=completion.text)
+        message = ChatMessage(role="assistant", tool_calls=[call.to_message() for call in calls])
+        if text.strip():
+            message["content"] = text
+        return message
 
     def _cache(self, runtime: Runtime) -> KeptCache:
         if self._kept is None or not self._kept.belongs_to(runtime):
             self._kept = KeptCache(runtime, capacity=CHAT_CAPACITY)
         return self._kept
-
-
-def is_conversation(prompt: object) -> TypeGuard[Sequence[ChatMessage]]:
-    """Return whether ``prompt`` is a list of chat messages."""
-    is_list = isinstance(prompt, Sequence) and not isinstance(prompt, str | bytes)
-    return is_list and bool(prompt) and isinstance(prompt[0], Mapping)  # type: ignore[index]
-
-
-def is_one_prompt(prompt: object) -> bool:
-    """Return whether ``prompt`` is a text, token ids or a conversation, and not a list of these.
-
-    Raises:
-        InputError: it is none of them.
-    """
-    if isinstance(prompt, str):
-        return True
-    if not len(require_prompt(prompt)):
-        raise InputError("the prompt is empty; give some text, or at least one token id")
-    return isinstance(prompt[0], Integral | Mapping)  # type: ignore[index]
-
-
-def require_prompt(prompt: object) -> Sequence[Any] | NDArray[Any]:
-    """Return ``prompt`` if it can hold token ids, messages or prompts.
-
-    Raises:
-        InputError: it cannot; bytes, for instance, would pass for token ids.
-    """
-    is_list = isinstance(prompt, Sequence) and not isinstance(prompt, BINARY)
-    if not is_list and not (isinstance(prompt, np.ndarray) and prompt.ndim):
-        raise InputError(
-            f"a prompt is a text, a list of token ids or a list of messages, not "
-            f"{type(prompt).__name__}"
-        )
-    return prompt  # type: ignore[return-value]
-
-
-def checked_token_ids(prompt: object) -> list[int]:
-    """Return a prompt of token ids as a list of integers.
-
-    Raises:
-        InputError: it holds something else, even if that could be made an integer.
-    """
-    ids = list(require_prompt(prompt))
-    for token_id in ids:
-        if not isinstance(token_id, Integral) or isinstance(token_id, bool):
-            raise InputError(
-                f"a list of token ids holds {token_id!r:.60}, which is not an integer; to continue "
-                "several prompts, give a list of texts, or a list of lists of token ids"
-            )
-    return list(map(int, ids))
 
 
 def bundle_tokenizer(bundle: Bundle) -> Tokenizer | None:
@@ -645,13 +611,3 @@ def bundle_tokenizer(bundle: Bundle) -> Tokenizer | None:
 def evicts(runtime: Runtime) -> bool:
     """Return whether the runtime's caches let go of tokens outside the sliding window."""
     return isinstance(runtime, CacheVariants) and runtime.uses_sliding_window_cache
-
-
-def shared_length(prompts: Sequence[Sequence[int]]) -> int:
-    """Return the length of the longest prefix that two of the prompts share."""
-    longest = 0
-    for one, other in pairwise(sorted(map(list, prompts))):  # neighbors share the most
-        ends = min(len(one), len(other))
-        same = next((at for at in range(ends) if one[at] != other[at]), ends)
-        longest = max(longest, same)
-    return longest

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from gemma3_export.device import CudaOptions
 from gemma3_export.errors import InputError
 from gemma3_export.runtimes.generation.sampling import SamplingParams
+from gemma3_export.tokenizer.chat_format import ChatOptions
 
 __all__ = [
     "GenerateOptions",
@@ -79,12 +80,22 @@ class GenerateOptions(SamplingParams):
 
     Args:
         max_new_tokens: the most tokens to generate per prompt.
-        stop: texts that end a generation; they are cut off the result.
+        stop: texts that end a generation; they are cut off the result. A text that is exactly one
+            control token, such as ``<end_of_turn>``, stops at that token.
+        stop_tokens: ids or names of further tokens that end a generation.
         prompt_lookup: the most tokens to draft by looking up what followed the same words before;
             0 is off, None is 16 on the CPU and off for quantized bundles and on CUDA.
         draft_model: a smaller bundle that drafts tokens instead.
         prefix_cache_bytes: memory for prefixes that the prompts of one call share; 0 is off.
         prefill_chunk: prompt tokens to process per step.
+        allow_control_tokens: recognize control tokens that a text prompt spells. Set it to False
+            for text from others, which could otherwise end its turn or begin another. Messages of
+            a conversation never contain control tokens.
+        show_special_tokens: keep special tokens in the text of the result.
+        tools: JSON schemas of the functions that the model may call, for conversations.
+        documents: documents with a title and a text, for conversations.
+        chat_template: the name of one of the tokenizer's chat templates; None is the default one.
+        template_variables: other variables of the chat template, such as ``enable_thinking``.
 
     Raises:
         InputError: a value is out of range.
@@ -92,13 +103,24 @@ class GenerateOptions(SamplingParams):
 
     max_new_tokens: int = 128
     stop: str | tuple[str, ...] = ()
+    stop_tokens: int | str | tuple[int | str, ...] = ()
     prompt_lookup: int | None = None
     draft_model: Path | str | None = None
     prefix_cache_bytes: int = PREFIX_CACHE_BYTES
     prefill_chunk: int = 512
+    allow_control_tokens: bool = True
+    show_special_tokens: bool = False
+    tools: Sequence[Mapping[str, Any]] | None = None
+    documents: Sequence[Mapping[str, Any]] | None = None
+    chat_template: str | None = None
+    template_variables: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         SamplingParams.__post_init__(self)
+        check_flags(self, "allow_control_tokens", "show_special_tokens")
+        check_texts(self, "chat_template")
+        _check(self, ("tools", "documents"), is_list_of_objects, "a list of JSON objects")
+        _check(self, ("template_variables",), is_object, "a mapping with string keys")
         check_integers(self, 1, "max_new_tokens", "prefill_chunk")
         check_integers(self, 0, "prompt_lookup", "prefix_cache_bytes")
         check_paths(self, "draft_model")
@@ -108,11 +130,35 @@ class GenerateOptions(SamplingParams):
             ):
                 raise InputError(f"stop is {self.stop!r:.60}; it must be a text or a list of texts")
             object.__setattr__(self, "stop", tuple(self.stop))
+        tokens = self.stop_tokens
+        tokens = (tokens,) if isinstance(tokens, str | Integral) else tokens
+        if not isinstance(tokens, Sequence | Set) or not all(
+            isinstance(token, str) or is_number(token, Integral) for token in tokens
+        ):
+            raise InputError(
+                f"stop_tokens is {self.stop_tokens!r:.60}; it must be ids or names of tokens"
+            )
+        object.__setattr__(self, "stop_tokens", tuple(tokens))
 
     @property
     def stop_texts(self) -> tuple[str, ...]:
         """The stop texts as a tuple."""
         return (self.stop,) if isinstance(self.stop, str) else self.stop
+
+    @property
+    def stop_token_names(self) -> tuple[int | str, ...]:
+        """The stop tokens as a tuple of ids and names."""
+        tokens = self.stop_tokens
+        return (tokens,) if isinstance(tokens, str | int) else tokens
+
+    def chat(self) -> ChatOptions:
+        """Return what goes into a chat template besides the messages."""
+        return ChatOptions(
+            tools=self.tools,
+            documents=self.documents,
+            template=self.chat_template,
+            variables=self.template_variables or {},
+        )
 
     def sampling(self) -> SamplingParams:
         """Return the sampling parameters, with a seed drawn where none was given."""
@@ -214,6 +260,16 @@ def check_cuda(options: object) -> None:
 def is_number(value: object, kind: type) -> bool:
     """Return whether ``value`` is a number of ``kind``; bool, a number to Python, is not."""
     return isinstance(value, kind) and not isinstance(value, bool)
+
+
+def is_object(value: object) -> bool:
+    """Return whether ``value`` is a mapping with string keys."""
+    return isinstance(value, Mapping) and all(isinstance(key, str) for key in value)
+
+
+def is_list_of_objects(value: object) -> bool:
+    """Return whether ``value`` is a list of mappings with string keys."""
+    return isinstance(value, list | tuple) and all(map(is_object, value))
 
 
 def _check(

@@ -22,6 +22,7 @@ Examples:
   gemma3-export generate gemma-3-270m --prompt "The sea is"
   gemma3-export generate gemma-3-270m-it --chat --prompt "Who wrote Faust?" --temperature 0.7
   gemma3-export generate DIR --prompt "One" --prompt "Two" --seed 7 --top-k 64 --json
+  gemma3-export generate functiongemma --chat --tools tools.json --prompt "Weather?" --json
   cat letter.txt | gemma3-export generate DIR --prompt - --stop "Yours"
 """
 
@@ -50,9 +51,28 @@ Examples:
     help="Prompt as token ids, such as 2,651,4864; repeatable.",
 )
 @click.option(
-    "--chat", is_flag=True, help="Treat each prompt as a user message, in Gemma's chat format."
+    "--chat",
+    is_flag=True,
+    help="Treat each prompt as a user message, in the bundle's chat template.",
 )
 @click.option("--system", metavar="TEXT", help="System message (requires --chat).")
+@click.option(
+    "--tools",
+    "tools_path",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="JSON list of schemas of functions that the model may call (requires --chat).",
+)
+@click.option(
+    "--chat-template",
+    metavar="NAME",
+    help="Which of the bundle's chat templates to use (requires --chat).",
+)
+@click.option(
+    "--literal",
+    is_flag=True,
+    help="Treat control tokens that a prompt spells as plain text, as --chat always does.",
+)
 @click.option(
     "--max-new-tokens",
     type=click.IntRange(min=1),
@@ -91,6 +111,14 @@ Examples:
 @click.option(
     "--stop", "stop_texts", multiple=True, metavar="TEXT", help="Stop before this text; repeatable."
 )
+@click.option(
+    "--stop-token",
+    "stop_tokens",
+    multiple=True,
+    metavar="TOKEN",
+    help="Stop at this token, an id or a name such as <end_of_turn>; repeatable.",
+)
+@click.option("--show-special", is_flag=True, help="Print special tokens that are generated.")
 @click.option(
     "--prompt-lookup",
     type=click.IntRange(min=0),
@@ -163,8 +191,13 @@ def generate(
     id_lists: tuple[str, ...],
     chat: bool,
     system: str | None,
+    tools_path: Path | None,
+    chat_template: str | None,
+    literal: bool,
     max_new_tokens: int,
     stop_texts: tuple[str, ...],
+    stop_tokens: tuple[str, ...],
+    show_special: bool,
     prompt_lookup: int | None,
     draft_path: Path | None,
     prefix_cache_bytes: int,
@@ -187,15 +220,20 @@ def generate(
     """
     if not (prompts or prompt_files or id_lists):
         raise click.UsageError("no prompt; give --prompt TEXT, --prompt-file or --prompt-ids")
-    if system is not None and not chat:
-        raise click.UsageError("--system needs --chat")
+    for option, value in (
+        ("--system", system),
+        ("--tools", tools_path),
+        ("--chat-template", chat_template),
+    ):
+        if value is not None and not chat:
+            raise click.UsageError(f"{option} needs --chat")
     if sampling["logprobs"] is not None and not as_json:
         raise click.UsageError("--logprobs needs --json")
 
     from gemma3_export.api.model import Model
     from gemma3_export.api.options import GenerateOptions
     from gemma3_export.cli.generate_output import printer_for
-    from gemma3_export.cli.prompts import read_prompt, read_prompt_file, to_prompts
+    from gemma3_export.cli.prompts import read_prompt, read_prompt_file, read_tools, to_prompts
 
     device, cuda_options = cuda.settle(device, runtime)
     model = Model(
@@ -208,9 +246,15 @@ def generate(
         cuda=cuda_options,
         shares_weights=share_weights,
     )
+    tools = None if tools_path is None else read_tools(tools_path)
     options = GenerateOptions(
         max_new_tokens=max_new_tokens,
         stop=stop_texts,
+        stop_tokens=tuple(int(token) if token.isdecimal() else token for token in stop_tokens),
+        allow_control_tokens=not literal,
+        show_special_tokens=show_special,
+        tools=tools,
+        chat_template=chat_template,
         prompt_lookup=prompt_lookup,
         draft_model=draft_path,
         prefix_cache_bytes=prefix_cache_bytes,
@@ -218,11 +262,12 @@ def generate(
         **sampling,
     )
     texts = [*map(read_prompt, prompts), *map(read_prompt_file, prompt_files)]
-    asked = to_prompts(model.tokenizer, texts, id_lists, chat=chat, system=system)
+    asked = to_prompts(model.tokenizer, texts, id_lists, chat=chat, system=system, tools=tools)
     started = time.perf_counter()
     generation = model.start([prompt.value for prompt in asked], options)
     load_s = time.perf_counter() - started
-    _print_generation(generation, printer_for(asked, model.tokenizer, as_json, load_s))
+    printer = printer_for(asked, model.tokenizer, as_json, load_s, reads_calls=tools is not None)
+    _print_generation(generation, printer)
 
 
 def _print_generation(generation: Generation, printer: Printer) -> None:

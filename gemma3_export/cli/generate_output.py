@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import click
 
 from gemma3_export.cli.prompts import Prompt
+from gemma3_export.errors import InputError
 from gemma3_export.runtimes.generation.loop import Completion, Event, TokenEvent
 from gemma3_export.runtimes.generation.sampling import SampledToken
 from gemma3_export.tokenizer import Tokenizer
@@ -30,11 +31,16 @@ class Printer(Protocol):
 
 
 def printer_for(
-    prompts: Sequence[Prompt], tokenizer: Tokenizer | None, as_json: bool, load_s: float
+    prompts: Sequence[Prompt],
+    tokenizer: Tokenizer | None,
+    as_json: bool,
+    load_s: float,
+    *,
+    reads_calls: bool = False,
 ) -> Printer:
     """Return the printer for ``--json`` or for plain text."""
     if as_json:
-        return JsonPrinter(prompts, tokenizer, load_s)
+        return JsonPrinter(prompts, tokenizer, load_s, reads_calls)
     return TextPrinter(prompts, has_text=tokenizer is not None, load_s=load_s)
 
 
@@ -99,6 +105,7 @@ class JsonPrinter:
     prompts: Sequence[Prompt]
     tokenizer: Tokenizer | None
     load_s: float
+    reads_calls: bool = False
     printed: int = 0
     ended: dict[int, Completion] = field(default_factory=dict)
 
@@ -118,6 +125,8 @@ class JsonPrinter:
         while completion := self.ended.get(self.printed):
             data = completion_to_json(completion, self.prompts[self.printed], self.tokenizer)
             data["timings"]["load_s"] = self.load_s
+            if self.reads_calls and self.tokenizer is not None:
+                data |= calls_to_json(completion, self.tokenizer)
             # ASCII only, so that the output does not depend on the encoding of a terminal or pipe.
             click.echo(json.dumps(data, ensure_ascii=True, allow_nan=False))
             self.printed += 1
@@ -151,6 +160,15 @@ def completion_to_json(
     if any(token.logprob is not None for token in completion.tokens):
         data["logprobs"] = [_logprobs(token, tokenizer) for token in completion.tokens]
     return data
+
+
+def calls_to_json(completion: Completion, tokenizer: Tokenizer) -> dict[str, Any]:
+    """Return the function calls of an answer as JSON data, or why they cannot be read."""
+    try:
+        _, calls = tokenizer.chat.read_answer(completion.token_ids)
+    except InputError as error:
+        return {"function_calls": None, "function_calls_error": str(error)}
+    return {"function_calls": [{"name": c.name, "arguments": c.arguments} for c in calls]}
 
 
 def _logprobs(token: SampledToken, tokenizer: Tokenizer | None) -> dict[str, Any]:

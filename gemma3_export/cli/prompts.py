@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from gemma3_export.errors import InputError
 from gemma3_export.tokenizer import ChatMessage, Tokenizer
 
-__all__ = ["Prompt", "read_prompt", "read_prompt_file", "to_prompts"]
+__all__ = ["Prompt", "read_prompt", "read_prompt_file", "read_tools", "to_prompts"]
 
 STDIN = "-"
 
@@ -30,6 +32,7 @@ def to_prompts(
     *,
     chat: bool,
     system: str | None,
+    tools: Sequence[Mapping[str, Any]] | None = None,
 ) -> list[Prompt]:
     """Return all prompts: first the texts, then the token ids, each in the order given.
 
@@ -46,17 +49,32 @@ def to_prompts(
             )
         if not text.strip():
             raise InputError(f"prompt {number} is empty; pass some text, or --prompt-ids 2")
-        prompts.append(Prompt(text=text, value=conversation(text, system) if chat else text))
+        value: str | list[ChatMessage] = text
+        if chat:
+            opening = tokenizer.chat.opening(system, tools)
+            value = [*opening, ChatMessage(role="user", content=text)]
+        prompts.append(Prompt(text=text, value=value))
     prompts += [Prompt(text=None, value=_parse_ids(ids)) for ids in id_lists]
     return prompts
 
 
-def conversation(text: str, system: str | None) -> list[ChatMessage]:
-    """Return a conversation that starts with the user message ``text``."""
-    messages = [ChatMessage(role="user", content=text)]
-    if system is not None:
-        messages.insert(0, ChatMessage(role="system", content=system))
-    return messages
+def read_tools(path: Path) -> list[dict[str, Any]]:
+    """Return the JSON schemas of functions in a file: a list of objects.
+
+    Raises:
+        InputError: the file cannot be read, or holds something else.
+    """
+    text = read_prompt_file(path)
+    try:
+        tools = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} is not valid JSON: {str(error)[:200]}") from error
+    if not isinstance(tools, list) or not tools or not all(isinstance(t, dict) for t in tools):
+        raise InputError(
+            f"{path} must be a list of JSON schemas of functions, such as "
+            '[{"type": "function", "function": {"name": "now", "parameters": {}}}]'
+        )
+    return tools
 
 
 def read_prompt(text: str) -> str:

@@ -9,6 +9,7 @@ from gemma3_export.tokenizer.chat import (
     check_conversation,
 )
 from gemma3_export.tokenizer.chat_format import ChatFormat, ChatOptions, EncodedChat
+from gemma3_export.tokenizer.function_calls import FunctionCall, parse_function_calls
 from gemma3_export.tokenizer.loading import count_tokens, load_tokenizer
 from gemma3_export.tokenizer.settings import TokenizerSettings
 from gemma3_export.tokenizer.template import ChatTemplate, RenderedChat
@@ -24,6 +25,7 @@ __all__ = [
     "ChatOptions",
     "ChatTemplate",
     "EncodedChat",
+    "FunctionCall",
     "RenderedChat",
     "StreamingDecoder",
     "Tokenizer",
@@ -31,4 +33,5 @@ __all__ = [
     "check_conversation",
     "count_tokens",
     "load_tokenizer",
+    "parse_function_calls",
 ]

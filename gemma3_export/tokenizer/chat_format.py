@@ -23,6 +23,11 @@ from gemma3_export.tokenizer.chat import (
     ChatMessage,
     check_conversation,
 )
+from gemma3_export.tokenizer.function_calls import (
+    CALL_TOKENS,
+    FunctionCall,
+    read_function_calls,
+)
 from gemma3_export.tokenizer.settings import TokenizerSettings
 from gemma3_export.tokenizer.template import (
     ChatTemplate,
@@ -32,10 +37,12 @@ from gemma3_export.tokenizer.template import (
     unused_characters,
 )
 
-__all__ = ["ChatFormat", "ChatOptions", "EncodedChat"]
+__all__ = ["FUNCTION_PROMPT", "ChatFormat", "ChatOptions", "EncodedChat"]
 
 # FunctionGemma stops here, for the program to call the function and write its response.
 FUNCTION_RESPONSE = "<start_function_response>"
+# FunctionGemma was trained to call functions after this text, and answers in prose without it.
+FUNCTION_PROMPT = "You are a model that can do function calling with the following functions"
 PROBE = "Qxzanswerzxq"  # no template's own text
 _IDENTIFIER = re.compile(r"\w+")
 
@@ -84,6 +91,13 @@ class Encoder(Protocol):
     def token_id(self, token: str) -> int | None:
         """Return the id of a token."""
 
+    @property
+    def special_token_ids(self) -> frozenset[int]:
+        """Return the ids that decoding skips."""
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """Return the bytes of a token."""
+
     def token_text(self, token_id: int) -> str:
         """Return the text of a token."""
 
@@ -122,6 +136,45 @@ class ChatFormat:
             except InputError:  # reported when the template is used
                 continue
         return "\0".join(texts)
+
+    @property
+    def calls_functions(self) -> bool:
+        """Whether the model calls functions as FunctionGemma does."""
+        return all(
+            token in self.literals and self._tokenizer.token_id(token) is not None
+            for token in CALL_TOKENS
+        )
+
+    def opening(
+        self, system: str | None, tools: Sequence[Mapping[str, Any]] | None
+    ) -> list[ChatMessage]:
+        """Return what comes before the first user message.
+
+        With tools and without a system message, FunctionGemma needs a certain text.
+        """
+        if system is not None:
+            return [ChatMessage(role="system", content=system)]
+        if tools and self.calls_functions:
+            return [ChatMessage(role="developer", content=FUNCTION_PROMPT)]
+        return []
+
+    def read_answer(self, token_ids: Sequence[int]) -> tuple[str, list[FunctionCall]]:
+        """Return the text of an answer before its function calls, and the calls.
+
+        Args:
+            token_ids: what the model generated, with or without the token that ended it.
+
+        Raises:
+            InputError: a call is malformed or incomplete.
+        """
+        tokenizer = self._tokenizer
+        skipped = {*self.end_token_ids, *tokenizer.special_token_ids}
+        skipped -= {tokenizer.token_id(token) for token in CALL_TOKENS}
+        return read_function_calls(
+            token_ids,
+            tokenizer.token_id,
+            lambda token_id: b"" if token_id in skipped else tokenizer.token_bytes(token_id),
+        )
 
     def template(self, options: ChatOptions | None = None) -> ChatTemplate:
         """Return the template for a conversation.

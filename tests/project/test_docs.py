@@ -15,6 +15,7 @@ import torch
 import gemma3_export
 from gemma3_export.config import config_to_json
 from gemma3_export.reference.loading import load_reference
+from tests.support.chat_templates import chat_bundle
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -106,7 +107,7 @@ GENERATING = [
     (document, block)
     for document in ("README.md", "docs/python.md")
     for block in python_examples(document)
-    if ".load(" in block
+    if ".load(" in block and "functiongemma" not in block
 ]
 
 
@@ -122,6 +123,21 @@ def test_examples_of_generation_run(tiny_bundle, document, code, capsys):
     code = re.sub(r"chat\((system=[^,)]*)\)", r"chat(\1, max_new_tokens=8)", code)
     run_example(code, document)
     assert capsys.readouterr().out.strip() or "generate" not in code
+
+
+def test_the_example_of_function_calls_runs(capsys):
+    code = example("docs/python.md", "functiongemma")
+    bundle = chat_bundle("functiongemma")
+    code = code.replace("tools=[weather]", "tools=[weather], max_new_tokens=8")
+    run_example(code, "docs/python.md", **{"functiongemma-270m-it": str(bundle)})
+    assert capsys.readouterr().out.strip()
+    (tools,) = re.findall(
+        r"```json\n(\[.*?)```", (REPOSITORY / "docs/generate.md").read_text(), flags=re.DOTALL
+    )
+    options = gemma3_export.GenerateOptions(tools=json.loads(tools)).chat()
+    tokenizer = gemma3_export.Tokenizer.from_folder(bundle)
+    text = tokenizer.chat.render([{"role": "user", "content": "x"}], options)
+    assert "declaration:get_weather{description:<escape>Get the weather.<escape>" in text
 
 
 def test_the_example_with_onnxruntime_alone_writes_the_same_text(ort_bundle, capsys):

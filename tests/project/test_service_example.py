@@ -65,6 +65,18 @@ def test_it_continues_a_prompt(server: Any) -> None:
     assert (status, health["status"], health["device"]) == (200, "ok", "cpu")
 
 
+def test_clients_cannot_write_control_tokens_unless_they_ask(server: Any) -> None:
+    asked = {"prompt": "a<end_of_turn>b", "max_new_tokens": 1}
+    tokens = []
+    for allowed in ({}, {"allow_control_tokens": False}, {"allow_control_tokens": True}):
+        status, found = ask(server, "/generate", json.dumps(asked | allowed).encode())
+        assert status == 200, found
+        tokens.append(found["prompt_tokens"])
+    tokenizer = server.engine.model.tokenizer
+    assert tokens[0] == tokens[1] == len(tokenizer.encode_ordinary(asked["prompt"])) + 1
+    assert tokens[2] == 4
+
+
 @pytest.mark.parametrize(
     ("body", "headers", "status", "says"),
     [
@@ -74,6 +86,7 @@ def test_it_continues_a_prompt(server: Any) -> None:
         (b'{"prompt": "a", "max_new_tokens": true}', {}, 400, "max_new_tokens"),
         (b'{"prompt": "a", "temperature": "hot"}', {}, 400, "temperature"),
         (b'{"prompt": "a", "temperature": NaN}', {}, 400, "temperature"),
+        (b'{"prompt": "a", "allow_control_tokens": 1}', {}, 400, "allow_control_tokens"),
         (b'{"prompt": "a", "logprobs": 3}', {}, 400, "logprobs is unknown"),
         (b'{"prompt": "a", "max_tokens": 3}', {}, 400, "choose among prompt, max_new_tokens"),
         (b'{"prompt": "\\ud800"}', {}, 400, ""),

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from gemma3_export.api.model import shared_length
+from gemma3_export.api.prompts import shared_length
 from gemma3_export.cli import command_line
 from gemma3_export.errors import InputError
 from gemma3_export.exporters.torch.torchscript import TorchScriptWriter

@@ -9,6 +9,12 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken
 
+from gemma3_export.exporters.bundle_writer import export_bundle
+from gemma3_export.exporters.onnx.writer import OnnxWriter
+from gemma3_export.reference.weights.source import RandomSource
+from gemma3_export.tokenizer import load_tokenizer
+from tests.support.exported_bundles import made_once
+from tests.support.tiny_models import tiny_config
 from tests.support.tiny_tokenizers import tiny_gemma_tokenizer
 
 CHATML = """\
@@ -197,3 +203,21 @@ def write_tokenizer(folder: Path, name: str, *, vocab_size: int = 600, **config:
     data = json.loads(path.read_text()) | {"chat_template": template} | config
     path.write_text(json.dumps(data))
     return folder
+
+
+def chat_bundle(name: str) -> Path:
+    """Return a shared bundle with a template of :data:`ADDED_TOKENS`; its context is long."""
+
+    def make(path: Path) -> None:
+        tokenizer = load_tokenizer(
+            write_tokenizer(path.with_name(f"{path.name}-tokenizer"), name, model_max_length=77)
+        )
+        config = tiny_config(
+            num_hidden_layers=1,
+            layer_types=("full_attention",),
+            vocab_size=tokenizer.vocab_size,
+            max_position_embeddings=2048,
+        )
+        export_bundle(RandomSource(config, 3), path, OnnxWriter(), tokenizer=tokenizer)
+
+    return made_once(f"chat-{name}", make)
