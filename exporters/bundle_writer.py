@@ -29,6 +29,7 @@ from gemma3_export.bundle import (
 from gemma3_export.bundle.inspection import read_proofs
 from gemma3_export.config import Gemma3Config
 from gemma3_export.errors import Gemma3ExportError, InputError
+from gemma3_export.files import is_file
 from gemma3_export.parity.activation_range import (
     calibration_sequences,
     measure_ranges,
@@ -184,7 +185,7 @@ def extendable_bundle(output: Path, runtime: str, source: WeightSource) -> Bundl
     Raises:
         InputError: the bundle was made from other weights.
     """
-    if not (output / MANIFEST).is_file():
+    if not is_file(output / MANIFEST):
         return None
     bundle = Bundle(output)
     if any(graph.runtime == runtime for graph in bundle.manifest.graphs):

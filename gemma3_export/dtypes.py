@@ -7,11 +7,11 @@ says how matrices are stored, which backends have it, and how far it may be from
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from gemma3_export.errors import InputError
+from gemma3_export.limits import MAX_KLD, check_number
 
 if TYPE_CHECKING:
     import torch
@@ -170,11 +170,8 @@ def require_max_kld(max_kld: float) -> float:
     """Return ``max_kld``, mean nats per token, if it is a possible budget.
 
     Raises:
-        InputError: it is not a positive finite number.
+        InputError: it is not a positive number of at most 100.
     """
-    if not 0 < max_kld < math.inf:
-        raise InputError(
-            f"the divergence budget is {max_kld}; give a positive number of nats per token, "
-            "such as 0.05"
-        )
-    return max_kld
+    return check_number(
+        "max_kld, in nats per token such as 0.05,", max_kld, 0, MAX_KLD, is_open=True
+    )

@@ -9,8 +9,8 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO
 
 from gemma3_export.errors import InputError
 
@@ -34,12 +34,14 @@ KINDS = {
 NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG)
 
 
-def to_path(value: object, what: str = "the path") -> Path:
+def to_path(value: object, what: str = "the path", *, any_bytes: bool = False) -> Path:
     """Return ``value``, a string or a path, as a path.
 
     Args:
         value: what a caller gave.
         what: the name of the argument, for the message.
+        any_bytes: also accept a name that is not UTF-8, which JSON cannot record and the libraries
+            that open weights and graphs reject.
 
     Raises:
         InputError: it is neither, or no file can have this name.
@@ -52,11 +54,13 @@ def to_path(value: object, what: str = "the path") -> Path:
     if not found or "\0" in found:
         raise InputError(f"{what} is {found!r:.60}, which is not a path; give the path of a file")
     try:
-        longest = max(len(name.encode()) for name in found.split("/"))
+        found.encode()
     except UnicodeEncodeError as error:
-        raise InputError(
-            f"{what} {os.fsencode(found)!r:.200} is not UTF-8, so it cannot be recorded; rename it"
-        ) from error
+        if not any_bytes:
+            raise InputError(
+                f"{what} {os.fsencode(found)!r:.200} has a name that is not UTF-8; rename it"
+            ) from error
+    longest = max(len(os.fsencode(name)) for name in found.split("/"))
     if longest > MAX_NAME_BYTES:
         raise InputError(
             f"{what} {found!r:.60} contains a name of {longest} bytes; no file has a name of more "
@@ -91,7 +95,7 @@ def check_regular(path: Path) -> int:
         return os.fstat(file.fileno()).st_size
 
 
-def open_regular(path: Path, *, or_pipe: bool = False) -> BinaryIO:
+def open_regular(path: Path, *, or_pipe: bool = False) -> BufferedReader:
     """Open a regular file for reading.
 
     Args:

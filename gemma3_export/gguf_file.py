@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gemma3_export.errors import InputError, UnavailableError
-from gemma3_export.files import check_regular
+from gemma3_export.files import check_regular, to_path
 
 __all__ = [
     "GgufField",
@@ -190,7 +190,7 @@ def open_gguf(path: str | Path) -> GgufFile:
             version.
         UnavailableError: the package ``gguf`` is not installed.
     """
-    path = Path(path)
+    path = to_path(path)
     part = _open_part(path)
     count = part.value("split.count", 0)
     if not isinstance(count, int) or not 0 <= count <= _MAX_PARTS:

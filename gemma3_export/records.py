@@ -57,7 +57,8 @@ def read_json(path: Path, *, remedy: str) -> Any:
     except RecursionError:
         is_too_deep = True
     except ValueError as error:  # msgspec's errors, and bytes that are not UTF-8
-        raise InputError(f"{path} is damaged: {error}; {remedy}") from error
+        what = re.sub(r" - at `\$.*`$", "", str(error))
+        raise InputError(f"{path} is damaged: {what:.200}; {remedy}") from error
     if is_too_deep:
         raise InputError(
             f"{path} is damaged: it has more than {MAX_DEPTH} levels of nesting; {remedy}"

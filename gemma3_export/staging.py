@@ -15,7 +15,6 @@ import ctypes
 import errno
 import fcntl
 import fnmatch
-import json
 import logging
 import os
 import shutil
@@ -24,9 +23,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from gemma3_export.errors import Gemma3ExportError, InputError
+from gemma3_export.files import is_file
+from gemma3_export.records import read_json
 
 __all__ = [
     "check_disk_space",
+    "check_writable",
     "exclusive",
     "publish",
     "refuse_existing",
@@ -138,8 +140,8 @@ def _foreign_files(folder: Path) -> list[str]:
     """Return the files of ``folder`` that no command of this program writes."""
     found = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
     if MANIFEST in found:
-        with suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
-            manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        with suppress(InputError, TypeError, KeyError):
+            manifest = read_json(folder / MANIFEST, remedy="delete it")
             if "format_version" in manifest:
                 own = {MANIFEST, "parity.json", *manifest["files"]}
                 return sorted(name for name in found if name not in own)
@@ -324,9 +326,11 @@ def write_text_atomically(path: Path, text: str) -> None:
     """Write ``text`` to ``path`` in UTF-8, replacing the file atomically.
 
     Raises:
+        InputError: something is there that is not a regular file, such as a device.
         Gemma3ExportError: the file cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.partial")
+    _check_replaceable(path)
+    temporary = _partial(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_text(text, encoding="utf-8")
@@ -337,3 +341,40 @@ def write_text_atomically(path: Path, text: str) -> None:
         ) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def check_writable(path: Path) -> None:
+    """Check that :func:`write_text_atomically` can write ``path``, before work that takes long.
+
+    Nothing is left behind.
+
+    Raises:
+        InputError: it cannot; the message says why.
+    """
+    _check_replaceable(path)
+    parents = [folder for folder in (path.parent, *path.parent.parents) if not folder.exists()]
+    probe = _partial(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+    except OSError as error:
+        raise InputError(
+            f"cannot write {path}: {error.strerror or error}; choose another place for it"
+        ) from error
+    finally:
+        with suppress(OSError):
+            probe.unlink()
+        for folder in parents:
+            with suppress(OSError):
+                folder.rmdir()
+
+
+def _partial(path: Path) -> Path:
+    """Return the temporary sibling of a file; its name is not longer than one may be."""
+    return path.with_name(f".{path.name[:60]}.partial")
+
+
+def _check_replaceable(path: Path) -> None:
+    """Reject a folder, and a device such as /dev/stdout, which a rename would replace."""
+    if path.exists() and not is_file(path):
+        raise InputError(f"{path} exists and is not a regular file; choose another place")

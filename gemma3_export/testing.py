@@ -13,7 +13,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gemma3_export.staging import write_text_atomically
+from gemma3_export.bundle import Bundle
+from gemma3_export.files import to_path
+from gemma3_export.staging import check_writable, write_text_atomically
 
 if TYPE_CHECKING:
     from gemma3_export.parity import ParityReport
@@ -22,19 +24,19 @@ __all__ = ["assert_parity"]
 
 
 def assert_parity(
-    bundle: Path | str,
+    bundle: Bundle | Path | str,
     *,
     runtime: str = "onnx",
     weights: Path | str | None = None,
     against: str | None = None,
     device: str = "cpu",
     seed: int = 0,
-    reports: Path | None = None,
+    reports: Path | str | None = None,
 ) -> ParityReport:
     """Fail unless a bundle computes what the reference computes.
 
     Args:
-        bundle: the bundle's folder.
+        bundle: an opened bundle, or its folder.
         runtime: ``onnx`` or ``torchscript``.
         weights: the weights that it should have; None takes those in the bundle.
         against: another bundle, ``transformers`` or a Hugging Face folder, in place of the
@@ -53,6 +55,12 @@ def assert_parity(
     from gemma3_export.api.verification import verify
     from gemma3_export.parity import render_html, render_junit, render_terminal
 
+    files = []
+    if reports is not None:
+        folder = to_path(reports, "reports")
+        files = [folder / f"parity.{suffix}" for suffix in ("json", "xml", "html")]
+    for file in files:
+        check_writable(file)
     report = verify(
         bundle,
         runtime=runtime,
@@ -61,10 +69,11 @@ def assert_parity(
         device=device,
         seed=seed,
     )
-    if reports is not None:
-        write_text_atomically(reports / "parity.json", report.to_json())
-        write_text_atomically(reports / "parity.xml", render_junit(report))
-        write_text_atomically(reports / "parity.html", render_html(report))
+    if files:
+        texts = (report.to_json(), render_junit(report), render_html(report))
+        for file, text in zip(files, texts, strict=True):
+            write_text_atomically(file, text)
     if not report.passed:
-        raise AssertionError(f"{bundle} is not exact:\n{render_terminal(report)}")
+        place = bundle.path if isinstance(bundle, Bundle) else bundle
+        raise AssertionError(f"{place} is not exact:\n{render_terminal(report)}")
     return report

@@ -54,6 +54,7 @@ from gemma3_export.exporters.quantize.quantizers import (
     RoundToNearest,
     matrix_names,
 )
+from gemma3_export.files import is_file
 from gemma3_export.parity.options import HalfPrecision
 from gemma3_export.progress import Progress
 from gemma3_export.reference.weights import WeightSource
@@ -317,7 +318,7 @@ def write_sliding_window_graph(
 def tokenizer_in(folder: Path) -> Tokenizer | None:
     """Return the tokenizer that was saved to a bundle, if any."""
     path = folder / TOKENIZER_NAME
-    return load_tokenizer(path) if path.is_file() else None
+    return load_tokenizer(path) if is_file(path) else None
 
 
 def stored_bytes(recipes: Mapping[str, WeightRecipe], config: Gemma3Config, dtype: DType) -> int:

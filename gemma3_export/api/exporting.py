@@ -9,24 +9,24 @@ Importing this module imports nothing heavy; calling it needs the extra ``export
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gemma3_export.api.options import (
+    check_budget,
     check_callables,
     check_flags,
     check_integers,
-    check_numbers,
     check_paths,
     check_texts,
-    is_number,
     merged,
 )
 from gemma3_export.api.verification import ParityCheck, opened_weights, require_packages
 from gemma3_export.errors import InputError
+from gemma3_export.files import to_path
+from gemma3_export.limits import check_threads, is_number, shown
 from gemma3_export.tokenizer import Tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ class ExportOptions:
     def __post_init__(self) -> None:
         check_texts(self, "dtype")
         check_flags(self, "verify", "force")
-        check_integers(self, 1, "threads")
+        check_threads(self.threads)
         check_callables(self, "progress")
         if not isinstance(self.tokenizer, Tokenizer | Path | str | None):
             raise InputError(
@@ -111,7 +111,7 @@ class OnnxOptions(ExportOptions):
         ExportOptions.__post_init__(self)
         check_texts(self, "target", "activations", "rounding")
         check_integers(self, 1, "block_size")
-        check_numbers(self, "max_kld")
+        check_budget(self)
         check_paths(self, "calibration")
         check_flags(self, "screen")
 
@@ -134,7 +134,7 @@ class TorchScriptOptions(ExportOptions):
         ExportOptions.__post_init__(self)
         check_flags(self, "prepack")
         check_integers(self, 1, "block_size")
-        check_numbers(self, "max_kld")
+        check_budget(self)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -173,11 +173,11 @@ def open_weights(
         if not isinstance(value, str | None):
             raise TypeError(f"{name} is a string, not {value!r:.60}")
     if random_seed is not None and not is_number(random_seed, Integral):
-        raise TypeError(f"random_seed is an integer, not {random_seed!r:.60}")
+        raise TypeError(f"random_seed is an integer, not {shown(random_seed)}")
     return open_source(
-        None if spec is None else os.fspath(spec),
+        None if spec is None else str(to_path(spec, "the weights")),
         size=size,
-        config_path=None if config_path is None else Path(config_path),
+        config_path=None if config_path is None else to_path(config_path, "config_path"),
         revision=revision,
         token=token,
         random_seed=random_seed,
@@ -217,7 +217,7 @@ def export_onnx(
         block_size=chosen.block_size,
         max_kld=chosen.max_kld,
         calibration=CalibrationOptions(
-            file=None if chosen.calibration is None else Path(chosen.calibration)
+            file=None if chosen.calibration is None else to_path(chosen.calibration)
         ),
         rounding=chosen.rounding,
         screen=chosen.screen,
@@ -298,7 +298,7 @@ def _export(
     ):
         return export_bundle(
             source,
-            Path(output),
+            to_path(output, "output"),
             writer,
             tokenizer=tokenizer,
             force=options.force,

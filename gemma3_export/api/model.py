@@ -35,6 +35,7 @@ from gemma3_export.api.stream import TextStream
 from gemma3_export.bundle import Bundle
 from gemma3_export.config import Gemma3Config
 from gemma3_export.errors import InputError
+from gemma3_export.files import is_file
 from gemma3_export.runtimes.generation.kept_cache import KeptCache
 from gemma3_export.runtimes.generation.loop import (
     Cancel,
@@ -97,7 +98,7 @@ class Model:
         self, path: Path | str | Bundle, options: LoadOptions | None = None, **changes: Any
     ) -> None:
         self.options = merged(LoadOptions, options, changes)
-        self.bundle = path if isinstance(path, Bundle) else Bundle(Path(path))
+        self.bundle = path if isinstance(path, Bundle) else Bundle(path)
         if self.options.check:
             self.bundle.check_files()
         self.tokenizer = bundle_tokenizer(self.bundle)
@@ -601,7 +602,7 @@ def bundle_tokenizer(bundle: Bundle) -> Tokenizer | None:
         InputError: it is damaged, or belongs to another model.
     """
     path = bundle.file("tokenizer.json")
-    if not path.is_file():
+    if not is_file(path):
         return None
     tokenizer = Tokenizer.from_file(path)
     tokenizer.check_vocab_size(bundle.config.vocab_size)

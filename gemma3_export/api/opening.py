@@ -57,7 +57,7 @@ def open_runtime(
         shares_weights=shares_weights,
     )
     if not isinstance(bundle, Bundle):
-        bundle = Bundle(Path(bundle))
+        bundle = Bundle(bundle)
     if runtime == "onnx":
         from gemma3_export.runtimes.onnx.runtime import OnnxRuntime
 

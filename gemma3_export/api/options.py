@@ -6,23 +6,24 @@ import difflib
 import secrets
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, fields, replace
-from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, TypeVar
 
 from gemma3_export.device import CudaOptions
+from gemma3_export.dtypes import require_max_kld
 from gemma3_export.errors import InputError
+from gemma3_export.limits import MAX_COUNT, MAX_SIZE_BYTES, check_integer, check_threads, shown
 from gemma3_export.runtimes.generation.sampling import SamplingParams
 from gemma3_export.tokenizer.chat_format import ChatOptions
 
 __all__ = [
     "GenerateOptions",
     "LoadOptions",
+    "check_budget",
     "check_callables",
     "check_cuda",
     "check_flags",
     "check_integers",
-    "check_numbers",
     "check_paths",
     "check_texts",
     "merged",
@@ -63,8 +64,8 @@ class LoadOptions:
 
     def __post_init__(self) -> None:
         check_texts(self, "runtime", "device")
-        check_integers(self, 1, "threads")
-        check_integers(self, 0, "kept_prefix_bytes")
+        check_threads(self.threads)
+        check_integers(self, 0, "kept_prefix_bytes", most=MAX_SIZE_BYTES)
         check_flags(self, "trust", "check", "sliding_window_cache", "shares_weights")
         check_cuda(self)
         if self.kept_prefix_bytes and self.sliding_window_cache:
@@ -122,7 +123,8 @@ class GenerateOptions(SamplingParams):
         _check(self, ("tools", "documents"), is_list_of_objects, "a list of JSON objects")
         _check(self, ("template_variables",), is_object, "a mapping with string keys")
         check_integers(self, 1, "max_new_tokens", "prefill_chunk")
-        check_integers(self, 0, "prompt_lookup", "prefix_cache_bytes")
+        check_integers(self, 0, "prompt_lookup")
+        check_integers(self, 0, "prefix_cache_bytes", most=MAX_SIZE_BYTES)
         check_paths(self, "draft_model")
         if not isinstance(self.stop, str):
             if not isinstance(self.stop, Sequence | Set) or not all(
@@ -191,25 +193,26 @@ def merged(kind: type[Options], options: Options | None, changes: Mapping[str, A
     return replace(kind() if options is None else options, **changes)  # type: ignore[type-var]
 
 
-def check_integers(options: object, least: int, *names: str) -> None:
-    """Check that fields are integers of at least ``least``.
+def check_integers(options: object, least: int, *names: str, most: int = MAX_COUNT) -> None:
+    """Check that fields are integers from ``least`` to ``most``.
 
     Here and below, None passes if it is the field's default.
 
     Raises:
         InputError: one is not.
     """
-    words = f"an integer of at least {least}"
-    _check(options, names, lambda value: is_number(value, Integral) and value >= least, words)
+    for name in _given(options, names):
+        check_integer(name, getattr(options, name), least, most)
 
 
-def check_numbers(options: object, *names: str) -> None:
-    """Check that fields are numbers.
+def check_budget(options: object) -> None:
+    """Check the field ``max_kld``, a divergence in nats per token.
 
     Raises:
-        InputError: one is not.
+        InputError: it is not a positive number of at most 100.
     """
-    _check(options, names, lambda value: is_number(value, Real), "a number")
+    for name in _given(options, ("max_kld",)):
+        require_max_kld(getattr(options, name))
 
 
 def check_flags(options: object, *names: str) -> None:
@@ -257,11 +260,6 @@ def check_cuda(options: object) -> None:
     _check(options, ("cuda",), lambda value: isinstance(value, CudaOptions), "CudaOptions")
 
 
-def is_number(value: object, kind: type) -> bool:
-    """Return whether ``value`` is a number of ``kind``; bool, a number to Python, is not."""
-    return isinstance(value, kind) and not isinstance(value, bool)
-
-
 def is_object(value: object) -> bool:
     """Return whether ``value`` is a mapping with string keys."""
     return isinstance(value, Mapping) and all(isinstance(key, str) for key in value)
@@ -275,8 +273,14 @@ def is_list_of_objects(value: object) -> bool:
 def _check(
     options: object, names: Sequence[str], is_legal: Callable[[Any], bool], words: str
 ) -> None:
+    for name in _given(options, names):
+        if not is_legal(value := getattr(options, name)):
+            raise InputError(f"{name} is {shown(value)}; it must be {words}")
+
+
+def _given(options: object, names: Sequence[str]) -> list[str]:
+    """Return the names of fields that are not None by default and None now."""
     defaults = {field.name: field.default for field in fields(options)}  # type: ignore[arg-type]
-    for name in names:
-        value = getattr(options, name)
-        if not (value is None and defaults[name] is None) and not is_legal(value):
-            raise InputError(f"{name} is {value!r:.60}; it must be {words}")
+    return [
+        name for name in names if not (getattr(options, name) is None and defaults[name] is None)
+    ]

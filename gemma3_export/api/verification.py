@@ -19,16 +19,18 @@ from typing import TYPE_CHECKING, Any
 from gemma3_export.api.model import bundle_tokenizer
 from gemma3_export.api.opening import open_runtime
 from gemma3_export.api.options import (
+    check_budget,
     check_callables,
     check_cuda,
     check_integers,
-    check_numbers,
     check_paths,
     check_texts,
     merged,
 )
 from gemma3_export.bundle import MANIFEST, RUNTIMES, Bundle
 from gemma3_export.errors import InputError, ParityError, UnavailableError
+from gemma3_export.files import is_file, to_path
+from gemma3_export.limits import MAX_SEED, check_threads
 
 if TYPE_CHECKING:
     from gemma3_export.device import CudaOptions
@@ -77,9 +79,9 @@ class VerifyRequest:
 
     def __post_init__(self) -> None:
         check_texts(self, "runtime", "device")
-        check_integers(self, 1, "threads")
-        check_integers(self, 0, "seed")
-        check_numbers(self, "max_kld")
+        check_threads(self.threads)
+        check_integers(self, 0, "seed", most=MAX_SEED)
+        check_budget(self)
         check_paths(self, "against")
         check_callables(self, "progress")
         check_cuda(self)
@@ -111,7 +113,7 @@ def verify(
 
     request = merged(VerifyRequest, request, changes)
     if not isinstance(bundle, Bundle):
-        bundle = Bundle(Path(bundle))
+        bundle = Bundle(bundle)
     budget = bundle.max_kld(request.runtime) if request.max_kld is None else request.max_kld
     options = VerifyOptions.for_budget(budget, seed=request.seed)
     request = replace(request, threads=threads_for(bundle.config, request.threads))
@@ -255,8 +257,8 @@ def open_baseline(
         InputError: it is neither a bundle nor a Hugging Face folder.
         UnavailableError: transformers is not installed.
     """
-    folder = Path(against)
-    if (folder / MANIFEST).is_file():
+    folder = to_path(against, "against")
+    if is_file(folder / MANIFEST):
         other = Bundle(folder)
         other.check_files()
         return open_runtime(
@@ -268,7 +270,7 @@ def open_baseline(
         )
     from gemma3_export.parity.transformers_runtime import TransformersRuntime
 
-    if (folder / "config.json").is_file():
+    if is_file(folder / "config.json"):
         return TransformersRuntime(folder)
     if against != TRANSFORMERS:
         raise InputError(

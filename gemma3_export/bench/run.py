@@ -31,10 +31,12 @@ from gemma3_export.bundle import RUNTIMES, Bundle
 from gemma3_export.config import Gemma3Config
 from gemma3_export.device import CudaOptions
 from gemma3_export.errors import InputError, UnavailableError
+from gemma3_export.limits import check_integer, check_threads
 
 __all__ = ["BenchmarkOptions", "run_benchmark"]
 
 WARM_UP_TOKENS = 2
+MAX_BATCH = 4096
 PACKAGES = {  # what a candidate needs, and how to install it
     "onnx": (("onnxruntime",), 'pip install "gemma3-export[cpu]"'),
     "torchscript": (("torch",), 'pip install "gemma3-export[export]"'),
@@ -67,11 +69,13 @@ class BenchmarkOptions:
     weights: str | None = None  # full precision; adds every candidate's divergence from it
 
     def __post_init__(self) -> None:
-        for name in ("prompt_tokens", "new_tokens", "batch", "repeat", "threads"):
-            value = getattr(self, name)
-            for number in value if isinstance(value, tuple) else (value,):
-                if number is not None and number < 1:
-                    raise InputError(f"{name} is {number}; it must be at least 1")
+        check_threads(self.threads)
+        check_integer("new_tokens", self.new_tokens)
+        check_integer("repeat", self.repeat)
+        for number in self.prompt_tokens:
+            check_integer("prompt_tokens", number)
+        for number in self.batch:
+            check_integer("batch", number, 1, MAX_BATCH)
         if self.runtime not in RUNTIMES:
             raise InputError(f"unknown runtime {self.runtime!r}; choose {', '.join(RUNTIMES)}")
         for spec in self.against:

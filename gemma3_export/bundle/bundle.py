@@ -26,6 +26,7 @@ from gemma3_export.bundle.signature import Signature
 from gemma3_export.config import CONFIG_NAME, Gemma3Config, load_config
 from gemma3_export.dtypes import DEFAULT_MAX_KLD
 from gemma3_export.errors import InputError
+from gemma3_export.files import is_file, to_path
 
 __all__ = ["Bundle"]
 
@@ -37,10 +38,10 @@ class Bundle:
         InputError: the folder is not a bundle, or is damaged or of a newer version.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.manifest = read_manifest(path)
-        self.config: Gemma3Config = load_config(path / CONFIG_NAME)
+    def __init__(self, path: Path | str) -> None:
+        self.path = to_path(path, "the bundle")
+        self.manifest = read_manifest(self.path)
+        self.config: Gemma3Config = load_config(self.path / CONFIG_NAME)
 
     def graph(self, runtime: str) -> Graph:
         """Return the graph for ``runtime``.
@@ -140,7 +141,7 @@ class Bundle:
 
 
 def _file_problem(path: Path, record: FileRecord, *, in_full: bool) -> str | None:
-    if not path.is_file():
+    if not is_file(path):
         return "missing"
     size = path.stat().st_size
     if size != record.size_bytes:

@@ -17,7 +17,7 @@ from typing import Any, Literal, get_args
 from gemma3_export.bundle.block_format import BlockFormat
 from gemma3_export.dtypes import DEFAULT_MAX_KLD, DType
 from gemma3_export.errors import InputError
-from gemma3_export.files import is_file, to_path
+from gemma3_export.files import is_file, open_regular, to_path
 from gemma3_export.records import Count, read_record
 from gemma3_export.staging import write_text_atomically
 
@@ -128,7 +128,7 @@ def write_manifest(path: Path, manifest: Manifest, hashes: Mapping[str, str]) ->
 
 def sha256_of(path: Path) -> str:
     """Return the hexadecimal SHA-256 of a file."""
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

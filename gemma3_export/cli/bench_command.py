@@ -10,7 +10,7 @@ import click
 
 from gemma3_export.bench.peers import BUILT_IN_PEERS, DEFAULT_FOLDER, ENGINES
 from gemma3_export.bundle import RUNTIMES
-from gemma3_export.cli.options import CudaRequest, cuda_options
+from gemma3_export.cli.options import PATH, THREADS, CudaRequest, cuda_options, integer
 
 __all__ = ["bench"]
 
@@ -35,10 +35,10 @@ model. The second line lists engines with their own environments; set them up fr
 
 
 @click.command(epilog=EPILOG)
-@click.argument("bundle_path", metavar="DIR", type=click.Path(path_type=Path))
+@click.argument("bundle_path", metavar="DIR", type=PATH)
 @click.option(
     "--prompt-tokens",
-    type=click.IntRange(min=1),
+    type=integer(),
     multiple=True,
     default=(512,),
     show_default=True,
@@ -47,7 +47,7 @@ model. The second line lists engines with their own environments; set them up fr
 )
 @click.option(
     "--new-tokens",
-    type=click.IntRange(min=1),
+    type=integer(),
     default=64,
     show_default=True,
     metavar="N",
@@ -55,7 +55,7 @@ model. The second line lists engines with their own environments; set them up fr
 )
 @click.option(
     "--batch",
-    type=click.IntRange(min=1),
+    type=integer(),
     multiple=True,
     default=(1,),
     show_default=True,
@@ -64,7 +64,7 @@ model. The second line lists engines with their own environments; set them up fr
 )
 @click.option(
     "--threads",
-    type=click.IntRange(min=1),
+    type=THREADS,
     metavar="N",
     help="Intra-op threads (default: all cores).",
 )
@@ -79,7 +79,7 @@ model. The second line lists engines with their own environments; set them up fr
 @cuda_options
 @click.option(
     "--repeat",
-    type=click.IntRange(min=1),
+    type=integer(),
     default=3,
     show_default=True,
     metavar="N",
@@ -93,7 +93,7 @@ model. The second line lists engines with their own environments; set them up fr
 )
 @click.option(
     "--peers",
-    type=click.Path(path_type=Path),
+    type=PATH,
     default=DEFAULT_FOLDER,
     show_default=True,
     help="Folder of the peers that `python -m benchmarks.peers` has set up.",
@@ -104,10 +104,8 @@ model. The second line lists engines with their own environments; set them up fr
     help="Full-precision weights. Adds each candidate's divergence from them.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the report as one JSON object.")
-@click.option(
-    "--report", type=click.Path(path_type=Path), help="Also write that JSON object to a file."
-)
-@click.option("--plot", type=click.Path(path_type=Path), help="Plot the speeds as an SVG image.")
+@click.option("--report", type=PATH, help="Also write that JSON object to a file.")
+@click.option("--plot", type=PATH, help="Plot the speeds as an SVG image.")
 def bench(
     bundle_path: Path,
     cuda: CudaRequest,
@@ -125,8 +123,11 @@ def bench(
     """
     from gemma3_export.bench.report import table_lines
     from gemma3_export.bench.run import BenchmarkOptions, run_benchmark
-    from gemma3_export.staging import write_text_atomically
+    from gemma3_export.staging import check_writable, write_text_atomically
 
+    for file in (report, plot):
+        if file is not None:
+            check_writable(file)
     options["device"], options["cuda"] = cuda.settle(options["device"], options["runtime"])
     found = run_benchmark(bundle_path, BenchmarkOptions(**options))
     text = json.dumps(found, indent=1)

@@ -6,14 +6,17 @@ import errno
 import importlib
 import importlib.util
 import io
+import os
 import sys
 import traceback
-from typing import NoReturn
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NoReturn
 
 import click
 
 from gemma3_export import __version__
-from gemma3_export.errors import Gemma3ExportError
+from gemma3_export.errors import Gemma3ExportError, InputError
 from gemma3_export.signals import install_signal_handlers, interrupt_exit_code
 
 __all__ = ["command_line", "main"]
@@ -34,6 +37,7 @@ COMMANDS = (
     "to-hf",
 )
 MAX_MESSAGE_CHARACTERS = 3000
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 EPILOG = """\b
 Exit codes: 0 success, 1 failure (including failed parity), 2 invalid usage or input,
 3 could not run (missing package, device or network), 130 interrupted, 143 terminated.
@@ -72,16 +76,20 @@ class CommandLine(click.Group):
         except KeyboardInterrupt as interruption:
             click.echo("interrupted", err=True)
             ctx.exit(interrupt_exit_code(interruption))
-        except MemoryError:
+        except (OSError, MemoryError) as error:
+            if isinstance(error, OSError) and error.errno == errno.EPIPE:
+                _discard_stdout()  # the reader (head, less) has exited, which is not an error
+                ctx.exit(1)
             if ctx.params.get("debug"):
                 traceback.print_exc()
-            click.echo("error: out of memory; use a smaller model or a machine with more", err=True)
-            ctx.exit(1)
+            ctx.exit(_explain(error))
+
+    def main(self, *arguments: Any, **options: Any) -> Any:
+        """Run the command line; also explain an error while help is printed."""
+        try:
+            return super().main(*arguments, **options)
         except OSError as error:
-            if error.errno != errno.EPIPE:
-                raise
-            _discard_stdout()  # the reader (head, less) has exited, which is not an error
-            ctx.exit(1)
+            sys.exit(_explain(error))
 
 
 def _one_line(message: str) -> str:
@@ -107,9 +115,38 @@ def _identifier(name: str) -> str:
     return name.replace("-", "_")
 
 
+def _explain(error: OSError | MemoryError) -> int:
+    """Print an error of the system that no command expects, and return the exit code."""
+    if isinstance(error, MemoryError):
+        what, remedy, code = "out of memory", "use a smaller model or a machine with more", 1
+    elif error.filename is None:  # a stream
+        _discard_stdout()
+        what, remedy, code = "cannot write the output", "check where it goes", 1
+    else:
+        what, remedy = f"cannot use {error.filename}", "check its path, permissions and disk"
+        code = 1 if error.errno in DISK_ERRORS else InputError.exit_code
+    with suppress(OSError):  # stderr may be full too
+        click.echo(f"error: {what}: {getattr(error, 'strerror', '') or error}; {remedy}", err=True)
+    return code
+
+
 def _discard_stdout() -> None:
     """Keep Python from flushing into the broken pipe again at exit."""
     sys.stdout = io.StringIO()
+
+
+def _open_missing_streams() -> None:
+    """Open stdin, stdout and stderr if they are closed, so that no other file takes their place.
+
+    Writing to such a stdout fails; a stderr that nobody wants is not an error.
+    """
+    for descriptor, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            found = os.open(os.devnull, os.O_WRONLY if name == "stderr" else os.O_RDONLY)
+            assert found == descriptor  # the lowest that is free
+            setattr(sys, name, os.fdopen(descriptor, mode, encoding="utf-8", closefd=False))
 
 
 @click.group(
@@ -121,6 +158,12 @@ def _discard_stdout() -> None:
 @click.option("--debug", is_flag=True, help="Show the traceback of errors.")
 def command_line(debug: bool) -> None:
     """Export Gemma 3 to ONNX or TorchScript, prove the export, and generate text from it."""
+    try:
+        Path.cwd()
+    except OSError as error:
+        raise InputError(
+            "the current folder has been deleted; change to one that exists and try again"
+        ) from error
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             # A terminal without UTF-8 shows a replacement character instead of raising an error.
@@ -129,6 +172,7 @@ def command_line(debug: bool) -> None:
 
 def main() -> NoReturn:
     """Run ``gemma3-export`` or ``python -m gemma3_export``."""
+    _open_missing_streams()
     install_signal_handlers()
     command_line(prog_name="gemma3-export")
     raise AssertionError("click ends the process")

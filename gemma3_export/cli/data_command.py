@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
+from gemma3_export.cli.options import PATH, TEXT_PATH, Number, integer
+from gemma3_export.limits import BELOW_1, check_number
 from gemma3_export.progress import ProgressBars
 
 if TYPE_CHECKING:
@@ -26,7 +29,7 @@ Examples:
 
 
 @click.command(epilog=EPILOG)
-@click.argument("paths", nargs=-1, metavar="[TEXT]...", type=click.Path(path_type=Path))
+@click.argument("paths", nargs=-1, metavar="[TEXT]...", type=TEXT_PATH)
 @click.option(
     "--dataset",
     is_flag=False,
@@ -37,7 +40,7 @@ Examples:
 @click.option("--column", default="text", show_default=True, help="Text column of the dataset.")
 @click.option(
     "--limit",
-    type=click.IntRange(min=1),
+    type=integer(),
     metavar="N",
     help="Use only the first N rows of each split.",
 )
@@ -50,21 +53,19 @@ Examples:
 )
 @click.option(
     "--vocab-size",
-    type=click.IntRange(min=1),
+    type=integer(),
     metavar="N",
     help="Vocabulary size of the small BPE tokenizer [default: 2048].",
 )
 @click.option(
     "--validation-fraction",
-    type=float,
+    type=Number(float, partial(check_number, "it", least=0, most=BELOW_1)),
     default=0.05,
     show_default=True,
     metavar="F",
     help="Fraction of the text held out for validation.",
 )
-@click.option(
-    "-o", "--output", type=click.Path(path_type=Path), required=True, help="Folder to create."
-)
+@click.option("-o", "--output", type=PATH, required=True, help="Folder to create.")
 @click.option("--force", is_flag=True, help="Replace an existing folder that gemma3-export made.")
 def data(
     paths: tuple[Path, ...],

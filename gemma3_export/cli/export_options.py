@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import click
 
-from gemma3_export.cli.options import threads_option
+from gemma3_export.cli.options import PATH, SEED, threads_option
 from gemma3_export.config import TOKENIZER_NAME
+from gemma3_export.files import is_file
 from gemma3_export.progress import Progress, ProgressBars
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ EXPORT_OPTIONS = (
     click.option(
         "--config",
         "config_path",
-        type=click.Path(path_type=Path),
+        type=PATH,
         help="config.json to use instead of the one that comes with the weights.",
     ),
     click.option("--revision", help="Branch, tag or commit of a Hub repository."),
@@ -74,7 +75,7 @@ EXPORT_OPTIONS = (
         "--hf-token", metavar="TOKEN", help="Hub access token (default: HF_TOKEN or login)."
     ),
     click.option(
-        "--random-weights", type=int, metavar="SEED", help="Random weights for --size or --config."
+        "--random-weights", type=SEED, metavar="SEED", help="Random weights for --size or --config."
     ),
     click.option(
         "--tokenizer",
@@ -86,7 +87,7 @@ EXPORT_OPTIONS = (
     click.option(
         "-o",
         "--output",
-        type=click.Path(path_type=Path),
+        type=PATH,
         required=True,
         help="Folder to create, or a bundle of the same weights to add this format to.",
     ),
@@ -158,7 +159,7 @@ def refuse_early(output: Path, runtime: str, *, force: bool) -> None:
     from gemma3_export.bundle import MANIFEST, Bundle
     from gemma3_export.staging import refuse_existing
 
-    if not force and (output / MANIFEST).is_file():
+    if not force and is_file(output / MANIFEST):
         runtimes = [graph.runtime for graph in Bundle(output).manifest.graphs]
         if runtime not in runtimes:
             return
@@ -183,7 +184,7 @@ def print_summary(result: ExportResult, runtime: str, description: str) -> None:
             "parity: NOT CHECKED (--no-verify). Nothing proves that this bundle computes what the "
             f"model computes; to check it: gemma3-export verify {path}{suffix}"
         )
-    if (path / TOKENIZER_NAME).is_file():
+    if is_file(path / TOKENIZER_NAME):
         click.echo(f'next: gemma3-export generate {path}{suffix} --prompt "The sea is"')
     else:
         click.echo("no tokenizer came with the weights; --tokenizer adds one, or give token ids")

@@ -9,7 +9,17 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from gemma3_export.bundle import RUNTIMES
-from gemma3_export.cli.options import CudaRequest, cache_size, cuda_options
+from gemma3_export.cli.options import (
+    PATH,
+    REAL,
+    TEXT_PATH,
+    THREADS,
+    WHOLE,
+    CudaRequest,
+    cache_size,
+    cuda_options,
+    integer,
+)
 
 if TYPE_CHECKING:
     from gemma3_export.cli.generate_output import Printer
@@ -28,7 +38,7 @@ Examples:
 
 
 @click.command(epilog=EPILOG)
-@click.argument("bundle_path", metavar="DIR", type=click.Path(path_type=Path))
+@click.argument("bundle_path", metavar="DIR", type=PATH)
 @click.option(
     "--prompt",
     "prompts",
@@ -40,7 +50,7 @@ Examples:
     "--prompt-file",
     "prompt_files",
     multiple=True,
-    type=click.Path(path_type=Path),
+    type=TEXT_PATH,
     help="UTF-8 file that holds one prompt; repeatable.",
 )
 @click.option(
@@ -75,36 +85,36 @@ Examples:
 )
 @click.option(
     "--max-new-tokens",
-    type=click.IntRange(min=1),
+    type=integer(),
     default=128,
     show_default=True,
     metavar="N",
     help="Most tokens to generate per prompt.",
 )
-@click.option("--temperature", type=float, metavar="T", help="0 is greedy decoding, the default.")
-@click.option("--top-k", type=int, metavar="K", help="Sample from the K most likely tokens.")
+@click.option("--temperature", type=REAL, metavar="T", help="0 is greedy decoding, the default.")
+@click.option("--top-k", type=WHOLE, metavar="K", help="Sample from the K most likely tokens.")
 @click.option(
     "--top-p",
-    type=float,
+    type=REAL,
     metavar="P",
     help="Sample from the most likely tokens whose probabilities add up to P.",
 )
 @click.option(
     "--min-p",
-    type=float,
+    type=REAL,
     metavar="P",
     help="Drop tokens less likely than P times the most likely one.",
 )
 @click.option(
     "--repetition-penalty",
-    type=float,
+    type=REAL,
     default=1.0,
     metavar="R",
     help="Penalize tokens that occurred before; 1 is off.",
 )
 @click.option(
     "--seed",
-    type=int,
+    type=WHOLE,
     metavar="N",
     help="The same seed gives the same text. --json reports it; null for greedy.",
 )
@@ -121,7 +131,7 @@ Examples:
 @click.option("--show-special", is_flag=True, help="Print special tokens that are generated.")
 @click.option(
     "--prompt-lookup",
-    type=click.IntRange(min=0),
+    type=integer(0),
     metavar="N",
     help="Draft up to N tokens by looking up what followed the same words before; 0 is off. "
     "[default: 16; 0 for quantized bundles and on CUDA]",
@@ -129,7 +139,7 @@ Examples:
 @click.option(
     "--draft-model",
     "draft_path",
-    type=click.Path(path_type=Path),
+    type=PATH,
     metavar="DIR",
     help="Draft with this smaller bundle instead.",
 )
@@ -144,7 +154,7 @@ Examples:
 )
 @click.option(
     "--prefill-chunk",
-    type=click.IntRange(min=1),
+    type=integer(),
     default=512,
     show_default=True,
     metavar="N",
@@ -159,7 +169,7 @@ Examples:
     show_default=True,
     help="Which of the bundle's exports to run.",
 )
-@click.option("--threads", type=click.IntRange(min=1), metavar="N", help="Intra-op threads.")
+@click.option("--threads", type=THREADS, metavar="N", help="Intra-op threads.")
 @click.option(
     "--share-weights",
     is_flag=True,
@@ -177,7 +187,7 @@ Examples:
 )
 @click.option(
     "--logprobs",
-    type=int,
+    type=WHOLE,
     metavar="N",
     help="With --json: report the N most likely tokens at each position.",
 )

@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from gemma3_export.cli.options import PATH
 from gemma3_export.errors import Gemma3ExportError
 
 __all__ = ["inspect"]
@@ -23,7 +24,7 @@ Examples:
 
 
 @click.command(epilog=EPILOG)
-@click.argument("bundle_path", metavar="DIR", type=click.Path(path_type=Path))
+@click.argument("bundle_path", metavar="DIR", type=PATH)
 @click.option("--json", "as_json", is_flag=True, help="Print everything as one JSON object.")
 @click.option("--check", is_flag=True, help="Verify the SHA-256 of every file.")
 @click.option(
@@ -33,7 +34,7 @@ Examples:
 )
 @click.option(
     "--cuda-python",
-    type=click.Path(path_type=Path),
+    type=PATH,
     help="Interpreter with onnxruntime-gpu, for --cuda-placement (default: this one).",
 )
 def inspect(

@@ -6,26 +6,113 @@ import functools
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 from click.core import ParameterSource
 
+from gemma3_export.dtypes import require_max_kld
+from gemma3_export.errors import InputError
+from gemma3_export.files import to_path
+from gemma3_export.limits import (
+    MAX_COUNT,
+    MAX_SEED,
+    MAX_SIZE_BYTES,
+    check_integer,
+    check_threads,
+    shown,
+)
+
 if TYPE_CHECKING:
     from gemma3_export.device import CudaOptions
 
 __all__ = [
+    "BUDGET",
+    "PATH",
+    "REAL",
+    "SEED",
+    "TEXT_PATH",
+    "THREADS",
+    "WHOLE",
     "CudaRequest",
+    "Number",
     "cache_size",
     "cuda_options",
+    "integer",
     "memory_size",
     "refuse_if_given",
     "threads_option",
 ]
 
+
+class Number(click.ParamType):  # type: ignore[type-arg]  # not generic before click 8.2
+    """A number that a function of ``limits.py`` accepts.
+
+    Args:
+        kind: int or float.
+        check: raises InputError for a number that is out of range; its message is shown. None
+            leaves the range to the Python API.
+    """
+
+    def __init__(
+        self, kind: type[int] | type[float], check: Callable[[Any], object] | None = None
+    ) -> None:
+        self.name = "integer" if kind is int else "float"
+        self._kind, self._check = kind, check
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> int | float:
+        """Return ``value`` as a number."""
+        try:
+            number = self._kind(value)
+        except (ValueError, OverflowError):  # not a number, or more digits than Python reads
+            self.fail(f"{shown(value)} is not {WORDS[self._kind]}", param, ctx)
+        try:
+            if self._check is not None:
+                self._check(number)
+        except InputError as error:
+            self.fail(str(error), param, ctx)
+        return number
+
+
+class FilePath(click.ParamType):  # type: ignore[type-arg]
+    """A path that a file can have: see :func:`gemma3_export.files.to_path`.
+
+    Args:
+        any_bytes: also accept a name that is not UTF-8.
+    """
+
+    name = "path"
+
+    def __init__(self, *, any_bytes: bool = False) -> None:
+        self._any_bytes = any_bytes
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        """Return ``value`` as a path."""
+        try:
+            return to_path(value, any_bytes=self._any_bytes)
+        except InputError as error:
+            self.fail(str(error), param, ctx)
+
+
+def integer(least: int = 1, most: int = MAX_COUNT) -> Number:
+    """Return the type of integers from ``least`` to ``most``."""
+    return Number(int, partial(check_integer, "it", least=least, most=most))
+
+
+WORDS: dict[type, str] = {int: "a whole number", float: "a number"}
+THREADS = Number(int, check_threads)
+WHOLE, REAL = Number(int), Number(float)
+SEED = integer(0, MAX_SEED)
+PATH, TEXT_PATH = FilePath(), FilePath(any_bytes=True)
+BUDGET = Number(float, require_max_kld)
+
 threads_option = click.option(
     "--threads",
-    type=click.IntRange(min=1),
+    type=THREADS,
     metavar="N",
     help="Intra-op threads of torch and ONNX Runtime [default: all cores; 1 for models with fewer "
     "than 20M parameters].",
@@ -57,11 +144,14 @@ def memory_size(text: str) -> int:
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", text, re.IGNORECASE)
     if match is None or match[2].lower() not in UNITS:
-        raise click.BadParameter(f"{text!r} is not a size; give one such as 8GB, 512MiB or 1000000")
-    size = int(float(match[1]) * UNITS[match[2].lower()])
-    if size < 1:
-        raise click.BadParameter(f"{text!r} is less than a byte; give a size such as 8GB")
-    return size
+        raise click.BadParameter(
+            f"{shown(text)} is not a size; give one such as 8GB, 512MiB or 1000000"
+        )
+    size = float(match[1]) * UNITS[match[2].lower()]
+    if not 1 <= size <= MAX_SIZE_BYTES:
+        what = "less than a byte" if size < 1 else "more than any memory"
+        raise click.BadParameter(f"{shown(text)} is {what}; give a size such as 8GB")
+    return int(size)
 
 
 def cache_size(text: str) -> int:

@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from gemma3_export.errors import InputError
+from gemma3_export.files import read_bytes
 from gemma3_export.tokenizer import ChatMessage, Tokenizer
 
 __all__ = ["Prompt", "read_prompt", "read_prompt_file", "read_tools", "to_prompts"]
 
 STDIN = "-"
+MAX_PROMPT_BYTES = 64 * 2**20
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -83,7 +85,12 @@ def read_prompt(text: str) -> str:
     Raises:
         InputError: the input is not UTF-8.
     """
-    return _decode(sys.stdin.buffer.read(), "standard input") if text == STDIN else text
+    if text != STDIN:
+        return text
+    data = sys.stdin.buffer.read(MAX_PROMPT_BYTES + 1)
+    if len(data) > MAX_PROMPT_BYTES:
+        raise InputError(f"standard input is larger than {MAX_PROMPT_BYTES} bytes; shorten it")
+    return _decode(data, "standard input")
 
 
 def read_prompt_file(path: Path) -> str:
@@ -94,13 +101,7 @@ def read_prompt_file(path: Path) -> str:
     """
     if str(path) == STDIN:
         return read_prompt(STDIN)
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise InputError(
-            f"cannot read the prompt file: {error}; check its path and permissions"
-        ) from error
-    return _decode(data, str(path))
+    return _decode(read_bytes(path, limit_bytes=MAX_PROMPT_BYTES, or_pipe=True), str(path))
 
 
 def _decode(data: bytes, where: str) -> str:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from gemma3_export.cli.options import PATH
 from gemma3_export.dtypes import FLOAT_DTYPES
 from gemma3_export.progress import ProgressBars
 
@@ -28,7 +29,7 @@ Examples:
 @click.option(
     "--config",
     "config_path",
-    type=click.Path(path_type=Path),
+    type=PATH,
     help="config.json to use instead of the one next to the weights.",
 )
 @click.option("--revision", help="Branch, tag or commit of a Hub repository.")
@@ -44,9 +45,7 @@ Examples:
     type=click.Choice(FLOAT_DTYPES),
     help="Dtype to store [default: that of the weights].",
 )
-@click.option(
-    "-o", "--output", type=click.Path(path_type=Path), required=True, help="Folder to create."
-)
+@click.option("-o", "--output", type=PATH, required=True, help="Folder to create.")
 @click.option("--force", is_flag=True, help="Replace an existing folder that gemma3-export made.")
 def to_hf(
     weights: str,

@@ -7,7 +7,7 @@ from functools import partial
 import click
 
 from gemma3_export.cli.export_options import ExportOptions, export_options, run_export
-from gemma3_export.cli.options import refuse_if_given
+from gemma3_export.cli.options import BUDGET, refuse_if_given
 from gemma3_export.dtypes import dtype_choices
 
 __all__ = ["torchscript"]
@@ -40,7 +40,7 @@ Examples:
 )
 @click.option(
     "--max-kld",
-    type=click.FloatRange(min=0, min_open=True),
+    type=BUDGET,
     help="Fail if the mean KL divergence from full precision exceeds this many nats per token. "
     "The limits for greedy agreement and perplexity are derived from it [default: 0.01].",
 )

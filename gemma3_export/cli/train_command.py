@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 
+from gemma3_export.cli.options import PATH, REAL, WHOLE
 from gemma3_export.errors import UnavailableError
 from gemma3_export.reference.training.options import PRECISIONS, SHARDINGS, TrainOptions
 
@@ -27,39 +28,39 @@ Examples:
   gemma3-export onnx --weights run -o bundle
 """
 OPTIONS: tuple[tuple[str, Any, str], ...] = (
-    ("--steps", int, "Optimizer steps."),
-    ("--batch-size", int, "Sequences per micro-batch and process."),
-    ("--context-length", int, "Tokens per sequence."),
-    ("--accumulation", int, "Micro-batches per optimizer step."),
+    ("--steps", WHOLE, "Optimizer steps."),
+    ("--batch-size", WHOLE, "Sequences per micro-batch and process."),
+    ("--context-length", WHOLE, "Tokens per sequence."),
+    ("--accumulation", WHOLE, "Micro-batches per optimizer step."),
     (
         "--learning-rate",
-        float,
+        REAL,
         "Peak learning rate [default: 1e-3; 6e-3 for size demo; 2e-5 with --weights].",
     ),
     (
         "--min-learning-rate",
-        float,
+        REAL,
         "Final value of the cosine schedule [default: a tenth of the peak].",
     ),
-    ("--warmup-steps", int, "Linear warm-up steps."),
-    ("--beta1", float, "AdamW beta1."),
-    ("--beta2", float, "AdamW beta2."),
-    ("--epsilon", float, "AdamW epsilon."),
-    ("--weight-decay", float, "Weight decay of matrices; norms are not decayed."),
-    ("--clip-norm", float, "Maximum gradient norm; 0 disables clipping."),
+    ("--warmup-steps", WHOLE, "Linear warm-up steps."),
+    ("--beta1", REAL, "AdamW beta1."),
+    ("--beta2", REAL, "AdamW beta2."),
+    ("--epsilon", REAL, "AdamW epsilon."),
+    ("--weight-decay", REAL, "Weight decay of matrices; norms are not decayed."),
+    ("--clip-norm", REAL, "Maximum gradient norm; 0 disables clipping."),
     ("--precision", click.Choice(PRECISIONS), "Dtype of the computation; weights stay in float32."),
     ("--gradient-checkpointing", bool, "Recompute layers in the backward pass to save memory."),
     ("--compile", bool, "Use torch.compile."),
-    ("--loss-chunk-tokens", int, "Tokens whose logits are held in memory at once."),
-    ("--eval-interval", int, "Steps between evaluations."),
-    ("--eval-batches", int, "Batches per evaluation."),
-    ("--sample-interval", int, "Steps between text samples; 0 disables them."),
+    ("--loss-chunk-tokens", WHOLE, "Tokens whose logits are held in memory at once."),
+    ("--eval-interval", WHOLE, "Steps between evaluations."),
+    ("--eval-batches", WHOLE, "Batches per evaluation."),
+    ("--sample-interval", WHOLE, "Steps between text samples; 0 disables them."),
     ("--sample-prompt", str, "Prompt of the text samples."),
-    ("--sample-tokens", int, "Tokens per text sample."),
-    ("--checkpoint-interval", int, "Steps between checkpoints."),
-    ("--keep-checkpoints", int, "Number of checkpoints to keep."),
-    ("--log-interval", int, "Steps between log entries."),
-    ("--seed", int, "Seed of weights and data order."),
+    ("--sample-tokens", WHOLE, "Tokens per text sample."),
+    ("--checkpoint-interval", WHOLE, "Steps between checkpoints."),
+    ("--keep-checkpoints", WHOLE, "Number of checkpoints to keep."),
+    ("--log-interval", WHOLE, "Steps between log entries."),
+    ("--seed", WHOLE, "Seed of weights and data order."),
     ("--device", str, "auto, cpu, cuda or cuda:N."),
     (
         "--sharding",
@@ -85,18 +86,16 @@ def train_options(command: Callable[..., None]) -> Callable[..., None]:
 
 
 @click.command(epilog=EPILOG)
-@click.argument("data_path", metavar="[DATA]", required=False, type=click.Path(path_type=Path))
-@click.option(
-    "-o", "--output", "run", type=click.Path(path_type=Path), help="Run folder to create."
-)
-@click.option("--resume", type=click.Path(path_type=Path), metavar="RUN", help="Continue a run.")
+@click.argument("data_path", metavar="[DATA]", required=False, type=PATH)
+@click.option("-o", "--output", "run", type=PATH, help="Run folder to create.")
+@click.option("--resume", type=PATH, metavar="RUN", help="Continue a run.")
 @click.option(
     "--size", metavar="S", help="Train from scratch: demo, or a published size such as 270m."
 )
 @click.option(
     "--config",
     "config_path",
-    type=click.Path(path_type=Path),
+    type=PATH,
     help="Train from scratch with this config.json.",
 )
 @click.option("--weights", metavar="SRC", help="Fine-tune these weights, in any supported format.")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from gemma3_export.bundle import RUNTIMES
-from gemma3_export.cli.options import CudaRequest, cuda_options, threads_option
+from gemma3_export.cli.options import PATH, SEED, CudaRequest, cuda_options, threads_option
 from gemma3_export.progress import ProgressBars
 
 if TYPE_CHECKING:
@@ -25,11 +25,10 @@ Examples:
   gemma3-export verify gemma-3-270m --runtime torchscript --against onnx
   gemma3-export verify portable-export --against ort-export --junit parity.xml
 """
-file_option = click.Path(path_type=Path, dir_okay=False)
 
 
 @click.command(epilog=EPILOG)
-@click.argument("bundle_path", metavar="DIR", type=click.Path(path_type=Path))
+@click.argument("bundle_path", metavar="DIR", type=PATH)
 @click.option(
     "--runtime",
     type=click.Choice(RUNTIMES),
@@ -46,11 +45,11 @@ file_option = click.Path(path_type=Path, dir_okay=False)
     help="Compare with another runtime of this bundle, another bundle, transformers or a Hugging "
     "Face folder.",
 )
-@click.option("--report", "report_file", type=file_option, help="Write the report as JSON.")
-@click.option("--junit", "junit_file", type=file_option, help="Write the report as JUnit XML.")
-@click.option("--html", "html_file", type=file_option, help="Write the report as an HTML page.")
+@click.option("--report", "report_file", type=PATH, help="Write the report as JSON.")
+@click.option("--junit", "junit_file", type=PATH, help="Write the report as JUnit XML.")
+@click.option("--html", "html_file", type=PATH, help="Write the report as an HTML page.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the random tokens.")
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Seed of the random tokens.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 @cuda_options
 @threads_option
@@ -82,6 +81,7 @@ def verify(
     from gemma3_export.bundle import Bundle
 
     bundle = Bundle(bundle_path)
+    _check_files(report_file, junit_file, html_file)
     device, allowed = cuda.settle(device, runtime)
     with ProgressBars() as progress:
         report = verify_parity(
@@ -99,6 +99,22 @@ def verify(
     _print_report(report, as_json=as_json)
     if not report.passed:
         raise click.exceptions.Exit(FAILED)
+
+
+def _check_files(*files: Path | None) -> None:
+    """Check the places of the reports before the proof, which takes long.
+
+    Raises:
+        click.UsageError: two reports would get the same file.
+        InputError: one cannot be written.
+    """
+    from gemma3_export.staging import check_writable
+
+    given = [file.resolve() for file in files if file is not None]
+    if len(set(given)) < len(given):
+        raise click.UsageError("each of --report, --junit and --html needs a file of its own")
+    for file in given:
+        check_writable(file)
 
 
 def _write_reports(

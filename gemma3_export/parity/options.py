@@ -12,6 +12,7 @@ import torch
 from gemma3_export.config import Gemma3Config
 from gemma3_export.dtypes import require_max_kld, torch_dtype
 from gemma3_export.errors import InputError
+from gemma3_export.limits import MAX_SEED, check_integer, check_threads
 from gemma3_export.runtimes.protocol import RuntimeInfo
 
 __all__ = [
@@ -63,11 +64,9 @@ class VerifyOptions:
         )
 
     def __post_init__(self) -> None:
-        if not 0 <= self.seed < 2**63:
-            raise InputError(f"the parity seed is {self.seed}; it must be within 0 and 2^63")
+        check_integer("seed", self.seed, 0, MAX_SEED)
         for name in ("decode_steps", "prompt_tokens"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} is {getattr(self, name)}; it must be at least 1")
+            check_integer(name, getattr(self, name))
         if not self.factor >= 1:
             raise InputError(f"the parity factor is {self.factor}; it must be at least 1")
 
@@ -113,10 +112,9 @@ def threads_for(config: Gemma3Config, threads: int | None) -> int | None:
             (again None).
 
     Raises:
-        InputError: ``threads`` is less than 1.
+        InputError: ``threads`` is less than 1, or more than a few times the processors.
     """
-    if threads is not None and threads < 1:
-        raise InputError(f"threads is {threads}; give at least 1")
+    check_threads(threads)
     if threads is None and config.num_parameters < SMALL_PARAMETERS:
         return 1
     return threads

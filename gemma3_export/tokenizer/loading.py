@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from gemma3_export.files import to_path
 from gemma3_export.tokenizer.settings import settings_from_gguf
 from gemma3_export.tokenizer.tokenizer import Tokenizer
+from gemma3_export.tokenizer.tokenizer_json import library_errors
 
 __all__ = ["count_tokens", "load_tokenizer"]
 
@@ -26,8 +28,9 @@ def load_tokenizer(path: Path | str) -> Tokenizer:
     if str(path).startswith(TIKTOKEN_PREFIX):
         from gemma3_export.tokenizer.tiktoken_tokenizer import load_tiktoken
 
-        return load_tiktoken(str(path).removeprefix(TIKTOKEN_PREFIX))
-    path = Path(path)
+        with library_errors(f"{path} cannot be converted"):
+            return load_tiktoken(str(path).removeprefix(TIKTOKEN_PREFIX))
+    path = to_path(path, "the tokenizer")
     if path.is_dir():
         return Tokenizer.from_folder(path)
     if path.suffix.lower() != ".gguf":
@@ -36,8 +39,9 @@ def load_tokenizer(path: Path | str) -> Tokenizer:
     from gemma3_export.gguf_file import open_gguf
     from gemma3_export.tokenizer.gguf_tokenizer import tokenizer_from_gguf
 
-    reader = open_gguf(path)
-    return tokenizer_from_gguf(reader).with_settings(settings_from_gguf(reader))
+    with library_errors(f"the tokenizer of {path} cannot be used"):
+        reader = open_gguf(path)
+        return tokenizer_from_gguf(reader).with_settings(settings_from_gguf(reader))
 
 
 def count_tokens(path: Path) -> int | None:

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 from gemma3_export.config import TOKENIZER_CONFIG_NAME, load_json_object
 from gemma3_export.errors import InputError
+from gemma3_export.files import read_text
 
 __all__ = [
     "ADDITIONAL_TEMPLATES",
@@ -186,16 +187,7 @@ def _read_templates(folder: Path, configured: object, where: str) -> dict[str, s
 
 
 def _read_template(path: Path) -> str:
-    try:
-        with path.open("rb") as file:
-            data = file.read(MAX_TEMPLATE_BYTES + 1)
-        text = data.decode("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read the chat template {path}: {error}") from error
-    if len(data) > MAX_TEMPLATE_BYTES:
-        raise InputError(
-            f"{path} is larger than {MAX_TEMPLATE_BYTES:,} bytes; use another template"
-        )
+    text = read_text(path, limit_bytes=MAX_TEMPLATE_BYTES)
     # Python's text files, which transformers reads, have no other line ends.
     return text.replace("\r\n", "\n").replace("\r", "\n")
 

@@ -20,6 +20,7 @@ import tokenizers
 
 from gemma3_export.config import TOKENIZER_CONFIG_NAME, TOKENIZER_NAME
 from gemma3_export.errors import InputError
+from gemma3_export.files import is_file, to_path
 from gemma3_export.tokenizer.chat import (
     CHAT_TEMPLATE,
     CONTROL_TOKENS,
@@ -33,7 +34,11 @@ from gemma3_export.tokenizer.settings import (
     TokenizerSettings,
     settings_from_folder,
 )
-from gemma3_export.tokenizer.tokenizer_json import IMAGE_PLACEHOLDER, read_tokenizer_json
+from gemma3_export.tokenizer.tokenizer_json import (
+    IMAGE_PLACEHOLDER,
+    library_errors,
+    read_tokenizer_json,
+)
 
 __all__ = [
     "StreamingDecoder",
@@ -73,6 +78,10 @@ class Tokenizer:
     def __init__(
         self, backend: tokenizers.Tokenizer, settings: TokenizerSettings | None = None
     ) -> None:
+        with library_errors("the tokenizer cannot be used"):
+            self._prepare(backend, settings)
+
+    def _prepare(self, backend: tokenizers.Tokenizer, settings: TokenizerSettings | None) -> None:
         backend.no_truncation()
         backend.no_padding()
         if getattr(backend.model, "dropout", None):
@@ -102,7 +111,7 @@ class Tokenizer:
         Raises:
             InputError: a file is missing, truncated, or not a Gemma or GPT-2 style tokenizer.
         """
-        path = Path(path)
+        path = to_path(path, "the tokenizer")
         return cls(read_tokenizer_json(path), settings_from_folder(path.parent))
 
     @classmethod
@@ -112,11 +121,11 @@ class Tokenizer:
         Raises:
             InputError: see :meth:`from_file`.
         """
-        folder = Path(folder)
+        folder = to_path(folder, "the folder of the tokenizer")
         path = folder / TOKENIZER_NAME
-        if not path.is_file():
+        if not is_file(path):
             hint = ""
-            if (folder / "tokenizer.model").is_file():
+            if is_file(folder / "tokenizer.model"):
                 hint = "; tokenizer.model (SentencePiece) is not supported, download tokenizer.json"
             raise InputError(f"{folder} has no tokenizer.json{hint}")
         return cls.from_file(path)
@@ -203,12 +212,8 @@ class Tokenizer:
         Raises:
             InputError: a text is not a string of Unicode characters.
         """
-        try:
+        with library_errors("the texts cannot be encoded"):
             encodings = self._ordinary.encode_batch_fast(list(texts), add_special_tokens=False)
-        except (TypeError, UnicodeEncodeError) as error:
-            raise InputError(
-                f"the texts cannot be encoded: {error}; they must be strings of Unicode characters"
-            ) from error
         return [list(encoding.ids) for encoding in encodings]
 
     def encode_chat(
@@ -473,13 +478,9 @@ def _encode(backend: tokenizers.Tokenizer, text: str) -> list[int]:
 
 
 def _encoding(backend: tokenizers.Tokenizer, text: str) -> tokenizers.Encoding:
-    try:
+    start = text[:60] if isinstance(text, str) else text
+    with library_errors(f"the text {start!r:.60} cannot be encoded"):
         return backend.encode(text, add_special_tokens=False)
-    except (TypeError, UnicodeEncodeError) as error:
-        raise InputError(
-            f"the text {text!r:.60} cannot be encoded; it must be a string of Unicode characters "
-            "without lone surrogates"
-        ) from error
 
 
 def has_byte_level_decoder(backend: tokenizers.Tokenizer) -> bool:

@@ -9,18 +9,21 @@ compared with the file afterwards.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import tokenizers
 
-from gemma3_export.errors import InputError
+from gemma3_export.errors import Gemma3ExportError, InputError
 from gemma3_export.files import read_text
 
 __all__ = [
     "IMAGE_PLACEHOLDER",
     "count_json_tokens",
+    "library_errors",
     "parse_tokenizer_json",
     "read_tokenizer_json",
 ]
@@ -29,6 +32,26 @@ __all__ = [
 # added tokens with higher ids.
 IMAGE_PLACEHOLDER = "<image_soft_token>"
 MAX_TOKENIZER_BYTES = 2**28  # Gemma's has 33 MB
+
+
+@contextmanager
+def library_errors(what: str) -> Iterator[None]:
+    """Turn every error of the tokenizers library into an InputError that says ``what`` failed.
+
+    The library raises Exception for most invalid input, and a Rust panic, which is not even an
+    Exception, for some.
+    """
+    try:
+        yield
+    except (Gemma3ExportError, MemoryError, KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except (TypeError, UnicodeEncodeError) as error:
+        raise InputError(
+            f"{what}: {error}; text must be a string of Unicode characters without lone surrogates"
+        ) from error
+    except BaseException as error:
+        message = " ".join(str(error).split())
+        raise InputError(f"{what}: {message:.200}; get the tokenizer of the model again") from error
 
 
 def read_tokenizer_json(path: Path) -> tokenizers.Tokenizer:
@@ -53,15 +76,9 @@ def parse_tokenizer_json(text: str) -> tokenizers.Tokenizer:
     Raises:
         InputError: ``text`` is not a tokenizer, or an added token cannot keep its id.
     """
-    try:
+    with library_errors("is not a valid tokenizer.json"):
         text, kept = _with_added_tokens(text)
         backend = tokenizers.Tokenizer.from_str(text)
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    # The library raises Exception for most invalid files, and a Rust panic, which is not even an
-    # Exception, for some.
-    except BaseException as error:
-        raise InputError(f"is not a valid tokenizer.json ({error}); download it again") from error
     _check_ids(backend, kept)
     return backend
 

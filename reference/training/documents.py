@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from gemma3_export.errors import InputError, UnavailableError
+from gemma3_export.files import check_regular, read_text, to_path
 
 __all__ = [
     "TINY_STORIES",
@@ -32,6 +33,7 @@ Split = Literal["train", "validation"]
 
 TINY_STORIES = "roneneldan/TinyStories"
 PIECE_CHARACTERS = 2**14
+MAX_FILE_BYTES = 2**32  # a file is held in memory
 TEXT_SUFFIXES = frozenset(
     {
         *(".c", ".cpp", ".css", ".go", ".h", ".html", ".java", ".js", ".json", ".jsonl", ".md"),
@@ -78,12 +80,14 @@ class LocalFiles:
     In a folder, only files with the suffix of a text format count, in sorted order.
 
     Raises:
-        InputError: a path does not exist, a given file is empty, or there is no text at all.
+        InputError: a path does not exist, a file is not a regular file or not readable, a given
+            file is empty, or there is no text at all.
     """
 
-    def __init__(self, paths: Sequence[Path]) -> None:
-        self.files = [file for path in paths for file in _files_of(path)]
-        sizes = [file.stat().st_size for file in self.files]
+    def __init__(self, paths: Sequence[Path | str]) -> None:
+        given = [to_path(path, "the text", any_bytes=True) for path in paths]
+        self.files = [file for path in given for file in _files_of(path)]
+        sizes = [check_regular(file) for file in self.files]
         if not any(sizes):
             shown = ", ".join(map(str, paths))
             raise InputError(
@@ -98,7 +102,7 @@ class LocalFiles:
         digest = hashlib.sha256()
         for file in self.files:
             status = file.stat()
-            digest.update(f"{file}\0{status.st_size}\0{status.st_mtime_ns}\0".encode())
+            digest.update(os.fsencode(f"{file}\0{status.st_size}\0{status.st_mtime_ns}\0"))
         return {"kind": "files", "files": len(self.files), "listing_sha256": digest.hexdigest()}
 
     def __iter__(self) -> Iterator[Document]:
@@ -205,13 +209,19 @@ def _load_dataset(name: str) -> dict[str, Any]:
 
 def _files_of(path: Path) -> Iterable[Path]:
     if path.is_dir():
-        found = (Path(top) / name for top, _, names in os.walk(path) for name in names)
+        walk = os.walk(path, onerror=_reject_folder)
+        found = (Path(top) / name for top, _, names in walk for name in names)
         return sorted(file for file in found if file.suffix.lower() in TEXT_SUFFIXES)
-    if not path.is_file():
-        raise InputError(f"{path} does not exist; give text files or folders of them")
-    if path.stat().st_size == 0:
+    if check_regular(path) == 0:
         raise InputError(f"{path} is empty; give a file that contains text")
     return [path]
+
+
+def _reject_folder(error: OSError) -> None:
+    """Report a folder that cannot be read, which ``os.walk`` would leave out."""
+    raise InputError(
+        f"{error.filename} cannot be read: {error.strerror}; give it permissions or leave it out"
+    )
 
 
 def _python_files(root: Path) -> Iterator[Path]:
@@ -230,13 +240,8 @@ def _read_documents(files: Sequence[Path], read: Callable[[Path], str]) -> Itera
 
 
 def _read_utf8(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise InputError(
-            f"{file} is not UTF-8 text ({error.reason} at byte {error.start}); convert it or "
-            "exclude it"
-        ) from error
+    text = read_text(file, limit_bytes=MAX_FILE_BYTES)
+    return text.replace("\r\n", "\n").replace("\r", "\n")  # as Python reads text
 
 
 def _read_python(file: Path) -> str:

@@ -11,10 +11,13 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+import msgspec
 import torch
 
 from gemma3_export.config import Gemma3Config
-from gemma3_export.errors import UnavailableError
+from gemma3_export.errors import InputError, UnavailableError
+from gemma3_export.files import read_text
+from gemma3_export.records import Count
 from gemma3_export.staging import write_text_atomically
 
 __all__ = [
@@ -27,6 +30,7 @@ __all__ = [
     "read_metrics_log",
 ]
 
+MAX_LOG_BYTES = 2**28
 LOG, CURVE = "log.csv", "loss.png"
 PROBE_SIZE = 512  # of the matrix product that measures peak FLOPS
 PROBE_SECONDS = 0.3
@@ -36,8 +40,8 @@ PROBE_SECONDS = 0.3
 class StepMetrics:
     """The metrics of one step; the validation loss is None if the step was not evaluated."""
 
-    step: int
-    tokens: int  # seen so far
+    step: Count
+    tokens: Count  # seen so far
     train_loss: float
     validation_loss: float | None
     learning_rate: float
@@ -84,25 +88,37 @@ class MetricsLog:
 
 
 def read_metrics_log(run: Path) -> list[StepMetrics]:
-    """Read the log of a run, ignoring a last line without a line end."""
+    """Read the log of a run, ignoring a last line without a line end.
+
+    Raises:
+        InputError: a line is damaged; the message gives its number.
+    """
     path = run / LOG
-    if not path.is_file():
+    if not path.exists():
         return []
-    text = path.read_text(encoding="utf-8")
+    text = read_text(path, limit_bytes=MAX_LOG_BYTES)
     complete_lines = text[: text.rfind("\n") + 1]
-    return [
-        StepMetrics(
-            step=int(line["step"]),
-            tokens=int(line["tokens"]),
-            train_loss=float(line["train_loss"]),
-            validation_loss=float(line["validation_loss"]) if line["validation_loss"] else None,
-            learning_rate=float(line["learning_rate"]),
-            gradient_norm=float(line["gradient_norm"]),
-            tokens_per_second=float(line["tokens_per_second"]),
-            mfu=float(line["mfu"]),
-        )
-        for line in csv.DictReader(io.StringIO(complete_lines))
-    ]
+    names = [field.name for field in fields(StepMetrics)]
+    rows: list[StepMetrics] = []
+    for number, cells in enumerate(csv.reader(io.StringIO(complete_lines), strict=True), 1):
+        if number == 1 and cells == names:
+            continue
+        try:
+            values = {name: cell or None for name, cell in zip(names, cells, strict=True)}
+            row = msgspec.convert(values, StepMetrics, strict=False)
+        except ValueError as error:  # msgspec's error is one too
+            raise _damaged(path, number, str(error)) from error
+        if rows and row.step <= rows[-1].step:
+            raise _damaged(path, number, f"step {row.step} follows step {rows[-1].step}")
+        rows.append(row)
+    return rows
+
+
+def _damaged(path: Path, number: int, what: str) -> InputError:
+    return InputError(
+        f"{path} is damaged in line {number}: {what:.100}; repair it, or delete it to go on "
+        "without the metrics so far"
+    )
 
 
 def draw_loss_curve(run: Path) -> bool:

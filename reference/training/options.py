@@ -7,6 +7,7 @@ from typing import Any, Literal, get_args
 
 from gemma3_export.dtypes import FLOAT_DTYPES
 from gemma3_export.errors import InputError
+from gemma3_export.limits import BELOW_1, MAX_COUNT, MAX_SEED, check_integer, check_number
 from gemma3_export.records import to_record
 
 __all__ = ["PRECISIONS", "SHARDINGS", "Sharding", "TrainOptions"]
@@ -14,8 +15,7 @@ __all__ = ["PRECISIONS", "SHARDINGS", "Sharding", "TrainOptions"]
 Sharding = Literal["ddp", "fsdp"]
 
 PRECISIONS = FLOAT_DTYPES
-MAX_COUNT = 2**31 - 1
-MAX_SEED = 2**64 - 1  # of torch's generators
+MAX_RATE = 1e30  # beyond it float32 overflows in the first step
 SHARDINGS: tuple[Sharding, ...] = get_args(Sharding)
 
 
@@ -73,23 +73,14 @@ class TrainOptions:
         at_least = dict.fromkeys(counts, 1)
         at_least |= dict.fromkeys(("warmup_steps", "sample_interval", "seed"), 0)
         for name, lowest in at_least.items():
-            highest = MAX_SEED if name == "seed" else MAX_COUNT
-            if not lowest <= getattr(self, name) <= highest:
-                raise InputError(
-                    f"{name} is {getattr(self, name)}; it must be at least {lowest} and at most "
-                    f"{highest}"
-                )
+            most = MAX_SEED if name == "seed" else MAX_COUNT
+            check_integer(name, getattr(self, name), lowest, most)
         for name in ("learning_rate", "epsilon"):
-            if not 0 < getattr(self, name) < float("inf"):
-                raise InputError(f"{name} is {getattr(self, name)}; it must be positive")
+            check_number(name, getattr(self, name), 0, MAX_RATE, is_open=True)
         for name in ("min_learning_rate", "weight_decay", "clip_norm"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise InputError(f"{name} is {getattr(self, name)}; it must not be negative")
+            check_number(name, getattr(self, name), 0, MAX_RATE)
         for name in ("beta1", "beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise InputError(
-                    f"{name} is {getattr(self, name)}; it must be at least 0 and below 1"
-                )
+            check_number(name, getattr(self, name), 0, BELOW_1)
         if self.min_learning_rate > self.learning_rate:
             raise InputError(
                 f"min_learning_rate ({self.min_learning_rate}) exceeds learning_rate "

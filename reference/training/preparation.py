@@ -23,7 +23,8 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors, trainers
 
 from gemma3_export.errors import Gemma3ExportError, InputError
-from gemma3_export.files import is_file
+from gemma3_export.files import is_file, to_path
+from gemma3_export.limits import BELOW_1, check_integer, check_number
 from gemma3_export.progress import Progress
 from gemma3_export.records import Count, read_record
 from gemma3_export.reference.training.documents import Document, DocumentSource, Split
@@ -38,11 +39,13 @@ from gemma3_export.reference.training.token_data import (
 )
 from gemma3_export.staging import exclusive, publish, refuse_existing, write_text_atomically
 from gemma3_export.tokenizer import Tokenizer
+from gemma3_export.tokenizer.tokenizer_json import library_errors
 
 __all__ = ["prepare_tokens", "train_bpe"]
 
 SPECIAL_TOKENS = ("<pad>", "<eos>", "<bos>", "<unk>")  # at Gemma's ids, 0 to 3
 MIN_VOCAB_SIZE = 256 + len(SPECIAL_TOKENS)
+MAX_VOCAB_SIZE = 2**20  # the trainer allocates for all of it at once
 MAX_CHARACTERS = 2**27  # of text to learn merges from; more does not change them
 BATCH_PIECES = 512  # encoded at once, on all cores
 PLAN, STATE = "plan.json", "progress.json"
@@ -65,7 +68,7 @@ class _State:
 def prepare_tokens(
     source: DocumentSource,
     tokenizer: Tokenizer,
-    output: Path,
+    output: Path | str,
     *,
     validation_fraction: float = 0.05,
     force: bool = False,
@@ -90,10 +93,8 @@ def prepare_tokens(
             other text, or a split would be empty.
         Gemma3ExportError: the disk is full or not writable.
     """
-    if not 0 <= validation_fraction < 1:
-        raise InputError(
-            f"the validation fraction is {validation_fraction}; it must be at least 0 and below 1"
-        )
+    output = to_path(output, "output")
+    check_number("the validation fraction", validation_fraction, 0, BELOW_1)
     if tokenizer.eos_token_id is None:
         raise InputError(
             "the tokenizer has neither <eos> nor <|endoftext|> to end documents; choose another one"
@@ -276,6 +277,7 @@ def train_bpe(documents: Iterable[Document], vocab_size: int) -> Tokenizer:
     Raises:
         InputError: the vocabulary is too small, or the text is too short for it.
     """
+    check_integer("the vocabulary size", vocab_size, 1, MAX_VOCAB_SIZE)
     if vocab_size < MIN_VOCAB_SIZE:
         raise InputError(
             f"a vocabulary of {vocab_size} is too small; 256 bytes and {len(SPECIAL_TOKENS)} "
@@ -291,7 +293,8 @@ def train_bpe(documents: Iterable[Document], vocab_size: int) -> Tokenizer:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    backend.train_from_iterator(_limited(documents), trainer)
+    with library_errors("the BPE tokenizer cannot be trained"):
+        backend.train_from_iterator(_limited(documents), trainer)
     if backend.get_vocab_size() < vocab_size:
         raise InputError(
             f"the text yields a vocabulary of only {backend.get_vocab_size()} instead of "

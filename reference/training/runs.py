@@ -22,7 +22,7 @@ from gemma3_export import __version__
 from gemma3_export.bundle import write_hf_metadata
 from gemma3_export.config import Gemma3Config, load_config
 from gemma3_export.errors import Gemma3ExportError, InputError
-from gemma3_export.files import is_file
+from gemma3_export.files import is_file, to_path
 from gemma3_export.records import Count, read_record
 from gemma3_export.reference.model import Gemma3
 from gemma3_export.reference.training.checkpoints import after_failure, load_latest_checkpoint
@@ -89,13 +89,13 @@ class TrainResult:
 
 
 def train(
-    data_path: Path,
-    run: Path,
+    data_path: Path | str,
+    run: Path | str,
     options: TrainOptions,
     *,
     source: WeightSource | None = None,
     size: str | None = None,
-    config_path: Path | None = None,
+    config_path: Path | str | None = None,
     force: bool = False,
     report: Report = print,
 ) -> TrainResult:
@@ -116,7 +116,9 @@ def train(
         UnavailableError: a device or package is missing.
         Gemma3ExportError: the loss or a gradient is not finite, or the disk is full.
     """
+    run = to_path(run, "the run")
     data = open_token_data(data_path)
+    config = None if config_path is None else to_path(config_path, "config_path")
     with init_process_group(options.device) as group, _sole_writer(run, group):
         _check(options, group)
         if source is not None:
@@ -124,7 +126,7 @@ def train(
                 raise InputError("--weights determines the config; drop --size and --config")
             model = model_from_pretrained(source, data)
         else:
-            model = model_from_config(config_for_data(data, size, config_path), options.seed)
+            model = model_from_config(config_for_data(data, size, config), options.seed)
         _check_sample_prompt(options, data, model.config)
         if group.is_main_process:
             _settle(run, report)  # what a killed run left
@@ -137,7 +139,7 @@ def train(
 
 
 def resume_training(
-    run: Path, *, data_path: Path | None = None, report: Report = print
+    run: Path | str, *, data_path: Path | str | None = None, report: Report = print
 ) -> TrainResult:
     """Resume ``run`` from its newest intact checkpoint; the result is that of an uninterrupted run.
 
@@ -149,11 +151,12 @@ def resume_training(
     Raises:
         InputError: there is no intact checkpoint, or the run was trained on other data.
     """
+    run = to_path(run, "the run")
     record = read_run_record(run)
     options = TrainOptions.from_json(record.options)
     if data_path is None and record.data_path is None:
         raise InputError(f"{run / RECORD} does not say where its data is; give DATA")
-    data = open_token_data(data_path or Path(record.data_path or ""))
+    data = open_token_data(data_path or record.data_path or "")
     _check_same_data(data.meta, record.data, data.path)
     with init_process_group(options.device) as group, _sole_writer(run, group):
         # Every process reads the checkpoint; only the main process reports problems with it.

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from gemma3_export.config import TOKENIZER_NAME
 from gemma3_export.errors import InputError
-from gemma3_export.files import is_file
+from gemma3_export.files import check_regular, is_file, to_path
 from gemma3_export.records import Count, read_record
 from gemma3_export.tokenizer import Tokenizer
 
@@ -40,6 +40,7 @@ __all__ = [
 META = "meta.json"
 SPLITS = ("train", "validation")
 FORMAT_VERSION = 1
+SCANNED_TOKENS = 2**22  # at once
 REMEDY = "prepare the data again"
 TRAIN_STREAM, VALIDATION_STREAM = 0, 1  # random streams; validation has its own
 
@@ -95,12 +96,13 @@ def tokenizer_fingerprint(tokenizer: Tokenizer) -> str:
     return digest.hexdigest()
 
 
-def open_token_data(folder: Path) -> TokenData:
+def open_token_data(folder: Path | str) -> TokenData:
     """Open a folder that ``gemma3-export data`` wrote, and map its files.
 
     Raises:
         InputError: the folder is missing, damaged, or of another version.
     """
+    folder = to_path(folder, "the data")
     if not is_file(folder / META):
         raise InputError(
             f"{folder} has no {META}; make it with: gemma3-export data TEXT... -o {folder}"
@@ -138,15 +140,22 @@ def _map_split(
         return None
     path, dtype = folder / f"{split}.bin", token_dtype(meta.vocab_size)
     try:
-        size = path.stat().st_size
+        size = check_regular(path)
         if size != count * dtype.itemsize:
             raise InputError(
                 f"{path} has {size} bytes, but {META} requires {count * dtype.itemsize}; it is "
                 "truncated or of other data, prepare the data again"
             )
-        return np.memmap(path, dtype=dtype, mode="r")
+        ids = np.memmap(path, dtype=dtype, mode="r")
     except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
+        raise InputError(f"{path} cannot be read: {error.strerror or error}; {REMEDY}") from error
+    for start in range(0, ids.size, SCANNED_TOKENS):
+        if (largest := int(ids[start : start + SCANNED_TOKENS].max())) >= meta.vocab_size:
+            raise InputError(
+                f"{path} has the token id {largest}, but the vocabulary of {META} has only "
+                f"{meta.vocab_size} tokens; {REMEDY}"
+            )
+    return ids
 
 
 class WindowSampler:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from gemma3_export.config import SAFE_WEIGHTS_NAME
 from gemma3_export.dtypes import torch_dtype
-from gemma3_export.errors import Gemma3ExportError, UnavailableError
+from gemma3_export.errors import Gemma3ExportError, InputError, UnavailableError
 from gemma3_export.reference.model import Gemma3
 from gemma3_export.reference.runtime import ReferenceRuntime
 from gemma3_export.reference.training.checkpoints import (
@@ -226,11 +226,22 @@ class Trainer:
         save_checkpoint(self.run_folder, step, state, keep=keep)
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Restore the state that :meth:`save` wrote."""
-        load_full_state_dicts(self.module, self.optimizer, state["model"], state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
-        set_rng_states(state["random"], self.group.device)
-        self.state = TrainState(**state["progress"])
+        """Restore the state that :meth:`save` wrote.
+
+        Raises:
+            InputError: it is the state of something else.
+        """
+        try:
+            load_full_state_dicts(self.module, self.optimizer, state["model"], state["optimizer"])
+            self.scaler.load_state_dict(state["scaler"])
+            set_rng_states(state["random"], self.group.device)
+            self.state = TrainState(**state["progress"])
+        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            what = " ".join(f"{type(error).__name__}: {error}".split())
+            raise InputError(
+                f"the checkpoint in {self.run_folder} does not hold the state of this run "
+                f"({what:.200}); start a new run"
+            ) from error
 
     def _keep_best(self, validation_loss: float) -> None:
         """Write the weights to the run's folder if they have the lowest validation loss so far."""

@@ -27,6 +27,7 @@ from gemma3_export.bundle import (
     block_tensors,
 )
 from gemma3_export.errors import InputError
+from gemma3_export.files import is_file
 from gemma3_export.reference.weights.block_matrix import BlockMatrix, unpack_codes
 from gemma3_export.reference.weights.source import WeightSource
 from gemma3_export.runtimes.torch.runtime import ArchiveRuntime, Pt2Runtime, TorchScriptRuntime
@@ -277,7 +278,7 @@ def resolved(tensor: ir.ExternalTensor, bundle: Bundle, graph: Path) -> ir.Exter
             "the bundle again"
         )
     file = bundle.file(relative).resolve()
-    if not file.is_file():
+    if not is_file(file):
         raise InputError(f"{bundle.file(relative)} is missing or not a file; copy the bundle again")
     return ir.ExternalTensor(
         file,  # without base_dir, which would have to contain it

@@ -26,7 +26,7 @@ from gemma3_export.config import (
 )
 from gemma3_export.config.gguf_config import config_from_gguf
 from gemma3_export.errors import InputError
-from gemma3_export.files import is_file
+from gemma3_export.files import is_file, to_path
 from gemma3_export.gguf_file import first_of_split
 from gemma3_export.reference.weights.checkpoint import CheckpointSource
 from gemma3_export.reference.weights.hub import download
@@ -120,10 +120,10 @@ def _local_path(spec: str) -> Path | None:
     if spec == DEMO:  # a folder of this name is ./demo
         return DEMO_FOLDER
     try:
-        path = Path(spec).expanduser()
+        path = to_path(spec, "the weights").expanduser()
         if path.exists():
             return path
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, RuntimeError) as error:
         raise InputError(f"{spec!r:.100} is not a valid path: {error}") from error
     if HUB_ID.fullmatch(spec) and path.suffix not in SUFFIXES:
         return None

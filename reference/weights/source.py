@@ -16,6 +16,7 @@ import torch
 from gemma3_export.config import Gemma3Config
 from gemma3_export.errors import InputError
 from gemma3_export.gguf_file import GgufTensor
+from gemma3_export.limits import MAX_SEED, check_integer
 
 __all__ = [
     "RandomSource",
@@ -157,8 +158,7 @@ class RandomSource(WeightSource):
     """
 
     def __init__(self, config: Gemma3Config, seed: int) -> None:
-        if not 0 <= seed < 2**63:
-            raise InputError(f"random seed {seed} is out of range; choose one from 0 to 2^63 - 1")
+        check_integer("the seed of random weights", seed, 0, MAX_SEED)
         self.config = config
         self.origin = f"random weights (seed {seed})"
         self._seed = seed

@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gemma3_export.errors import Gemma3ExportError, InputError
+from gemma3_export.limits import MAX_COUNT, shown
 
 __all__ = ["SampledToken", "Sampler", "SamplingParams", "report_logprobs", "select_candidates"]
 
@@ -34,13 +35,18 @@ _Rule = tuple[str, type, Callable[[Any], bool], str]
 _LARGEST = sys.float_info.max
 _RULES: tuple[_Rule, ...] = (  # field, type, valid range, the range in words
     ("temperature", Real, lambda t: 0 <= t <= _LARGEST, "a finite number, 0 or more"),
-    ("top_k", Integral, lambda k: k >= 0, "an integer, 0 (off) or more"),
+    ("top_k", Integral, lambda k: 0 <= k <= MAX_COUNT, "an integer, 0 (off) or more"),
     ("top_p", Real, lambda p: 0 < p <= 1, "a number above 0 and up to 1 (off)"),
     ("min_p", Real, lambda p: 0 <= p <= 1, "a number from 0 (off) to 1"),
     ("repetition_penalty", Real, lambda r: 0 < r <= _LARGEST, "a finite number above 0 (1: off)"),
     ("seed", Integral, lambda s: 0 <= s < 2**64, "an integer from 0 to 2**64 - 1"),
     ("request_index", Integral, lambda i: 0 <= i < 2**64, "an integer from 0 to 2**64 - 1"),
-    ("logprobs", Integral, lambda n: n >= 0, "an integer, 0 (only the chosen token) or more"),
+    (
+        "logprobs",
+        Integral,
+        lambda n: 0 <= n <= MAX_COUNT,
+        "an integer, 0 (chosen token) or more",
+    ),
 )
 _STRIDES = 64  # rows into which the vocabulary is reshaped to find its largest logits
 _BLOCK = 512  # candidates per partial sum; only the drawn block needs its own cumulative sum
@@ -71,7 +77,7 @@ class SamplingParams:
                 continue
             # NaN fails every comparison; bool is a number to Python
             if not isinstance(value, kind) or isinstance(value, bool) or not is_legal(value):
-                raise InputError(f"{name} is {value!r}; it must be {words}")
+                raise InputError(f"{name} is {shown(value)}; it must be {words}")
 
     @property
     def has_filter(self) -> bool:

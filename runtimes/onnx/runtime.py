@@ -101,7 +101,7 @@ class OnnxRuntime:
 
     def __init__(
         self,
-        bundle: Bundle | Path,
+        bundle: Bundle | Path | str,
         *,
         device: str = "auto",
         threads: int | None = None,
@@ -110,7 +110,7 @@ class OnnxRuntime:
         shares_weights: bool = False,
         float32_matmul: bool = False,
     ) -> None:
-        self.bundle = Bundle(bundle) if isinstance(bundle, Path) else bundle
+        self.bundle = bundle if isinstance(bundle, Bundle) else Bundle(bundle)
         graph = self.bundle.graph("onnx")
         self.bundle.check_quickly(in_full={graph.path, graph.windowed_path or graph.path})
         self.config: Gemma3Config = self.bundle.config

@@ -22,6 +22,7 @@ from gemma3_export.device import (
 )
 from gemma3_export.dtypes import ELEMENT_TYPES
 from gemma3_export.errors import InputError, UnavailableError
+from gemma3_export.limits import check_threads
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -93,9 +94,8 @@ def open_session(
     options = ort.SessionOptions()
     # On the CPU, every logged error is also raised; failures to initialize CUDA are only logged.
     options.log_severity_level = 4 if device.kind == "cpu" else 3
+    check_threads(threads)
     if threads is not None:
-        if threads < 1:
-            raise InputError(f"threads is {threads}; give at least 1")
         options.intra_op_num_threads = threads
     cuda = cuda or CudaOptions()
     for key, value in (entries or {}).items():

@@ -23,6 +23,7 @@ from gemma3_export.config import CONFIG_NAME, Gemma3Config
 from gemma3_export.device import CudaOptions
 from gemma3_export.dtypes import torch_dtype
 from gemma3_export.errors import Gemma3ExportError, InputError
+from gemma3_export.limits import check_threads
 from gemma3_export.runtimes.generation.candidates import (
     SPARE_CANDIDATES,
     Candidates,
@@ -68,14 +69,14 @@ class ArchiveRuntime:
 
     def __init__(
         self,
-        bundle: Bundle | Path,
+        bundle: Bundle | Path | str,
         *,
         device: str = "auto",
         threads: int | None = None,
         trust: bool = False,
         cuda: CudaOptions | None = None,
     ) -> None:
-        if isinstance(bundle, Path):
+        if not isinstance(bundle, Bundle):
             bundle = Bundle(bundle)
         graph = bundle.graph(self.name)
         if not trust:
@@ -87,6 +88,7 @@ class ArchiveRuntime:
         self.target = graph.target
         self.is_quantized = bundle.is_quantized(self.name)
         self.device = torch_device(device)
+        check_threads(threads)
         if threads is not None:
             torch.set_num_threads(threads)
         # Steps at fixed addresses pay off if host and logits are far apart.

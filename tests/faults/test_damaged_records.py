@@ -55,7 +55,7 @@ def test_a_record_is_read_with_its_types(tmp_path: Path) -> None:
         "hours": 2,
         "notes": {"anything": [None, {"at": 1}]},
     }
-    found = read_record(written(tmp_path / "f", data), Cake, remedy=REMEDY, format_version=4)
+    found = read_record(written(tmp_path / "f", data), Cake, remedy=REMEDY, format_versions=(4,))
     assert found == Cake(
         layers={"a": Layer(name="n", grams=5, kind="cream", folder=Path("/x"))},
         steps=("mix",),
@@ -100,7 +100,7 @@ def test_a_record_is_read_with_its_types(tmp_path: Path) -> None:
         ({"layers": {"n" * 300: layer(grams=[])}}, rf"layers\.{'n' * 60}\.grams is \[\]"),
         ('{"layers": {}, "notes": {"a": ' + '{"a": ' * 70 + "1" + "}" * 72, "64 levels of nesting"),
         ("[" * 200_000 + "]" * 200_000, "64 levels of nesting"),
-        ('{"layers": {"b": {"name": "n", "grams": ' + "1" * 5000 + "}}}", r"number|is 1{40}"),
+        ('{"layers": {"b": {"name": "n", "grams": ' + "1" * 5000 + "}}}", "out of range"),
     ],
 )
 def test_a_damaged_record_is_one_line_that_names_the_place(
@@ -109,9 +109,9 @@ def test_a_damaged_record_is_one_line_that_names_the_place(
     if isinstance(data, dict) and data and "layers" in data:
         data = {"format_version": 4} | data
     path = written(tmp_path / "cake.json", data)
-    version = None if isinstance(data, str) else 4
+    versions = () if isinstance(data, str) else (4,)
     with pytest.raises(InputError, match=complaint) as caught:
-        read_record(path, Cake, remedy=REMEDY, format_version=version)
+        read_record(path, Cake, remedy=REMEDY, format_versions=versions)
     message = str(caught.value)
     assert message.startswith(str(path))
     assert message.endswith(REMEDY)

@@ -215,7 +215,7 @@ def test_truncated_and_missing_files_are_errors(gemma, tmp_path):
     gemma.save(tmp_path)
     path = tmp_path / "tokenizer.json"
     path.write_text(path.read_text()[:-100])
-    with pytest.raises(InputError, match="download it again"):
+    with pytest.raises(InputError, match="get the tokenizer of the model again"):
         load_tokenizer(path)
     path.unlink()
     with pytest.raises(InputError, match=r"no tokenizer\.json"):
