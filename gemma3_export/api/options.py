@@ -6,13 +6,21 @@ import difflib
 import secrets
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, fields, replace
+from numbers import Integral
 from pathlib import Path
 from typing import Any, TypeVar
 
 from gemma3_export.device import CudaOptions
 from gemma3_export.dtypes import require_max_kld
 from gemma3_export.errors import InputError
-from gemma3_export.limits import MAX_COUNT, MAX_SIZE_BYTES, check_integer, check_threads, shown
+from gemma3_export.limits import (
+    MAX_COUNT,
+    MAX_SIZE_BYTES,
+    check_integer,
+    check_threads,
+    is_number,
+    shown,
+)
 from gemma3_export.runtimes.generation.sampling import SamplingParams
 from gemma3_export.tokenizer.chat_format import ChatOptions
 

@@ -69,7 +69,7 @@ Examples:
 @click.option(
     "--tools",
     "tools_path",
-    type=click.Path(path_type=Path),
+    type=TEXT_PATH,
     metavar="FILE",
     help="JSON list of schemas of functions that the model may call (requires --chat).",
 )
