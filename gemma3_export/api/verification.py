@@ -61,7 +61,8 @@ class VerifyRequest:
             gate B.
         against: another runtime of this bundle by its name, another bundle's folder,
             ``transformers`` (which gets the bundle's weights) or a Hugging Face folder; None is the
-            reference in float64.
+            reference in float64. Of a folder, tokenizer, templates and special tokens are compared
+            too.
         seed: of the random token ids.
         max_kld: gate B's budget, in mean nats per token; None is what the bundle was exported with.
         progress: callback that receives (stage, done, total).
@@ -143,6 +144,7 @@ def _compared(
     """Return the report on ``candidate``; see :func:`verify`."""
     from gemma3_export.parity import compare
     from gemma3_export.parity import verify as hold_against_reference
+    from gemma3_export.parity.tokenizer_gate import tokenizer_gate
     from gemma3_export.reference.weights.bundle_weights import open_bundle_weights
 
     tokenizer = bundle_tokenizer(bundle)
@@ -166,7 +168,7 @@ def _compared(
         )
     else:
         baseline = open_baseline(request.against, source, request)
-    return compare(
+    report = compare(
         candidate,
         baseline,
         source,
@@ -175,6 +177,10 @@ def _compared(
         files=files,
         progress=request.progress,
     )
+    gate = None
+    if request.against not in (*RUNTIMES, TRANSFORMERS):
+        gate = tokenizer_gate(bundle.path, Path(request.against))
+    return report if gate is None else replace(report, gates=(*report.gates, gate))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -271,7 +277,7 @@ def open_baseline(
     from gemma3_export.parity.transformers_runtime import TransformersRuntime
 
     if is_file(folder / "config.json"):
-        return TransformersRuntime(folder)
+        return TransformersRuntime(folder, vocab_size=source.config.vocab_size)
     if against != TRANSFORMERS:
         raise InputError(
             f"{str(against)!r} is not a bundle, a Hugging Face folder or a runtime; give one of "

@@ -43,7 +43,7 @@ Examples:
     "--against",
     metavar="OTHER",
     help="Compare with another runtime of this bundle, another bundle, transformers or a Hugging "
-    "Face folder.",
+    "Face folder; of folders, tokenizer, templates and special tokens too.",
 )
 @click.option("--report", "report_file", type=PATH, help="Write the report as JSON.")
 @click.option("--junit", "junit_file", type=PATH, help="Write the report as JUnit XML.")

@@ -59,15 +59,19 @@ class TransformersRuntime:
     """A :class:`gemma3_export.runtimes.protocol.Runtime` over ``AutoModelForCausalLM``.
 
     Args:
-        folder: a text model in Hugging Face format (``config.json`` and safetensors).
+        folder: a model in Hugging Face format (``config.json`` and safetensors).
         dtype: compute precision.
+        vocab_size: logits to return, from the first on; None returns those of all rows of the
+            embedding, padding included.
 
     Raises:
         UnavailableError: transformers is not installed.
         InputError: transformers cannot load the folder.
     """
 
-    def __init__(self, folder: Path, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self, folder: Path, dtype: torch.dtype = torch.float32, vocab_size: int | None = None
+    ) -> None:
         try:
             import transformers
         except ImportError as error:
@@ -77,6 +81,7 @@ class TransformersRuntime:
         self.config: Gemma3Config = load_config(folder / CONFIG_NAME)
         self.transformers = transformers
         self.dtype = dtype
+        self.vocab_size = vocab_size
         try:
             self.model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
         except (OSError, ValueError) as error:
@@ -124,5 +129,5 @@ class TransformersRuntime:
                 logits_to_keep=num_logits,
             )
             cache.lengths[r] += new
-            found.append(output.logits.float().numpy())
+            found.append(output.logits[..., : self.vocab_size].float().numpy())
         return np.concatenate(found)
