@@ -53,6 +53,7 @@ class ExportOptions:
     Args:
         dtype: how weights are stored; :func:`gemma3_export.dtypes.dtype_choices` lists what each
             format supports.
+        adapter: folder or Hub id of a LoRA adapter of PEFT to merge into the weights.
         tokenizer: a tokenizer, or the path of one; None is the one that came with the weights.
         verify: check parity; otherwise the manifest says that the graph is unproven.
         force: replace an existing folder that this program made.
@@ -62,6 +63,7 @@ class ExportOptions:
     """
 
     dtype: str = "fp32"
+    adapter: Path | str | None = None
     tokenizer: Tokenizer | Path | str | None = None
     verify: bool = True
     force: bool = False
@@ -73,6 +75,7 @@ class ExportOptions:
         check_flags(self, "verify", "force")
         check_threads(self.threads)
         check_callables(self, "progress")
+        check_paths(self, "adapter")
         if not isinstance(self.tokenizer, Tokenizer | Path | str | None):
             raise InputError(
                 f"tokenizer is {self.tokenizer!r:.60}; it must be a Tokenizer or the path of one"
@@ -145,6 +148,7 @@ class Pt2Options(ExportOptions):
 def open_weights(
     spec: Path | str | None = None,
     *,
+    adapter: Path | str | None = None,
     size: str | None = None,
     config_path: Path | str | None = None,
     revision: str | None = None,
@@ -155,7 +159,9 @@ def open_weights(
 
     Args:
         spec: a folder in Hugging Face's format, a ``.safetensors``, ``.gguf`` or ``.pt`` file, or
-            the id of a Hub repository.
+            the id of a Hub repository. A LoRA adapter of PEFT is merged into the base it names.
+        adapter: folder or Hub id of a LoRA adapter of PEFT to merge into the weights; without
+            ``spec`` and ``size``, into the base that it names.
         size: a published size; alone it means the official Hub repository.
         config_path: the ``config.json`` to use instead of the one that comes with the weights.
         revision: branch, tag or commit of a Hub repository.
@@ -176,6 +182,7 @@ def open_weights(
         raise TypeError(f"random_seed is an integer, not {shown(random_seed)}")
     return open_source(
         None if spec is None else str(to_path(spec, "the weights")),
+        adapter=None if adapter is None else str(to_path(adapter, "adapter")),
         size=size,
         config_path=None if config_path is None else to_path(config_path, "config_path"),
         revision=revision,
@@ -193,7 +200,7 @@ def export_onnx(
     """Export ``weights`` as an ONNX bundle at ``output``, and prove it.
 
     Args:
-        weights: what :func:`open_weights` takes or returns.
+        weights: what :func:`open_weights` takes or returns; the folder of an adapter merges it.
         output: the folder to create, or a bundle of the same weights to add the graph to; it
             appears when it is complete and proven.
         options: how to export.
@@ -293,7 +300,7 @@ def _export(
     if isinstance(tokenizer, Path | str):
         tokenizer = load_tokenizer(tokenizer)
     with (
-        opened_weights(weights) as source,
+        opened_weights(weights, options.adapter) as source,
         torch_threads(threads_for(source.config, options.threads)),
     ):
         return export_bundle(

@@ -59,6 +59,7 @@ class VerifyRequest:
         weights: the weights that the bundle was made from, as :func:`open_weights` takes or
             returns them; None takes those in the bundle, which leaves a quantized bundle without
             gate B.
+        adapter: the LoRA adapter that was merged into ``weights``, or into the base it names.
         against: another runtime of this bundle by its name, another bundle's folder,
             ``transformers`` (which gets the bundle's weights) or a Hugging Face folder; None is the
             reference in float64. Of a folder, tokenizer, templates and special tokens are compared
@@ -73,6 +74,7 @@ class VerifyRequest:
     threads: int | None = None
     cuda: CudaOptions | None = None
     weights: WeightSource | Path | str | None = None
+    adapter: Path | str | None = None
     against: Path | str | None = None
     seed: int = 0
     max_kld: float | None = None
@@ -83,7 +85,7 @@ class VerifyRequest:
         check_threads(self.threads)
         check_integers(self, 0, "seed", most=MAX_SEED)
         check_budget(self)
-        check_paths(self, "against")
+        check_paths(self, "against", "adapter")
         check_callables(self, "progress")
         check_cuda(self)
 
@@ -122,8 +124,8 @@ def verify(
     with ExitStack() as stack:
         stack.enter_context(torch_threads(request.threads))
         source = None
-        if request.weights is not None:
-            source = stack.enter_context(opened_weights(request.weights))
+        if request.weights is not None or request.adapter is not None:
+            source = stack.enter_context(opened_weights(request.weights, request.adapter))
         candidate = open_runtime(
             bundle,
             request.runtime,
@@ -291,9 +293,13 @@ def open_baseline(
 
 
 def opened_weights(
-    weights: WeightSource | Path | str,
+    weights: WeightSource | Path | str | None, adapter: Path | str | None = None
 ) -> AbstractContextManager[WeightSource]:
     """Open weights by name, to be closed again, or take an opened source, which stays open.
+
+    Args:
+        weights: their name or an opened source; None with an adapter is the base that it names.
+        adapter: a LoRA adapter to merge into weights that are given by name.
 
     Raises:
         TypeError: they are neither.
@@ -301,11 +307,17 @@ def opened_weights(
     """
     from gemma3_export.reference.weights import WeightSource, open_weights
 
-    if isinstance(weights, Path | str):
-        return open_weights(str(weights))
+    if isinstance(weights, Path | str) or (weights is None and adapter is not None):
+        spec = None if weights is None else str(weights)
+        return open_weights(spec, adapter=None if adapter is None else str(adapter))
     if not isinstance(weights, WeightSource):
         raise TypeError(
             f"weights must be a path, a Hub id or what open_weights returns, not {weights!r:.60}"
+        )
+    if adapter is not None:
+        raise InputError(
+            f"adapter is {str(adapter)!r:.80}, but the weights are open already; pass the adapter "
+            "to open_weights"
         )
     return nullcontext(weights)
 

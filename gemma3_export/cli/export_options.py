@@ -10,7 +10,13 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import click
 
-from gemma3_export.cli.options import PATH, SEED, threads_option
+from gemma3_export.cli.options import (
+    PATH,
+    SEED,
+    adapter_option,
+    describe_adapter,
+    threads_option,
+)
 from gemma3_export.config import TOKENIZER_NAME
 from gemma3_export.files import is_file
 from gemma3_export.progress import Progress, ProgressBars
@@ -28,6 +34,7 @@ class ExportOptions:
     """The shared options as given on the command line."""
 
     weights: str | None
+    adapter: str | None
     size: str | None
     config_path: Path | None
     revision: str | None
@@ -63,6 +70,7 @@ EXPORT_OPTIONS = (
         metavar="SRC",
         help="Hub id, folder, .safetensors, .gguf or .pt file; demo is the model in this package.",
     ),
+    adapter_option,
     click.option("--size", metavar="S", help="Published size, such as 270m or 4b-it."),
     click.option(
         "--config",
@@ -131,6 +139,7 @@ def run_export(options: ExportOptions, runtime: str, description: str, export: E
     tokenizer = None if options.tokenizer_path is None else load_tokenizer(options.tokenizer_path)
     source = open_weights(
         options.weights,
+        adapter=options.adapter,
         size=options.size,
         config_path=options.config_path,
         revision=options.revision,
@@ -147,8 +156,8 @@ def run_export(options: ExportOptions, runtime: str, description: str, export: E
             threads=options.threads,
             progress=progress,
         )
-        parameters = source.config.num_parameters
-    print_summary(result, runtime, f"{parameters / 1e6:,.1f}M parameters, {description}")
+        model = f"{source.config.num_parameters / 1e6:,.1f}M parameters{describe_adapter(source)}"
+    print_summary(result, runtime, f"{model}, {description}")
 
 
 def refuse_early(output: Path, runtime: str, *, force: bool) -> None:

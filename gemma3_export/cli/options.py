@@ -27,6 +27,7 @@ from gemma3_export.limits import (
 
 if TYPE_CHECKING:
     from gemma3_export.device import CudaOptions
+    from gemma3_export.reference.weights import WeightSource
 
 __all__ = [
     "BUDGET",
@@ -38,8 +39,10 @@ __all__ = [
     "WHOLE",
     "CudaRequest",
     "Number",
+    "adapter_option",
     "cache_size",
     "cuda_options",
+    "describe_adapter",
     "integer",
     "memory_size",
     "refuse_if_given",
@@ -116,6 +119,12 @@ threads_option = click.option(
     metavar="N",
     help="Intra-op threads of torch and ONNX Runtime [default: all cores; 1 for models with fewer "
     "than 20M parameters].",
+)
+adapter_option = click.option(
+    "--adapter",
+    metavar="PATH_OR_HUB_ID",
+    help="LoRA, rsLoRA or DoRA adapter of PEFT to merge into the weights "
+    "[default base: the model that the adapter names].",
 )
 TAKEN_BY = {  # runtimes for which an option has an effect
     "--cuda-graph": ("onnx", "torchscript"),
@@ -235,6 +244,16 @@ def usable_device(device: str, runtime: str) -> str:
             err=True,
         )
     return "cpu"
+
+
+def describe_adapter(source: WeightSource) -> str:
+    """Return the adapter that was merged into ``source``, for a summary; empty if none was."""
+    from gemma3_export.reference.weights.adapter import AdapterSource
+
+    if not isinstance(source, AdapterSource):
+        return ""
+    adapter = source.adapter
+    return f" ({adapter.config.kind} adapter {adapter.origin} merged with {source.base.origin})"
 
 
 def cuda_options(command: Callable[..., None]) -> Callable[..., None]:

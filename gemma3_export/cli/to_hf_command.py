@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from gemma3_export.cli.options import PATH
+from gemma3_export.cli.options import PATH, adapter_option, describe_adapter
 from gemma3_export.dtypes import FLOAT_DTYPES
 from gemma3_export.progress import ProgressBars
 
@@ -16,6 +16,7 @@ EPILOG = """\b
 Examples:
   gemma3-export to-hf --weights run -o my-gemma
   gemma3-export to-hf --weights model.gguf --dtype bf16 -o unpacked
+  gemma3-export to-hf --adapter my-lora --dtype bf16 -o merged
 """
 
 
@@ -23,9 +24,9 @@ Examples:
 @click.option(
     "--weights",
     metavar="SRC",
-    required=True,
     help="Run folder, Hub id, model folder, .safetensors, .gguf or .pt file.",
 )
+@adapter_option
 @click.option(
     "--config",
     "config_path",
@@ -48,7 +49,8 @@ Examples:
 @click.option("-o", "--output", type=PATH, required=True, help="Folder to create.")
 @click.option("--force", is_flag=True, help="Replace an existing folder that gemma3-export made.")
 def to_hf(
-    weights: str,
+    weights: str | None,
+    adapter: str | None,
     config_path: Path | None,
     revision: str | None,
     hf_token: str | None,
@@ -58,12 +60,16 @@ def to_hf(
     force: bool,
 ) -> None:
     """Convert weights to a folder that `transformers` loads."""
+    if weights is None and adapter is None:
+        raise click.UsageError("give --weights, --adapter or both")
     from gemma3_export.api.exporting import open_weights
     from gemma3_export.staging import refuse_existing
     from gemma3_export.tokenizer import load_tokenizer
 
     refuse_existing(output, force=force)
-    source = open_weights(weights, config_path=config_path, revision=revision, token=hf_token)
+    source = open_weights(
+        weights, adapter=adapter, config_path=config_path, revision=revision, token=hf_token
+    )
     tokenizer = None if tokenizer_path is None else load_tokenizer(tokenizer_path)
 
     from gemma3_export.dtypes import torch_dtype
@@ -78,7 +84,8 @@ def to_hf(
             force=force,
             progress=progress,
         )
-        click.echo(f"{output}: {source.config.num_parameters / 1e6:,.1f}M parameters")
+        model = f"{source.config.num_parameters / 1e6:,.1f}M parameters{describe_adapter(source)}"
+        click.echo(f"{output}: {model}")
     click.echo(
         f'next: python -c "from transformers import AutoModelForCausalLM as A; '
         f"A.from_pretrained('{output}')\""

@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING
 import click
 
 from gemma3_export.bundle import RUNTIMES
-from gemma3_export.cli.options import PATH, SEED, CudaRequest, cuda_options, threads_option
+from gemma3_export.cli.options import (
+    PATH,
+    SEED,
+    CudaRequest,
+    adapter_option,
+    cuda_options,
+    threads_option,
+)
 from gemma3_export.progress import ProgressBars
 
 if TYPE_CHECKING:
@@ -39,6 +46,7 @@ Examples:
 @click.option(
     "--weights", metavar="SRC", help="Weights to compare with [default: those in the bundle]."
 )
+@adapter_option
 @click.option(
     "--against",
     metavar="OTHER",
@@ -57,6 +65,7 @@ def verify(
     bundle_path: Path,
     runtime: str,
     weights: str | None,
+    adapter: str | None,
     against: str | None,
     report_file: Path | None,
     junit_file: Path | None,
@@ -91,6 +100,7 @@ def verify(
             cuda=allowed,
             threads=threads,
             weights=weights,
+            adapter=adapter,
             against=against,
             seed=seed,
             progress=progress,

@@ -25,6 +25,7 @@ __all__ = [
     "CheckpointSource",
     "NameMap",
     "map_names",
+    "named_rows",
 ]
 
 READABLE_DTYPES = tuple(map(torch_dtype, FLOAT_DTYPES))
@@ -70,7 +71,7 @@ class CheckpointSource(WeightSource):
         names = map_names(store.tensors)
         rows = _embedding_rows(store, names, config)
         _check_fit(store, names, replace(config, vocab_size=rows), origin)
-        self.config = replace(config, vocab_size=_named_rows(rows, config, tokenizer, origin))
+        self.config = replace(config, vocab_size=named_rows(rows, config, tokenizer, origin))
         self._stored: Mapping[str, str] = names.stored
         self.skipped = tuple(sorted(names.skipped))
         if config.tie_word_embeddings and HEAD in names.stored:
@@ -153,7 +154,7 @@ def _embedding_rows(store: TensorStore, names: NameMap, config: Gemma3Config) ->
     return PADDED_VOCAB_SIZE if is_padded else config.vocab_size
 
 
-def _named_rows(rows: int, config: Gemma3Config, tokenizer: Path | None, origin: str) -> int:
+def named_rows(rows: int, config: Gemma3Config, tokenizer: Path | None, origin: str) -> int:
     """Return how many of the embedding's rows have a token; those behind them are padding."""
     tokens = None if tokenizer is None else count_tokens(tokenizer)
     if tokens is None:

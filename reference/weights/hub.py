@@ -33,6 +33,8 @@ PATTERNS = [
     GENERATION_CONFIG_NAME,
     SAFE_WEIGHTS_INDEX_NAME,
     "*.safetensors",
+    "adapter_config.json",
+    "adapter_model.bin",
     TOKENIZER_NAME,
     TOKENIZER_CONFIG_NAME,
     "special_tokens_map.json",

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import fields, replace
+from contextlib import ExitStack
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import gemma3_export
@@ -28,6 +29,13 @@ from gemma3_export.config.gguf_config import config_from_gguf
 from gemma3_export.errors import InputError
 from gemma3_export.files import is_file, to_path
 from gemma3_export.gguf_file import first_of_split
+from gemma3_export.reference.weights.adapter import AdapterSource
+from gemma3_export.reference.weights.adapter_folder import (
+    ADAPTER_WEIGHT_NAMES,
+    Adapter,
+    is_adapter,
+    open_adapter,
+)
 from gemma3_export.reference.weights.checkpoint import CheckpointSource
 from gemma3_export.reference.weights.hub import download
 from gemma3_export.reference.weights.source import RandomSource, WeightSource
@@ -47,7 +55,7 @@ TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 # Files that trainers and converters leave beside the weights.
 NOT_WEIGHTS = re.compile(
     r"(training_args|optimizer|scheduler|scaler|rng_state(_\d+)?|random_states_\d+)\.(bin|pt|pth|pkl)"
-    r"|mmproj.*\.gguf"
+    r"|adapter_model\.(safetensors|bin)|mmproj.*\.gguf"
 )
 GGUF_TOKENIZER = "tokenizer.ggml.model"  # key of every GGUF file with a tokenizer
 SUFFIXES = (".safetensors", ".gguf", *TORCH_SUFFIXES)
@@ -61,6 +69,7 @@ STATED_IN_GGUF = ("rope_theta", "rope_scaling_factor", "rms_norm_eps", "sliding_
 def open_weights(
     spec: str | None = None,
     *,
+    adapter: str | None = None,
     size: str | None = None,
     config_path: Path | None = None,
     revision: str | None = None,
@@ -71,7 +80,10 @@ def open_weights(
 
     Args:
         spec: a Hugging Face folder, a ``.safetensors``, ``.gguf`` or ``.pt`` file, the id of a Hub
-            repository, or ``demo`` for the model that this package includes.
+            repository, ``demo`` for the model that this package includes, or a LoRA adapter of
+            PEFT, which is merged into the base that it names.
+        adapter: folder or Hub id of a LoRA adapter to merge into the weights; without ``spec`` and
+            ``size``, into the base that it names.
         size: a published size; without ``spec``, its official Hub repository.
         config_path: the ``config.json`` to use instead of that of the weights.
         revision: branch, tag or commit of a Hub repository.
@@ -82,24 +94,58 @@ def open_weights(
         InputError: the weights are missing, damaged, not accessible, or do not fit their config.
         UnavailableError: the Hub cannot be reached.
     """
+    if adapter is not None:
+        return _open_merged(
+            _locate_adapter(adapter, token),
+            spec,
+            size=size,
+            config_path=config_path,
+            revision=revision,
+            token=token,
+            random_seed=random_seed,
+        )
     if random_seed is not None:
         return _open_random(spec, size, config_path, random_seed)
     if spec is None:
         if size is None:
             raise InputError("no weights given; pass --weights, --size or --random-weights")
         spec = preset(size).hub_id
-        path = None
+        at = _download(spec, revision, token)
     else:
-        path = _local_path(spec)
-    if path is None:
-        folder, commit = download(spec, revision=revision, token=token)
-        location = f"{spec}@{commit}"
-        return _open_path(folder, size, config_path, origin=location, location=location)
-    if revision is not None:
-        raise InputError(
-            f"--revision is for Hub repositories, but {spec} is a local path; omit --revision"
+        at = _locate(spec, revision, token)
+    if not at.is_adapter:
+        return _open_path(at, size, config_path)
+    _refuse_ambiguity(at)
+    return _open_merged(at, None, size=size, config_path=config_path, token=token)
+
+
+def _open_merged(
+    adapter_at: _Location,
+    spec: str | None,
+    *,
+    size: str | None,
+    config_path: Path | None,
+    revision: str | None = None,
+    token: str | None,
+    random_seed: int | None = None,
+) -> WeightSource:
+    """Open an adapter and its base: ``spec``, random weights, or the model that it names."""
+    with ExitStack() as opened:
+        adapter = open_adapter(
+            adapter_at.folder, origin=adapter_at.origin, location=adapter_at.location
         )
-    return _open_path(path, size, config_path, origin=str(path), location=path.resolve().name)
+        opened.callback(adapter.store.close)
+        if random_seed is not None:
+            base = _open_random(spec, size, config_path, random_seed)
+        elif spec is not None:
+            at = _locate(spec, revision, token)
+            base = _open_path(at, size, config_path, adapter.tokenizer_file())
+        else:
+            base = _open_named_base(adapter, size, config_path, revision, token)
+        opened.callback(base.close)
+        merged = AdapterSource(base, adapter)
+        opened.pop_all()
+    return merged
 
 
 def _open_random(
@@ -113,6 +159,122 @@ def _open_random(
     if size is None:
         raise InputError(f"--random-weights needs --size ({', '.join(SIZES)}) or --config")
     return RandomSource(preset(size).config, seed)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Location:
+    """Where files are on this machine, and how to call that."""
+
+    path: Path
+    origin: str  # for messages
+    location: str  # the same without local folders
+    hub_id: str | None = None
+
+    @property
+    def folder(self) -> Path:
+        return self.path if self.path.is_dir() else self.path.parent
+
+    @property
+    def is_adapter(self) -> bool:
+        """Return whether this is an adapter, not a file next to one."""
+        is_named = self.path.is_dir() or self.path.name in ADAPTER_WEIGHT_NAMES
+        return is_named and is_adapter(self.folder)
+
+
+def _locate(spec: str, revision: str | None, token: str | None) -> _Location:
+    """Find a local path, or download a Hub repository.
+
+    Raises:
+        InputError: there is no such path or repository.
+        UnavailableError: the Hub cannot be reached.
+    """
+    path = _local_path(spec)
+    if path is None:
+        return _download(spec, revision, token)
+    if revision is not None:
+        raise InputError(
+            f"--revision is for Hub repositories, but {spec} is a local path; omit --revision"
+        )
+    return _Location(path=path, origin=str(path), location=path.resolve().name)
+
+
+def _download(hub_id: str, revision: str | None, token: str | None) -> _Location:
+    folder, commit = download(hub_id, revision=revision, token=token)
+    location = f"{hub_id}@{commit}"
+    return _Location(path=folder, origin=location, location=location, hub_id=hub_id)
+
+
+def _locate_adapter(spec: str, token: str | None) -> _Location:
+    """Find the adapter in a local folder or a Hub repository, ``ID`` or ``ID@REVISION``."""
+    hub_id, _, revision = spec.partition("@")
+    if revision and HUB_ID.fullmatch(hub_id) and not Path(spec).exists():
+        return _download(hub_id, revision, token)
+    at = _locate(spec, None, token)
+    if at.path.is_file() and at.path.name not in ADAPTER_WEIGHT_NAMES:
+        raise InputError(
+            f"{spec} is a file, not an adapter of PEFT; pass the folder that save_pretrained wrote"
+        )
+    return at
+
+
+def _open_named_base(
+    adapter: Adapter,
+    size: str | None,
+    config_path: Path | None,
+    revision: str | None,
+    token: str | None,
+) -> WeightSource:
+    """Open the official model of ``size``, or the one that an adapter says it was trained on.
+
+    Raises:
+        InputError: the adapter names no model, or one that cannot be opened.
+    """
+    if size is not None:
+        at = _download(preset(size).hub_id, revision, token)
+        return _open_path(at, size, config_path, adapter.tokenizer_file())
+    name = adapter.config.base_model_name_or_path
+    remedy = "pass the model that it was trained on with --weights"
+    if not name:
+        raise InputError(f"{adapter.origin} names no base model; {remedy}")
+    try:
+        if _local_path(name) is None:
+            revision = revision or adapter.config.revision
+        at = _locate(name, revision, token)
+        if at.is_adapter:
+            raise InputError(f"{name} is an adapter itself, and only one can be merged")
+        return _open_path(at, None, config_path, adapter.tokenizer_file())
+    except InputError as error:
+        raise InputError(
+            f"the base model of {adapter.origin} cannot be used: {error}; alternatively, {remedy}"
+        ) from error
+
+
+def _refuse_ambiguity(at: _Location) -> None:
+    """Reject a folder that holds both a model and an adapter.
+
+    Raises:
+        InputError: saying how to choose.
+    """
+    model = next((file for file in sorted(at.folder.iterdir()) if _is_model_file(file)), None)
+    if model is None or not at.path.is_dir():
+        return
+    both = f"{at.origin} holds both a model ({model.name}) and an adapter; pass --weights "
+    if at.hub_id is None:
+        raise InputError(
+            f"{both}{model} for the model alone, or --weights {model} --adapter {at.folder} to "
+            "merge the adapter into it"
+        )
+    raise InputError(
+        f"{both}{at.hub_id} --adapter {at.hub_id} to merge them, or the path of a downloaded "
+        f"{model.name} for the model alone"
+    )
+
+
+def _is_model_file(file: Path) -> bool:
+    if NOT_WEIGHTS.fullmatch(file.name) or not is_file(file):
+        return False
+    is_pytorch = file.suffix == ".bin" and file.name.startswith("pytorch_model")
+    return is_pytorch or file.suffix in (".safetensors", ".gguf")
 
 
 def _local_path(spec: str) -> Path | None:
@@ -136,18 +298,18 @@ def _local_path(spec: str) -> Path | None:
 
 
 def _open_path(
-    path: Path, size: str | None, config_path: Path | None, *, origin: str, location: str
+    at: _Location, size: str | None, config_path: Path | None, tokenizer: Path | None = None
 ) -> WeightSource:
-    folder = path if path.is_dir() else path.parent
-    store = _open_store(path)
+    """Open a model; ``tokenizer`` takes the place of its own."""
+    store = _open_store(at.path)
     try:
-        config = _agree_with_size(_describe(store, folder, size, config_path), size, origin)
+        config = _agree_with_size(_describe(store, at.folder, size, config_path), size, at.origin)
         return CheckpointSource(
             store,
             config,
-            origin=origin,
-            location=location,
-            tokenizer=_find_tokenizer(store, folder),
+            origin=at.origin,
+            location=at.location,
+            tokenizer=tokenizer or _find_tokenizer(store, at.folder),
         )
     except BaseException:
         store.close()

@@ -155,6 +155,58 @@ def test_single_file(hub: Hub, weights: dict[str, torch.Tensor], revision: str |
     assert not any("/resolve/" in path for _, path, _ in hub.requests), "it was cached"
 
 
+def write_adapter(folder: Path, base: str, **settings: Any) -> Path:
+    """Write a LoRA adapter of rank 1 for the first query projection."""
+    config = {"peft_type": "LORA", "r": 1, "lora_alpha": 1, "base_model_name_or_path": base}
+    name = "model.layers.0.self_attn.q_proj"
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text(
+        json.dumps(config | {"target_modules": [name]} | settings)
+    )
+    rows, columns = dict(tiny_config().weight_shapes())[f"{name}.weight"]
+    factors = {"A": torch.ones(1, columns), "B": torch.ones(rows, 1)}
+    tensors = {f"base_model.model.{name}.lora_{k}.weight": v for k, v in factors.items()}
+    save_file(tensors, folder / "adapter_model.safetensors")
+    return folder
+
+
+def test_the_base_of_an_adapter(hub: Hub, weights: dict[str, torch.Tensor], tmp_path: Path) -> None:
+    name = "model.layers.0.self_attn.q_proj.weight"
+    adapter = write_adapter(tmp_path / "adapter", "org/tiny", revision="v2")
+    with open_weights(adapter=str(adapter)) as source:
+        assert torch.equal(source.read(name), weights[name] + 1)
+        assert source.fingerprint()["location"] == f"org/tiny@{COMMIT}"
+    assert "/api/models/org/tiny/revision/v2" in {path for _, path, _ in hub.requests}
+
+
+def test_an_adapter_on_the_hub(hub: Hub, weights: dict[str, torch.Tensor], tmp_path: Path) -> None:
+    name = "model.layers.0.self_attn.q_proj.weight"
+    base = str(tmp_path / "model")
+    remote = write_adapter(tmp_path / "remote", base)
+    hub.files = {p.name: p.read_bytes() for p in remote.iterdir()}
+    for source in (
+        open_weights("org/tiny", revision="v2"),
+        open_weights(adapter="org/tiny@v2"),
+        open_weights(base, adapter="org/tiny@v2"),
+    ):
+        with source:
+            assert torch.equal(source.read(name), weights[name] + 1)
+            assert source.fingerprint()["adapter"]["location"] == f"org/tiny@{COMMIT}"
+    assert "/api/models/org/tiny/revision/v2" in {path for _, path, _ in hub.requests}
+
+
+def test_an_adapter_beside_a_model_is_not_ignored(
+    hub: Hub, weights: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    adapter = write_adapter(tmp_path / "adapter", "org/tiny")
+    hub.files |= {p.name: p.read_bytes() for p in adapter.iterdir()}
+    with pytest.raises(InputError, match=r"--weights org/tiny --adapter org/tiny to merge"):
+        open_weights("org/tiny")
+    with open_weights("org/tiny", adapter="org/tiny") as source:
+        name = "model.layers.0.self_attn.q_proj.weight"
+        assert torch.equal(source.read(name), weights[name] + 1)
+
+
 def test_shards(hub: Hub, weights: dict[str, torch.Tensor], tmp_path: Path) -> None:
     names = list(weights)
     shards = {"model-1-of-2.safetensors": names[:20], "model-2-of-2.safetensors": names[20:]}
