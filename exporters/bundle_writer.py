@@ -138,7 +138,7 @@ def export_bundle(
             if existing is None:
                 refuse_existing(output, force=force)
         if existing is None:
-            write_hf_metadata(folder, source.config, tokenizer)
+            write_hf_metadata(folder, source.config, tokenizer, source.generation_config())
         else:
             link_files(existing, folder)
         graph, hashes = writer.write(source, folder, report)

@@ -154,10 +154,7 @@ def settings_from_gguf(reader: MetadataReader) -> TokenizerSettings:
         source = _contents(reader, key)
         if source is not None:
             templates[name] = _template_text(source, key)
-    other: dict[str, Any] = {}
-    if isinstance(add_bos := _contents(reader, "tokenizer.ggml.add_bos_token"), bool):
-        other["add_bos_token"] = add_bos
-    return TokenizerSettings(special_tokens=special, templates=templates, other=other)
+    return TokenizerSettings(special_tokens=special, templates=templates)
 
 
 def _read_templates(folder: Path, configured: object, where: str) -> dict[str, str]:

@@ -182,8 +182,7 @@ class Tokenizer:
         Args:
             text: the text.
             add_bos: begin with exactly one ``<bos>``, even if the text itself begins with one or
-                more. A tokenizer without ``<bos>``, or with ``add_bos_token: false`` in its config,
-                adds none.
+                more. A tokenizer without ``<bos>`` adds none.
             allow_control_tokens: recognize control tokens that the text spells. Where False, they
                 are plain text, as they should be in text from others.
 
@@ -191,7 +190,7 @@ class Tokenizer:
             InputError: ``text`` is not a string of Unicode characters.
         """
         ids = _encode(self._backend if allow_control_tokens else self._ordinary, text)
-        if not add_bos or self.bos_token_id is None or not self.adds_bos:
+        if not add_bos or self.bos_token_id is None:
             return ids
         start = 0
         while start < len(ids) and ids[start] == self.bos_token_id:
@@ -341,7 +340,6 @@ class Tokenizer:
             "add_eos_token": False,
             "clean_up_tokenization_spaces": False,
         }
-        config |= {key: value for key, value in self.settings.other.items() if key in config}
         named = {key: self._backend.id_to_token(i) for key, i in self._named_ids().items()}
         config |= {key: text for key, text in named.items() if key in STANDARD_TOKENS}
         # transformers would add tokens that it does not find, which have no embedding.
@@ -365,11 +363,6 @@ class Tokenizer:
         elif self.is_gemma:
             config["chat_template"] = CHAT_TEMPLATE
         return config
-
-    @property
-    def adds_bos(self) -> bool:
-        """Return whether ``<bos>`` goes before plain text."""
-        return self.settings.other.get("add_bos_token") is not False
 
     def special_tokens(self) -> dict[str, str]:
         """Return the special tokens by name, such as ``bos_token``, as templates use them."""

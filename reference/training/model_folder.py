@@ -78,7 +78,7 @@ def export_hf_folder(
     if tokenizer is not None:
         tokenizer.check_vocab_size(source.config.vocab_size)
     with staged_directory(output, force=force) as folder:
-        write_hf_metadata(folder, source.config, tokenizer)
+        write_hf_metadata(folder, source.config, tokenizer, source.generation_config())
         sizes = {
             name: math.prod(shape) * (dtype or source.stored_dtype(name)).itemsize
             for name, shape in source.config.weight_shapes()

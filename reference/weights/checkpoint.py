@@ -12,7 +12,15 @@ from typing import Any
 
 import torch
 
-from gemma3_export.config import EMBEDDING, HEAD, PADDED_VOCAB_SIZE, TEXT_VOCAB_SIZE, Gemma3Config
+from gemma3_export.config import (
+    EMBEDDING,
+    GENERATION_CONFIG_NAME,
+    HEAD,
+    PADDED_VOCAB_SIZE,
+    TEXT_VOCAB_SIZE,
+    Gemma3Config,
+    load_json_object,
+)
 from gemma3_export.dtypes import FLOAT_DTYPES, torch_dtype
 from gemma3_export.errors import InputError
 from gemma3_export.files import open_regular
@@ -108,6 +116,11 @@ class CheckpointSource(WeightSource):
     def tokenizer_file(self) -> Path | None:
         """See :meth:`WeightSource.tokenizer_file`."""
         return self._tokenizer
+
+    def generation_config(self) -> Mapping[str, Any] | None:
+        """See :meth:`WeightSource.generation_config`."""
+        path = self.store.files[0].with_name(GENERATION_CONFIG_NAME)
+        return load_json_object(path) if path.is_file() else None
 
     def close(self) -> None:
         """See :meth:`WeightSource.close`."""

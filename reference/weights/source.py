@@ -72,6 +72,10 @@ class WeightSource(ABC):
         """Return the weights' ``tokenizer.json`` or GGUF file, None if there is none."""
         return None
 
+    def generation_config(self) -> Mapping[str, Any] | None:
+        """Return the weights' ``generation_config.json``, None if there is none."""
+        return None
+
     def gguf_tensor(self, name: str) -> GgufTensor | None:
         """Return the GGUF tensor of ``name``, None for other files.
 

@@ -7,13 +7,15 @@ from pathlib import Path
 
 import pytest
 
+from gemma3_export.api.exporting import open_weights
 from gemma3_export.bundle import write_hf_metadata
 from gemma3_export.config import load_config
-from gemma3_export.exporters.bundle_writer import export_bundle
+from gemma3_export.exporters.bundle_writer import export_bundle, tokenizer_of
 from gemma3_export.exporters.onnx.writer import OnnxWriter
 from gemma3_export.reference.training.model_folder import export_hf_folder
 from gemma3_export.reference.weights.source import RandomSource
-from tests.support.tiny_models import tiny_config
+from tests.support.chat_templates import CHATML, write_tokenizer
+from tests.support.tiny_models import tiny_config, write_hf_folder
 from tests.support.tiny_tokenizers import tiny_gemma_tokenizer
 
 FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
@@ -52,6 +54,30 @@ def test_generation_config_has_special_tokens_and_gemmas_sampling(
         "top_k": 64,
         "top_p": 0.95,
     }
+
+
+def test_the_template_settings_and_sampling_of_a_fine_tune_are_kept(tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    write_tokenizer(folder, "chatml", eos_token="<|im_end|>", model_max_length=77)
+    config = tiny_config(
+        num_hidden_layers=1, layer_types=("full_attention",), vocab_size=602, eos_token_id=(1,)
+    )
+    write_hf_folder(folder, config)
+    generation = {"eos_token_id": [1, 601], "temperature": 0.3, "top_k": 5, "do_sample": True}
+    others = {"cache_implementation": "hybrid", "transformers_version": "4.50.0"}
+    (folder / "generation_config.json").write_text(json.dumps(generation | others))
+    with open_weights(str(folder)) as source:
+        export_hf_folder(source, tmp_path / "folder")
+        bundle = tmp_path / "bundle"
+        export_bundle(source, bundle, OnnxWriter(), tokenizer=tokenizer_of(source))
+    for made in (tmp_path / "folder", bundle):
+        written = json.loads((made / "tokenizer_config.json").read_text())
+        assert written["chat_template"] == CHATML
+        assert written["eos_token"] == "<|im_end|>"
+        assert written["model_max_length"] == 77
+        expected = {"bos_token_id": 2, "pad_token_id": 0} | generation
+        assert json.loads((made / "generation_config.json").read_text()) == expected
+        assert load_config(made).eos_token_id == (1, 601)
 
 
 def test_transformers_reads_the_generation_config(tmp_path: Path) -> None:

@@ -282,3 +282,29 @@ def test_any_token_may_pad_or_end_texts(gemma, metadata, token_id):
     rebuilt = tokenizer_from_gguf(metadata)
     for text in TEXTS:
         assert rebuilt.encode(text) == gemma.encode(text)
+
+
+def test_a_file_keeps_its_chat_template_and_its_end_token(gemma, metadata, tmp_path):
+    gguf = pytest.importorskip("gguf")
+    path = tmp_path / "tiny.gguf"
+    writer = gguf.GGUFWriter(path, "gemma3")
+    writer.add_tokenizer_model(metadata["model"])
+    writer.add_token_list(metadata["tokens"])
+    writer.add_token_scores(metadata["scores"])
+    writer.add_token_types(metadata["token_type"])
+    writer.add_bos_token_id(metadata["bos_token_id"])
+    writer.add_eos_token_id(SPECIAL_IDS["<end_of_turn>"])
+    writer.add_add_space_prefix(False)
+    template = "{{ bos_token }}{{ messages[0].content }}{{ eos_token }}"
+    named = [{"name": "default", "template": template}, {"name": "rag", "template": "R"}]
+    writer.add_chat_template(named)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    rebuilt = load_tokenizer(path)
+    assert rebuilt.settings.templates == {"default": template, "rag": "R"}
+    assert rebuilt.eos_token_id == SPECIAL_IDS["<end_of_turn>"]
+    assert rebuilt.encode_chat([{"role": "user", "content": "hi"}])[-1] == rebuilt.eos_token_id
+    rebuilt.save(tmp_path / "out")
+    assert load_tokenizer(tmp_path / "out").settings.templates == rebuilt.settings.templates
