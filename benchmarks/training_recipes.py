@@ -31,10 +31,11 @@ from torch import nn
 from gemma3_export.config import Gemma3Config
 from gemma3_export.reference.model import Gemma3
 from gemma3_export.reference.training.initialization import DEMO_CONFIG, model_from_config
-from gemma3_export.reference.training.loss import IGNORED_LABEL, LossModule
+from gemma3_export.reference.training.loss import LossModule
 from gemma3_export.reference.training.optimizer import learning_rate, make_optimizer
 from gemma3_export.reference.training.options import TrainOptions
 from gemma3_export.reference.training.token_data import (
+    IGNORED_LABEL,
     TRAIN_STREAM,
     VALIDATION_STREAM,
     TokenData,
@@ -194,7 +195,7 @@ def evaluate(module: LossModule, held: WindowSampler, data: TokenData) -> float:
     """Return the mean loss of everything except separators, which only one recipe trains on."""
     losses = []
     for index in range(16):
-        inputs, labels = held.batch(index)
+        inputs, labels, _ = held.batch(index)
         for separator in (data.meta.bos_token_id, data.meta.eos_token_id):
             if separator is not None:
                 labels[labels == separator] = IGNORED_LABEL

@@ -13,7 +13,7 @@ check compares the result with this file.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F  # noqa: N812  (torch's own convention)
@@ -344,6 +344,7 @@ class Gemma3(nn.Module):
         num_tokens_to_keep: Tensor | int = 0,
         use_cache: bool = True,
         run_layer: RunLayer | None = None,
+        documents: Tensor | None = None,
     ) -> tuple[Tensor, list[KeyValue]]:
         """Return the input of the head, [B, kept, D] after the final norm, and the extended cache.
 
@@ -354,8 +355,12 @@ class Gemma3(nn.Module):
             num_tokens_to_keep: number of last tokens to return; 0 returns all of them.
             use_cache: see :meth:`run_layers`.
             run_layer: see :meth:`run_layers`.
+            documents: [B, T] int64 number of each token's document, without a cache: tokens see
+                those of their own only. None means that there is only one.
         """
         contexts = self.layer_contexts(input_ids, attention_mask, past_key_values)
+        if documents is not None:
+            contexts = within_documents(contexts, documents)
         x_BTD, present = self.run_layers(
             self.model.embed_tokens(input_ids),
             contexts,
@@ -432,6 +437,19 @@ class Gemma3(nn.Module):
                 attention_mask=attention_mask,
             )
         return contexts
+
+
+def within_documents(
+    contexts: Mapping[str, LayerContext], documents_BT: Tensor
+) -> dict[str, LayerContext]:
+    """Hide other documents from each token, whose attention depends on distances alone."""
+    is_own = documents_BT[:, None, :, None] == documents_BT[:, None, None, :]
+    return {
+        kind: replace(
+            context, mask=torch.minimum(context.mask, additive_mask(is_own, context.mask.dtype))
+        )
+        for kind, context in contexts.items()
+    }
 
 
 def additive_mask(visible: Tensor, dtype: torch.dtype) -> Tensor:

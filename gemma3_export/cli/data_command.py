@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 
 import click
 
-from gemma3_export.cli.options import PATH, TEXT_PATH, Number, integer
+from gemma3_export.cli.options import PATH, TEXT_PATH, Number, integer, refuse_if_given
 from gemma3_export.limits import BELOW_1, check_number
 from gemma3_export.progress import ProgressBars
+from gemma3_export.reference.training.rows import LOSS_ON, LossOn
 
 if TYPE_CHECKING:
     from gemma3_export.reference.training.documents import DocumentSource
@@ -25,6 +26,7 @@ Examples:
   gemma3-export data book.txt articles/ --vocab-size 8192 -o tokens
   gemma3-export data --dataset roneneldan/TinyStories --tokenizer tiktoken:gpt2 -o stories
   gemma3-export data notes/ --tokenizer gemma-3-270m/tokenizer.json -o tokens
+  gemma3-export data chats.jsonl --tokenizer gemma-3-270m-it -o chats
 """
 
 
@@ -37,7 +39,12 @@ Examples:
     metavar="NAME",
     help=f"Hugging Face dataset; {TINY_STORIES} if no name is given.",
 )
-@click.option("--column", default="text", show_default=True, help="Text column of the dataset.")
+@click.option(
+    "--column",
+    metavar="NAME",
+    help="Column of a dataset or of JSONL rows: messages, prompt (with completion), or one with "
+    "text [default: text for a dataset; for JSONL, the one of these that the rows have].",
+)
 @click.option(
     "--limit",
     type=integer(),
@@ -58,6 +65,20 @@ Examples:
     help="Vocabulary size of the small BPE tokenizer [default: 2048].",
 )
 @click.option(
+    "--loss-on",
+    type=click.Choice(LOSS_ON),
+    default="answers",
+    show_default=True,
+    help="What to learn of messages, and of prompt and completion: the answers, or all. Plain text "
+    "is always learned.",
+)
+@click.option(
+    "--parse-special-tokens",
+    is_flag=True,
+    help="Encode special tokens that plain text spells out, such as <start_of_turn>, as such "
+    "[default: as plain characters].",
+)
+@click.option(
     "--validation-fraction",
     type=Number(float, partial(check_number, "it", least=0, most=BELOW_1)),
     default=0.05,
@@ -70,19 +91,22 @@ Examples:
 def data(
     paths: tuple[Path, ...],
     dataset: str | None,
-    column: str,
+    column: str | None,
     limit: int | None,
     tokenizer_path: str | None,
     vocab_size: int | None,
+    loss_on: LossOn,
+    parse_special_tokens: bool,
     validation_fraction: float,
     output: Path,
     force: bool,
 ) -> None:
     """Tokenize text for training.
 
-    TEXT is any number of UTF-8 files and folders. Without TEXT and --dataset, the documentation and
-    source code of Python's standard library are used, so no network is needed. To resume an
-    interrupted run, repeat the same command.
+    TEXT is any number of UTF-8 files and folders. The lines of .jsonl files are rows: conversations
+    (messages), pairs of prompt and completion, or text. Without TEXT and --dataset, the
+    documentation and source code of Python's standard library are used, so no network is needed.
+    To resume an interrupted run, repeat the same command.
     """
     if paths and dataset is not None:
         raise click.UsageError("give TEXT or --dataset, not both")
@@ -96,14 +120,22 @@ def data(
 
     refuse_existing(output, force=force)
     source = _open_source(paths, dataset, column, limit)
+    if not source.has_rows:
+        reason = (
+            "it applies to messages, and to prompt and completion, in .jsonl files or a dataset"
+        )
+        refuse_if_given("loss_on", "--loss-on", reason)
     with ProgressBars() as progress:
         meta = prepare_tokens(
             source,
             _open_tokenizer(source, tokenizer_path, vocab_size or 2048),
             output,
             validation_fraction=validation_fraction,
+            loss_on=loss_on,
+            parse_special_tokens=parse_special_tokens,
             force=force,
             progress=progress,
+            warn=lambda line: click.echo(f"warning: {line}", err=True),
         )
     train, held = meta.tokens["train"], meta.tokens["validation"]
     click.echo(
@@ -111,17 +143,24 @@ def data(
         f"of {meta.vocab_size:,}, {sum(meta.characters.values()) / (train + held):.2f} characters "
         "per token"
     )
+    if meta.learned_tokens is not None:
+        learned = sum(meta.learned_tokens.values())
+        what = "answers, and only they are learned" if loss_on == "answers" else "learned"
+        click.echo(f"{learned:,} of these {train + held:,} tokens are {what}")
+        click.echo(f"next: gemma3-export train {output} --weights MODEL -o run")
+        return
     click.echo(f"next: gemma3-export train {output} --size demo -o run")
 
 
 def _open_source(
-    paths: tuple[Path, ...], dataset: str | None, column: str, limit: int | None
+    paths: tuple[Path, ...], dataset: str | None, column: str | None, limit: int | None
 ) -> DocumentSource:
     from gemma3_export.reference.training.documents import HubDataset, LocalFiles, PythonLibrary
+    from gemma3_export.reference.training.rows import TEXT
 
     if dataset is not None:
-        return HubDataset(dataset, column=column, limit=limit)
-    return LocalFiles(paths) if paths else PythonLibrary()
+        return HubDataset(dataset, column=column or TEXT, limit=limit)
+    return LocalFiles(paths, column=column) if paths else PythonLibrary()
 
 
 def _open_tokenizer(source: DocumentSource, path: str | None, vocab_size: int) -> Tokenizer:

@@ -24,6 +24,7 @@ Examples:
   gemma3-export data -o tokens && gemma3-export train tokens --size demo -o run
   gemma3-export train tokens --weights google/gemma-3-270m -o tuned
   gemma3-export train --resume run
+  gemma3-export train --resume run --steps 4000
   torchrun --nproc-per-node 4 -m gemma3_export train tokens --size 1b --sharding fsdp -o run
   gemma3-export onnx --weights run -o bundle
 """
@@ -115,7 +116,8 @@ def train(
 
     DATA is a folder made by `gemma3-export data`. The run folder always holds the best weights so
     far in Hugging Face format, and every other command accepts it as --weights. On SIGTERM or
-    Ctrl-C, training saves a checkpoint and exits; --resume continues it with identical results.
+    Ctrl-C, training saves a checkpoint and exits; --resume continues it with identical results, or
+    with --steps goes on longer.
     """
     if importlib.util.find_spec("torch") is None:
         raise UnavailableError(
@@ -123,9 +125,10 @@ def train(
         )
     chosen = {name: value for name, value in given.items() if value is not None}
     if resume is not None:
+        steps = chosen.pop("steps", None)
         if chosen or run or size or config_path or weights or force:
-            raise click.UsageError("--resume takes its options from the run; omit all others")
-        _resume(resume, data_path)
+            raise click.UsageError("--resume takes its options from the run; omit all but --steps")
+        _resume(resume, data_path, steps)
         return
     if data_path is None or run is None:
         raise click.UsageError("give DATA and --output, or --resume RUN")
@@ -157,10 +160,10 @@ def train(
     _print_end(result)
 
 
-def _resume(run: Path, data_path: Path | None) -> None:
+def _resume(run: Path, data_path: Path | None, steps: int | None) -> None:
     from gemma3_export.reference.training.runs import resume_training
 
-    _print_end(resume_training(run, data_path=data_path, report=click.echo))
+    _print_end(resume_training(run, data_path=data_path, steps=steps, report=click.echo))
 
 
 def _print_end(result: Any) -> None:

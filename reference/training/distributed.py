@@ -70,6 +70,13 @@ class ProcessGroup:
             value = value / self.world_size
         return float(value)
 
+    def all_reduce_sum(self, values: Tensor) -> Tensor:
+        """Return the sum of a tensor over all processes."""
+        values = values.detach().clone()
+        if self.is_distributed:
+            distributed.all_reduce(values)
+        return values
+
     def all_reduce_max(self, value: int) -> int:
         """Return the maximum of a number over all processes."""
         if not self.is_distributed:

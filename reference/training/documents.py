@@ -12,12 +12,21 @@ import sys
 import sysconfig
 import tokenize
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 from gemma3_export.errors import InputError, UnavailableError
 from gemma3_export.files import check_regular, read_text, to_path
+from gemma3_export.reference.training.rows import (
+    MESSAGES,
+    PROMPT,
+    TEXT,
+    Example,
+    Split,
+    parse_row,
+    read_rows,
+)
 
 __all__ = [
     "TINY_STORIES",
@@ -26,14 +35,12 @@ __all__ = [
     "HubDataset",
     "LocalFiles",
     "PythonLibrary",
-    "Split",
 ]
-
-Split = Literal["train", "validation"]
 
 TINY_STORIES = "roneneldan/TinyStories"
 PIECE_CHARACTERS = 2**14
 MAX_FILE_BYTES = 2**32  # a file is held in memory
+ROWS_SUFFIX = ".jsonl"
 TEXT_SUFFIXES = frozenset(
     {
         *(".c", ".cpp", ".css", ".go", ".h", ".html", ".java", ".js", ".json", ".jsonl", ".md"),
@@ -63,6 +70,10 @@ class DocumentSource(Protocol):
     """Documents in a fixed order."""
 
     @property
+    def has_rows(self) -> bool:
+        """Return True if there are rows, which are trained on one by one, and not only text."""
+
+    @property
     def description(self) -> dict[str, Any]:
         """Return JSON that identifies the documents: sources with equal descriptions are equal."""
 
@@ -70,21 +81,26 @@ class DocumentSource(Protocol):
     def size_bytes(self) -> int | None:
         """Return the approximate size of the text for progress bars, or None if unknown."""
 
-    def __iter__(self) -> Iterator[Document]:
+    def __iter__(self) -> Iterator[Document | Example]:
         """Iterate over the documents from the first one."""
 
 
 class LocalFiles:
-    """UTF-8 text files, and folders of them.
+    """UTF-8 text files, JSONL files of rows, and folders of them.
 
     In a folder, only files with the suffix of a text format count, in sorted order.
+
+    Args:
+        paths: files and folders.
+        column: the column of the rows to train on; None takes the one that they have.
 
     Raises:
         InputError: a path does not exist, a file is not a regular file or not readable, a given
             file is empty, or there is no text at all.
     """
 
-    def __init__(self, paths: Sequence[Path | str]) -> None:
+    def __init__(self, paths: Sequence[Path | str], *, column: str | None = None) -> None:
+        self.column = column
         given = [to_path(path, "the text", any_bytes=True) for path in paths]
         self.files = [file for path in given for file in _files_of(path)]
         sizes = [check_regular(file) for file in self.files]
@@ -95,22 +111,31 @@ class LocalFiles:
                 f"{', '.join(sorted(TEXT_SUFFIXES)[:6])} ... files"
             )
         self.size_bytes: int | None = sum(sizes)
+        self.has_rows = any(map(_has_rows, self.files))
 
     @property
     def description(self) -> dict[str, Any]:
-        """Return a hash of the file names, sizes and modification times."""
+        """Return a hash of the file names, sizes and modification times, and the column."""
         digest = hashlib.sha256()
         for file in self.files:
             status = file.stat()
             digest.update(os.fsencode(f"{file}\0{status.st_size}\0{status.st_mtime_ns}\0"))
-        return {"kind": "files", "files": len(self.files), "listing_sha256": digest.hexdigest()}
+        about = {"kind": "files", "files": len(self.files), "listing_sha256": digest.hexdigest()}
+        return about if self.column is None else about | {"column": self.column}
 
-    def __iter__(self) -> Iterator[Document]:
-        return _read_documents(self.files, _read_utf8)
+    def __iter__(self) -> Iterator[Document | Example]:
+        for file in self.files:
+            if not _has_rows(file):
+                yield from _read_documents([file], _read_utf8)
+                continue
+            for where, row in read_rows(file):
+                yield from _documents_of(parse_row(row, where, self.column))
 
 
 class PythonLibrary:
     """The documentation topics and sources of Python's standard library, always available."""
+
+    has_rows = False
 
     def __init__(self) -> None:
         root = Path(sysconfig.get_path("stdlib"))
@@ -140,7 +165,7 @@ class HubDataset:
 
     Args:
         name: repository id.
-        column: name of the text column.
+        column: ``messages``, ``prompt`` (with ``completion``), or the name of a text column.
         limit: maximum number of rows per split; None takes all of them.
 
     Raises:
@@ -151,9 +176,10 @@ class HubDataset:
     size_bytes: int | None = None
 
     def __init__(
-        self, name: str = TINY_STORIES, *, column: str = "text", limit: int | None = None
+        self, name: str = TINY_STORIES, *, column: str = TEXT, limit: int | None = None
     ) -> None:
         self.name, self.column, self.limit = name, column, limit
+        self.has_rows = column in (MESSAGES, PROMPT)
         self._splits = _load_dataset(name)
         if "train" not in self._splits:
             raise InputError(f"dataset {name} has no split 'train', only {[*self._splits]}")
@@ -173,20 +199,26 @@ class HubDataset:
             "fingerprints": prints,
         }
 
-    def __iter__(self) -> Iterator[Document]:
+    def __iter__(self) -> Iterator[Document | Example]:
         has_validation = "validation" in self._splits
         yield from self._documents("train", "train" if has_validation else None)
         if has_validation:
             yield from self._documents("validation", "validation")
 
-    def _documents(self, name: str, split: Split | None) -> Iterator[Document]:
+    def _documents(self, name: str, split: Split | None) -> Iterator[Document | Example]:
         for index, row in enumerate(self._splits[name]):
             if self.limit is not None and index >= self.limit:
                 return
-            for piece in _pieces(row[self.column]):
-                yield Document(
-                    text=piece.text, is_start=piece.is_start, is_end=piece.is_end, split=split
-                )
+            where = f"{self.name}, row {index} of {name}"
+            yield from _documents_of(parse_row(row, where, self.column, split), split)
+
+
+def _documents_of(found: Example | str, split: Split | None = None) -> Iterator[Document | Example]:
+    if isinstance(found, Example):
+        yield found
+        return
+    for piece in _pieces(found):
+        yield replace(piece, split=split)
 
 
 def _load_dataset(name: str) -> dict[str, Any]:
@@ -222,6 +254,10 @@ def _reject_folder(error: OSError) -> None:
     raise InputError(
         f"{error.filename} cannot be read: {error.strerror}; give it permissions or leave it out"
     )
+
+
+def _has_rows(file: Path) -> bool:
+    return file.suffix.lower() == ROWS_SUFFIX
 
 
 def _python_files(root: Path) -> Iterator[Path]:

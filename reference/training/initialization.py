@@ -104,11 +104,14 @@ def _with_token_ids_of(config: Gemma3Config, data: TokenData) -> Gemma3Config:
     bos = meta.eos_token_id if meta.bos_token_id is None else meta.bos_token_id
     tokenizer = data.tokenizer()
     pad = None if tokenizer is None else tokenizer.pad_token_id
+    ends = [meta.eos_token_id]
+    if tokenizer is not None and data.train_marks is not None and tokenizer.chat.exists:
+        ends += tokenizer.chat.end_token_ids  # an answer ends there
     vocab_size = max(config.vocab_size, meta.vocab_size)
     return replace(
         config,
         vocab_size=vocab_size,
         bos_token_id=bos,
-        eos_token_id=(meta.eos_token_id,),
+        eos_token_id=tuple(dict.fromkeys(ends)),
         pad_token_id=meta.eos_token_id if pad is None else pad,
     )

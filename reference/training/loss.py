@@ -17,14 +17,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from gemma3_export.reference.model import Gemma3, RunLayer
+from gemma3_export.reference.training.token_data import IGNORED_LABEL
 
-__all__ = [
-    "IGNORED_LABEL",
-    "LossModule",
-    "chunked_cross_entropy",
-]
-
-IGNORED_LABEL = -100
+__all__ = ["LossModule", "chunked_cross_entropy"]
 
 
 def chunked_cross_entropy(
@@ -34,6 +29,7 @@ def chunked_cross_entropy(
     *,
     chunk_tokens: int,
     compute_dtype: torch.dtype,
+    divisor: Tensor | None = None,
 ) -> Tensor:
     """Return the mean of ``-log softmax(x @ weight.T)[label]`` over tokens with a label.
 
@@ -43,11 +39,12 @@ def chunked_cross_entropy(
         labels_N: int64 token ids; -100 is ignored.
         chunk_tokens: tokens whose logits are in memory at once.
         compute_dtype: dtype of the matrix products; softmax and sums use float32 or wider.
+        divisor: what to divide the sum by, a scalar; None is the number of tokens with a label.
     """
     # Grad mode is always off inside the autograd function, so it is read here.
     needs_gradient = torch.is_grad_enabled() and (x_ND.requires_grad or weight_VD.requires_grad)
     loss = _ChunkedCrossEntropy.apply(  # type: ignore[no-untyped-call]  # untyped in torch
-        x_ND, weight_VD, labels_N, chunk_tokens, compute_dtype, needs_gradient
+        x_ND, weight_VD, labels_N, chunk_tokens, compute_dtype, needs_gradient, divisor
     )
     return cast("Tensor", loss)
 
@@ -62,6 +59,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         chunk_tokens: int,
         compute_dtype: torch.dtype,
         needs_gradient: bool,
+        divisor: Tensor | None,
     ) -> Tensor:
         wide = torch.promote_types(compute_dtype, torch.float32)
         grad_x_ND = torch.empty_like(x_ND, dtype=wide) if needs_gradient else None
@@ -87,19 +85,20 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 grad_CV = (grad_CV * kept_C[:, None]).to(compute_dtype)
                 grad_x_ND[part] = grad_CV @ head_VD
                 grad_VD += grad_CV.T @ x_CD
-        count = kept_N.sum().clamp(min=1)
+        if divisor is None:
+            divisor = kept_N.sum().clamp(min=1)
         if needs_gradient:
-            ctx.save_for_backward(grad_x_ND, grad_VD, count)
+            ctx.save_for_backward(grad_x_ND, grad_VD, divisor)
             ctx.dtypes = x_ND.dtype, weight_VD.dtype
-        return total / count
+        return total / divisor
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:
-        grad_x_ND, grad_VD, count = ctx.saved_tensors
-        scale = grad_outputs[0] / count
+        grad_x_ND, grad_VD, divisor = ctx.saved_tensors
+        scale = grad_outputs[0] / divisor
         x_dtype, weight_dtype = ctx.dtypes
         grads = (grad_x_ND * scale).to(x_dtype), (grad_VD * scale).to(weight_dtype)
-        return (*grads, None, None, None, None)
+        return (*grads, None, None, None, None, None)
 
 
 class LossModule(nn.Module):
@@ -126,18 +125,27 @@ class LossModule(nn.Module):
         self.loss_chunk_tokens = loss_chunk_tokens
         self.gradient_checkpointing = gradient_checkpointing
 
-    def forward(self, input_ids: Tensor, labels: Tensor) -> Tensor:
+    def forward(
+        self,
+        input_ids: Tensor,
+        labels: Tensor,
+        documents: Tensor | None = None,
+        divisor: Tensor | None = None,
+    ) -> Tensor:
         """Return the mean loss in float32.
 
         Args:
-            input_ids: [B, T] int64 without padding.
+            input_ids: [B, T] int64, with padding only after the last label.
             labels: [B, T] int64 next tokens; -100 is ignored.
+            documents: [B, T] int64; tokens see only those with the same number. None: see all.
+            divisor: see :func:`chunked_cross_entropy`. Micro-batches and processes have different
+                numbers of labels, so the mean of their means is not the mean over all labels.
         """
         device = input_ids.device.type
         is_mixed = self.compute_dtype in (torch.bfloat16, torch.float16)
         with torch.autocast(device, dtype=self.compute_dtype, enabled=is_mixed):
             x_BTD, _ = self.model.hidden_states(
-                input_ids, use_cache=False, run_layer=self._run_layer()
+                input_ids, use_cache=False, run_layer=self._run_layer(), documents=documents
             )
         return chunked_cross_entropy(
             x_BTD.flatten(0, 1),
@@ -145,6 +153,7 @@ class LossModule(nn.Module):
             labels.flatten(),
             chunk_tokens=self.loss_chunk_tokens,
             compute_dtype=self.compute_dtype,
+            divisor=divisor,
         )
 
     def _run_layer(self) -> RunLayer | None:

@@ -12,11 +12,11 @@ import itertools
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import tokenizers
@@ -27,12 +27,18 @@ from gemma3_export.files import is_file, to_path
 from gemma3_export.limits import BELOW_1, check_integer, check_number
 from gemma3_export.progress import Progress
 from gemma3_export.records import Count, read_record
-from gemma3_export.reference.training.documents import Document, DocumentSource, Split
+from gemma3_export.reference.training.documents import Document, DocumentSource
+from gemma3_export.reference.training.encoding import Encoded, Encoder
+from gemma3_export.reference.training.rows import Example, LossOn, Split
 from gemma3_export.reference.training.token_data import (
-    FORMAT_VERSION,
+    BEGINS_DOCUMENT,
+    EXAMPLES_VERSION,
+    IS_LEARNED,
     META,
     SPLITS,
+    TEXT_VERSION,
     TokenMeta,
+    marks_name,
     open_token_data,
     token_dtype,
     tokenizer_fingerprint,
@@ -62,7 +68,9 @@ class _State:
     tokens: dict[str, Count] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
     documents: dict[str, Count] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
     characters: dict[str, Count] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
-    sha256: dict[str, str] = field(default_factory=dict)  # of each split's tokens so far
+    learned: dict[str, Count] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))  # tokens
+    sha256: dict[str, str] = field(default_factory=dict)  # of each file so far
+    spelled: dict[str, Count] = field(default_factory=dict)  # texts per special token
 
 
 def prepare_tokens(
@@ -71,26 +79,33 @@ def prepare_tokens(
     output: Path | str,
     *,
     validation_fraction: float = 0.05,
+    loss_on: LossOn = "answers",
+    parse_special_tokens: bool = False,
     force: bool = False,
     progress: Progress | None = None,
+    warn: Callable[[str], None] | None = None,
 ) -> TokenMeta:
     """Tokenize the documents of ``source`` into the folder ``output``.
 
     Every document begins with ``<bos>``, if the tokenizer has one, and ends with ``<eos>``, which
-    teaches a model to stop. Special tokens that are spelled out in the text are encoded as text.
+    teaches a model to stop. Conversations are what the tokenizer's chat template makes of them.
+    Special tokens that are spelled out in the text are encoded as text.
 
     Args:
         source: the documents.
         tokenizer: stored along with the tokens.
         output: the folder to create.
+        loss_on: what of a conversation, or of prompt and completion, is learned.
+        parse_special_tokens: encode special tokens that plain text spells out as such.
         validation_fraction: share of characters held out for validation, spread evenly over the
             text; ignored if the source has a validation split of its own.
         force: replace an existing folder.
         progress: receives the stage, and the bytes of text done and in total.
+        warn: receives a line about special tokens that the text spells out.
 
     Raises:
-        InputError: the folder exists, an interrupted preparation of it used another tokenizer or
-            other text, or a split would be empty.
+        InputError: the folder exists, a row cannot be encoded, an interrupted preparation of it
+            used another tokenizer or other text, or a split would be empty.
         Gemma3ExportError: the disk is full or not writable.
     """
     output = to_path(output, "output")
@@ -100,11 +115,13 @@ def prepare_tokens(
             "the tokenizer has neither <eos> nor <|endoftext|> to end documents; choose another one"
         )
     refuse_existing(output, force=force)
+    encoder = Encoder(tokenizer, loss_on=loss_on, parse_special_tokens=parse_special_tokens)
     work = output.absolute().with_name(f".{output.name}.preparing")
     plan = {
-        "format_version": FORMAT_VERSION,
+        "format_version": EXAMPLES_VERSION if source.has_rows else TEXT_VERSION,
         "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer),
         "validation_fraction": validation_fraction,
+        "encoding": encoder.description,
         "source": source.description,
     }
     lock = work.with_name(work.name + ".lock")
@@ -112,13 +129,15 @@ def prepare_tokens(
         lock.parent.mkdir(parents=True, exist_ok=True)
         with exclusive(lock, f"preparing {output}"):
             state = _begin(work, plan, tokenizer, force=force)
-            _encode_all(source, tokenizer, work, state, validation_fraction, progress)
+            _encode_all(source, encoder, work, state, validation_fraction, progress)
             meta = _finish(work, output, plan, state, tokenizer, force=force)
     except OSError as error:
         raise Gemma3ExportError(
             f"preparing {output} failed: {error}; free some disk space and run the command "
             "again, it continues where it stopped"
         ) from error
+    if warn is not None and state.spelled:
+        warn(_warning_of(state.spelled, tokenizer))
     return meta
 
 
@@ -131,6 +150,7 @@ def _begin(work: Path, plan: dict[str, Any], tokenizer: Tokenizer, *, force: boo
     found = read_record(work / PLAN, dict[str, Any], remedy=START_OVER)
     for key, difference in (
         ("tokenizer_fingerprint", "another tokenizer"),
+        ("encoding", "other options or another chat template"),
         ("source", "other text"),
         ("validation_fraction", "another validation fraction"),
         ("format_version", "another version of this program"),
@@ -150,42 +170,69 @@ def _begin(work: Path, plan: dict[str, Any], tokenizer: Tokenizer, *, force: boo
 
 def _encode_all(
     source: DocumentSource,
-    tokenizer: Tokenizer,
+    encoder: Encoder,
     work: Path,
     state: _State,
     fraction: float,
     progress: Progress | None,
 ) -> None:
-    dtype = token_dtype(tokenizer.vocab_size)
+    dtype = token_dtype(encoder.tokenizer.vocab_size)
+    encoder.spelled.update(state.spelled)
     with ExitStack() as stack:
-        files: dict[str, IO[bytes]] = {}
-        hashes = {}
+        files: dict[str, _GrowingFile] = {}
         for split in SPLITS:
-            path, size = work / f"{split}.bin", state.tokens[split] * dtype.itemsize
-            files[split] = stack.enter_context(path.open("ab"))
-            hashes[split] = _hash_of(path, size)
-            if hashes[split].hexdigest() != state.sha256.get(split, EMPTY_SHA256):
-                raise InputError(
-                    f"{path} is not what an interrupted preparation wrote; pass --force to start "
-                    "over"
-                )
-            files[split].truncate(size)  # drop what was written after the last record
+            names = {f"{split}.bin": dtype.itemsize}
+            if source.has_rows:
+                names[marks_name(split)] = 1
+            for name, itemsize in names.items():
+                size = state.tokens[split] * itemsize
+                files[name] = _GrowingFile(work / name, size, state.sha256.get(name), stack)
         for batch in _batches(itertools.islice(source, state.pieces, None)):
-            encoded = tokenizer.encode_ordinary_batch([piece.text for piece in batch])
-            for piece, ids in zip(batch, encoded, strict=True):
-                split = _choose_split(piece, state, fraction)
-                marked = _with_separators(piece, ids, tokenizer)
-                data = np.asarray(marked, dtype).tobytes()
-                files[split].write(data)
-                hashes[split].update(data)
-                state.tokens[split] += len(marked)
-                state.documents[split] += piece.is_end
-                state.characters[split] += len(piece.text)
-            state.sha256 = {split: found.hexdigest() for split, found in hashes.items()}
+            for encoded in encoder.encode(batch):
+                before = state.last_split
+                split = _choose_split(encoded, state, fraction)
+                files[f"{split}.bin"].write(np.asarray(encoded.token_ids, dtype).tobytes())
+                if source.has_rows:
+                    marks = bytearray(encoded.marks)
+                    if split != before and marks:  # the rest of a document, in the other split
+                        marks[0] |= BEGINS_DOCUMENT
+                    files[marks_name(split)].write(bytes(marks))
+                state.tokens[split] += len(encoded.token_ids)
+                learned = np.frombuffer(encoded.marks, np.uint8) & IS_LEARNED
+                state.learned[split] += int(np.count_nonzero(learned))
+                state.documents[split] += encoded.is_end
+                state.characters[split] += encoded.characters
+            state.sha256 = {name: file.sha256.hexdigest() for name, file in files.items()}
+            state.spelled = dict(encoder.spelled)
             _record(files, work, state, len(batch))
             if progress is not None:
                 done = sum(state.characters.values())
                 progress("tokenizing", done, max(done, source.size_bytes or 0))
+
+
+class _GrowingFile:
+    """A file of a preparation, which continues where the last record says.
+
+    Raises:
+        InputError: its content is not what was recorded.
+    """
+
+    def __init__(self, path: Path, size: int, sha256: str | None, stack: ExitStack) -> None:
+        self.file = stack.enter_context(path.open("ab"))
+        self.sha256 = _hash_of(path, size)
+        if self.sha256.hexdigest() != (sha256 or EMPTY_SHA256):
+            raise InputError(f"{path} is not what an interrupted preparation wrote; {START_OVER}")
+        self.file.truncate(size)  # drop what was written after the last record
+
+    def write(self, data: bytes) -> None:
+        """Append ``data``."""
+        self.file.write(data)
+        self.sha256.update(data)
+
+    def sync(self) -> None:
+        """Write to the disk."""
+        self.file.flush()
+        os.fsync(self.file.fileno())
 
 
 def _hash_of(path: Path, size: int) -> Any:
@@ -198,30 +245,37 @@ def _hash_of(path: Path, size: int) -> Any:
     return found
 
 
-def _choose_split(piece: Document, state: _State, fraction: float) -> Split:
+def _choose_split(encoded: Encoded, state: _State, fraction: float) -> Split:
     """Choose validation for a document when the split is half a document behind its share."""
-    if piece.split is not None:
-        state.last_split = piece.split
-    elif piece.is_start or len(piece.text) > 2**13:
+    size = encoded.characters
+    if encoded.split is not None:
+        state.last_split = encoded.split
+    elif encoded.is_start or size > 2**13:
         # The pieces of a long document may go to different splits.
         validation, total = state.characters["validation"], sum(state.characters.values())
-        is_due = validation + len(piece.text) / 2 <= fraction * (total + len(piece.text))
+        is_due = validation + size / 2 <= fraction * (total + size)
         state.last_split = "validation" if is_due else "train"
     return state.last_split
 
 
-def _with_separators(piece: Document, ids: Sequence[int], tokenizer: Tokenizer) -> list[int]:
-    begin = [tokenizer.bos_token_id] if piece.is_start else []
-    end = [tokenizer.eos_token_id] if piece.is_end else []
-    return [token_id for token_id in (*begin, *ids, *end) if token_id is not None]
-
-
-def _record(files: dict[str, IO[bytes]], work: Path, state: _State, pieces: int) -> None:
+def _record(files: Mapping[str, _GrowingFile], work: Path, state: _State, pieces: int) -> None:
     for file in files.values():
-        file.flush()
-        os.fsync(file.fileno())
+        file.sync()
     state.pieces += pieces
     write_text_atomically(work / STATE, json.dumps(asdict(state)))
+
+
+def _warning_of(spelled: Mapping[str, int], tokenizer: Tokenizer) -> str:
+    """Say which special tokens the text spells out, and what to do if they are meant."""
+    token = max(spelled, key=lambda text: spelled[text])
+    named = f"{token!r}" + (f" and {len(spelled) - 1} more" if len(spelled) > 1 else "")
+    remedy = "pass --parse-special-tokens if they are meant as such"
+    if tokenizer.token_id(token) is None:
+        remedy = "the tokenizer lacks it; choose one that has it with --tokenizer if it is meant"
+    return (
+        f"{spelled[token]:,} texts spell special tokens such as {named}, which are encoded as "
+        f"plain characters; {remedy}. For conversations, give JSONL with messages"
+    )
 
 
 def _finish(
@@ -244,8 +298,9 @@ def _finish(
             "--validation-fraction 0"
         )
     assert tokenizer.eos_token_id is not None
+    has_marks = plan["format_version"] == EXAMPLES_VERSION
     meta = TokenMeta(
-        format_version=FORMAT_VERSION,
+        format_version=plan["format_version"],
         vocab_size=tokenizer.vocab_size,
         dtype=token_dtype(tokenizer.vocab_size).name,
         tokenizer_fingerprint=plan["tokenizer_fingerprint"],
@@ -255,6 +310,8 @@ def _finish(
         documents=state.documents,
         characters=state.characters,
         source=plan["source"],
+        loss_on=plan["encoding"]["loss_on"] if has_marks else "all",
+        learned_tokens=state.learned if has_marks else None,
     )
     write_text_atomically(work / META, json.dumps(meta.to_json(), indent=2) + "\n")
     open_token_data(work)
@@ -266,12 +323,12 @@ def _finish(
     return meta
 
 
-def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
+def _batches(documents: Iterator[Document | Example]) -> Iterator[list[Document | Example]]:
     while batch := list(itertools.islice(documents, BATCH_PIECES)):
         yield batch
 
 
-def train_bpe(documents: Iterable[Document], vocab_size: int) -> Tokenizer:
+def train_bpe(documents: Iterable[Document | Example], vocab_size: int) -> Tokenizer:
     """Train a byte-level BPE tokenizer with ``vocab_size`` tokens and Gemma's special tokens.
 
     Raises:
@@ -306,10 +363,11 @@ def train_bpe(documents: Iterable[Document], vocab_size: int) -> Tokenizer:
     return Tokenizer(backend)
 
 
-def _limited(documents: Iterable[Document]) -> Iterable[str]:
+def _limited(documents: Iterable[Document | Example]) -> Iterable[str]:
     total = 0
     for document in documents:
-        if total > MAX_CHARACTERS:
-            return
-        total += len(document.text)
-        yield document.text
+        for text in document.texts() if isinstance(document, Example) else (document.text,):
+            if total > MAX_CHARACTERS:
+                return
+            total += len(text)
+            yield text

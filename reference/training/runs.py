@@ -37,6 +37,7 @@ from gemma3_export.reference.training.metrics import (
     draw_loss_curve,
     require_tensorboard,
 )
+from gemma3_export.reference.training.optimizer import learning_rate
 from gemma3_export.reference.training.options import TrainOptions
 from gemma3_export.reference.training.token_data import TokenData, TokenMeta, open_token_data
 from gemma3_export.reference.training.trainer import Trainer, TrainState
@@ -64,6 +65,7 @@ class RunRecord:
     versions: dict[str, str]
     data_path: str | None = None  # absolute; None in the record of the bundled model
     result: dict[str, Any] | None = None  # of a run that has ended
+    extensions: list[dict[str, Count]] | None = None  # changes of the number of steps
 
 
 def read_run_record(run: Path) -> RunRecord:
@@ -139,17 +141,26 @@ def train(
 
 
 def resume_training(
-    run: Path | str, *, data_path: Path | str | None = None, report: Report = print
+    run: Path | str,
+    *,
+    data_path: Path | str | None = None,
+    steps: int | None = None,
+    report: Report = print,
 ) -> TrainResult:
     """Resume ``run`` from its newest intact checkpoint; the result is that of an uninterrupted run.
 
+    With another number of steps, the learning rate continues on the schedule of that length, and
+    the record says so. From a run that had decayed to its end, it therefore rises first.
+
     Args:
-        run: the folder of an interrupted run.
+        run: the folder of an interrupted run, or of one to continue.
         data_path: the run's token folder, if it has moved.
+        steps: new number of steps in total; None keeps the run's own.
         report: receives log messages, one line per call.
 
     Raises:
-        InputError: there is no intact checkpoint, or the run was trained on other data.
+        InputError: there is no intact checkpoint, the run was trained on other data, or has
+            already made ``steps``.
     """
     run = to_path(run, "the run")
     record = read_run_record(run)
@@ -161,10 +172,33 @@ def resume_training(
     with init_process_group(options.device) as group, _sole_writer(run, group):
         # Every process reads the checkpoint; only the main process reports problems with it.
         state = load_latest_checkpoint(run, report if group.is_main_process else lambda line: None)
-        trainer = Trainer(options, data, Gemma3(load_config(run)), run, group, report)
+        changed = options if steps is None else replace(options, steps=steps)
+        trainer = Trainer(changed, data, Gemma3(load_config(run)), run, group, report)
         trainer.restore(state)
-        trainer.report(f"resuming after step {trainer.state.step}")
+        done = trainer.state.step
+        if steps is not None and steps <= done:
+            raise InputError(
+                f"{run} has already made {done} steps; give --steps more than that to go on"
+            )
+        trainer.report(f"resuming after step {done}")
+        if changed != options:
+            rates = [learning_rate(done, chosen) for chosen in (options, changed)]
+            trainer.report(
+                f"going on to step {steps} instead of {options.steps}: the learning rate is "
+                f"{rates[1]:.2e} now (was {rates[0]:.2e}), on the schedule of {steps} steps"
+            )
+        elif done >= options.steps:
+            trainer.report(
+                f"all {done} steps are done; to go on: gemma3-export train --resume {run} "
+                "--steps MORE"
+            )
         with _report_write_errors(run):
+            if changed != options and group.is_main_process:
+                extension = {"after_step": done, "from": options.steps, "to": changed.steps}
+                extensions = [*(record.extensions or []), extension]
+                _write_record(
+                    run, replace(record, options=changed.to_json(), extensions=extensions)
+                )
             return _run(trainer)
 
 
@@ -184,6 +218,7 @@ def _run(trainer: Trainer) -> TrainResult:
         tensorboard = trainer.options.tensorboard
         metrics_log = MetricsLog(run, start_step=state.step, tensorboard=tensorboard)
     has_curve = False
+    trainer.describe_data()
     try:
         trainer.run(metrics_log)
     finally:
@@ -306,12 +341,13 @@ def _write_folder(run: Path, trainer: Trainer, source: WeightSource | None) -> N
 
 
 def _write_record(run: Path, record: RunRecord) -> None:
-    write_text_atomically(run / RECORD, json.dumps(asdict(record), indent=2) + "\n")
+    data = asdict(record) | {"data": record.data.to_json()}
+    write_text_atomically(run / RECORD, json.dumps(data, indent=2) + "\n")
 
 
 def _result(trainer: Trainer) -> dict[str, Any]:
     state = trainer.state
-    tokens = state.step * trainer.tokens_per_step
+    tokens = state.tokens
     return {
         "steps": state.step,
         "tokens": tokens,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from time import perf_counter
@@ -31,6 +31,7 @@ from gemma3_export.reference.training.distributed import (
     load_full_state_dicts,
     parallelize,
 )
+from gemma3_export.reference.training.example_batches import PADDING, ExampleSampler
 from gemma3_export.reference.training.loss import LossModule
 from gemma3_export.reference.training.metrics import (
     MetricsLog,
@@ -46,8 +47,10 @@ from gemma3_export.reference.training.optimizer import (
 )
 from gemma3_export.reference.training.options import TrainOptions
 from gemma3_export.reference.training.token_data import (
+    IGNORED_LABEL,
     TRAIN_STREAM,
     VALIDATION_STREAM,
+    Batch,
     TokenData,
     WindowSampler,
 )
@@ -60,12 +63,15 @@ __all__ = ["TrainState", "Trainer", "compile_in_place", "sample_text"]
 
 SAMPLE_TEMPERATURE, SAMPLE_TOP_K = 0.8, 64
 
+Sampler = WindowSampler | ExampleSampler
+
 
 @dataclass(kw_only=True, slots=True)
 class TrainState:
     """The counters of a run, stored in its checkpoints."""
 
     step: int = 0  # optimizer steps so far; with the seed, also the position in the data
+    tokens: int = 0  # seen so far, without padding
     seconds: float = 0.0  # spent in training steps, excluding evaluation and saving
     best_step: int = 0
     best_validation_loss: float = math.inf
@@ -100,10 +106,10 @@ class Trainer:
         self.options, self.data, self.run_folder, self.group = options, data, run, group
         self.report = report if group.is_main_process else (lambda line: None)
         self.state = TrainState()
-        self.train_windows = self._windows(data.train, TRAIN_STREAM)
-        self.validation_windows = (
-            None if data.validation is None else self._windows(data.validation, VALIDATION_STREAM)
-        )
+        train_sampler = self._sampler("train", TRAIN_STREAM)
+        assert train_sampler is not None  # token folders without training tokens do not open
+        self.train_sampler = train_sampler
+        self.validation_sampler = self._sampler("validation", VALIDATION_STREAM)
         compute_dtype = torch_dtype(options.precision)
         self.module = LossModule(
             model.to(group.device).train(),
@@ -149,18 +155,19 @@ class Trainer:
 
     def _advance(self, metrics_log: MetricsLog | None) -> None:
         options, state = self.options, self.state
-        started = perf_counter()
+        started, tokens = perf_counter(), -state.tokens
         loss, norm = self.update()
         elapsed = perf_counter() - started
+        tokens += state.tokens
         state.seconds += elapsed
         step, is_last = state.step, state.step == options.steps
         validation_loss: float | None = None
-        if self.validation_windows is not None and (step % options.eval_interval == 0 or is_last):
+        if self.validation_sampler is not None and (step % options.eval_interval == 0 or is_last):
             validation_loss = self.evaluate()
             self._keep_best(validation_loss)
         is_logged = validation_loss is not None or step % options.log_interval == 0
         if metrics_log is not None and is_logged:
-            self._log(metrics_log, loss, norm, validation_loss, elapsed)
+            self._log(metrics_log, loss, norm, validation_loss, tokens / elapsed)
         if options.sample_interval and step % options.sample_interval == 0:
             self._sample()
         if step % options.checkpoint_interval == 0 or is_last:
@@ -173,14 +180,22 @@ class Trainer:
             Gemma3ExportError: the loss or a gradient is not finite.
         """
         options, step = self.options, self.state.step
+        batches = [
+            self._batch(self.train_sampler, step * options.accumulation + micro)
+            for micro in range(options.accumulation)
+        ]
+        # The mean over all labels of the step. DDP and FSDP average the gradients of processes.
+        learned, tokens = self._count(batches).tolist()
+        divisor = torch.tensor(
+            max(1, learned) / self.group.world_size, dtype=torch.float32, device=self.group.device
+        )
         total = torch.zeros((), device=self.group.device)
-        for micro in range(options.accumulation):
-            inputs, labels = self._batch(self.train_windows, step * options.accumulation + micro)
+        for micro, batch in enumerate(batches):
             is_last = micro == options.accumulation - 1
             with gradient_sync(self.wrapped, enabled=is_last):
-                loss = self.wrapped(inputs, labels)
-                self.scaler.scale(loss / options.accumulation).backward()
-            total += loss.detach() / options.accumulation
+                loss = self.wrapped(*batch, divisor)
+                self.scaler.scale(loss).backward()
+            total += loss.detach()
         mean_loss = self.group.all_reduce_mean(total)
         self.scaler.unscale_(self.optimizer)  # clip the true gradients, not the scaled ones
         norm = float(clip_grad_norm(self.module, options.clip_norm))
@@ -192,20 +207,39 @@ class Trainer:
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         self.state.step += 1
+        self.state.tokens += tokens
         return mean_loss, norm
+
+    def _count(self, batches: Sequence[Batch]) -> Tensor:
+        """Return how many tokens all processes learn, and how many they see, as int64."""
+        learned = sum(int((batch.labels != IGNORED_LABEL).sum()) for batch in batches)
+        seen = sum(
+            batch.input_ids.numel()
+            if batch.documents is None
+            else int((batch.documents != PADDING).sum())
+            for batch in batches
+        )
+        return self.group.all_reduce_sum(torch.tensor([learned, seen], device=self.group.device))
 
     @torch.no_grad()
     def evaluate(self) -> float:
-        """Return the mean loss over the validation windows, which are the same in every call.
+        """Return the mean loss over validation text, which is the same in every call.
 
-        They are drawn from a separate random stream, so evaluation does not affect training.
+        It is drawn from a separate random stream, so evaluation does not affect training.
         """
-        assert self.validation_windows is not None
-        losses = [
-            self.module(*self._batch(self.validation_windows, index))
-            for index in range(self.options.eval_batches)
-        ]
-        return self.group.all_reduce_mean(torch.stack(losses).mean())
+        sampler, count = self.validation_sampler, self.options.eval_batches
+        assert sampler is not None
+        if isinstance(sampler, ExampleSampler):
+            count = min(count, sampler.num_batches(self.group.world_size))
+        one = torch.ones((), device=self.group.device)
+        losses, learned = torch.zeros((2, count), dtype=torch.float64)
+        for index in range(count):
+            batch = self._batch(sampler, index, wraps=False)
+            losses[index] = self.module(*batch, one)
+            learned[index] = (batch.labels != IGNORED_LABEL).sum()
+        sums = torch.stack((losses.sum(), learned.sum())).to(self.group.device)
+        loss, tokens = self.group.all_reduce_sum(sums)
+        return float(loss / tokens.clamp(min=1))
 
     def save(self) -> None:
         """Write a checkpoint. Every process must call this."""
@@ -213,7 +247,7 @@ class Trainer:
         optimizer = full_optimizer_state_dict(self.module, self.optimizer)
         if not self.group.is_main_process:
             return
-        if not (self.run_folder / SAFE_WEIGHTS_NAME).exists() or self.validation_windows is None:
+        if not (self.run_folder / SAFE_WEIGHTS_NAME).exists() or self.validation_sampler is None:
             write_weights(self.run_folder, weights, torch.float32)
         state = {
             "progress": asdict(self.state),
@@ -235,7 +269,10 @@ class Trainer:
             load_full_state_dicts(self.module, self.optimizer, state["model"], state["optimizer"])
             self.scaler.load_state_dict(state["scaler"])
             set_rng_states(state["random"], self.group.device)
-            self.state = TrainState(**state["progress"])
+            progress = state["progress"]
+            self.state = TrainState(**progress)
+            if "tokens" not in progress:  # of a version that trained on windows of text only
+                self.state.tokens = self.state.step * self.tokens_per_step
         except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             what = " ".join(f"{type(error).__name__}: {error}".split())
             raise InputError(
@@ -260,18 +297,18 @@ class Trainer:
         loss: float,
         norm: float,
         validation_loss: float | None,
-        elapsed: float,
+        tokens_per_second: float,
     ) -> None:
-        options, step, per_step = self.options, self.state.step, self.tokens_per_step
+        options, step = self.options, self.state.step
         row = StepMetrics(
             step=step,
-            tokens=step * per_step,
+            tokens=self.state.tokens,
             train_loss=loss,
             validation_loss=validation_loss,
             learning_rate=learning_rate(step - 1, options),
             gradient_norm=norm,
-            tokens_per_second=per_step / elapsed,
-            mfu=self._flops * per_step / elapsed / self._peak_flops,
+            tokens_per_second=tokens_per_second,
+            mfu=self._flops * tokens_per_second / self._peak_flops,
         )
         metrics_log.add(row)
         validation = "" if validation_loss is None else f"  validation {validation_loss:.4f}"
@@ -297,19 +334,55 @@ class Trainer:
             "checkpoint is kept. Lower the learning rate or use bf16 instead of fp16"
         )
 
-    def _windows(self, tokens: Any, stream: int) -> WindowSampler:
-        return WindowSampler(
+    def _sampler(self, split: str, stream: int) -> Sampler | None:
+        tokens, marks = self.data.split(split)
+        if tokens is None:
+            return None
+        options = self.options
+        if marks is None:
+            return WindowSampler(
+                tokens,
+                context_length=options.context_length,
+                batch_size=options.batch_size,
+                seed=options.seed,
+                stream=stream,
+            )
+        return ExampleSampler(
             tokens,
-            context_length=self.options.context_length,
-            batch_size=self.options.batch_size,
-            seed=self.options.seed,
+            marks,
+            context_length=options.context_length,
+            batch_size=options.batch_size,
+            seed=options.seed,
             stream=stream,
         )
 
-    def _batch(self, windows: WindowSampler, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def describe_data(self) -> None:
+        """Report how much of the examples is learned; windows of text are learned whole."""
+        sampler = self.train_sampler
+        if not isinstance(sampler, ExampleSampler):
+            return
+        length, total = self.options.context_length, sampler.tokens.size
+        learned, rows = sampler.learned_tokens, sampler.rows
+        what = "answers" if self.data.meta.loss_on == "answers" else "learned"
+        self.report(
+            f"data: {learned:,} of {total:,} tokens are {what} ({learned / total:.0%}), in "
+            f"{len(rows.spans):,} rows of up to {length} tokens"
+        )
+        if rows.split_documents:
+            self.report(
+                f"data: {rows.split_documents:,} examples are longer than --context-length "
+                f"{length}; their later parts are learned without their beginnings"
+            )
+
+    def _batch(self, sampler: Sampler, index: int, *, wraps: bool = True) -> Batch:
         rank, world_size = self.group.rank, self.group.world_size
-        inputs, labels = windows.batch(index, rank=rank, world_size=world_size)
-        return inputs.to(self.group.device), labels.to(self.group.device)
+        if isinstance(sampler, WindowSampler):
+            batch = sampler.batch(index, rank=rank, world_size=world_size)
+        else:
+            batch = sampler.batch(index, rank=rank, world_size=world_size, wraps=wraps)
+        documents = None if batch.documents is None else batch.documents.to(self.group.device)
+        inputs, labels = batch.input_ids, batch.labels
+        return Batch(inputs.to(self.group.device), labels.to(self.group.device), documents)
 
 
 def sample_text(

@@ -94,8 +94,8 @@ def interrupt_after(monkeypatch: pytest.MonkeyPatch, batches: int) -> None:
 
     def dying(files, *rest):
         if next(calls, None) is None:
-            files["train"].write(b"half a batch that was never recorded")
-            files["train"].flush()
+            files["train.bin"].file.write(b"half a batch that was never recorded")
+            files["train.bin"].file.flush()
             raise KeyboardInterrupt
         record(files, *rest)
 
@@ -181,6 +181,7 @@ class TwoSplits:
 
     def __init__(self):
         self.description = {"kind": "two splits"}
+        self.has_rows = False
         self.size_bytes = None
 
     def __iter__(self):

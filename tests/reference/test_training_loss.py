@@ -13,11 +13,12 @@ from gemma3_export.errors import InputError
 from gemma3_export.reference.model import Gemma3
 from gemma3_export.reference.training import metrics
 from gemma3_export.reference.training.initialization import model_from_config
-from gemma3_export.reference.training.loss import IGNORED_LABEL, LossModule, chunked_cross_entropy
+from gemma3_export.reference.training.loss import LossModule, chunked_cross_entropy
 from gemma3_export.reference.training.metrics import flops_per_token, measure_peak_flops
 from gemma3_export.reference.training.optimizer import learning_rate, make_optimizer
 from gemma3_export.reference.training.options import TrainOptions
 from gemma3_export.reference.training.token_data import (
+    IGNORED_LABEL,
     TRAIN_STREAM,
     VALIDATION_STREAM,
     WindowSampler,
@@ -154,7 +155,7 @@ def test_processes_take_rows_of_one_global_batch() -> None:
     tokens = random_tokens(1000)
     both = WindowSampler(tokens, context_length=8, batch_size=6, seed=3, stream=TRAIN_STREAM)
     half = WindowSampler(tokens, context_length=8, batch_size=3, seed=3, stream=TRAIN_STREAM)
-    inputs, labels = both.batch(5)
+    inputs, labels, _ = both.batch(5)
     parts = [half.batch(5, rank=rank, world_size=2) for rank in range(2)]
     assert torch.equal(torch.cat([part[0] for part in parts]), inputs)
     assert torch.equal(inputs[:, 1:], labels[:, :-1])

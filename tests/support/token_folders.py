@@ -12,7 +12,15 @@ from numpy.typing import NDArray
 
 from gemma3_export.config import Gemma3Config, config_to_json
 from gemma3_export.reference.training.options import TrainOptions
-from gemma3_export.reference.training.token_data import META, TokenMeta, token_dtype
+from gemma3_export.reference.training.token_data import (
+    BEGINS_DOCUMENT,
+    EXAMPLES_VERSION,
+    IS_LEARNED,
+    META,
+    TokenMeta,
+    marks_name,
+    token_dtype,
+)
 from tests.support.tiny_models import tiny_config
 
 VOCAB_SIZE = 20
@@ -48,6 +56,55 @@ def write_tokens(
     )
     (folder / META).write_text(json.dumps(meta.to_json()))
     return folder
+
+
+def write_examples(
+    folder: Path, examples: Mapping[str, list[tuple[list[int], list[int]]]], **meta: Any
+) -> Path:
+    """Write a folder of examples: token ids, and 1 for those that are learned, by split."""
+    folder.mkdir(parents=True, exist_ok=True)
+    dtype = token_dtype(VOCAB_SIZE)
+    tokens, documents, learned = ({"train": 0, "validation": 0} for _ in range(3))
+    for split in tokens:
+        ids, marks = [], []
+        for found, is_learned in examples.get(split, []):
+            ids += found
+            marks += [BEGINS_DOCUMENT * (not i) | is_learned[i] for i in range(len(found))]
+        (folder / f"{split}.bin").write_bytes(np.array(ids, dtype).tobytes())
+        (folder / marks_name(split)).write_bytes(bytes(marks))
+        tokens[split], documents[split] = len(ids), len(examples.get(split, []))
+        learned[split] = sum(mark & IS_LEARNED for mark in marks)
+    about = TokenMeta(
+        format_version=EXAMPLES_VERSION,
+        vocab_size=VOCAB_SIZE,
+        dtype=dtype.name,
+        tokenizer_fingerprint="none",
+        bos_token_id=2,
+        eos_token_id=1,
+        tokens=tokens,
+        documents=documents,
+        characters=tokens,
+        source={"kind": "test"},
+        loss_on="answers",
+        learned_tokens=learned,
+    )
+    (folder / META).write_text(json.dumps(about.to_json() | meta))
+    return folder
+
+
+def random_examples(
+    count: int, seed: int = 0, longest: int = 24
+) -> list[tuple[list[int], list[int]]]:
+    """Return examples of different lengths, each with some tokens that are learned."""
+    generator = np.random.default_rng(seed)
+    examples = []
+    for _ in range(count):
+        length = int(generator.integers(3, longest))
+        learned = (generator.random(length) < 0.4).astype(int)
+        learned[0], learned[-1] = 0, 1
+        ids = [2, *generator.integers(4, VOCAB_SIZE, length - 1).tolist()]
+        examples.append((ids, learned.tolist()))
+    return examples
 
 
 def random_tokens(count: int, seed: int = 0) -> NDArray[np.int64]:
