@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -44,6 +45,7 @@ DOCTOR = "`gemma3-export doctor` shows what is missing and how to install it"
 # Session option: the folder of the external data of a graph that is loaded from memory.
 WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 SHOWN_PROBLEMS = 2
+ERRORS_ONLY, NOTHING = 3, 4  # levels of ONNX Runtime's logs
 
 
 def choose_device(name: str) -> Device:
@@ -91,9 +93,10 @@ def open_session(
         InputError: the graph cannot be read, or an option is out of range.
     """
     ort = import_onnxruntime()
+    log_errors_only()
     options = ort.SessionOptions()
     # On the CPU, every logged error is also raised; failures to initialize CUDA are only logged.
-    options.log_severity_level = 4 if device.kind == "cpu" else 3
+    options.log_severity_level = NOTHING if device.kind == "cpu" else ERRORS_ONLY
     check_threads(threads)
     if threads is not None:
         options.intra_op_num_threads = threads
@@ -151,6 +154,18 @@ def import_onnxruntime() -> Any:
             '(or "gemma3-export[cuda]" for NVIDIA GPUs)'
         ) from error
     return onnxruntime
+
+
+@functools.cache
+def log_errors_only() -> None:
+    """Keep warnings of ONNX Runtime's default logger off stderr, once per process.
+
+    A session's own level does not apply to them: since 1.26, every session on CUDA warns that
+    there is no plugin for CUDA, between the words of a text. The logger belongs to the process, and
+    its level cannot be read, so it is not restored; a program that wants its warnings sets the
+    level after its first session.
+    """
+    import_onnxruntime().set_default_logger_severity(ERRORS_ONLY)
 
 
 def require_cuda(ort: Any) -> None:

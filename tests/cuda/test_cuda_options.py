@@ -258,23 +258,55 @@ def test_bench_decodes_as_generate_does(ort_bundle: Path, monkeypatch: pytest.Mo
     assert {type(row).__name__ for row in chosen} == {"Candidates"}
 
 
-@pytest.mark.placement
-def test_over_the_stub_the_provider_gets_the_options(ort_bundle: Path) -> None:
-    """bench shows what its process opened. Half precision, since CUDA has no float32 kernel."""
-    from tests.exporters.test_half_precision import half_bundle
-
+def over_the_stub(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """Run a command in a process that finds a GPU that computes nothing."""
     python = cuda_python()
-    command = [str(python), "-m", "gemma3_export", "bench"]
-    options = [*ALL, "--device", "cuda:1", "--json", "--threads", "1"]
     with cuda_environment(python) as environment:
-        done = subprocess.run(
-            [*command, str(half_bundle("bf16")), *COMMANDS["bench"], *options],
+        return subprocess.run(
+            [str(python), "-m", "gemma3_export", *map(str, arguments)],
             env=environment | {"PYTHONPATH": str(REPOSITORY)},
             capture_output=True,
             text=True,
             timeout=200,
             check=False,
         )
+
+
+@pytest.mark.placement
+@pytest.mark.parametrize("options", [(), ("--cuda-graph",)], ids=["launches", "CUDA graph"])
+@pytest.mark.parametrize("device", ["cuda", "cuda:1"])
+def test_over_the_stub_stderr_holds_our_own_line_only(
+    device: str, options: tuple[str, ...]
+) -> None:
+    """onnxruntime-gpu 1.31 warns for each session that there is no plugin for the device."""
+    from tests.exporters.test_half_precision import half_bundle
+
+    prompt = ("--prompt-ids", "2,5,9", "--max-new-tokens", 3)
+    done = over_the_stub("generate", half_bundle("bf16"), *prompt, "--device", device, *options)
+    assert done.returncode == 0, done.stderr
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("load ")
+
+
+@pytest.mark.placement
+def test_over_the_stub_errors_of_onnx_runtime_are_still_reported() -> None:
+    from tests.exporters.test_half_precision import half_bundle
+
+    prompt = ("--prompt-ids", "2,5,9", "--device", "cuda", "--gpu-memory-limit", "1000")
+    done = over_the_stub("generate", half_bundle("bf16"), *prompt)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.splitlines()[-1].startswith("error: ONNX Runtime cannot load")
+    assert "Available memory of 512 is smaller than requested" in done.stderr
+
+
+@pytest.mark.placement
+def test_over_the_stub_the_provider_gets_the_options(ort_bundle: Path) -> None:
+    """bench shows what its process opened. Half precision, since CUDA has no float32 kernel."""
+    from tests.exporters.test_half_precision import half_bundle
+
+    options = [*ALL, "--device", "cuda:1", "--json", "--threads", "1"]
+    done = over_the_stub("bench", half_bundle("bf16"), *COMMANDS["bench"], *options)
     assert done.returncode == 0, done.stderr
     described = json.loads(done.stdout)["candidates"]["onnx"]["describe"]
     assert described["device"] == "cuda:1"

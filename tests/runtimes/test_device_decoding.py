@@ -180,6 +180,7 @@ def counted(bundle: Path, **changes: Any) -> dict[str, Any]:
             check=False,
         )
     assert done.returncode == 0, done.stderr
+    assert done.stderr == "", "ONNX Runtime writes nothing into the text"
     found: dict[str, Any] = json.loads(done.stdout)
     return found
 

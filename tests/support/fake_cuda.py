@@ -32,6 +32,7 @@ __version__ = "{GPU_VERSION}"
 VALUES = {{values}}
 def get_available_providers(): return ["CUDAExecutionProvider", "CPUExecutionProvider"]
 def preload_dlls(): pass
+def set_default_logger_severity(severity): pass
 class SessionOptions:
     def add_session_config_entry(self, key, value): pass
 class InferenceSession:
