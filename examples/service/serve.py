@@ -195,12 +195,13 @@ def require_key(host: str, key: str | None) -> None:
 @click.option("--host", default="127.0.0.1", show_default=True)
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True)
 @click.option("--device", default="auto", show_default=True)
-def main(bundle_path: Path, host: str, port: int, device: str) -> None:
+@click.option("--warm-up/--no-warm-up", default=True, show_default=True)
+def main(bundle_path: Path, host: str, port: int, device: str, warm_up: bool) -> None:
     """Serve the bundle in DIR until interrupted."""
     key = os.environ.get(KEY_VARIABLE)
     try:
         require_key(host, key)
-        engine = Engine(gemma3_export.load(bundle_path, device=device))
+        engine = Engine(gemma3_export.load(bundle_path, device=device, warm_up=warm_up))
         server = Server((host, port), engine, key)
     except Gemma3ExportError as error:
         click.echo(f"error: {error}", err=True)

@@ -21,7 +21,7 @@ from typing import Any, Self, overload
 
 import numpy as np
 
-from gemma3_export.api.opening import open_runtime
+from gemma3_export.api.opening import open_runtime, warm_up
 from gemma3_export.api.options import GenerateOptions, LoadOptions, merged
 from gemma3_export.api.prompts import (
     Prompt,
@@ -352,13 +352,19 @@ class Model:
             is_free = wanted is None
             if self._runtime is None or (needs_every_token and is_free and evicts(self._runtime)):
                 self._runtime = None  # release its memory first
-                self._runtime = open_runtime(
+                runtime = open_runtime(
                     self.bundle,
                     sliding_window_cache=False if needs_every_token and is_free else wanted,
                     shares_weights=self.options.shares_weights,
                     **self._how_to_open(),
                 )
+                self._warm_up(runtime)
+                self._runtime = runtime
             return self._runtime
+
+    def _warm_up(self, runtime: Runtime) -> None:
+        if self.options.warm_up:
+            warm_up(runtime)
 
     def _how_to_open(self) -> dict[str, Any]:
         """Return what the model and a draft model have in common."""
@@ -437,11 +443,13 @@ class Model:
                         f"the draft model in {path} has another tokenizer than the model; give "
                         "one of the same family"
                     )
-                self._drafts[path] = open_runtime(
+                runtime = open_runtime(
                     bundle,
                     sliding_window_cache=False,  # wrong drafts are cut off as far back as they go
                     **self._how_to_open(),
                 )
+                self._warm_up(runtime)
+                self._drafts[path] = runtime
             return self._drafts[path]
 
 

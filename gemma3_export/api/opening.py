@@ -13,9 +13,14 @@ from gemma3_export.api.options import LoadOptions
 from gemma3_export.bundle import RUNTIMES, Bundle
 from gemma3_export.device import CudaOptions
 from gemma3_export.errors import InputError, UnavailableError
+from gemma3_export.runtimes.generation.loop import GenerationOptions, generate
+from gemma3_export.runtimes.generation.sampling import SamplingParams
 from gemma3_export.runtimes.protocol import Runtime
 
-__all__ = ["open_runtime"]
+__all__ = ["open_runtime", "warm_up"]
+
+WARM_UP_PROMPT = 16  # tokens
+WARM_UP_STEPS = 4  # two warm up and capture a CUDA graph, and the next replay it
 
 
 def open_runtime(
@@ -84,6 +89,19 @@ def open_runtime(
     if runtime == "reference":
         return _open_reference(bundle, device, threads)
     raise InputError(f"unknown runtime {runtime!r}; choose {', '.join(RUNTIMES)}")
+
+
+def warm_up(runtime: Runtime) -> None:
+    """Prefill a short prompt and decode a few tokens, so that the first real prompt does not wait.
+
+    First steps load kernels and libraries and allocate memory, which takes seconds on CUDA. There,
+    decoding steps are also captured as a CUDA graph, if they may be. No result depends on it.
+    """
+    room = runtime.config.max_position_embeddings
+    steps = min(WARM_UP_STEPS, room - 1)
+    prompt = [runtime.config.bos_token_id] * min(WARM_UP_PROMPT, room - steps)
+    options = GenerationOptions(max_new_tokens=1 + steps, stop_token_ids=())
+    generate(runtime, [prompt], SamplingParams(), options).collect()
 
 
 def _open_reference(bundle: Bundle, device: str, threads: int | None) -> Runtime:

@@ -53,6 +53,8 @@ class LoadOptions:
         trust: load a torch archive although it is not the one that was exported.
         check: hash every file of the bundle before using it; otherwise, of files above 32 MiB, only
             the size and a sample are compared.
+        warm_up: run a few steps when the runtime opens, so that the first prompt does not wait for
+            kernels to load and memory to be allocated.
         sliding_window_cache: whether sliding layers cache only their window; None is whatever
             suits the prompts. Generation opens the runtime again, once, where prompts share a
             prefix that such caches could not copy.
@@ -66,6 +68,7 @@ class LoadOptions:
     cuda: CudaOptions | None = None
     trust: bool = False
     check: bool = False
+    warm_up: bool = False
     sliding_window_cache: bool | None = None
     shares_weights: bool = False
     kept_prefix_bytes: int = 0
@@ -74,7 +77,7 @@ class LoadOptions:
         check_texts(self, "runtime", "device")
         check_threads(self.threads)
         check_integers(self, 0, "kept_prefix_bytes", most=MAX_SIZE_BYTES)
-        check_flags(self, "trust", "check", "sliding_window_cache", "shares_weights")
+        check_flags(self, "trust", "check", "warm_up", "sliding_window_cache", "shares_weights")
         check_cuda(self)
         if self.kept_prefix_bytes and self.sliding_window_cache:
             raise InputError(

@@ -186,6 +186,12 @@ Examples:
     "hashed, which can miss edits that keep the size.",
 )
 @click.option(
+    "--warm-up/--no-warm-up",
+    default=False,
+    help="Run a few steps before the first prompt, which then starts without delay. Pays off in "
+    "services. Off by default.",
+)
+@click.option(
     "--logprobs",
     type=WHOLE,
     metavar="N",
@@ -219,6 +225,7 @@ def generate(
     share_weights: bool,
     trust: bool,
     check: bool,
+    warm_up: bool,
     as_json: bool,
     **sampling: Any,
 ) -> None:
@@ -253,6 +260,7 @@ def generate(
         threads=threads,
         trust=trust,
         check=check,
+        warm_up=warm_up,
         cuda=cuda_options,
         shares_weights=share_weights,
     )

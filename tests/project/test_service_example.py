@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
 import gemma3_export
 from gemma3_export.errors import Gemma3ExportError, InputError
@@ -52,6 +53,24 @@ def ask(
             return answer.status, json.loads(answer.read())
     except urllib.error.HTTPError as error:
         return error.code, json.loads(error.read())
+
+
+@pytest.mark.parametrize(("options", "expected"), [((), True), (("--no-warm-up",), False)])
+def test_it_warms_up_before_it_listens_unless_told_otherwise(
+    example: dict[str, Any],
+    options: tuple[str, ...],
+    expected: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: dict[str, Any] = {}
+
+    def load(path: Path, **given: Any) -> None:
+        asked.update(given)
+        raise InputError("this is far enough")
+
+    monkeypatch.setattr(gemma3_export, "load", load)
+    assert CliRunner().invoke(example["main"], ["DIR", *options]).exit_code == 2
+    assert asked["warm_up"] is expected
 
 
 def test_it_continues_a_prompt(server: Any) -> None:
