@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import importlib.metadata
+import re
 from dataclasses import dataclass
 
 from gemma3_export.errors import InputError
+from gemma3_export.limits import MAX_SIZE_BYTES, check_integer, shown
 
 __all__ = [
     "BOTH_INSTALLED",
@@ -55,10 +57,9 @@ class CudaOptions:
     grows_exactly: bool = True  # the arena grows by what is requested, not to a power of two
 
     def __post_init__(self) -> None:
-        if self.memory_limit_bytes is not None and self.memory_limit_bytes < 1:
-            raise InputError(
-                f"the GPU memory limit is {self.memory_limit_bytes}; give at least 1 byte"
-            )
+        if self.memory_limit_bytes is not None:
+            name = "the GPU memory limit in bytes"
+            check_integer(name, self.memory_limit_bytes, 1, MAX_SIZE_BYTES)
 
 
 def parse_device(text: str) -> Device | None:
@@ -72,9 +73,9 @@ def parse_device(text: str) -> Device | None:
     kind, colon, index = text.partition(":")
     if kind == "cpu" and not colon:
         return Device("cpu")
-    if kind == "cuda" and (not colon or (index.isascii() and index.isdigit())):
+    if kind == "cuda" and (not colon or re.fullmatch(r"[0-9]{1,4}", index)):
         return Device("cuda", int(index or 0))
-    raise InputError(f"unknown device {text!r}; choose auto, cpu, cuda or cuda:N")
+    raise InputError(f"unknown device {shown(text)}; choose auto, cpu, cuda or cuda:N")
 
 
 def gpu_count() -> int:

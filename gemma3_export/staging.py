@@ -23,7 +23,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from gemma3_export.errors import Gemma3ExportError, InputError
-from gemma3_export.files import is_file
+from gemma3_export.files import is_file, to_path
 from gemma3_export.records import read_json
 
 __all__ = [
@@ -60,7 +60,7 @@ logger = logging.getLogger(__name__)
 
 
 @contextmanager
-def staged_directory(target: Path, *, force: bool = False) -> Iterator[Path]:
+def staged_directory(target: Path | str, *, force: bool = False) -> Iterator[Path]:
     """Yield an empty folder, and rename it to ``target`` if the block succeeds.
 
     Args:
@@ -72,7 +72,7 @@ def staged_directory(target: Path, *, force: bool = False) -> Iterator[Path]:
             (see :func:`refuse_existing`); or another process is writing it.
         Gemma3ExportError: writing failed, for example because the disk is full.
     """
-    target = target.absolute()
+    target = to_path(target, "the output").absolute()
     refuse_existing(target, force=force)
     with _reserved(target) as place:
         content = place / "content"

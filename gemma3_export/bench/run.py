@@ -31,6 +31,7 @@ from gemma3_export.bundle import RUNTIMES, Bundle
 from gemma3_export.config import Gemma3Config
 from gemma3_export.device import CudaOptions
 from gemma3_export.errors import InputError, UnavailableError
+from gemma3_export.files import to_path
 from gemma3_export.limits import check_integer, check_threads
 
 __all__ = ["BenchmarkOptions", "run_benchmark"]
@@ -65,7 +66,7 @@ class BenchmarkOptions:
     cuda: CudaOptions | None = None  # options of the bundle's runtime on a GPU
     repeat: int = 3
     against: tuple[str, ...] = ()  # built-in peers, or NAME[:FORMAT] of installed ones
-    peers: Path = DEFAULT_FOLDER
+    peers: Path | str = DEFAULT_FOLDER
     weights: str | None = None  # full precision; adds every candidate's divergence from it
 
     def __post_init__(self) -> None:
@@ -81,7 +82,7 @@ class BenchmarkOptions:
         for spec in self.against:
             if spec == self.runtime or self.against.count(spec) > 1:
                 raise InputError(f"{spec} cannot be measured against itself; name another")
-            check_peer(spec, self.peers)
+            check_peer(spec, to_path(self.peers, "peers"))
 
     def cases(self) -> list[tuple[int, int]]:
         """Return (prompt tokens, batch) of each case, smallest first: peak memory only grows."""
@@ -91,7 +92,7 @@ class BenchmarkOptions:
         )
 
 
-def run_benchmark(path: Path, options: BenchmarkOptions) -> dict[str, Any]:
+def run_benchmark(path: Path | str, options: BenchmarkOptions) -> dict[str, Any]:
     """Measure the bundle at ``path`` and return a report that JSON can represent.
 
     Raises:
@@ -183,7 +184,7 @@ def prepare(
                 request["cuda"] = asdict(options.cuda)
             found.append(own_worker(spec, request | {"threads": threads}))
         else:
-            peer = find_peer(spec, options.peers)
+            peer = find_peer(spec, to_path(options.peers))
             peer.check_weights(bundle.manifest.source)
             found.append(peer_worker(peer, threads))
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -268,7 +269,9 @@ def generate(
     options = GenerateOptions(
         max_new_tokens=max_new_tokens,
         stop=stop_texts,
-        stop_tokens=tuple(int(token) if token.isdecimal() else token for token in stop_tokens),
+        stop_tokens=tuple(
+            int(token) if re.fullmatch(r"[0-9]{1,10}", token) else token for token in stop_tokens
+        ),
         allow_control_tokens=not literal,
         show_special_tokens=show_special,
         tools=tools,

@@ -21,7 +21,7 @@ from gemma3_export.config.other_models import (
 )
 from gemma3_export.config.presets import TEXT_VOCAB_SIZE
 from gemma3_export.errors import InputError
-from gemma3_export.files import is_file, read_text
+from gemma3_export.files import is_file, read_text, to_path
 
 __all__ = [
     "BENIGN_KEYS",
@@ -221,7 +221,7 @@ _ROPE_FIELDS = ("rope_theta", "rope_local_base_freq", "rope_scaling_factor")
 _ROPE_KEYS = {"rope_type", "type", "factor", "rope_theta", "original_max_position_embeddings"}
 
 
-def load_config(path: Path) -> Gemma3Config:
+def load_config(path: Path | str) -> Gemma3Config:
     """Read a ``config.json``, given its path or that of its folder.
 
     The ``eos_token_id`` of a ``generation_config.json`` in the same folder is added, because only
@@ -230,6 +230,7 @@ def load_config(path: Path) -> Gemma3Config:
     Raises:
         InputError: a file is missing, is not JSON, or describes something not implemented.
     """
+    path = to_path(path, "the config")
     if path.is_dir():
         path = path / CONFIG_NAME
     data = load_json_object(path)

@@ -14,6 +14,7 @@ from typing import Any
 from gemma3_export.bundle import Bundle
 from gemma3_export.cuda.stub import cuda_environment
 from gemma3_export.errors import Gemma3ExportError
+from gemma3_export.files import to_path
 
 __all__ = ["PlacementReport", "check_placement", "judge"]
 
@@ -73,7 +74,7 @@ class PlacementReport:
         return asdict(self) | {"passed": self.passed}
 
 
-def check_placement(bundle: Bundle, python: Path | None = None) -> PlacementReport:
+def check_placement(bundle: Bundle, python: Path | str | None = None) -> PlacementReport:
     """Partition the bundle's ONNX graph for an H100 with ONNX Runtime, over the stub of CUDA.
 
     Args:
@@ -86,7 +87,7 @@ def check_placement(bundle: Bundle, python: Path | None = None) -> PlacementRepo
         Gemma3ExportError: ONNX Runtime cannot create a session.
     """
     graph = bundle.graph("onnx")
-    interpreter = python or Path(sys.executable)
+    interpreter = to_path(python or sys.executable, "the interpreter")
     with cuda_environment(interpreter) as environment:
         done = subprocess.run(  # noqa: S603  (the caller chose the interpreter)
             [str(interpreter), "-P", str(WORKER), str(bundle.file(graph.path))],

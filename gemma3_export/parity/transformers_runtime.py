@@ -13,6 +13,7 @@ import torch
 
 from gemma3_export.config import CONFIG_NAME, Gemma3Config, load_config
 from gemma3_export.errors import InputError, UnavailableError
+from gemma3_export.files import to_path
 from gemma3_export.runtimes.protocol import (
     IntArray,
     KVCache,
@@ -70,8 +71,12 @@ class TransformersRuntime:
     """
 
     def __init__(
-        self, folder: Path, dtype: torch.dtype = torch.float32, vocab_size: int | None = None
+        self,
+        folder: Path | str,
+        dtype: torch.dtype = torch.float32,
+        vocab_size: int | None = None,
     ) -> None:
+        folder = to_path(folder, "the folder of the model")
         try:
             import transformers
         except ImportError as error:

@@ -100,7 +100,8 @@ def read_metrics_log(run: Path) -> list[StepMetrics]:
     complete_lines = text[: text.rfind("\n") + 1]
     names = [field.name for field in fields(StepMetrics)]
     rows: list[StepMetrics] = []
-    for number, cells in enumerate(csv.reader(io.StringIO(complete_lines), strict=True), 1):
+    for number, line in enumerate(complete_lines.splitlines(), 1):
+        cells = line.split(",")  # our cells contain no comma and no quote
         if number == 1 and cells == names:
             continue
         try:

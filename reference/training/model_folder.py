@@ -50,7 +50,7 @@ def write_weights(folder: Path, weights: Mapping[str, Tensor], dtype: torch.dtyp
 
 def export_hf_folder(
     source: WeightSource,
-    output: Path,
+    output: Path | str,
     *,
     dtype: torch.dtype | None = None,
     tokenizer: Tokenizer | None = None,

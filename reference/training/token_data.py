@@ -173,6 +173,12 @@ def _read_meta(file: Path) -> TokenMeta:
         raise InputError(
             f"{file} is damaged: learned_tokens must have the keys {' and '.join(SPLITS)}; {REMEDY}"
         )
+    for name in ("bos_token_id", "eos_token_id"):
+        if (token_id := getattr(meta, name)) is not None and not 0 <= token_id < meta.vocab_size:
+            raise InputError(
+                f"{file} is damaged: {name} is {token_id}, but the vocabulary has "
+                f"{meta.vocab_size} tokens; {REMEDY}"
+            )
     dtype = token_dtype(meta.vocab_size).name
     if meta.dtype != dtype:
         raise InputError(
