@@ -5,6 +5,8 @@ from __future__ import annotations
 import signal
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any, Self
 
@@ -13,6 +15,7 @@ __all__ = [
     "Terminated",
     "install_signal_handlers",
     "interrupt_exit_code",
+    "uninterrupted",
 ]
 
 REPEAT_SECONDS = 2.0  # after a signal, ignore others for this long
@@ -68,14 +71,30 @@ def interrupt_exit_code(interruption: KeyboardInterrupt) -> int:
     return 128 + int(number)
 
 
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Hold back SIGINT, SIGTERM and SIGHUP while the block runs, which must be short.
+
+    They interrupt at its end, unless the block itself raises an error. A second Ctrl-C waits, too.
+    """
+    deferred = DeferredSignals(is_patient=True)
+    with deferred:
+        yield
+    deferred.raise_received()
+
+
 class DeferredSignals:
     """A context manager that records SIGINT, SIGTERM and SIGHUP instead of letting them interrupt.
 
     The caller polls ``received`` at points where it can stop. A second Ctrl-C interrupts at
     once. Outside the main thread, where Python delivers no signals, nothing is recorded.
+
+    Args:
+        is_patient: a second Ctrl-C does not interrupt either.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, is_patient: bool = False) -> None:
+        self.is_patient = is_patient
         self.received = 0  # signal number, or 0
         self._previous_handlers: dict[int, Any] = {}
 
@@ -103,6 +122,6 @@ class DeferredSignals:
 
     def _record(self, number: int, frame: FrameType | None) -> None:
         del frame
-        if self.received == signal.SIGINT == number:
+        if self.received == signal.SIGINT == number and not self.is_patient:
             raise KeyboardInterrupt
         self.received = number

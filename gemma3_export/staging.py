@@ -25,6 +25,7 @@ from pathlib import Path
 from gemma3_export.errors import Gemma3ExportError, InputError
 from gemma3_export.files import is_file, to_path
 from gemma3_export.records import read_json
+from gemma3_export.signals import uninterrupted
 
 __all__ = [
     "check_disk_space",
@@ -53,6 +54,7 @@ OWN_FOLDERS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("training.json", MODEL_FILES + RUN_FILES),
     ("config.json", MODEL_FILES),
 )
+PARTIAL_FILES = (".*.partial", "*/.*.partial")  # of a process that was killed while writing
 MANIFEST = "manifest.json"
 RENAME_EXCHANGE = 2  # of renameat2(2)
 AT_FDCWD = -100
@@ -150,7 +152,9 @@ def _foreign_files(folder: Path) -> list[str]:
             return sorted(
                 name
                 for name in found
-                if not any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+                if not any(
+                    fnmatch.fnmatchcase(name, pattern) for pattern in (*patterns, *PARTIAL_FILES)
+                )
             )
     return sorted(found) or [folder.name]
 
@@ -170,11 +174,20 @@ def _reserved(target: Path) -> Iterator[Path]:
             try:
                 yield place
             finally:
-                for left in (place / "content", place / "replaced"):
-                    shutil.rmtree(left, ignore_errors=True)
+                with uninterrupted():
+                    _clear(place, target)
     finally:
-        with suppress(OSError):  # another process may have taken the place already
+        with uninterrupted(), suppress(OSError):  # another process may have taken the place
             place.rmdir()
+
+
+def _clear(place: Path, target: Path) -> None:
+    """Remove what is left in ``place``; bring back what was to be replaced, but was not."""
+    replaced = place / "replaced"
+    if replaced.exists() and not target.exists():
+        replaced.rename(target)
+    for left in (place / "content", replaced):
+        shutil.rmtree(left, ignore_errors=True)
 
 
 @contextmanager
@@ -188,23 +201,31 @@ def exclusive(file: Path, what: str) -> Iterator[None]:
     Raises:
         InputError: another process holds the lock; the message names the process.
     """
+    descriptor = None
     try:
-        descriptor = _lock(file)
+        with uninterrupted():  # a signal between the lock and its release would leave the file
+            descriptor = _locked(file)
+        if descriptor is None:
+            with suppress(OSError):
+                what += f" (process {file.read_text(encoding='utf-8').strip() or 'unknown'})"
+            raise InputError(
+                f"another process is {what}; wait until it has ended, or choose another output"
+            )
+        yield
+    finally:
+        if descriptor is not None:
+            with uninterrupted():
+                file.unlink(missing_ok=True)  # while it is locked: see _lock
+                os.close(descriptor)
+
+
+def _locked(file: Path) -> int | None:
+    try:
+        return _lock(file)
     except OSError as error:
         raise InputError(
             f"cannot create a file in {file.parent}: {error}; choose another output"
         ) from error
-    if descriptor is None:
-        with suppress(OSError):
-            what += f" (process {file.read_text(encoding='utf-8').strip() or 'unknown'})"
-        raise InputError(
-            f"another process is {what}; wait until it has ended, or choose another output"
-        )
-    try:
-        yield
-    finally:
-        file.unlink(missing_ok=True)  # while it is locked: see _lock
-        os.close(descriptor)
 
 
 def _lock(file: Path) -> int | None:
@@ -268,18 +289,9 @@ def publish(content: Path, target: Path) -> None:
     Raises:
         InputError: files appeared in ``target`` at the last moment.
     """
-    if target.is_mount():
-        _fill(content, target)
-        return
-    has_entries = target.exists() and any(target.iterdir())
-    if has_entries:
-        if not exchange(content, target):
-            replaced = content.with_name("replaced")
-            target.rename(replaced)
-            content.rename(target)
-        return
     try:
-        content.rename(target)
+        with uninterrupted():
+            _publish(content, target)
     except OSError as error:
         if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
             raise InputError(
@@ -287,6 +299,17 @@ def publish(content: Path, target: Path) -> None:
                 "replaced; choose another output"
             ) from error
         raise
+
+
+def _publish(content: Path, target: Path) -> None:
+    has_entries = target.exists() and any(target.iterdir())
+    if target.is_mount():
+        _fill(content, target)
+    elif not has_entries:
+        content.rename(target)
+    elif not exchange(content, target):
+        target.rename(content.with_name("replaced"))
+        content.rename(target)
 
 
 def _fill(content: Path, target: Path) -> None:

@@ -42,6 +42,7 @@ from gemma3_export.reference.training.options import TrainOptions
 from gemma3_export.reference.training.token_data import TokenData, TokenMeta, open_token_data
 from gemma3_export.reference.training.trainer import Trainer, TrainState
 from gemma3_export.reference.weights import WeightSource
+from gemma3_export.signals import uninterrupted
 from gemma3_export.staging import exclusive, refuse_existing, write_text_atomically
 
 __all__ = ["RECORD", "RunRecord", "TrainResult", "read_run_record", "resume_training", "train"]
@@ -170,6 +171,8 @@ def resume_training(
     data = open_token_data(data_path or record.data_path or "")
     _check_same_data(data.meta, record.data, data.path)
     with init_process_group(options.device) as group, _sole_writer(run, group):
+        if group.is_main_process and _has_results(run):
+            _settle(run, report)  # what a killed replacement left
         # Every process reads the checkpoint; only the main process reports problems with it.
         state = load_latest_checkpoint(run, report if group.is_main_process else lambda line: None)
         changed = options if steps is None else replace(options, steps=steps)
@@ -256,13 +259,16 @@ def _old_run_aside(run: Path, group: ProcessGroup, report: Report) -> Iterator[N
     if not group.is_main_process:
         yield
         return
-    aside = _aside(run)
-    if run.exists():
-        run.rename(aside)
     try:
+        with uninterrupted():
+            if run.exists():
+                run.rename(_aside(run))
         yield
     finally:
-        _settle(run, report)
+        with uninterrupted():
+            if not _has_results(run) and run.exists():
+                _discard(run)
+            _settle(run, report)
 
 
 def _aside(run: Path) -> Path:
@@ -274,12 +280,27 @@ def _settle(run: Path, report: Report) -> None:
     aside = _aside(run)
     if not aside.exists():
         return
-    if any(run.glob("*.safetensors")) or any((run / "checkpoints").glob("*")):
+    if _has_results(run):
         shutil.rmtree(aside)
-        return
-    shutil.rmtree(run, ignore_errors=True)
-    aside.rename(run)
-    report(f"{run}: the run that was to be replaced is back")
+    elif not run.exists() or _discard(run):
+        aside.rename(run)
+        report(f"{run}: the run that was to be replaced is back")
+    else:
+        report(f"{run} contains files of yours; the run that it was to replace is {aside}")
+
+
+def _has_results(run: Path) -> bool:
+    return any(run.glob("*.safetensors")) or any((run / "checkpoints").glob("step-*.pt"))
+
+
+def _discard(run: Path) -> bool:
+    """Delete a run without results, unless it contains files that this program did not write."""
+    try:
+        refuse_existing(run, force=True)
+    except InputError:
+        return False
+    shutil.rmtree(run)
+    return True
 
 
 def _check_sample_prompt(options: TrainOptions, data: TokenData, config: Gemma3Config) -> None:

@@ -29,6 +29,8 @@ class Case:
             0; returns what is wrong, or None.
         stdin: what the command reads.
         has_output: the command writes ``out`` if it succeeds.
+        had_output: ``out`` is there before, and stays whatever happens.
+        is_checked_here: call ``check`` in this process, because it starts children of its own.
         must_succeed: the change does no harm, so that an error is wrong.
     """
 
@@ -37,6 +39,8 @@ class Case:
     check: Callable[[Path, str], str | None]
     stdin: bytes = b""
     has_output: bool = True
+    had_output: bool = False
+    is_checked_here: bool = False
     must_succeed: bool = False
 
 
@@ -79,15 +83,22 @@ def run_case(generator: str, make: Generator, seed: int, folder: Path) -> Result
     if verdict.is_good and verdict.kind != RIGHT and case.must_succeed:
         verdict = Verdict("rejected, but valid", "a harmless change made it fail")
     if verdict.is_good and verdict.kind == RIGHT:
-        checked = children.call(case.check, place, finished.stdout, folder=place)
-        if checked.code or checked.stdout.strip():
-            verdict = Verdict("wrong result", f"exit 0, but {checked.stdout.strip()[:500]}")
-            details += f"\ncheck: {checked}" if checked.code else ""
+        complaint = _complaint(case, place, finished.stdout)
+        if complaint:
+            verdict = Verdict("wrong result", f"exit 0, but {complaint[:2000]}")
     return Result(generator, seed, case.name, verdict, details)
 
 
+def _complaint(case: Case, place: Path, printed: str) -> str:
+    if case.is_checked_here:
+        return case.check(place, printed) or ""
+    checked = children.call(case.check, place, printed, folder=place)
+    return f"the check failed: {checked.stderr[-1500:]}" if checked.code else checked.stdout.strip()
+
+
 def _judge_what_is_left(case: Case, place: Path, before: Snapshot, verdict: Verdict) -> Verdict:
-    expected = {INPUT, OUTPUT} if case.has_output and verdict.kind == RIGHT else {INPUT}
+    has_output = case.had_output or (case.has_output and verdict.kind == RIGHT)
+    expected = {INPUT, OUTPUT} if has_output else {INPUT}
     found = {path.name for path in place.iterdir()}
     if "canary" in found:
         return Verdict("code ran", "code in the input was executed")

@@ -181,6 +181,9 @@ def _judge_entries(place: Path, expected: set[str], good: Verdict) -> Verdict:
     found = {path.name for path in place.iterdir()}
     if found != expected:
         return Verdict("leftovers", f"the folder has {sorted(found)}, not {sorted(expected)}")
+    partial = [path.name for path in (place / OUTPUT).rglob(".*.partial")]
+    if partial:
+        return Verdict("leftovers", f"the output has {partial}")
     if (place / OUTPUT).is_dir() and (complaint := complaint_about_output(place / OUTPUT)):
         return Verdict("wrong result", complaint)
     return good
