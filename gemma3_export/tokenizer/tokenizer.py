@@ -171,8 +171,15 @@ class Tokenizer:
         return bool(self._backend.get_vocab() == other._backend.get_vocab())
 
     def token_id(self, token: str) -> int | None:
-        """Return the id of the vocabulary entry ``token``, or None."""
-        return self._backend.token_to_id(token)
+        """Return the id of the vocabulary entry ``token``, or None.
+
+        Raises:
+            InputError: ``token`` is not a string of Unicode characters.
+        """
+        try:
+            return self._backend.token_to_id(token)
+        except UnicodeEncodeError as error:
+            raise InputError(f"{token!r:.60} is not Unicode text; correct its encoding") from error
 
     def encode(
         self, text: str, *, add_bos: bool = True, allow_control_tokens: bool = True

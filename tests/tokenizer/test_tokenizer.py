@@ -303,3 +303,8 @@ def test_the_official_tokenizer_streams_every_text(official, text):
     assert ids[1:] == official._backend.encode(text, add_special_tokens=False).ids
     assert official.decode(ids) == official._backend.decode(ids)
     assert "".join(stream(official, ids)) == official.decode(ids)
+
+
+def test_a_token_that_is_not_unicode_text_is_rejected(gemma):
+    with pytest.raises(InputError, match=r"'\\udcff' is not Unicode text"):
+        gemma.token_id("\udcff")
