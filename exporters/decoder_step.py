@@ -52,7 +52,7 @@ def example_inputs(
     """Return inputs for tracing; sizes differ, so that the tracer does not confuse axes."""
     cache = (batch, config.num_key_value_heads, past, config.head_dim)
     return (
-        torch.ones(batch, new, dtype=torch.int64),
+        torch.zeros(batch, new, dtype=torch.int64),  # the one token that every vocabulary has
         torch.ones(batch, past + new, dtype=torch.int64),
         [torch.zeros(cache, dtype=dtype) for _ in range(2 * config.num_hidden_layers)],
         torch.zeros(1, dtype=torch.int64),

@@ -188,7 +188,8 @@ class Attention(nn.Module):
             v_BKTH,
             attn_mask=context.mask,
             scale=self.config.attention_scale,
-            enable_gqa=True,
+            # torch.onnx refuses grouping where every query head has a key head of its own.
+            enable_gqa=self.config.num_attention_heads != self.config.num_key_value_heads,
         )
         out_BTD = out_BNTH.transpose(1, 2).flatten(2)
         return self.o_proj(out_BTD), (k_BKTH, v_BKTH)

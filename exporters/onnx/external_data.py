@@ -198,4 +198,5 @@ def read_checked(source: WeightSource, name: str, dtype: torch.dtype) -> torch.T
 
 def raw_bytes(tensor: torch.Tensor) -> memoryview:
     """Return the tensor's memory, without a copy."""
-    return tensor.view(torch.uint8).numpy().data.cast("B")
+    # Flat, because a single column counts as contiguous whatever its stride.
+    return tensor.reshape(-1).view(torch.uint8).numpy().data

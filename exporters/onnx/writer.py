@@ -62,6 +62,8 @@ from gemma3_export.tokenizer import Tokenizer, load_tokenizer
 
 __all__ = ["OnnxWriter"]
 
+ATTENTION_MULTIPLE = 8  # of a head's size, in GroupQueryAttention
+
 
 @dataclass(frozen=True, kw_only=True)
 class OnnxWriter:
@@ -171,10 +173,23 @@ class OnnxWriter:
     def write(
         self, source: WeightSource, folder: Path, progress: Progress
     ) -> tuple[Graph, dict[str, str]]:
-        """Trace without weights, then stream the weights to ``onnx/model.onnx_data``."""
+        """Trace without weights, then stream the weights to ``onnx/model.onnx_data``.
+
+        Raises:
+            InputError: the target has no kernel for a shape of the model.
+        """
+        self._check_shapes(source.config)
         with tempfile.TemporaryDirectory(prefix="calibrated-", dir=folder) as scratch:
             quantizer = self._quantizer(source, folder, Path(scratch), progress)
             return self._write(source, folder, quantizer, progress)
+
+    def _check_shapes(self, config: Gemma3Config) -> None:
+        if self.target == "ort" and config.head_dim % ATTENTION_MULTIPLE:
+            raise InputError(
+                f"head_dim is {config.head_dim}, but ONNX Runtime's fused attention takes "
+                f"multiples of {ATTENTION_MULTIPLE}; use --target portable (fp32), or export to "
+                "torchscript"
+            )
 
     def _write(
         self, source: WeightSource, folder: Path, quantizer: Quantizer | None, progress: Progress
