@@ -120,6 +120,8 @@ def data(
 
     refuse_existing(output, force=force)
     source = _open_source(paths, dataset, column, limit)
+    for line in source.warnings:
+        click.echo(f"warning: {line}", err=True)
     if not source.has_rows:
         reason = (
             "it applies to messages, and to prompt and completion, in .jsonl files or a dataset"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import sys
 import sysconfig
 import tokenize
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from gemma3_export.errors import InputError, UnavailableError
-from gemma3_export.files import check_regular, read_text, to_path
+from gemma3_export.files import check_regular, open_regular, read_text, to_path
 from gemma3_export.reference.training.rows import (
     MESSAGES,
     PROMPT,
@@ -40,10 +41,25 @@ __all__ = [
 TINY_STORIES = "roneneldan/TinyStories"
 PIECE_CHARACTERS = 2**14
 MAX_FILE_BYTES = 2**32  # a file is held in memory
-ROWS_SUFFIX = ".jsonl"
+ROWS_SUFFIXES = (".jsonl", ".ndjson")
+# The beginning of a file with rows, or with a list of them.
+ROWS_HEAD = re.compile(rb'\s*\[?\s*\{\s*"(messages|conversations|prompt|completion)"\s*:')
 TEXT_SUFFIXES = frozenset(
     {
-        *(".c", ".cpp", ".css", ".go", ".h", ".html", ".java", ".js", ".json", ".jsonl", ".md"),
+        *(
+            ".c",
+            ".cpp",
+            ".css",
+            ".go",
+            ".h",
+            ".html",
+            ".java",
+            ".js",
+            ".json",
+            ".jsonl",
+            ".md",
+            ".ndjson",
+        ),
         *(".py", ".rs", ".rst", ".sh", ".tex", ".toml", ".ts", ".txt", ".xml", ".yaml", ".yml"),
     }
 )
@@ -81,6 +97,10 @@ class DocumentSource(Protocol):
     def size_bytes(self) -> int | None:
         """Return the approximate size of the text for progress bars, or None if unknown."""
 
+    @property
+    def warnings(self) -> Sequence[str]:
+        """Return lines for the user about what is probably not meant."""
+
     def __iter__(self) -> Iterator[Document | Example]:
         """Iterate over the documents from the first one."""
 
@@ -114,6 +134,16 @@ class LocalFiles:
         self.has_rows = any(map(_has_rows, self.files))
 
     @property
+    def warnings(self) -> list[str]:
+        """Return a line for each file that looks like rows of chat data but is read as text."""
+        return [
+            f"{file} looks like chat data but is trained as plain text; write one object per line, "
+            "and name the file .jsonl"
+            for file in self.files
+            if not _has_rows(file) and _starts_with_rows(file)
+        ]
+
+    @property
     def description(self) -> dict[str, Any]:
         """Return a hash of the file names, sizes and modification times, and the column."""
         digest = hashlib.sha256()
@@ -136,6 +166,7 @@ class PythonLibrary:
     """The documentation topics and sources of Python's standard library, always available."""
 
     has_rows = False
+    warnings: Sequence[str] = ()
 
     def __init__(self) -> None:
         root = Path(sysconfig.get_path("stdlib"))
@@ -174,6 +205,7 @@ class HubDataset:
     """
 
     size_bytes: int | None = None
+    warnings: Sequence[str] = ()
 
     def __init__(
         self, name: str = TINY_STORIES, *, column: str = TEXT, limit: int | None = None
@@ -257,7 +289,12 @@ def _reject_folder(error: OSError) -> None:
 
 
 def _has_rows(file: Path) -> bool:
-    return file.suffix.lower() == ROWS_SUFFIX
+    return file.suffix.lower() in ROWS_SUFFIXES
+
+
+def _starts_with_rows(file: Path) -> bool:
+    with open_regular(file) as opened:
+        return ROWS_HEAD.match(opened.read(2**10)) is not None
 
 
 def _python_files(root: Path) -> Iterator[Path]:

@@ -278,6 +278,18 @@ def test_text_that_spells_special_tokens_gets_a_warning_that_names_the_option(
     assert ids == [*expected["input_ids"], tokenizer.eos_token_id]
 
 
+@pytest.mark.parametrize("name", ["chats.json", "chats.txt"])
+def test_rows_in_a_file_of_another_kind_get_a_warning(
+    name: str, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    path = tmp_path / name
+    path.write_text(json.dumps(CONVERSATIONS, indent=1 if name == "chats.json" else None) * 9)
+    options = ("--tokenizer", folders["gemma"], "--validation-fraction", 0)
+    result = run_ok("data", path, *options, "-o", tmp_path / "out")
+    assert f"warning: {path} looks like chat data but is trained as plain text" in result.stderr
+    assert "name the file .jsonl" in result.stderr
+
+
 def test_special_tokens_that_the_tokenizer_lacks_get_another_remedy(tmp_path: Path) -> None:
     (tmp_path / "chat.txt").write_text("<|im_start|>user hi<|im_end|> " * 3)
     lines: list[str] = []

@@ -182,6 +182,7 @@ class TwoSplits:
     def __init__(self):
         self.description = {"kind": "two splits"}
         self.has_rows = False
+        self.warnings = ()
         self.size_bytes = None
 
     def __iter__(self):

@@ -16,17 +16,28 @@ from torch import distributed
 from gemma3_export.reference.training.checkpoints import checkpoint_steps
 from gemma3_export.reference.training.metrics import read_metrics_log
 from gemma3_export.reference.training.runs import resume_training, train
-from tests.support.token_folders import quick_options, random_tokens, write_config, write_tokens
+from tests.support.token_folders import (
+    quick_options,
+    random_examples,
+    random_tokens,
+    write_config,
+    write_examples,
+    write_tokens,
+)
 
 pytestmark = pytest.mark.skipif(not distributed.is_available(), reason="torch without distributed")
 STEPS = 6
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Create tokens, a config, and a single-process run with 8 windows per micro-batch."""
+@pytest.fixture(scope="module", params=["text", "examples"])
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Create tokens, a config, and a single-process run with 8 rows per micro-batch."""
     path = tmp_path_factory.mktemp("distributed")
-    write_tokens(path / "tokens", random_tokens(800), random_tokens(300, seed=1))
+    if request.param == "text":
+        write_tokens(path / "tokens", random_tokens(800), random_tokens(300, seed=1))
+    else:  # processes have different numbers of learned tokens
+        splits = {"train": random_examples(90), "validation": random_examples(13, seed=1)}
+        write_examples(path / "tokens", splits)
     write_config(path / "config.json")
     options = quick_options(steps=STEPS, batch_size=8, accumulation=2, eval_interval=3)
     train(
