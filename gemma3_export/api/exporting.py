@@ -55,6 +55,8 @@ class ExportOptions:
             format supports.
         adapter: folder or Hub id of a LoRA adapter of PEFT to merge into the weights.
         tokenizer: a tokenizer, or the path of one; None is the one that came with the weights.
+        reduce_vocab: keep only the tokens that a text file needs, or a list of languages or scripts
+            such as ``en,de`` or ``latin,greek``.
         verify: check parity; otherwise the manifest says that the graph is unproven.
         force: replace an existing folder that this program made.
         threads: intra-op threads of torch and ONNX Runtime; None is all cores, or 1 for models
@@ -65,6 +67,7 @@ class ExportOptions:
     dtype: str = "fp32"
     adapter: Path | str | None = None
     tokenizer: Tokenizer | Path | str | None = None
+    reduce_vocab: Path | str | None = None
     verify: bool = True
     force: bool = False
     threads: int | None = None
@@ -75,7 +78,7 @@ class ExportOptions:
         check_flags(self, "verify", "force")
         check_threads(self.threads)
         check_callables(self, "progress")
-        check_paths(self, "adapter")
+        check_paths(self, "adapter", "reduce_vocab")
         if not isinstance(self.tokenizer, Tokenizer | Path | str | None):
             raise InputError(
                 f"tokenizer is {self.tokenizer!r:.60}; it must be a Tokenizer or the path of one"
@@ -294,6 +297,7 @@ def _export(
 ) -> ExportResult:
     from gemma3_export.exporters.bundle_writer import export_bundle
     from gemma3_export.parity.options import threads_for, torch_threads
+    from gemma3_export.reference.weights.reduced_vocabulary import reduce_vocabulary
 
     check = ParityCheck(runtime=writer.runtime, progress=options.progress, threads=options.threads)
     tokenizer = options.tokenizer
@@ -303,6 +307,9 @@ def _export(
         opened_weights(weights, options.adapter) as source,
         torch_threads(threads_for(source.config, options.threads)),
     ):
+        if options.reduce_vocab is not None:
+            source = reduced = reduce_vocabulary(source, options.reduce_vocab, tokenizer)
+            tokenizer = reduced.tokenizer
         return export_bundle(
             source,
             to_path(output, "output"),

@@ -15,6 +15,8 @@ from gemma3_export.cli.options import (
     SEED,
     adapter_option,
     describe_adapter,
+    describe_reduction,
+    reduce_vocab_option,
     threads_option,
 )
 from gemma3_export.config import TOKENIZER_NAME
@@ -41,6 +43,7 @@ class ExportOptions:
     hf_token: str | None
     random_weights: int | None
     tokenizer_path: str | None
+    reduce_vocab: str | None
     output: Path
     no_verify: bool
     force: bool
@@ -92,6 +95,7 @@ EXPORT_OPTIONS = (
         help="tokenizer.json, its folder, a .gguf file, or tiktoken:NAME "
         "[default: the weights' own].",
     ),
+    reduce_vocab_option,
     click.option(
         "-o",
         "--output",
@@ -133,6 +137,7 @@ def run_export(options: ExportOptions, runtime: str, description: str, export: E
         export: an export function of the API.
     """
     from gemma3_export.api.exporting import open_weights
+    from gemma3_export.reference.weights.reduced_vocabulary import reduce_vocabulary
     from gemma3_export.tokenizer import load_tokenizer
 
     refuse_early(options.output, runtime, force=options.force)
@@ -147,8 +152,12 @@ def run_export(options: ExportOptions, runtime: str, description: str, export: E
         random_seed=options.random_weights,
     )
     with source, ProgressBars() as progress:
+        exported, reduced = source, None
+        if options.reduce_vocab is not None:
+            exported = reduced = reduce_vocabulary(source, options.reduce_vocab, tokenizer)
+            tokenizer = reduced.tokenizer
         result = export(
-            source,
+            exported,
             options.output,
             tokenizer=tokenizer,
             verify=not options.no_verify,
@@ -156,8 +165,11 @@ def run_export(options: ExportOptions, runtime: str, description: str, export: E
             threads=options.threads,
             progress=progress,
         )
-        model = f"{source.config.num_parameters / 1e6:,.1f}M parameters{describe_adapter(source)}"
+        parameters = exported.config.num_parameters
+        model = f"{parameters / 1e6:,.1f}M parameters{describe_adapter(source)}"
     print_summary(result, runtime, f"{model}, {description}")
+    if reduced is not None:
+        click.echo(describe_reduction(reduced, result.size_bytes / parameters))
 
 
 def refuse_early(output: Path, runtime: str, *, force: bool) -> None:

@@ -28,6 +28,7 @@ from gemma3_export.limits import (
 if TYPE_CHECKING:
     from gemma3_export.device import CudaOptions
     from gemma3_export.reference.weights import WeightSource
+    from gemma3_export.reference.weights.reduced_vocabulary import ReducedSource
 
 __all__ = [
     "BUDGET",
@@ -43,8 +44,10 @@ __all__ = [
     "cache_size",
     "cuda_options",
     "describe_adapter",
+    "describe_reduction",
     "integer",
     "memory_size",
+    "reduce_vocab_option",
     "refuse_if_given",
     "threads_option",
 ]
@@ -125,6 +128,12 @@ adapter_option = click.option(
     metavar="PATH_OR_HUB_ID",
     help="LoRA, rsLoRA or DoRA adapter of PEFT to merge into the weights "
     "[default base: the model that the adapter names].",
+)
+reduce_vocab_option = click.option(
+    "--reduce-vocab",
+    metavar="FILE|LANGS",
+    help="Keep only the tokens that a text file needs, or a list of languages or scripts such as "
+    "en,de or latin,greek. Other text is encoded as bytes.",
 )
 TAKEN_BY = {  # runtimes for which an option has an effect
     "--cuda-graph": ("onnx", "torchscript"),
@@ -254,6 +263,16 @@ def describe_adapter(source: WeightSource) -> str:
         return ""
     adapter = source.adapter
     return f" ({adapter.config.kind} adapter {adapter.origin} merged with {source.base.origin})"
+
+
+def describe_reduction(source: ReducedSource, bytes_per_parameter: float) -> str:
+    """Return a line about the tokens that were kept, and what that saves."""
+    kept, full = source.config.vocab_size, source.base.config.vocab_size
+    saved = source.saved_parameters
+    return (
+        f"vocabulary: {kept:,} of {full:,} tokens ({source.reduction.about}); saves "
+        f"{saved / 1e6:,.1f}M parameters, {saved * bytes_per_parameter / 1e6:,.1f} MB"
+    )
 
 
 def cuda_options(command: Callable[..., None]) -> Callable[..., None]:

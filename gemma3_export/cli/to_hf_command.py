@@ -6,7 +6,14 @@ from pathlib import Path
 
 import click
 
-from gemma3_export.cli.options import PATH, adapter_option, describe_adapter
+from gemma3_export.cli.options import (
+    PATH,
+    adapter_option,
+    describe_adapter,
+    describe_reduction,
+    reduce_vocab_option,
+)
+from gemma3_export.config import EMBEDDING
 from gemma3_export.dtypes import FLOAT_DTYPES
 from gemma3_export.progress import ProgressBars
 
@@ -41,6 +48,7 @@ Examples:
     metavar="PATH",
     help="tokenizer.json, its folder, a .gguf file, or tiktoken:NAME [default: the weights' own].",
 )
+@reduce_vocab_option
 @click.option(
     "--dtype",
     type=click.Choice(FLOAT_DTYPES),
@@ -55,6 +63,7 @@ def to_hf(
     revision: str | None,
     hf_token: str | None,
     tokenizer_path: str | None,
+    reduce_vocab: str | None,
     dtype: str | None,
     output: Path,
     force: bool,
@@ -74,18 +83,26 @@ def to_hf(
 
     from gemma3_export.dtypes import torch_dtype
     from gemma3_export.reference.training.model_folder import export_hf_folder
+    from gemma3_export.reference.weights.reduced_vocabulary import reduce_vocabulary
 
     with source, ProgressBars() as progress:
+        written, reduced = source, None
+        if reduce_vocab is not None:
+            written = reduced = reduce_vocabulary(source, reduce_vocab, tokenizer)
+            tokenizer = reduced.tokenizer
         export_hf_folder(
-            source,
+            written,
             output,
             dtype=None if dtype is None else torch_dtype(dtype),
             tokenizer=tokenizer,
             force=force,
             progress=progress,
         )
-        model = f"{source.config.num_parameters / 1e6:,.1f}M parameters{describe_adapter(source)}"
-        click.echo(f"{output}: {model}")
+        parameters = f"{written.config.num_parameters / 1e6:,.1f}M parameters"
+        click.echo(f"{output}: {parameters}{describe_adapter(source)}")
+        if reduced is not None:
+            stored = torch_dtype(dtype) if dtype else source.stored_dtype(EMBEDDING)
+            click.echo(describe_reduction(reduced, stored.itemsize))
     click.echo(
         f'next: python -c "from transformers import AutoModelForCausalLM as A; '
         f"A.from_pretrained('{output}')\""

@@ -320,6 +320,10 @@ class Tokenizer:
             f"{config_vocab_size}, so it {problem}; use the tokenizer of the model"
         )
 
+    def to_json(self) -> str:
+        """Return the contents of ``tokenizer.json``."""
+        return str(self._backend.to_str())
+
     def save(self, folder: Path | str) -> None:
         """Write ``tokenizer.json`` and ``tokenizer_config.json``, which transformers can read.
 
@@ -330,7 +334,7 @@ class Tokenizer:
         config = json.dumps(self._hub_config(), indent=2, ensure_ascii=False) + "\n"
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / TOKENIZER_NAME).write_text(self._backend.to_str(), encoding="utf-8")
+            (folder / TOKENIZER_NAME).write_text(self.to_json(), encoding="utf-8")
             (folder / TOKENIZER_CONFIG_NAME).write_text(config, encoding="utf-8")
         except OSError as error:
             raise InputError(

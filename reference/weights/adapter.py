@@ -10,6 +10,7 @@ the head, which was trained without them.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,10 @@ class AdapterSource(WeightSource):
     def tokenizer_file(self) -> Path | None:
         """Return the tokenizer that was saved with the adapter, else that of the base."""
         return self.adapter.tokenizer_file() or self.base.tokenizer_file()
+
+    def generation_config(self) -> Mapping[str, Any] | None:
+        """See :meth:`WeightSource.generation_config`; it is that of the base."""
+        return self.base.generation_config()
 
     def close(self) -> None:
         """See :meth:`WeightSource.close`."""

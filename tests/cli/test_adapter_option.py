@@ -25,6 +25,8 @@ IDS = torch.arange(2, 20)[None]
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("weights") / "base"
     write_hf_folder(folder, tiny_config(num_hidden_layers=1, layer_types=("full_attention",)))
+    generation = {"do_sample": True, "temperature": 0.25}
+    (folder / "generation_config.json").write_text(json.dumps(generation))
     return folder
 
 
@@ -75,6 +77,7 @@ def test_to_hf_writes_what_peft_computes(
     run_ok("to-hf", "--adapter", adapter, "-o", tmp_path / "merged")
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     assert model.dtype == torch.float32
+    assert model.generation_config.temperature == 0.25
     torch.testing.assert_close(model(IDS).logits, expected, rtol=2e-5, atol=2e-5)
     run_ok("to-hf", "--weights", adapter, "--dtype", "bf16", "-o", tmp_path / "half")
     half = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "half")
