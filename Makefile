@@ -28,7 +28,7 @@ PYTEST_PARALLEL := -n logical --maxprocesses 4 --dist worksteal
 
 .DEFAULT_GOAL := help
 .PHONY: help setup weights tokenizer demo demo-270m train-demo test test-full test-faults test-cuda gpu placement lint lint-docker docs picture \
-	bench bench-peers bench-cuda peers clean
+	bench bench-peers bench-cuda bench-cuda-short peers clean
 
 help: ## List the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## (.*)/  make \1|\2/' \
@@ -163,14 +163,20 @@ bench-peers: demo-270m peers ## Measure speed and quality against other engines;
 		--batch 1 --batch 4 --batch 8 \
 		--report build/peers-batches.json --plot build/peers-batches.svg
 
-bench-cuda: gpu $(GPU_VENV)/.installed $(WEIGHTS) ## Measure on an NVIDIA GPU, in bf16 (Error 3: no GPU)
-	[ -d $(DEMO_270M_CUDA) ] || $(GPU_VENV)/bin/gemma3-export onnx --weights $(WEIGHTS) --dtype bf16 -o $(DEMO_270M_CUDA)
+bench-cuda: gpu $(DEMO_270M_CUDA)/manifest.json ## Measure on an NVIDIA GPU, in bf16 (Error 3: no GPU)
 	$(GPU_VENV)/bin/python -m benchmarks.peers onnxruntime-genai-cuda:bf16 --weights $(WEIGHTS) --pip-args "$(PIP_ARGS)"
 	for graph in --no-cuda-graph --cuda-graph; do \
 		$(GPU_VENV)/bin/gemma3-export bench $(DEMO_270M_CUDA) --device cuda $$graph --prompt-tokens 512 \
 			--prompt-tokens 2048 --batch 1 --batch 8 --against transformers --against transformers:static \
 			--against onnxruntime-genai-cuda:bf16 --report build/bench-cuda$$graph.json || exit; \
 	done
+
+bench-cuda-short: gpu $(DEMO_270M_CUDA)/manifest.json ## One table of decode steps on an NVIDIA GPU, in five minutes
+	$(GPU_VENV)/bin/python -m benchmarks.gpu_steps $(DEMO_270M_CUDA)
+
+# Exported before anything is measured, once.
+$(DEMO_270M_CUDA)/manifest.json: | gpu $(GPU_VENV)/.installed $(WEIGHTS)
+	$(GPU_VENV)/bin/gemma3-export onnx --weights $(WEIGHTS) --dtype bf16 -o $(DEMO_270M_CUDA)
 
 clean: ## Remove build output, but not .venv and .cache
 	rm -rf build dist demo *.egg-info .pytest_cache .mypy_cache .ruff_cache
