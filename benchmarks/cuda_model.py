@@ -33,10 +33,11 @@ PAGE = Path(__file__).parent.parent / "docs" / "cuda.md"
 BEGIN, END = "<!-- cuda model -->\n", "<!-- /cuda model -->\n"
 SIZES = ("270m", "1b", "4b", "12b", "27b")
 BF16_BYTES = 2
-# Kernels of one decode step of a bf16 graph, counted over the stub; the same for all sizes
-KERNELS_PER_LAYER, OTHER_KERNELS = 28, 18
-# With a CUDA graph, the host launches the graph and the kernels of two small ONNX graphs.
-LAUNCHES_WITH_GRAPH = 9
+# Kernels of one greedy decode step of a bf16 graph, counted over the stub; the same for all sizes.
+# One of a layer's 15 is a memset of attention's semaphores.
+KERNELS_PER_LAYER, OTHER_KERNELS = 15, 20
+# With CUDA graphs, the host launches the model and the selection of the next token.
+LAUNCHES_WITH_GRAPH = 2
 FORMATS = {
     "bf16": None,
     "int8": BlockFormat(bits=8, block_size=32),

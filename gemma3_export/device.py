@@ -51,7 +51,8 @@ class CudaOptions:
         InputError: ``memory_limit_bytes`` is not positive.
     """
 
-    graph: bool = False  # capture decode steps as a CUDA graph, one per cache
+    # Capture decode steps as a CUDA graph, one per cache; None does so if the steps allow it.
+    graph: bool | None = None
     tf32: bool = False  # let float32 products round their inputs to a 10-bit mantissa
     memory_limit_bytes: int | None = None  # of the provider's arena; caches are allocated on top
     grows_exactly: bool = True  # the arena grows by what is requested, not to a power of two

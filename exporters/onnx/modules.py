@@ -4,8 +4,9 @@ Each computes the same function as the module it replaces, in a form that ONNX R
 kernel for: projections packed into one matrix product, attention as one fused operator. The parity
 check compares them with the reference.
 
-In half precision, matrices and the activations between products are half, but norms and the
-residual stream are float32: values there are largest, and rounding errors accumulate over layers.
+In float16, matrices and the activations between products are half, but norms and the residual
+stream are float32: values there overflow (the real 270M reaches 104,000). In bfloat16, the residual
+stream is bfloat16 too, as in the reference and in Hugging Face's models.
 
 Shapes: B batch rows, T new tokens, S all tokens, D hidden size, C vocabulary or feature columns.
 """
@@ -151,10 +152,11 @@ class FloatEmbedding(ScaledEmbedding):
 class MarkedLayer(DecoderLayer):
     """A layer that marks its input, so that a pass can cut the layer out of the trace."""
 
-    def __init__(self, config: Gemma3Config, layer: int) -> None:
-        super().__init__(config, layer)
-        self.post_attention_layernorm = FloatNorm(config.hidden_size, config.rms_norm_eps)
-        self.post_feedforward_layernorm = FloatNorm(config.hidden_size, config.rms_norm_eps)
+    def widen_residual(self, config: Gemma3Config) -> None:
+        """Hold the residual stream in float32."""
+        size, eps = config.hidden_size, config.rms_norm_eps
+        self.post_attention_layernorm = FloatNorm(size, eps)
+        self.post_feedforward_layernorm = FloatNorm(size, eps)
 
     def forward(
         self, x: Tensor, context: LayerContext, past: KeyValue | None
@@ -196,28 +198,37 @@ class GemmHead(LMHead):
         rows = rows.to(weight_VD.dtype)
         sizes = ops.symbolic("Shape", [x], {"end": 2}, dtype=torch.int64, shape=[2], version=21)
         target = torch.cat((sizes, torch.tensor([vocab_size])))
-        logits = F.linear(rows, weight_VD).float()
-        return ops.symbolic(
+        product = F.linear(rows, weight_VD)
+        logits = ops.symbolic(
             "Reshape",
-            [logits, target],
-            dtype=logits.dtype,
+            [product, target],
+            dtype=product.dtype,
             shape=(*x.shape[:2], vocab_size),
             version=21,
         )
+        return logits.float()  # last: a Reshape whose output a caller has bound would be a copy
 
 
 class PortableGemma3(Gemma3):
-    """The reference in standard operators, for any ONNX runtime and padding on either side."""
+    """The reference in standard operators, for any ONNX runtime and padding on either side.
+
+    Args:
+        config: the model.
+        has_wide_residual: hold the residual stream in float32, whatever the matrices' dtype.
+    """
 
     attention: type[PackedAttention] = PackedAttention
 
-    def __init__(self, config: Gemma3Config) -> None:
+    def __init__(self, config: Gemma3Config, *, has_wide_residual: bool = True) -> None:
         super().__init__(config)
-        self.model.embed_tokens = FloatEmbedding(config.vocab_size, config.hidden_size)
+        if has_wide_residual:
+            self.model.embed_tokens = FloatEmbedding(config.vocab_size, config.hidden_size)
         self.last_tokens = SliceLastTokens()
         self.head = GemmHead()
         for index in range(config.num_hidden_layers):
             layer = MarkedLayer(config, index)
+            if has_wide_residual:
+                layer.widen_residual(config)
             layer.self_attn = self.attention(layer.self_attn, OnnxProjection)
             layer.mlp = PackedMLP(config, OnnxProjection)
             self.model.layers[index] = layer

@@ -14,10 +14,11 @@ import onnx_ir.passes.common as common
 from gemma3_export.bundle import ONNX_TARGETS, Signature
 from gemma3_export.config import Gemma3Config
 from gemma3_export.dtypes import EXPORT_DTYPES, DType, dtype_choices
+from gemma3_export.exporters.onnx.fused_norms import FuseBfloat16Norms, FuseNorms
 from gemma3_export.exporters.onnx.graph_cleanup import DeclareSignature, DropTracedShapes, Simplify
 from gemma3_export.exporters.onnx.quantize_weights import QuantizedShape, QuantizeWeights
 from gemma3_export.exporters.onnx.screened_head import ScreenHead
-from gemma3_export.exporters.onnx.sliding_window import FuseNorms, UseSlidingWindowCache
+from gemma3_export.exporters.onnx.sliding_window import UseSlidingWindowCache
 from gemma3_export.exporters.onnx.stack_layers import StackLayers
 
 __all__ = ["MODEL_PASSES", "SLIDING_WINDOW_PASSES", "GraphPlan", "PassRow", "apply_passes"]
@@ -85,6 +86,9 @@ MODEL_PASSES = (
     PassRow(lambda plan: common.ClearMetadataAndDocStringPass(), ALL, ANY),
     PassRow(lambda plan: DropTracedShapes(), ALL, ANY),
     PassRow(lambda plan: StackLayers(plan.config, plan.signature), ALL, ANY),
+    PassRow(
+        lambda plan: FuseBfloat16Norms(), FUSED, ANY, lambda plan: plan.cache_dtype == "bfloat16"
+    ),
     PassRow(lambda plan: DeclareSignature(plan.signature), ALL, ANY),
     PassRow(lambda plan: QuantizeWeights(plan.quantized), FUSED, BLOCKS),
 )

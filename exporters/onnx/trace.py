@@ -23,7 +23,7 @@ from gemma3_export.exporters.onnx.modules import FusedGemma3, PortableGemma3
 from gemma3_export.exporters.onnx.stack_layers import distinct_layer_types
 from gemma3_export.exporters.packed_projections import weight_recipes
 
-__all__ = ["OPSET_VERSION", "TARGETS", "trace_onnx"]
+__all__ = ["OPSET_VERSION", "TARGETS", "has_wide_residual", "trace_onnx"]
 
 OPSET_VERSION = 23  # the first with Attention and RMSNormalization
 TARGETS: dict[str, type[PortableGemma3]] = {"ort": FusedGemma3, "portable": PortableGemma3}
@@ -50,7 +50,7 @@ def trace_onnx(
     signature = Signature.of(shallow)
     with quiet_exporter(), FakeTensorMode():
         recipes = weight_recipes(TARGETS[target](config))
-        decoder = TARGETS[target](shallow)
+        decoder = TARGETS[target](shallow, has_wide_residual=has_wide_residual(dtype))
         decoder.round_matrices(dtype)
         step = DecoderStep(decoder).eval().requires_grad_(False)
         exported = torch.export.export(
@@ -86,6 +86,11 @@ def detach_weights(graph: ir.Graph, recipes: dict[str, WeightRecipe]) -> None:
             value.const_value = None
     missing = recipes.keys() - graph.initializers.keys()
     assert not missing, f"the trace lost {sorted(missing)}"
+
+
+def has_wide_residual(dtype: torch.dtype) -> bool:
+    """Return whether graphs whose matrices are ``dtype`` hold the residual stream in float32."""
+    return dtype != torch.bfloat16
 
 
 @contextmanager

@@ -37,7 +37,7 @@ from gemma3_export.exporters.onnx.passes import (
 from gemma3_export.exporters.onnx.quantize_weights import quantized_recipes, quantized_shapes
 from gemma3_export.exporters.onnx.screened_head import screen_bytes, should_screen, write_screen
 from gemma3_export.exporters.onnx.sliding_window import has_sliding_layers
-from gemma3_export.exporters.onnx.trace import TARGETS, trace_onnx
+from gemma3_export.exporters.onnx.trace import TARGETS, has_wide_residual, trace_onnx
 from gemma3_export.exporters.quantize.calibration import CalibrationOptions
 from gemma3_export.exporters.quantize.gptq_quantizer import GptqQuantizer, check_formats
 from gemma3_export.exporters.quantize.mixed_precision import quantize_mixed
@@ -153,7 +153,8 @@ class OnnxWriter:
     @property
     def half(self) -> HalfPrecision | None:
         """See :class:`gemma3_export.exporters.bundle_writer.GraphWriter`."""
-        half = half_precision(torch_dtype(self.element), holds_residual=False)
+        dtype = torch_dtype(self.element)
+        half = half_precision(dtype, holds_residual=not has_wide_residual(dtype))
         return replace(half, holds_matrices=False) if half and self.is_quantized else half
 
     @property
@@ -196,7 +197,8 @@ class OnnxWriter:
     ) -> tuple[Graph, dict[str, str]]:
         config = source.config
         progress("tracing", 0, 1)
-        model, recipes = trace_onnx(config, self.target, torch_dtype(self.element))
+        dtype = torch_dtype(self.element)
+        model, recipes = trace_onnx(config, self.target, dtype)
         plan = self._plan(config, recipes, quantizer)
         apply_passes(MODEL_PASSES, model, plan)
         recipes = quantized_recipes(recipes, plan.quantized)
@@ -235,6 +237,7 @@ class OnnxWriter:
             dtype=self.dtype,
             target=self.target,
             cache_dtype=self.element,
+            residual_dtype="float32" if has_wide_residual(dtype) else self.element,
             weights=recipes,
             windowed_path=windowed.relative_to(folder).as_posix() if windowed else None,
             is_screened=plan.is_screened,

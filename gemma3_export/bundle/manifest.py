@@ -87,6 +87,7 @@ class Graph:
     target: str  # such as portable or ort
     cache_dtype: DType
     weights: dict[str, WeightRecipe]  # stored tensor -> canonical weights
+    residual_dtype: DType = "float32"  # of the residual stream
     windowed_path: str | None = None  # the same model with sliding-window caches
     is_screened: bool = False  # windowed_path screens its head: exporters/onnx/screened_head.py
     max_kld: float = DEFAULT_MAX_KLD  # divergence budget of the parity check, mean nats per token

@@ -185,7 +185,7 @@ def cache_size(text: str) -> int:
 class CudaRequest:
     """The CUDA options as given on the command line."""
 
-    cuda_graph: bool
+    cuda_graph: bool | None
     tf32: bool
     gpu_memory_limit: int | None
     cpu_fallback: bool
@@ -218,7 +218,7 @@ class CudaRequest:
                 )
         if self.cpu_fallback:
             device = usable_device(device, runtime)
-        if not given or device == "cpu":
+        if device == "cpu" or not (given or self.cuda_graph is False):
             return device, None
         return device, CudaOptions(
             graph=self.cuda_graph, tf32=self.tf32, memory_limit_bytes=self.gpu_memory_limit
@@ -281,7 +281,7 @@ def cuda_options(command: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(command)
     def with_request(
         *arguments: Any,
-        cuda_graph: bool,
+        cuda_graph: bool | None,
         tf32: bool,
         gpu_memory_limit: int | None,
         cpu_fallback: bool,
@@ -303,8 +303,8 @@ def cuda_options(command: Callable[..., None]) -> Callable[..., None]:
 CUDA_OPTIONS = (
     click.option(
         "--cuda-graph/--no-cuda-graph",
-        default=False,
-        help="On CUDA: capture a decode step as a CUDA graph and replay it. Off by default.",
+        default=None,
+        help="On CUDA: capture decode steps as CUDA graphs and replay them [default: if possible].",
     ),
     click.option(
         "--tf32",

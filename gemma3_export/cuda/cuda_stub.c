@@ -54,6 +54,8 @@ enum { HOST_TO_DEVICE = 1, DEVICE_TO_HOST = 2, DEVICE_TO_DEVICE = 3 };
 enum { MEMORY_HOST = 1, MEMORY_DEVICE = 2 };
 enum { MAX_REGIONS = 65536, DEVICES = 2 };
 
+static int fills_memory; /* new device memory is all ones, which is NaN in every float type */
+
 static struct region {
   char *start;
   size_t size;
@@ -83,6 +85,7 @@ static int allocate(void **out, size_t size, int kind) {
   void *memory = mmap(NULL, size ? size : 1, PROT_READ | PROT_WRITE,
                       MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (memory == MAP_FAILED) return OUT_OF_MEMORY;
+  if (kind == MEMORY_DEVICE && fills_memory) memset(memory, 0xff, size);
   acquire();
   int index = 0;
   while (index < region_count && regions[index].start) index++;
@@ -97,6 +100,9 @@ static int allocate(void **out, size_t size, int kind) {
   *out = memory;
   return OK;
 }
+
+/* As on a GPU, let new memory hold what is not a number, from now on. */
+void gemma3_stub_fill_memory(void) { fills_memory = 1; }
 
 static int deallocate(void *memory) {
   if (!memory) return OK;

@@ -24,6 +24,7 @@ __all__ = [
     "Candidates",
     "SelectsCandidates",
     "batch_candidates_needed",
+    "best_per_row",
     "candidates_from_top_k",
     "candidates_needed",
     "candidates_per_row",
@@ -128,3 +129,20 @@ def candidates_per_row(
         else:
             found.append(chosen)
     return found
+
+
+def best_per_row(packed: Logits, fetch: Callable[[], Logits]) -> list[Candidates | Logits]:
+    """Return each row's largest logit, or all logits [V] if some of the row are not finite.
+
+    Args:
+        packed: [B, 3] the largest logit, its id (the first of equals), and the sum of all logits.
+        fetch: fetches all logits [B, V] from the device, for rows that need them.
+    """
+    are_finite = np.isfinite(packed[:, 2])
+    everything = None if are_finite.all() else fetch()
+    return [
+        Candidates(row[1:2].astype(np.int64), row[:1].copy())
+        if is_finite or everything is None
+        else everything[index]
+        for index, (row, is_finite) in enumerate(zip(packed, are_finite, strict=True))
+    ]

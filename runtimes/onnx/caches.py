@@ -20,7 +20,11 @@ from gemma3_export.device import Device
 from gemma3_export.errors import Gemma3ExportError, InputError
 from gemma3_export.runtimes.onnx.ort_values import ONNX_BFLOAT16, bfloat16_to_float32
 from gemma3_export.runtimes.onnx.session import import_onnxruntime
-from gemma3_export.runtimes.onnx.token_transfer import HeadBuffer, TokenTransfer
+from gemma3_export.runtimes.onnx.token_transfer import (
+    HeadBuffer,
+    TokenTransfer,
+    allocate_cleared,
+)
 from gemma3_export.runtimes.protocol import (
     IntArray,
     KVSegment,
@@ -149,9 +153,7 @@ class InPlaceCache(OnnxCache):
                     "prompts"
                 ) from error
             return ort.OrtValue.ortvalue_from_numpy(self.arrays[-1])
-        return ort.OrtValue.ortvalue_from_shape_and_type(
-            list(shape), self.dtype, self.device.kind, self.device.index
-        )
+        return allocate_cleared(shape, self.dtype, self.device)
 
     def attention_mask(self, new_tokens: int, row: int | None) -> IntArray:
         """Return a right-padded mask [rows, S], whose sums are the rows' lengths."""

@@ -9,17 +9,31 @@ Shapes: B rows, C capacity, V vocabulary, k candidates requested, N candidates f
 
 from __future__ import annotations
 
+import functools
+import itertools
 import platform
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gemma3_export.bundle import Signature
-from gemma3_export.device import Device
-from gemma3_export.runtimes.generation.candidates import Candidates, candidates_per_row
+from gemma3_export.device import CudaOptions, Device
+from gemma3_export.runtimes.generation.candidates import (
+    SPARE_CANDIDATES,
+    Candidates,
+    best_per_row,
+    candidates_per_row,
+)
 from gemma3_export.runtimes.onnx.caches import InPlaceCache
-from gemma3_export.runtimes.onnx.graphs import PREPARATION_GRAPH, SELECTION_GRAPH
+from gemma3_export.runtimes.onnx.graphs import (
+    BLOCK_SELECTION_GRAPH,
+    GREEDY_GRAPH,
+    PREPARATION_GRAPH,
+    SELECTION_GRAPH,
+)
 from gemma3_export.runtimes.onnx.session import import_onnxruntime, open_session
 from gemma3_export.runtimes.protocol import IntArray, Logits
 
@@ -33,20 +47,93 @@ __all__ = [
 GRAPH_ID = "gpu_graph_id"  # run option: which captured CUDA graph to replay
 # The screened head's proof includes how the kernel rounds its inputs; elsewhere that may differ.
 KNOWN_MACHINES = ("x86_64", "AMD64")
+LARGEST_BLOCK = 64  # logits
 FIRST_PAUSE, LONGEST_PAUSE = 4, 256  # steps without screening after one that did not help
 
 
 class HelperSessions:
-    """Sessions of the small graphs that write masks and select candidates on one device."""
+    """Sessions of the small graphs that write masks and select candidates on one device.
 
-    def __init__(self, device: Device) -> None:
-        self.device = device
-        self.preparation = open_session(PREPARATION_GRAPH, device, threads=1)
-        self.selection = open_session(SELECTION_GRAPH, device, threads=1)
+    Args:
+        device: where they run.
+        cuda: options of the CUDA provider; with a CUDA graph, each binding is captured on its own.
+    """
+
+    def __init__(self, device: Device, cuda: CudaOptions | None) -> None:
+        self.device, self.cuda = device, cuda
+        self._graph_ids = itertools.count(1)  # 0 is ONNX Runtime's default
+
+    @functools.cached_property
+    def preparation(self) -> Any:
+        """The session of :data:`PREPARATION_GRAPH`."""
+        return self._open(PREPARATION_GRAPH)
+
+    @functools.cached_property
+    def greedy(self) -> Any:
+        """The session of :data:`GREEDY_GRAPH`."""
+        return self._open(GREEDY_GRAPH)
+
+    @functools.cached_property
+    def selection(self) -> Any:
+        """The session of :data:`SELECTION_GRAPH`."""
+        return self._open(SELECTION_GRAPH)
+
+    @functools.cached_property
+    def block_selection(self) -> Any:
+        """The session of :data:`BLOCK_SELECTION_GRAPH`."""
+        return self._open(BLOCK_SELECTION_GRAPH)
+
+    def _open(self, graph: Path) -> Any:
+        return open_session(graph, self.device, threads=1, cuda=self.cuda)
+
+    def run_options(self) -> Any:
+        """Return options for the runs of one binding, whose addresses must not change."""
+        options = import_onnxruntime().RunOptions()
+        if self.cuda and self.cuda.graph:
+            options.add_run_config_entry(GRAPH_ID, str(next(self._graph_ids)))
+        return options
+
+    def place(self, array: np.ndarray[Any, Any]) -> Any:
+        """Return a copy of ``array`` on the device."""
+        return import_onnxruntime().OrtValue.ortvalue_from_numpy(
+            array, self.device.kind, self.device.index
+        )
+
+
+class Step:
+    """One graph with everything bound to fixed addresses.
+
+    Args:
+        session: the graph's session.
+        options: the run options.
+        inputs: OrtValues by name.
+        outputs: OrtValues by name.
+    """
+
+    def __init__(
+        self,
+        session: Any,
+        options: Any,
+        inputs: Mapping[str, Any],
+        outputs: Mapping[str, Any],
+    ) -> None:
+        self.session, self.options = session, options
+        self.binding = session.io_binding()
+        for name, value in inputs.items():
+            self.binding.bind_ortvalue_input(name, value)
+        for name, value in outputs.items():
+            self.binding.bind_ortvalue_output(name, value)
+
+    def run(self) -> None:
+        """Run the graph."""
+        self.session.run_with_iobinding(self.binding, self.options)
 
 
 class DeviceDecodeSteps:
     """Decode steps of all rows of one cache, whose tensors stay on the device at fixed addresses.
+
+    A greedy step leaves the device ready for the token that it selects: if that token comes back as
+    the next input, nothing has to be moved there.
 
     Args:
         session: the model's session.
@@ -54,7 +141,7 @@ class DeviceDecodeSteps:
         cache: the cache, whose buffers never move; it must outlive the steps.
         vocab_size: V.
         helpers: sessions of the small graphs.
-        graph_id: the CUDA graph to capture in the first step; None runs without one.
+        options: options for the model's runs, with the CUDA graph to capture, if any.
     """
 
     def __init__(
@@ -64,82 +151,117 @@ class DeviceDecodeSteps:
         cache: InPlaceCache,
         vocab_size: int,
         helpers: HelperSessions,
-        graph_id: int | None,
+        options: Any,
     ) -> None:
-        ort = import_onnxruntime()
-        device, rows = helpers.device, cache.batch_size
-        self.session = session
-
-        def place(array: np.ndarray[Any, Any]) -> Any:
-            return ort.OrtValue.ortvalue_from_numpy(array, device.kind, device.index)
-
+        rows, place = cache.batch_size, helpers.place
+        self.rows, self.vocab_size, self.helpers = rows, vocab_size, helpers
         self.state = place(np.zeros((rows, 2), np.int64))
         self.ids = place(np.zeros((rows, 1), np.int64))
         self.columns = place(np.arange(cache.capacity, dtype=np.int64)[None])
         self.mask = place(np.zeros((rows, cache.capacity), np.int64))
         self.logits = place(np.zeros((rows, 1, vocab_size), np.float32))
-        self.binding = session.io_binding()
-        cache.bind(self.binding, None)
-        self.binding.bind_ortvalue_input(signature.input_ids.name, self.ids)
-        self.binding.bind_ortvalue_input(signature.attention_mask.name, self.mask)
-        count = ort.OrtValue.ortvalue_from_numpy(np.ones(1, np.int64))
-        self.binding.bind_ortvalue_input(signature.num_logits_to_keep.name, count)
-        self.binding.bind_ortvalue_output(signature.logits.name, self.logits)
-        self.options = ort.RunOptions()
-        if graph_id is not None:
-            self.options.add_run_config_entry(GRAPH_ID, str(graph_id))
-        self.preparation = helpers.preparation
-        self.prepared = helpers.preparation.io_binding()
-        self.prepared.bind_ortvalue_input("state", self.state)
-        self.prepared.bind_ortvalue_input("columns", self.columns)
-        self.prepared.bind_ortvalue_output("input_ids", self.ids)
-        self.prepared.bind_ortvalue_output("attention_mask", self.mask)
-        self.selection = Selection(helpers.selection, self.logits, rows)
+        count = import_onnxruntime().OrtValue.ortvalue_from_numpy(np.ones(1, np.int64))
+        self.step = Step(
+            session,
+            options,
+            {
+                signature.input_ids.name: self.ids,
+                signature.attention_mask.name: self.mask,
+                signature.num_logits_to_keep.name: count,
+            },
+            {signature.logits.name: self.logits},
+        )
+        cache.bind(self.step.binding, None)
+        self.next_tokens = {"input_ids": self.ids, "attention_mask": self.mask}
+        self.preparation = Step(
+            helpers.preparation,
+            helpers.run_options(),
+            {"state": self.state, "columns": self.columns},
+            self.next_tokens,
+        )
+        self.prepared: IntArray | None = None  # the state that the device is ready for
+        self.greedy: tuple[Step, Any] | None = None
+        self.selection: tuple[int, Step, Any] | None = None
 
     def run(self, input_ids: IntArray, cache: InPlaceCache) -> None:
         """Compute the logits that follow ``input_ids`` [B, 1]; they stay on the device."""
         state = np.concatenate((input_ids, cache.lengths[:, None] + 1), axis=1)
-        self.state.update_inplace(state)
-        self.preparation.run_with_iobinding(self.prepared)
-        self.session.run_with_iobinding(self.binding, self.options)
-        cache.advance(self.binding, 1, None)
+        if self.prepared is None or not np.array_equal(state, self.prepared):
+            self.state.update_inplace(state)
+            self.preparation.run()
+        self.prepared = None
+        self.step.run()
+        cache.advance(self.step.binding, 1, None)
+        self.lengths = state[:, 1:]
 
     def fetch(self) -> Logits:
         """Return all logits [B, V] of the last step."""
         logits: Logits = self.logits.numpy()[:, 0]
         return logits
 
-    def candidates(self, fetched: int, needed: int) -> list[Candidates | Logits]:
-        """See :func:`gemma3_export.runtimes.generation.candidates.candidates_per_row`."""
-        return candidates_per_row(self.selection.run(fetched), fetched, needed, self.fetch)
+    def candidates(self, needed: int) -> list[Candidates | Logits]:
+        """Return what decides each row's next token: candidates, or all logits [V].
 
+        Args:
+            needed: how many of the largest logits have to be complete, ties with the last of them
+                included; of a single one, the first of equals is enough.
+        """
+        if needed == 1:
+            packed = self._select_best()
+            self.prepared = np.concatenate((packed[:, 1:2].astype(np.int64), self.lengths + 1), 1)
+            return best_per_row(packed, self.fetch)
+        fetched = needed + SPARE_CANDIDATES
+        return candidates_per_row(self._select(fetched), fetched, needed, self.fetch)
 
-class Selection:
-    """Fetches the largest logits of each row."""
+    def _select_best(self) -> Logits:
+        """Return [B, 3]: the largest logit, its id and the sum of all logits."""
+        if self.greedy is None:
+            helpers = self.helpers
+            packed = helpers.place(np.zeros((self.rows, 1, 3), np.float32))
+            # The new state replaces the old one, which has been read by then.
+            step = Step(
+                helpers.greedy,
+                helpers.run_options(),
+                {"logits": self.logits, "state": self.state, "columns": self.columns},
+                {"packed": packed, "next_state": self.state, **self.next_tokens},
+            )
+            self.greedy = step, packed
+        step, packed = self.greedy
+        step.run()
+        found: Logits = packed.numpy()[:, 0]
+        return found
 
-    def __init__(self, session: Any, logits: Any, rows: int) -> None:
-        self.session, self.logits, self.rows = session, logits, rows
-        self.count = 0
-        self.binding: Any = None
-
-    def run(self, count: int) -> Logits:
+    def _select(self, count: int) -> Logits:
         """Return [B, 2 * count + 1]: values, largest first, ids, and the sum of all logits."""
-        if count != self.count:
-            self._bind(count)
-        self.session.run_with_iobinding(self.binding)
-        return self.packed[:, 0]
+        if self.selection is None or self.selection[0] != count:
+            self.selection = (count, *self._bind_selection(count))
+        _, step, packed = self.selection
+        step.run()
+        found: Logits = packed.numpy()[:, 0]
+        return found
 
-    def _bind(self, count: int) -> None:
-        ort = import_onnxruntime()
-        self.count = count
-        self.packed = np.empty((self.rows, 1, 2 * count + 1), np.float32)
-        self.binding = self.session.io_binding()
-        self.binding.bind_ortvalue_input("logits", self.logits)
-        self.binding.bind_ortvalue_input(
-            "count", ort.OrtValue.ortvalue_from_numpy(np.array([count], np.int64))
-        )
-        shape, address = list(self.packed.shape), self.packed.ctypes.data
-        self.binding.bind_output("packed", "cpu", 0, np.float32, shape, address)
+    def _bind_selection(self, count: int) -> tuple[Step, Any]:
+        helpers = self.helpers
+        packed = helpers.place(np.zeros((self.rows, 1, 2 * count + 1), np.float32))
+        size = import_onnxruntime().OrtValue.ortvalue_from_numpy(np.array([count], np.int64))
+        inputs = {"logits": self.logits, "count": size}
+        session = helpers.selection
+        width = block_width(self.vocab_size, count)
+        if self.rows > 1 and width > 1:
+            session = helpers.block_selection
+            ids = np.arange(self.vocab_size, dtype=np.float32)
+            inputs["columns"] = helpers.place(ids.reshape(-1, width))
+        return Step(session, helpers.run_options(), inputs, {"packed": packed}), packed
+
+
+def block_width(vocab_size: int, count: int) -> int:
+    """Return how many logits a block has, so that equal blocks fill the vocabulary.
+
+    There are at least ``count`` blocks. ONNX Runtime's TopK takes 1.4 ms for 8 rows of 262,144
+    logits on an H100, and 0.1 ms by way of the maxima of blocks of 64.
+    """
+    widths = range(min(LARGEST_BLOCK, vocab_size // count), 0, -1)
+    return next(width for width in widths if vocab_size % width == 0)
 
 
 def has_known_rounding() -> bool:

@@ -2,7 +2,8 @@
 
 ONNX Runtime has no bfloat16 kernels on the CPU. The graph is rewritten to compute in float32 and to
 round to bfloat16 wherever the original does: weights keep their bfloat16 values, and the results of
-products, activations and attention are rounded as a GPU kernel rounds them. Only the cache stays in
+products, norms, activations and attention are rounded as a GPU kernel rounds them. Fused operators
+are taken apart, since the CPU's attention does not normalize heads. Only the cache stays in
 float32: keys are not rounded after their rotation.
 """
 
@@ -23,6 +24,7 @@ __all__ = [
 # These operators only move numbers; the result of any other is a new number, to be rounded.
 MOVES = {"Concat", "Expand", "Gather", "Identity", "Reshape", "Slice", "Split", "Transpose"}
 NOT_FLOAT = {"Shape", "Size", "ArgMax"}
+Q_NORM_WEIGHT = 14  # input of GroupQueryAttention; that of the keys follows
 WIDE = "__float32"
 EXACT = "__unrounded"
 
@@ -37,6 +39,7 @@ def upcast_to_float32(path: Path) -> bytes:
     model = read_graph(path)
     import onnx
 
+    SeparateNorms(onnx, model.graph).run()
     Upcast(onnx, model.graph).run()
     serialized: bytes = model.SerializeToString()
     return serialized
@@ -70,6 +73,89 @@ def read_graph(path: Path) -> Any:
 def weights_folder(data: Path) -> Path:
     """Return the folder of the files that :func:`read_graph` names; ``data`` is one of them."""
     return data.resolve().parent
+
+
+class SeparateNorms:
+    """Replaces fused norms of one graph in place: see the exporter's ``FuseBfloat16Norms``."""
+
+    def __init__(self, onnx: Any, graph: Any) -> None:
+        self.onnx, self.graph = onnx, graph
+        self.nodes: list[Any] = []
+
+    def run(self) -> None:
+        """Rewrite every node that contains a norm."""
+        separate = {
+            "BranchwiseRMSNorm": self._separate_branches,
+            "SkipSimplifiedLayerNormalization": self._separate_addition,
+            "GroupQueryAttention": self._separate_head_norms,
+        }
+        for node in self.graph.node:
+            separate.get(node.op_type, self.nodes.append)(node)
+        del self.graph.node[:]
+        self.graph.node.extend(self.nodes)
+
+    def _separate_branches(self, node: Any) -> None:
+        if attribute(node, "num_branches").i != 1:  # of heads, which the CPU can normalize
+            self.nodes.append(node)
+            return
+        x, scale = node.input
+        self._normalize(node.name, x, scale, node.output[0], attribute(node, "epsilon").f)
+
+    def _separate_addition(self, node: Any) -> None:
+        first, second, scale = node.input
+        total = node.output[3]
+        self._append("Add", f"{node.name}.add", [first, second], [total])
+        self._normalize(node.name, total, scale, node.output[0], attribute(node, "epsilon").f)
+
+    def _separate_head_norms(self, node: Any) -> None:
+        if len(node.input) <= Q_NORM_WEIGHT:
+            self.nodes.append(node)
+            return
+        shape = next(v for v in self.graph.input if v.name == node.input[3]).type.tensor_type.shape
+        head_dim = shape.dim[3].dim_value
+        heads = [attribute(node, name).i for name in ("num_heads", "kv_num_heads", "kv_num_heads")]
+        parts = [f"{node.name}.{part}" for part in "qkv"]
+        sizes = self._constant("sizes", [count * head_dim for count in heads])
+        self._append("Split", f"{node.name}.split", [node.input[0], sizes], parts, axis=-1)
+        epsilon = attribute(node, "qk_norm_epsilon").f
+        split, merged = [0, 0, -1, head_dim], [0, 0, -1]
+        for index, part in enumerate(parts[:2]):
+            names = [f"{part}.{step}" for step in ("heads", "norm", "merged")]
+            scale = node.input[Q_NORM_WEIGHT + index]
+            self._append("Reshape", names[0], [part, self._constant("split", split)], names[:1])
+            self._normalize(names[1], names[0], scale, names[1], epsilon)
+            target = self._constant("merged", merged)
+            self._append("Reshape", names[2], [names[1], target], names[2:])
+            node.input[index] = names[2]
+        node.input[2] = parts[2]
+        del node.input[Q_NORM_WEIGHT:]
+        while not node.input[-1]:
+            del node.input[-1]
+        node.attribute.remove(attribute(node, "qk_norm_epsilon"))
+        self.nodes.append(node)
+
+    def _normalize(self, name: str, x: str, scale: str, output: str, epsilon: float) -> None:
+        self._append("RMSNormalization", name, [x, scale], [output], epsilon=epsilon, axis=-1)
+
+    def _append(
+        self, operator: str, name: str, inputs: list[str], outputs: list[str], **attributes: Any
+    ) -> None:
+        make = self.onnx.helper.make_node
+        self.nodes.append(make(operator, inputs, outputs, name=name, **attributes))
+
+    def _constant(self, name: str, values: list[int]) -> str:
+        """Return the name of an initializer with ``values``, which is added once."""
+        name = f"separated.{name}"
+        if all(tensor.name != name for tensor in self.graph.initializer):
+            kind = self.onnx.TensorProto.INT64
+            tensor = self.onnx.helper.make_tensor(name, kind, [len(values)], values)
+            self.graph.initializer.append(tensor)
+        return name
+
+
+def attribute(node: Any, name: str) -> Any:
+    """Return the attribute ``name`` of ``node``."""
+    return next(found for found in node.attribute if found.name == name)
 
 
 class Upcast:

@@ -7,9 +7,12 @@ requested logits cross to the host.
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
+from threading import RLock
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -21,7 +24,6 @@ from gemma3_export.config import Gemma3Config
 from gemma3_export.device import CudaOptions
 from gemma3_export.errors import Gemma3ExportError, InputError
 from gemma3_export.runtimes.generation.candidates import (
-    SPARE_CANDIDATES,
     Candidates,
     batch_candidates_needed,
 )
@@ -71,8 +73,25 @@ from gemma3_export.runtimes.protocol import (
 
 __all__ = ["OnnxRuntime"]
 
+logger = logging.getLogger(__name__)
+
 MAX_SCREENED_ROWS = 8  # larger batches share what a step reads, so screening saves nothing
 NO_PACKING = "session.disable_prepacking"  # session option: kernels use matrices as stored
+
+
+def settle_capture(cuda: CudaOptions, target: str) -> CudaOptions:
+    """Return ``cuda`` with the decision whether decode steps of ``target`` are captured.
+
+    Raises:
+        InputError: a CUDA graph is requested, and impossible.
+    """
+    problem = f"target {target} has a cache that grows, so no CUDA graph can be captured"
+    can_capture = target == "ort"
+    if cuda.graph and not can_capture:
+        raise InputError(f"{problem}; export without --target")
+    if cuda.graph is None and not can_capture:
+        logger.warning("%s: decoding is slower than without --target", problem)
+    return replace(cuda, graph=can_capture if cuda.graph is None else cuda.graph)
 
 
 class OnnxRuntime:
@@ -115,13 +134,10 @@ class OnnxRuntime:
         self.bundle.check_quickly(in_full={graph.path, graph.windowed_path or graph.path})
         self.config: Gemma3Config = self.bundle.config
         self.device = device_for(graph, device)
-        self.cuda = (cuda or CudaOptions()) if self.device.kind == "cuda" else None
         self.is_fused = graph.target == "ort"  # GroupQueryAttention extends its cache in place
-        if self.cuda and self.cuda.graph and not self.is_fused:
-            raise InputError(
-                f"target {graph.target} has a cache that grows, so no CUDA graph can be captured; "
-                "export without --target"
-            )
+        self.cuda = None
+        if self.device.kind == "cuda":
+            self.cuda = settle_capture(cuda or CudaOptions(), graph.target)
         if shares_weights:
             require_shareable_weights(self.bundle, self.device)
         self.uses_sliding_window_cache = use_sliding_window_cache(
@@ -157,6 +173,8 @@ class OnnxRuntime:
         self._helpers: HelperSessions | None = None
         self._graph_ids = itertools.count(1)  # 0 is ONNX Runtime's default
         self._counts: dict[int, Any] = {}
+        # A session that captures CUDA graphs must not run in two threads at once.
+        self._running = RLock() if self.cuda and self.cuda.graph else nullcontext()
 
     def _read_graph(
         self, graph: Graph, float32_matmul: bool
@@ -195,7 +213,7 @@ class OnnxRuntime:
             shares_weights=shares_weights,
             dtype=graph.dtype,
             compute_dtype=graph.cache_dtype,
-            residual_dtype="float32",
+            residual_dtype=graph.residual_dtype,
             activation_dtype=activation_dtype,
             is_quantized=is_quantized,
             quantizes_activations=is_quantized and not has_half_activations and not float32_matmul,
@@ -303,7 +321,7 @@ class OnnxRuntime:
             steps = self.decode_steps(cache)
             with self._errors_explained(1, cache):
                 steps.run(input_ids, cache)
-                return steps.candidates(needed + SPARE_CANDIDATES, needed)
+                return steps.candidates(needed)
         if not self.info.has_screened_head or cache.batch_size > MAX_SCREENED_ROWS:
             return None
         screened = self._screened_steps.get(cache)
@@ -320,35 +338,36 @@ class OnnxRuntime:
         steps = self._device_steps.get(cache)
         if steps is None:
             if self._helpers is None:
-                self._helpers = HelperSessions(self.device)
-            graph_id = next(self._graph_ids) if self.cuda and self.cuda.graph else None
+                self._helpers = HelperSessions(self.device, self.cuda)
             steps = DeviceDecodeSteps(
                 self.session,
                 self.signature,
                 cache,
                 self.config.vocab_size,
                 self._helpers,
-                graph_id,
+                self._options(captures=True),
             )
             self._device_steps[cache] = steps
         return steps
 
     @contextmanager
     def _errors_explained(self, new: int, cache: KVCache) -> Iterator[None]:
-        """Raise errors of ONNX Runtime as ours, naming the step that failed."""
+        """Run alone if need be; raise errors of ONNX Runtime as ours, naming the failed step."""
         try:
-            yield
+            with self._running:
+                yield
         except Exception as error:  # ONNX Runtime's errors share no base class
             raise Gemma3ExportError(
                 f"ONNX Runtime failed on a step of {new} tokens after {cache.lengths.tolist()}: "
                 f"{first_line(error)}"
             ) from error
 
-    def _options(self) -> Any:
-        """Return options for a step of any shape, which must not replay a CUDA graph."""
+    def _options(self, *, captures: bool = False) -> Any:
+        """Return options for steps at fixed addresses, captured if at all, or for any other."""
         options = import_onnxruntime().RunOptions()
         if self.cuda and self.cuda.graph:
-            options.add_run_config_entry(GRAPH_ID, "-1")
+            graph_id = next(self._graph_ids) if captures else -1  # never captured
+            options.add_run_config_entry(GRAPH_ID, str(graph_id))
         return options
 
     def _bind(self, input_ids: IntArray, cache: OnnxCache, logits: Logits, row: int | None) -> Any:

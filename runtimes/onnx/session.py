@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import os
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,6 +46,9 @@ CUDA_FAILURE = re.compile(r"\b(CUDA|CUDNN|CUBLAS) (failure|error)", re.IGNORECAS
 DOCTOR = "`gemma3-export doctor` shows what is missing and how to install it"
 # Session option: the folder of the external data of a graph that is loaded from memory.
 WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
+# Environment variables of ONNX Runtime. It has faster kernels on CUDA for products with 8-bit
+# blocks of at least 32: 0.37 instead of 0.47 ms for a step of the 270M on an H100.
+KERNEL_CHOICES = {"ORT_FPA_INTB_GEMM": "1"}
 SHOWN_PROBLEMS = 2
 ERRORS_ONLY, NOTHING = 3, 4  # levels of ONNX Runtime's logs
 
@@ -107,9 +112,10 @@ def open_session(
     if device.kind == "cuda":
         providers.insert(0, (CUDA_PROVIDER, cuda_provider_options(cuda, device)))
     try:
-        session = ort.InferenceSession(
-            str(source) if isinstance(source, Path) else source, options, providers=providers
-        )
+        with kernel_choices():
+            session = ort.InferenceSession(
+                str(source) if isinstance(source, Path) else source, options, providers=providers
+            )
     except Exception as error:  # ONNX Runtime's errors share no base class
         if device.kind == "cuda" and CUDA_FAILURE.search(str(error)):
             raise UnavailableError(
@@ -127,11 +133,26 @@ def open_session(
     return session
 
 
+@contextmanager
+def kernel_choices() -> Iterator[None]:
+    """Set the environment variables with which ONNX Runtime chooses kernels, while it does.
+
+    Variables that the user has set are left as they are.
+    """
+    chosen = {name: value for name, value in KERNEL_CHOICES.items() if name not in os.environ}
+    os.environ.update(chosen)
+    try:
+        yield
+    finally:
+        for name in chosen:
+            os.environ.pop(name, None)
+
+
 def cuda_provider_options(cuda: CudaOptions, device: Device) -> dict[str, str]:
     """Return ``cuda`` as the options of ONNX Runtime's CUDA provider."""
     options = {
         "device_id": str(device.index),
-        "enable_cuda_graph": str(int(cuda.graph)),
+        "enable_cuda_graph": str(int(bool(cuda.graph))),
         "use_tf32": str(int(cuda.tf32)),
         "arena_extend_strategy": "kSameAsRequested" if cuda.grows_exactly else "kNextPowerOfTwo",
     }

@@ -1,4 +1,4 @@
-"""Copy cached tokens on the device, through ONNX Runtime, on CPU and CUDA alike.
+"""Copy cached tokens, and clear memory, on the device, through ONNX Runtime.
 
 Shapes: K key-value heads, C capacity in tokens, n tokens, H head size.
 """
@@ -6,6 +6,7 @@ Shapes: K key-value heads, C capacity in tokens, n tokens, H head size.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +18,9 @@ from gemma3_export.runtimes.onnx.graphs import COPY_GRAPH
 from gemma3_export.runtimes.onnx.session import import_onnxruntime, open_session
 from gemma3_export.runtimes.protocol import KVSegment, describe_layout
 
-__all__ = ["HeadBuffer", "TokenTransfer", "copy_tokens"]
+__all__ = ["HeadBuffer", "TokenTransfer", "allocate_cleared", "copy_tokens"]
+
+ZEROS_BYTES = 2**22  # device memory that clearing copies from
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +65,30 @@ def copier(device: Device) -> Callable[[int, int, int], None]:
         session.run_with_iobinding(binding)
 
     return copy
+
+
+def allocate_cleared(shape: Sequence[int], dtype: np.dtype[Any], device: Device) -> Any:
+    """Return an OrtValue of zeros on ``device``, without a detour through host memory.
+
+    A cache must not start with what was in memory before: kernels read whole tiles, beyond a row's
+    last token, and multiply what they find there by zero, which leaves NaN where it was NaN.
+    """
+    value = import_onnxruntime().OrtValue.ortvalue_from_shape_and_type(
+        list(shape), dtype, device.kind, device.index
+    )
+    zeros, copy = zeros_on(device), copier(device)
+    size_bytes = math.prod(shape) * dtype.itemsize
+    for start in range(0, size_bytes, ZEROS_BYTES):
+        copy(zeros.data_ptr(), value.data_ptr() + start, min(ZEROS_BYTES, size_bytes - start))
+    return value
+
+
+@functools.cache
+def zeros_on(device: Device) -> Any:
+    """Return an OrtValue of zero bytes on ``device``."""
+    return import_onnxruntime().OrtValue.ortvalue_from_numpy(
+        np.zeros(ZEROS_BYTES, np.uint8), device.kind, device.index
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,7 @@ is the manifest's, or if the caller trusts it.
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -47,6 +48,8 @@ from gemma3_export.runtimes.torch.torchscript import last_line, torchscript, uns
 
 __all__ = ["ArchiveRuntime", "Pt2Runtime", "TorchScriptRuntime"]
 
+logger = logging.getLogger(__name__)
+
 
 class ArchiveRuntime:
     """A bundle's archive behind :class:`gemma3_export.runtimes.protocol.Runtime`.
@@ -56,7 +59,7 @@ class ArchiveRuntime:
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         threads: intra-op threads; None lets torch choose.
         trust: load the archive even if its hash is not the manifest's.
-        cuda: ``graph`` captures decode steps as a CUDA graph; the other options are ignored.
+        cuda: whether to capture decode steps as a CUDA graph; the other options are ignored.
 
     Raises:
         InputError: the bundle is damaged, has no archive, or the archive was changed; or its steps
@@ -93,12 +96,19 @@ class ArchiveRuntime:
             torch.set_num_threads(threads)
         # Steps at fixed addresses pay off if host and logits are far apart.
         self.decodes_on_device = self.device.type == "cuda"
-        self.captures = self.decodes_on_device and cuda is not None and cuda.graph
-        if self.captures and not self.can_capture:
-            raise InputError(
+        self.captures = self.decodes_on_device and self.can_capture
+        if self.decodes_on_device and not self.can_capture:
+            problem = (
                 f"steps of the {self.name} runtime read a size on the host, so no CUDA graph can "
-                "capture them; use the torchscript or onnx runtime, or no CUDA graph"
+                "capture them"
             )
+            if cuda is not None and cuda.graph:
+                raise InputError(
+                    f"{problem}; use the torchscript or onnx runtime, or no CUDA graph"
+                )
+            logger.warning("%s: decoding is slower than with torchscript or onnx", problem)
+        if cuda is not None and cuda.graph is False:
+            self.captures = False
         self.module = self.load(bundle.file(graph.path))
         self._steps: WeakKeyDictionary[KVCache, TorchDecodeSteps] = WeakKeyDictionary()
 

@@ -26,7 +26,8 @@ from gemma3_export.cuda.facts import Driver, Facts, Gpu, Machine, Packages, Tria
 from gemma3_export.cuda.problems import Problem
 from gemma3_export.cuda.stub import cuda_environment
 from gemma3_export.device import CudaOptions, gpu_count
-from gemma3_export.runtimes.onnx.runtime import OnnxRuntime
+from gemma3_export.errors import InputError
+from gemma3_export.runtimes.onnx.runtime import OnnxRuntime, settle_capture
 from tests.support.cuda_python import REPOSITORY, cuda_python
 
 COMMANDS = {
@@ -103,10 +104,35 @@ def test_options_reach_the_runtime(
 def test_without_options_the_runtime_chooses(
     ort_bundle: Path, asked: dict[str, Any], command: str
 ) -> None:
-    result = run(command, ort_bundle, "--no-cuda-graph")
+    result = run(command, ort_bundle)
     assert isinstance(result.exception, ReachedError), result.output
     assert asked["cuda"] is None
     assert asked["device"] == "auto"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_cuda_graph_can_be_refused(ort_bundle: Path, asked: dict[str, Any], command: str) -> None:
+    result = run(command, ort_bundle, "--no-cuda-graph")
+    assert isinstance(result.exception, ReachedError), result.output
+    assert asked["cuda"] == CudaOptions(graph=False)
+
+
+@pytest.mark.parametrize(
+    ("asked", "target", "captures"),
+    [(None, "ort", True), (False, "ort", False), (None, "portable", False)],
+)
+def test_decode_steps_are_captured_unless_it_is_impossible_or_refused(
+    asked: bool | None, target: str, captures: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    settled = settle_capture(CudaOptions(graph=asked, tf32=True), target)
+    assert settled == CudaOptions(graph=captures, tf32=True)
+    said = "no CUDA graph can be captured" in caplog.text
+    assert said == (target == "portable")
+
+
+def test_a_cuda_graph_of_a_cache_that_grows_is_rejected() -> None:
+    with pytest.raises(InputError, match="export without --target"):
+        settle_capture(CudaOptions(graph=True), "portable")
 
 
 def test_a_draft_model_is_opened_like_the_model(

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
+import numpy as np
+import onnx
 import onnx_ir as ir
 import pytest
 from onnx import parser
 
 from gemma3_export.bundle import Signature
+from gemma3_export.exporters.onnx.fused_norms import FuseBfloat16Norms, FuseNorms
 from gemma3_export.exporters.onnx.passes import MODEL_PASSES, SLIDING_WINDOW_PASSES, GraphPlan
 from gemma3_export.exporters.onnx.quantize_weights import QuantizeWeights
-from gemma3_export.exporters.onnx.sliding_window import FuseNorms, UseSlidingWindowCache
+from gemma3_export.exporters.onnx.sliding_window import UseSlidingWindowCache
 from gemma3_export.exporters.onnx.stack_layers import StackLayers
-from tests.support.tiny_models import tiny_config
+from tests.exporters.test_half_precision import half_bundle
+from tests.support.tiny_models import TINY, tiny_config
 
 CONFIG = tiny_config()
 WITHOUT_PATTERNS = """
@@ -37,6 +43,7 @@ def model_of(text: str) -> ir.Model:
         QuantizeWeights({}),
         UseSlidingWindowCache(),
         FuseNorms(),
+        FuseBfloat16Norms(),
     ],
     ids=lambda graph_pass: type(graph_pass).__name__,
 )
@@ -51,6 +58,51 @@ def test_a_residual_add_and_its_norm_become_one_node() -> None:
     model = model_of(RESIDUAL_NORM)
     assert FuseNorms()(model).modified
     assert [node.op_type for node in model.graph] == ["SkipSimplifiedLayerNormalization", "Neg"]
+
+
+def test_a_layer_in_bfloat16_has_no_casts_and_one_split() -> None:
+    """A GPU starts a kernel for each of these nodes, which is what a small model's step costs."""
+    graph = onnx.load(half_bundle("bf16") / "onnx" / "model.onnx", load_external_data=False).graph
+    made_at_load = {  # from weights alone; runtimes fold these nodes
+        node.output[0]
+        for node in graph.node
+        if node.op_type == "Add" and node.input[0].endswith("norm.weight")
+    }
+    counts = Counter(
+        node.op_type
+        for node in graph.node
+        if node.name.startswith("layer_3.")
+        and node.output[0] not in made_at_load
+        and node.input[0] not in made_at_load
+    )
+    assert counts == {
+        "MatMul": 4,
+        "BranchwiseRMSNorm": 2,  # after attention and after the feed-forward network
+        "SkipSimplifiedLayerNormalization": 2,  # before them, with the residual additions
+        "GroupQueryAttention": 1,
+        "Split": 1,
+        "Gelu": 1,
+        "Mul": 1,
+    }
+
+
+def test_attention_in_bfloat16_takes_the_packed_projection_and_the_scales_of_its_head_norms() -> (
+    None
+):
+    graph = onnx.load(half_bundle("bf16") / "onnx" / "model.onnx", load_external_data=False).graph
+    makers = {name: node for node in graph.node for name in node.output}
+    (node,) = (
+        node
+        for node in graph.node
+        if node.op_type == "GroupQueryAttention" and node.name.startswith("layer_2.")
+    )
+    assert makers[node.input[0]].op_type == "MatMul"
+    assert list(node.input[1:3]) == ["", ""]
+    for name, weight in zip(node.input[14:], ("q_norm", "k_norm"), strict=True):
+        scale = makers[makers[name].input[0]]
+        assert scale.input[0] == f"model.layers.2.self_attn.{weight}.weight"
+    epsilon = next(a.f for a in node.attribute if a.name == "qk_norm_epsilon")
+    assert epsilon == np.float32(TINY.rms_norm_eps)
 
 
 @pytest.mark.parametrize(
@@ -72,12 +124,17 @@ def test_a_residual_add_and_its_norm_become_one_node() -> None:
             ["UseSlidingWindowCache", "FuseNorms", "ScreenHead", "DeclareSignature"],
         ),
         (
+            GraphPlan(config=CONFIG, dtype="bf16", cache_dtype="bfloat16"),
+            ["StackLayers", "FuseBfloat16Norms", "DeclareSignature"],
+            ["UseSlidingWindowCache", "FuseNorms", "DeclareSignature"],
+        ),
+        (
             GraphPlan(config=CONFIG, dtype="int8"),
             ["StackLayers", "DeclareSignature", "QuantizeWeights"],
             ["UseSlidingWindowCache", "FuseNorms", "DeclareSignature"],
         ),
     ],
-    ids=["portable", "ort fp32", "ort fp32 screened", "ort int8"],
+    ids=["portable", "ort fp32", "ort fp32 screened", "ort bf16", "ort int8"],
 )
 def test_each_export_runs_the_passes_for_its_target_and_dtype(
     plan: GraphPlan, model_passes: list[str], window_passes: list[str]
