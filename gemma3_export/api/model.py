@@ -524,12 +524,13 @@ class Chat:
     def calls(self) -> list[FunctionCall]:
         """The function calls of the last answer, to be answered with :meth:`respond`.
 
-        Only FunctionGemma's format is read; for other models, the list is empty.
-
         Raises:
-            InputError: a call is malformed or incomplete.
+            InputError: a call is malformed or incomplete; or the conversation has tools, but
+                another format of calls than FunctionGemma's.
         """
-        return [] if self._last is None else self._format.read_answer(self._last.token_ids)[1]
+        if self._last is None or not (self._format.calls_functions or self.options.tools):
+            return []
+        return self._format.read_answer(self._last.token_ids)[1]
 
     def respond(self, *results: object, **changes: Any) -> Completion:
         """Give the results of the functions that the last answer calls; return the next answer.

@@ -165,9 +165,14 @@ class ChatFormat:
             token_ids: what the model generated, with or without the token that ended it.
 
         Raises:
-            InputError: a call is malformed or incomplete.
+            InputError: a call is malformed or incomplete, or in a format that is not read.
         """
         tokenizer = self._tokenizer
+        if not self.calls_functions:
+            raise InputError(
+                "only FunctionGemma's calls are read, and this model's template writes no "
+                f"{CALL_TOKENS[0]}; read the calls from the answer's text"
+            )
         skipped = {*self.end_token_ids, *tokenizer.special_token_ids}
         skipped -= {tokenizer.token_id(token) for token in CALL_TOKENS}
         return read_function_calls(
@@ -370,8 +375,8 @@ class ChatFormat:
                 )
                 for key, item in value.items()
             }
-        if isinstance(value, list):
-            return [self._marked(item, start, end) for item in value]
+        if isinstance(value, list | tuple):
+            return type(value)(self._marked(item, start, end) for item in value)
         return value
 
     def _encode(self, text: str, markers: str) -> tuple[list[int], list[tuple[int, int]]]:
@@ -442,7 +447,7 @@ def _strings(value: object) -> Iterator[str]:
             yield key
             if not _is_name(key, item):
                 yield from _strings(item)
-    elif isinstance(value, list):
+    elif isinstance(value, list | tuple):
         for item in value:
             yield from _strings(item)
 

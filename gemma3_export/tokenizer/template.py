@@ -262,7 +262,8 @@ def plain_value(value: object, where: str, depth: int = 0) -> Any:
             raise InputError(f"{where} has the key {odd[0]!r:.60}; keys must be strings")
         return {str(key): plain_value(item, where, depth + 1) for key, item in value.items()}
     if isinstance(value, Sequence) and not isinstance(value, bytes | bytearray | memoryview):
-        return [plain_value(item, where, depth + 1) for item in value]
+        items = [plain_value(item, where, depth + 1) for item in value]
+        return tuple(items) if isinstance(value, tuple) else items
     raise InputError(
         f"{where} holds an object of type {type(value).__name__}; use text, numbers, lists and "
         "mappings only"

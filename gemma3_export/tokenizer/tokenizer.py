@@ -331,7 +331,10 @@ class Tokenizer:
             InputError: the folder cannot be written.
         """
         folder = Path(folder)
-        config = json.dumps(self._hub_config(), indent=2, ensure_ascii=False) + "\n"
+        hub_config = self._hub_config()
+        config = json.dumps(hub_config, indent=2, ensure_ascii=False) + "\n"
+        if not config.isascii() and _has_surrogates(config):
+            config = json.dumps(hub_config, indent=2) + "\n"
         try:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / TOKENIZER_NAME).write_text(self.to_json(), encoding="utf-8")
@@ -475,6 +478,11 @@ def _as_special(token: tokenizers.AddedToken) -> tokenizers.AddedToken:
         normalized=token.normalized,
         special=True,
     )
+
+
+def _has_surrogates(text: str) -> bool:
+    """Return whether a text, such as a damaged template, has no UTF-8 form."""
+    return any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def _encode(backend: tokenizers.Tokenizer, text: str) -> list[int]:

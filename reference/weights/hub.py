@@ -40,7 +40,10 @@ PATTERNS = [
     "special_tokens_map.json",
     "added_tokens.json",
     "chat_template*",
+    "additional_chat_templates/*.jinja",
 ]
+# Other subfolders hold other formats.
+OTHER_FOLDERS = ["[!a]*/*", "a[!d]*/*", "*/*.json", "*/*.safetensors"]
 ALTERNATIVES = (
     "Alternatively, use local weights (--weights FOLDER, FILE.safetensors or FILE.gguf), or try "
     "the model that comes with this package (--weights demo)."
@@ -62,7 +65,7 @@ def download(hub_id: str, *, revision: str | None, token: str | None) -> tuple[P
             revision=revision,
             token=token,
             allow_patterns=PATTERNS,
-            ignore_patterns=["*/*"],  # subfolders hold other formats
+            ignore_patterns=OTHER_FOLDERS,
         )
     except GatedRepoError as error:
         raise InputError(

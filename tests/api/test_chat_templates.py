@@ -227,6 +227,19 @@ class TestFunctionCalls:
         with pytest.raises(InputError, match="malformed"):
             _ = chat.calls
 
+    def test_calls_in_another_format_are_not_taken_for_none(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        bundle = chat_bundle("llama")
+        model, _ = scripted(bundle, monkeypatch, '{"name": "get_weather"}<|eot|>', "Yes.<|eot|>")
+        chat = model.chat(tools=[WEATHER])
+        chat.send("Weather?")
+        with pytest.raises(InputError, match="only FunctionGemma's calls are read"):
+            _ = chat.calls
+        chat = model.chat()
+        chat.send("Weather?")
+        assert chat.calls == []
+
     def test_a_template_without_tools_rejects_them(self, bundles: dict[str, Path]) -> None:
         with pytest.raises(InputError, match="does not use tools"):
             opened(bundles["chatml"]).generate(USER, tools=[WEATHER])

@@ -13,9 +13,11 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 import torch
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import save_file
 
 from gemma3_export.errors import InputError, UnavailableError
+from gemma3_export.reference.weights import hub as hub_module
 from gemma3_export.reference.weights import open_weights
 from tests.support.tiny_models import tiny_config, write_hf_folder
 
@@ -276,3 +278,14 @@ def test_offline_mode(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(UnavailableError, match="HF_HUB_OFFLINE"):
         open_weights("org/tiny")
+
+
+def test_chat_templates_are_downloaded_from_their_folder_and_nothing_from_others() -> None:
+    wanted = ["config.json", "chat_template.jinja", "additional_chat_templates/tool_use.jinja"]
+    others = ["onnx/config.json", "add/model.safetensors", "additional_chat_templates/a.json"]
+    found = filter_repo_objects(
+        [*wanted, *others],
+        allow_patterns=hub_module.PATTERNS,
+        ignore_patterns=hub_module.OTHER_FOLDERS,
+    )
+    assert list(found) == wanted

@@ -94,6 +94,27 @@ def test_text_and_ids_equal_those_of_transformers(
     assert (messages, given) == before
 
 
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for m in messages %}{{ m.content is defined }}{{ m.tool_calls }}{% endfor %}",
+        "{{ tools }}{{ documents }}{{ messages }}{{ add_generation_prompt }}",
+        "{% for m in messages %}{{ m.content }}{{ m.reasoning_content }}{% endfor %}",
+    ],
+)
+def test_templates_see_what_transformers_shows_them(tmp_path: Path, template: str) -> None:
+    tiny_gemma_tokenizer(300).save(tmp_path)
+    (tmp_path / "chat_template.jinja").write_text(template)
+    messages = [
+        {"role": "user", "content": "a", "name": None, "odd": [1, 2.5, {"x": (True, None)}]},
+        {"role": "assistant", "content": None, "tool_calls": [call("f", x=None)]},
+        {"role": "assistant", "content": "b", "reasoning": "c"},
+    ]
+    expected = theirs(tmp_path).apply_chat_template(messages, tokenize=False)
+    found = load_tokenizer(tmp_path).chat.render(messages, add_generation_prompt=False)
+    assert found == expected
+
+
 @pytest.mark.parametrize(("name", "messages", "given"), CASES)
 def test_spelled_control_tokens_are_encoded_as_transformers_sanitizes_them(
     folders: dict[str, Path], name: str, messages: list[Any], given: dict[str, Any]
@@ -187,6 +208,24 @@ class TestAnswers:
             pairs = zip(chat.token_ids, chat.is_answer, strict=True)
             answer = tokenizer.decode([i for i, is_answer in pairs if is_answer])
             assert answer.strip().removesuffix("<|im_end|>") == "c <eos> d"
+
+    def test_they_are_found_to_the_character(self) -> None:
+        template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>\n{% endfor %}"
+        template += "{% if add_generation_prompt %}<assistant>{% endif %}"
+        messages = [*TALK[:2], message("user", "b"), message("assistant", " c ")]
+        for source in (
+            template,
+            template.replace("{{ m.content }}</s>", "{{ m.content }}{% if true %}</s>{% endif %}"),
+            template.replace(
+                "{{ m.content }}</s>",
+                "{% if m.role == 'assistant' %}{% generation %}{{ m.content }}</s>"
+                "{% endgeneration %}{% else %}{{ m.content }}</s>{% endif %}\n",
+            ),
+        ):
+            chat = ChatTemplate(source).render_answers(messages)
+            found = [chat.text[start:end] for start, end in chat.answers]
+            assert found == ["Hello {{ 7 * 7 }} {% raw %}</s>", " c </s>"]
+            assert chat.text == ChatTemplate(source).render(messages, add_generation_prompt=False)
 
     def test_a_template_that_rewrites_history_is_an_error(self) -> None:
         template = ChatTemplate(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from gemma3_export.errors import InputError
 from gemma3_export.tokenizer import CHAT_TEMPLATE, ChatOptions, Tokenizer, load_tokenizer
 from gemma3_export.tokenizer.settings import settings_from_gguf
 from tests.support.chat_templates import CHATML, LLAMA_LIKE, WEATHER, write_tokenizer
+from tests.support.tiny_tokenizers import tiny_byte_level_tokenizer, tiny_gemma_tokenizer
 
 transformers = pytest.importorskip("transformers")
 
@@ -122,6 +124,16 @@ class TestSettings:
             assert other.model_input_names == ["input_ids", "attention_mask"]
             assert len(other) == 602
 
+    @pytest.mark.parametrize("make", [tiny_byte_level_tokenizer, lambda: tiny_gemma_tokenizer(300)])
+    def test_no_inputs_are_named_that_the_model_does_not_take(
+        self, tmp_path: Path, make: Callable[[], Tokenizer]
+    ) -> None:
+        # By default, PreTrainedTokenizerFast of transformers 4.57 adds token_type_ids.
+        make().save(tmp_path)
+        written = json.loads((tmp_path / "tokenizer_config.json").read_text())
+        assert written["model_input_names"] == ["input_ids", "attention_mask"]
+        assert sorted(theirs(tmp_path)("hi")) == ["attention_mask", "input_ids"]
+
     def test_tokens_without_an_embedding_are_left_out(self, folder: Path) -> None:
         change(
             folder,
@@ -177,6 +189,14 @@ class TestSettings:
         with pytest.raises(InputError, match=r"tokenizer_config\.json") as caught:
             load_tokenizer(folder)
         assert named in str(caught.value)
+
+    def test_text_without_a_utf8_form_is_kept(self, folder: Path) -> None:
+        change(folder, chat_template="\ud800 ä {{ messages[0].content }}")
+        tokenizer = load_tokenizer(folder)
+        tokenizer.save(folder / "out")
+        assert load_tokenizer(folder / "out").settings == tokenizer.settings
+        with pytest.raises(InputError, match="lone surrogates"):
+            tokenizer.encode_chat(USER)
 
     @pytest.mark.parametrize("data", [b"\xff\xfe", b"x" * (2**20 + 1)])
     def test_damaged_template_files_are_rejected(self, folder: Path, data: bytes) -> None:
