@@ -17,8 +17,9 @@ from typing import Any
 import msgspec
 import tokenizers
 
+from gemma3_export.config import TOKENIZER_CONFIG_NAME, load_json_object
 from gemma3_export.errors import Gemma3ExportError, InputError
-from gemma3_export.files import read_text
+from gemma3_export.files import is_file, read_text
 
 __all__ = [
     "IMAGE_PLACEHOLDER",
@@ -58,13 +59,18 @@ def read_tokenizer_json(path: Path) -> tokenizers.Tokenizer:
     """Read a ``tokenizer.json`` for text models; see :func:`parse_tokenizer_json`.
 
     Raises:
-        InputError: the file is missing, truncated, or not a tokenizer.
+        InputError: the file is missing, truncated, or not a tokenizer; or the
+            ``tokenizer_config.json`` next to it declares other added tokens.
     """
     text = read_text(path, limit_bytes=MAX_TOKENIZER_BYTES)
     try:
-        return parse_tokenizer_json(text)
+        backend = parse_tokenizer_json(text)
     except InputError as error:
         raise InputError(f"{path} {error}") from error
+    config = path.with_name(TOKENIZER_CONFIG_NAME)
+    if is_file(config):
+        _check_declared(backend, load_json_object(config).get("added_tokens_decoder"), config)
+    return backend
 
 
 def parse_tokenizer_json(text: str) -> tokenizers.Tokenizer:
@@ -151,4 +157,27 @@ def _check_ids(backend: tokenizers.Tokenizer, expected: list[dict[str, Any]]) ->
                 f"gives the added token {content!r:.80} the id {stated}, but the library reads it "
                 f"as {found.get(content)}: an id before it has no token, or two tokens share an "
                 "id or a name; number the added tokens without gaps, as save_pretrained does"
+            )
+
+
+def _check_declared(backend: tokenizers.Tokenizer, declared: Any, path: Path) -> None:
+    """Check that a ``tokenizer_config.json`` declares no token that ``tokenizer.json`` lacks.
+
+    transformers would add it when it loads the folder.
+
+    Raises:
+        InputError: naming the first token that is missing or has another id.
+    """
+    if not isinstance(declared, dict):
+        return
+    for stated, token in declared.items():
+        content = token.get("content") if isinstance(token, dict) else None
+        if not isinstance(content, str) or content == IMAGE_PLACEHOLDER:
+            continue
+        found = backend.token_to_id(content)
+        if str(found) != stated:
+            raise InputError(
+                f"{path}: added_tokens_decoder gives {content!r:.80} the id {stated:.20}, but in "
+                f"tokenizer.json it {'is missing' if found is None else f'has the id {found}'}; "
+                "load the folder with AutoTokenizer and save it again, so that both files agree"
             )

@@ -172,7 +172,7 @@ def chosen_pairs() -> Iterator[Any]:
             yield pytest.param(writer, config, marks=marks, id=f"{writer}: {name}")
 
 
-@pytest.mark.parametrize(("writer", "config"), chosen_pairs())
+@pytest.mark.parametrize(("writer", "config"), list(chosen_pairs()))
 def test_chosen_configs(writer: str, config: Gemma3Config) -> None:
     check(config, WRITERS[writer])
 

@@ -108,6 +108,28 @@ def test_an_added_token_that_cannot_keep_its_id_is_an_error(tmp_path, added, nam
         load_tokenizer(path)
 
 
+@pytest.mark.parametrize(
+    ("token_id", "content", "message"),
+    [
+        (SIZE + 3, "<|im_end|>", None),
+        (SIZE, PLACEHOLDER, None),
+        (SIZE + 5, "<new>", "'<new>' the id 705, but in tokenizer.json it is missing"),
+        (SIZE + 2, "<|im_end|>", "the id 702, but in tokenizer.json it has the id 703"),
+    ],
+)
+def test_added_tokens_that_only_the_config_declares_are_errors(
+    tmp_path, token_id, content, message
+):
+    path = write_tokenizer(tmp_path, FINE_TUNED)
+    declared = {"added_tokens_decoder": {str(token_id): {"content": content, "special": True}}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(declared))
+    if message is None:
+        load_tokenizer(path)
+        return
+    with pytest.raises(InputError, match=message):
+        load_tokenizer(path)
+
+
 def test_a_byte_order_mark_is_no_part_of_the_file(tmp_path):
     path = write_tokenizer(tmp_path, FINE_TUNED)
     expected = load_tokenizer(path).encode(TEXT)

@@ -308,3 +308,50 @@ def test_a_file_keeps_its_chat_template_and_its_end_token(gemma, metadata, tmp_p
     assert rebuilt.encode_chat([{"role": "user", "content": "hi"}])[-1] == rebuilt.eos_token_id
     rebuilt.save(tmp_path / "out")
     assert load_tokenizer(tmp_path / "out").settings.templates == rebuilt.settings.templates
+
+
+class OllamasMetadata(Metadata):
+    """Metadata as Ollama's converter writes it: user-defined pieces become normal ones."""
+
+    def __init__(self, metadata, kept):
+        super().__init__(metadata)
+        pairs = list(zip(self["tokens"], self["token_type"], strict=True))
+        lost = [kind in (CONTROL, USER_DEFINED) and piece not in kept for piece, kind in pairs]
+        self["token_type"] = [
+            NORMAL if is_lost else kind for is_lost, (_, kind) in zip(lost, pairs, strict=True)
+        ]
+        # Positive zero, as SentencePiece scores them; the first normal piece has negative zero.
+        self["scores"] = [
+            0.0 if is_lost else score for is_lost, score in zip(lost, self["scores"], strict=True)
+        ]
+        self["add_padding_token"] = False
+
+
+OLLAMAS_CONTROL_TOKENS = ("<pad>", "<eos>", "<bos>", "<start_of_turn>", "<end_of_turn>")
+
+
+def test_user_defined_pieces_of_ollamas_files_are_added_tokens(gemma, metadata):
+    first = metadata["token_type"].index(NORMAL)
+    metadata["scores"][first] = -0.0
+    rebuilt = tokenizer_from_gguf(OllamasMetadata(metadata, OLLAMAS_CONTROL_TOKENS))
+    assert "\n\n" in metadata["tokens"]
+    for text in (*TEXTS, "a\n\n\n\nb<mask>"):
+        assert rebuilt.encode(text) == gemma.encode(text)
+    added = rebuilt._backend.get_added_tokens_decoder()
+    assert added.keys() == gemma._backend.get_added_tokens_decoder().keys()
+    assert first not in added
+
+
+@pytest.mark.real_weights
+def test_the_real_file_as_ollama_writes_it_gives_the_official_tokenizer(real_gguf):
+    reader = open_gguf(real_gguf)
+    prefix = "tokenizer.ggml."
+    real = {
+        name.removeprefix(prefix): field.contents()
+        for name, field in reader.fields.items()
+        if name.startswith(prefix)
+    }
+    rebuilt = tokenizer_from_gguf(OllamasMetadata(real, OLLAMAS_CONTROL_TOKENS))
+    official = Tokenizer.from_file(official_tokenizer_json())
+    ours, theirs = (json.loads(t._backend.to_str()) for t in (rebuilt, official))
+    assert ours == theirs
