@@ -237,7 +237,7 @@ def test_sequences_are_spread_over_the_whole_file(tmp_path: Path) -> None:
     [
         (b"too short", r"text\.txt has \d+ tokens, but calibration needs 552"),
         (b"\xff\xfe", "not UTF-8"),
-        (None, "cannot be read"),
+        (None, "does not exist"),
     ],
 )
 def test_unusable_calibration_text_is_rejected(
