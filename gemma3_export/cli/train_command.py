@@ -89,7 +89,12 @@ def train_options(command: Callable[..., None]) -> Callable[..., None]:
 @click.command(epilog=EPILOG)
 @click.argument("data_path", metavar="[DATA]", required=False, type=PATH)
 @click.option("-o", "--output", "run", type=PATH, help="Run folder to create.")
-@click.option("--resume", type=PATH, metavar="RUN", help="Continue a run.")
+@click.option(
+    "--resume",
+    type=PATH,
+    metavar="RUN",
+    help="Continue a run; with --steps, to another number of steps.",
+)
 @click.option(
     "--size", metavar="S", help="Train from scratch: demo, or a published size such as 270m."
 )

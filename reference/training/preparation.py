@@ -163,7 +163,8 @@ def _begin(work: Path, plan: dict[str, Any], tokenizer: Tokenizer, *, force: boo
     if not is_file(work / STATE):
         return _State()
     state = read_record(work / STATE, _State, remedy=START_OVER)
-    if state.tokens.keys() ^ set(SPLITS):
+    counters = (state.tokens, state.documents, state.characters, state.learned)
+    if any(counter.keys() ^ set(SPLITS) for counter in counters):
         raise InputError(f"{work / STATE} is damaged: it has other splits; {START_OVER}")
     return state
 

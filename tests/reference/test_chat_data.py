@@ -16,7 +16,9 @@ from gemma3_export.errors import InputError
 from gemma3_export.reference.training import documents as documents_module
 from gemma3_export.reference.training import preparation
 from gemma3_export.reference.training.documents import HubDataset, LocalFiles
+from gemma3_export.reference.training.encoding import Encoder
 from gemma3_export.reference.training.preparation import prepare_tokens, train_bpe
+from gemma3_export.reference.training.rows import Example
 from gemma3_export.reference.training.token_data import (
     BEGINS_DOCUMENT,
     IS_LEARNED,
@@ -24,11 +26,12 @@ from gemma3_export.reference.training.token_data import (
     TokenData,
     open_token_data,
 )
-from gemma3_export.tokenizer import Tokenizer, load_tokenizer
+from gemma3_export.tokenizer import Tokenizer, TokenizerSettings, load_tokenizer
 from tests.support.chat_templates import WEATHER, write_tokenizer
 from tests.support.command_line import error_line, run, run_ok
 from tests.support.exported_bundles import edit_json
 from tests.support.tiny_tokenizers import tiny_byte_level_tokenizer, tiny_gemma_tokenizer
+from tests.support.tokenizer_corpus import TEXTS, official_tokenizer_json
 
 transformers = pytest.importorskip("transformers")
 
@@ -126,6 +129,46 @@ def test_messages_equal_the_ids_and_the_mask_of_transformers(
         "validation": 0,
     }
     assert data.meta.documents["train"] == 3
+
+
+# Gemma's own format, with the answers marked up to the end of their turn.
+MARKED_GEMMA = """\
+{{- bos_token -}}
+{%- for message in messages -%}
+    {%- set speaker = 'model' if message.role == 'assistant' else message.role -%}
+    {{- '<start_of_turn>' + speaker + '\\n' -}}
+    {%- if message.role == 'assistant' -%}
+        {%- generation -%}{{- message.content | trim + '<end_of_turn>' -}}{%- endgeneration -%}
+    {%- else -%}
+        {{- message.content | trim + '<end_of_turn>' -}}
+    {%- endif -%}
+    {{- '\\n' -}}
+{%- endfor -%}
+"""
+
+
+def test_the_official_tokenizer_gives_the_masks_of_transformers_with_and_without_marks() -> None:
+    words = np.random.default_rng(0)
+    chats = []
+    for _ in range(60):
+        roles = ("user", "assistant") * int(words.integers(1, 4))
+        texts = ["x" + "".join(words.choice(TEXTS, 2)) for _ in roles]
+        chats.append([message(role, text) for role, text in zip(roles, texts, strict=True)])
+    path = official_tokenizer_json()
+    theirs = transformers.PreTrainedTokenizerFast(tokenizer_file=str(path), bos_token="<bos>")
+    theirs.chat_template = MARKED_GEMMA
+    expected = []
+    for chat in chats:
+        made = theirs.apply_chat_template(chat, return_assistant_tokens_mask=True)
+        expected.append((made["input_ids"], made["assistant_masks"]))
+    plain = load_tokenizer(path)
+    marked = plain.with_settings(TokenizerSettings(templates={"default": MARKED_GEMMA}))
+    for tokenizer in (plain, marked):
+        encoder = Encoder(tokenizer, loss_on="answers", parse_special_tokens=False)
+        found = encoder.encode([Example(where="", messages=chat) for chat in chats])
+        assert [
+            (encoded.token_ids, [mark & IS_LEARNED for mark in encoded.marks]) for encoded in found
+        ] == expected
 
 
 def test_the_end_of_the_turn_is_learned_and_the_prompt_is_not(

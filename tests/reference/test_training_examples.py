@@ -13,6 +13,7 @@ import torch.nn.functional as F  # noqa: N812  (torch's own name for it)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gemma3_export.config import load_config
 from gemma3_export.errors import InputError
 from gemma3_export.reference.training.distributed import ProcessGroup
 from gemma3_export.reference.training.documents import LocalFiles
@@ -33,6 +34,9 @@ from gemma3_export.reference.training.token_data import (
     open_token_data,
 )
 from gemma3_export.reference.training.trainer import Trainer
+from gemma3_export.tokenizer import load_tokenizer
+from tests.support.chat_templates import CHATML, write_tokenizer
+from tests.support.command_line import run, run_ok
 from tests.support.tiny_tokenizers import tiny_gemma_tokenizer
 from tests.support.token_folders import (
     quick_options,
@@ -358,6 +362,19 @@ def test_the_run_continues_on_a_longer_schedule(folder: Path, tmp_path: Path) ->
     assert (run / "model.safetensors").read_bytes() == before
 
 
+def test_the_command_resumes_with_another_number_of_steps_only(
+    folder: Path, tmp_path: Path
+) -> None:
+    run_folder = tmp_path / "run"
+    train_examples(folder, run_folder, [], steps=2)
+    result = run("train", "--resume", run_folder, "--steps", 3, "--seed", 4)
+    assert result.exit_code == 2
+    assert "--resume takes its options from the run; omit all but --steps" in result.stderr
+    output = run_ok("train", "--resume", run_folder, "--steps", 3).stdout
+    assert "going on to step 3 instead of 2" in output
+    assert read_run_record(run_folder).options["steps"] == 3
+
+
 def test_a_checkpoint_of_before_tokens_were_counted_resumes_with_their_number(
     tmp_path: Path,
 ) -> None:
@@ -384,3 +401,22 @@ def test_a_model_from_scratch_stops_at_the_end_of_a_turn(tmp_path: Path) -> None
         prepare_tokens(LocalFiles([tmp_path / name]), tokenizer, out, validation_fraction=0)
         stops[name] = config_for_data(open_token_data(out), "demo", None).eos_token_id
     assert stops == {"chats.jsonl": (1, tokenizer.token_id("<end_of_turn>")), "text.txt": (1,)}
+
+
+def test_the_run_keeps_the_chat_template_and_the_loss_of_the_data(tmp_path: Path) -> None:
+    folder = write_tokenizer(tmp_path / "tokenizer", "chatml")
+    tokenizer = load_tokenizer(folder)
+    row = {"messages": [{"role": r, "content": r * 3} for r in ("user", "assistant")]}
+    (tmp_path / "chats.jsonl").write_text(f"{json.dumps(row)}\n" * 30)
+    source = LocalFiles([tmp_path / "chats.jsonl"])
+    prepare_tokens(source, tokenizer, tmp_path / "tokens", loss_on="all")
+    lines: list[str] = []
+    options = quick_options(steps=1)
+    train(tmp_path / "tokens", tmp_path / "run", options, size="demo", report=lines.append)
+    for kept in (tmp_path / "tokens", tmp_path / "run"):
+        assert load_tokenizer(kept).settings.templates == {"default": CHATML}
+    assert load_config(tmp_path / "run").eos_token_id == (1, tokenizer.token_id("<|im_end|>"))
+    assert " tokens are learned (" in lines[0]
+    record = json.loads((tmp_path / "run" / "training.json").read_text())
+    assert record["data"]["loss_on"] == "all"
+    assert resume_training(tmp_path / "run", report=lines.append).state.step == 1
