@@ -176,10 +176,8 @@ class Tokenizer:
         Raises:
             InputError: ``token`` is not a string of Unicode characters.
         """
-        try:
+        with library_errors(f"the token {token!r:.60} cannot be looked up"):
             return self._backend.token_to_id(token)
-        except UnicodeEncodeError as error:
-            raise InputError(f"{token!r:.60} is not Unicode text; correct its encoding") from error
 
     def encode(
         self, text: str, *, add_bos: bool = True, allow_control_tokens: bool = True

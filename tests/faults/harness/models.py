@@ -45,7 +45,7 @@ COMPARED = (
 def config_case(folder: Path, rng: random.Random) -> Case:
     """Make a hostile ``config.json`` in one of the dialects, or a ``generation_config.json``."""
     save_file(base_weights(), folder / "model.safetensors", {"format": "pt"})
-    data: Any = rng.choice((config_to_json, _nested_rope, _in_wrapper, _with_pattern))(CONFIG)
+    data: Any = rng.choice((config_to_json, nested_rope, in_wrapper, with_pattern))(CONFIG)
     path = folder / "config.json"
     path.write_text(json.dumps(data), encoding="utf-8")
     kind = rng.choice(("json", "json", "json", "json", "two", "bytes", "file", "generation"))
@@ -77,14 +77,13 @@ def config_case(folder: Path, rng: random.Random) -> Case:
     )
 
 
-def _nested_rope(config: Any) -> dict[str, Any]:
+def nested_rope(config: Any) -> dict[str, Any]:
     """Return the dialect of transformers 5."""
     data = config_to_json(config)
-    factor = data.pop("rope_scaling")["factor"]
+    factor = (data.pop("rope_scaling") or {"factor": 1.0})["factor"]
     data["rope_parameters"] = {
         "full_attention": {
-            "rope_type": "linear",
-            "factor": factor,
+            **({"rope_type": "linear", "factor": factor} if factor != 1.0 else {}),
             "rope_theta": data.pop("rope_theta"),
         },
         "sliding_attention": {
@@ -95,12 +94,17 @@ def _nested_rope(config: Any) -> dict[str, Any]:
     return data
 
 
-def _in_wrapper(config: Any) -> dict[str, Any]:
+def in_wrapper(config: Any) -> dict[str, Any]:
     """Return the dialect of multimodal checkpoints."""
-    return {"model_type": "gemma3", "text_config": config_to_json(config), "vision_config": {}}
+    return {
+        "model_type": "gemma3",
+        "text_config": config_to_json(config),
+        "vision_config": {},
+        "tie_word_embeddings": config.tie_word_embeddings,
+    }
 
 
-def _with_pattern(config: Any) -> dict[str, Any]:
+def with_pattern(config: Any) -> dict[str, Any]:
     """Return the dialect of transformers 4.50."""
     data = config_to_json(config)
     del data["layer_types"]
@@ -116,6 +120,8 @@ def _check_config(place: Path, printed: str) -> str | None:
         return complaint
     data = json.loads((place / INPUT / "config.json").read_text(encoding="utf-8"))
     text = data.get("text_config") or data
+    if text is not data:  # the top level decides, as in transformers
+        text |= {"tie_word_embeddings": data.get("tie_word_embeddings") is not False}
     written = json.loads((place / OUTPUT / "config.json").read_text())
     try:
         expected = Gemma3TextConfig.from_dict(dict(text)).to_dict()
