@@ -1,8 +1,9 @@
 """Write files and folders atomically: write to a temporary sibling, then rename.
 
 After a failure (a full disk, Ctrl-C, a failed check), the target is either unchanged or complete.
-One process at a time writes a folder; another one is told which process is in the way. What a
-killed process left behind is removed by the next one that writes to the same place.
+One process at a time writes a folder, whichever command it runs; another one is told which process
+is in the way. What a killed process left behind is removed by the next one that writes to the same
+place.
 
     .NAME.partial/owner     locked and held by the process that writes NAME
     .NAME.partial/content   becomes NAME
@@ -33,6 +34,7 @@ __all__ = [
     "exclusive",
     "publish",
     "refuse_existing",
+    "sole_writer",
     "staged_directory",
     "write_text_atomically",
 ]
@@ -76,12 +78,12 @@ def staged_directory(target: Path | str, *, force: bool = False) -> Iterator[Pat
     """
     target = to_path(target, "the output").absolute()
     refuse_existing(target, force=force)
-    with _reserved(target) as place:
+    with sole_writer(target, f"writing {target}") as place:
         content = place / "content"
         try:
             content.mkdir()
             yield content
-            refuse_existing(target, force=force, other_than=place.name)
+            refuse_existing(target, force=force)
             publish(content, target)
         except OSError as error:
             raise Gemma3ExportError(
@@ -90,13 +92,12 @@ def staged_directory(target: Path | str, *, force: bool = False) -> Iterator[Pat
             ) from error
 
 
-def refuse_existing(target: Path, *, force: bool, other_than: str = "") -> None:
+def refuse_existing(target: Path, *, force: bool) -> None:
     """Raise an error if ``target`` must not be created or replaced.
 
     Args:
         target: the folder to create.
         force: whether a folder that this program made may be replaced.
-        other_than: an entry of ``target`` that does not count.
 
     Raises:
         InputError: ``target`` is not a folder, is not empty and ``force`` is false, contains files
@@ -112,7 +113,8 @@ def refuse_existing(target: Path, *, force: bool, other_than: str = "") -> None:
         raise InputError(f"{target} exists and is not a folder; choose another output")
     if not target.exists():
         return
-    names = sorted(path.name for path in target.iterdir() if path.name != other_than)
+    place = _place_of(target).name  # inside a mount point
+    names = sorted(path.name for path in target.iterdir() if path.name != place)
     if not names:
         return
     if foreign := _foreign_files(target):
@@ -159,17 +161,29 @@ def _foreign_files(folder: Path) -> list[str]:
     return sorted(found) or [folder.name]
 
 
+def _place_of(target: Path) -> Path:
+    """Return the folder beside ``target``, or in it, where its content is prepared."""
+    return (target if target.is_mount() else target.parent) / f".{target.name}.partial"
+
+
 @contextmanager
-def _reserved(target: Path) -> Iterator[Path]:
-    """Hold the place beside ``target`` where its content is prepared, and remove it at the end.
+def sole_writer(target: Path, what: str) -> Iterator[Path]:
+    """Let one process at a time write ``target``, whichever command it runs.
+
+    Args:
+        target: the output.
+        what: the work, such as ``training into run``.
+
+    Yields:
+        The place where content for ``target`` may be prepared; it is removed at the end.
 
     Raises:
-        InputError: another process holds it, or it cannot be created.
+        InputError: another process writes it, or the place cannot be created.
     """
-    parent = target if target.is_mount() else target.parent
-    place = parent / f".{target.name}.partial"
+    target = target.absolute()
+    place = _place_of(target)
     try:
-        with exclusive(place / "owner", f"writing {target}"):
+        with exclusive(place / "owner", what):
             _recover(place, target)
             try:
                 yield place
@@ -308,7 +322,7 @@ def _publish(content: Path, target: Path) -> None:
     elif not has_entries:
         content.rename(target)
     elif not exchange(content, target):
-        target.rename(content.with_name("replaced"))
+        target.rename(_place_of(target) / "replaced")
         content.rename(target)
 
 

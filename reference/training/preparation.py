@@ -43,7 +43,7 @@ from gemma3_export.reference.training.token_data import (
     token_dtype,
     tokenizer_fingerprint,
 )
-from gemma3_export.staging import exclusive, publish, refuse_existing, write_text_atomically
+from gemma3_export.staging import publish, refuse_existing, sole_writer, write_text_atomically
 from gemma3_export.tokenizer import Tokenizer
 from gemma3_export.tokenizer.tokenizer_json import library_errors
 
@@ -124,10 +124,9 @@ def prepare_tokens(
         "encoding": encoder.description,
         "source": source.description,
     }
-    lock = work.with_name(work.name + ".lock")
     try:
-        lock.parent.mkdir(parents=True, exist_ok=True)
-        with exclusive(lock, f"preparing {output}"):
+        with sole_writer(output, f"preparing {output}"):
+            refuse_existing(output, force=force)
             state = _begin(work, plan, tokenizer, force=force)
             _encode_all(source, encoder, work, state, validation_fraction, progress)
             meta = _finish(work, output, plan, state, tokenizer, force=force)

@@ -43,7 +43,7 @@ from gemma3_export.reference.training.token_data import TokenData, TokenMeta, op
 from gemma3_export.reference.training.trainer import Trainer, TrainState
 from gemma3_export.reference.weights import WeightSource
 from gemma3_export.signals import uninterrupted
-from gemma3_export.staging import exclusive, refuse_existing, write_text_atomically
+from gemma3_export.staging import refuse_existing, sole_writer, write_text_atomically
 
 __all__ = ["RECORD", "RunRecord", "TrainResult", "read_run_record", "resume_training", "train"]
 
@@ -135,7 +135,7 @@ def train(
             _settle(run, report)  # what a killed run left
             refuse_existing(run, force=force)
         trainer = Trainer(options, data, model, run, group, report)
-        with _report_write_errors(run), _old_run_aside(run, group, report):
+        with _report_write_errors(run), _old_run_aside(run, group, report, force=force):
             if group.is_main_process:
                 _write_folder(run, trainer, source)
             return _run(trainer)
@@ -244,14 +244,14 @@ def _sole_writer(run: Path, group: ProcessGroup) -> Iterator[None]:
     if not group.is_main_process:
         yield
         return
-    lock = run.absolute().with_name(f".{run.name}.lock")
-    lock.parent.mkdir(parents=True, exist_ok=True)
-    with exclusive(lock, f"training into {run}"):
+    with sole_writer(run, f"training into {run}"):
         yield
 
 
 @contextmanager
-def _old_run_aside(run: Path, group: ProcessGroup, report: Report) -> Iterator[None]:
+def _old_run_aside(
+    run: Path, group: ProcessGroup, report: Report, *, force: bool
+) -> Iterator[None]:
     """Set an old run aside, and delete it once the new one has weights or a checkpoint.
 
     If the new run ends before that, the old one comes back.
@@ -259,6 +259,7 @@ def _old_run_aside(run: Path, group: ProcessGroup, report: Report) -> Iterator[N
     if not group.is_main_process:
         yield
         return
+    refuse_existing(run, force=force)  # again: files may have appeared meanwhile
     try:
         with uninterrupted():
             if run.exists():

@@ -13,7 +13,7 @@ from gemma3_export.reference.training.documents import LocalFiles
 from gemma3_export.reference.training.preparation import prepare_tokens
 from gemma3_export.reference.training.runs import resume_training, train
 from gemma3_export.reference.training.trainer import Trainer
-from gemma3_export.staging import exclusive
+from gemma3_export.staging import sole_writer, staged_directory
 from tests.support.tiny_tokenizers import tiny_gemma_tokenizer
 from tests.support.token_folders import (
     quick_options,
@@ -49,7 +49,7 @@ class TestData:
         self, text: Path, tmp_path: Path
     ) -> None:
         with (
-            exclusive(tmp_path / ".tokens.preparing.lock", "preparing tokens"),
+            sole_writer(tmp_path / "tokens", "preparing tokens"),
             pytest.raises(InputError, match=r"another process is preparing .*process \d+"),
         ):
             prepare(text, tmp_path / "tokens")
@@ -108,12 +108,35 @@ class TestTrain:
 
     def test_a_second_training_into_the_same_folder_is_rejected(self, folder: Path) -> None:
         self.run(folder)
-        with exclusive(folder / ".run.lock", "training into run"):
+        with sole_writer(folder / "run", "training into run"):
             with pytest.raises(InputError, match=r"another process is training into .*process"):
                 self.run(folder, force=True)
             with pytest.raises(InputError, match="another process is training into"):
                 resume_training(folder / "run", report=lambda line: None)
         assert (folder / "run" / "model.safetensors").is_file()
+
+    def test_another_command_that_writes_the_same_folder_is_rejected(self, folder: Path) -> None:
+        with staged_directory(folder / "run") as content:
+            (content / "config.json").write_text("{}")
+            with pytest.raises(InputError, match=r"another process is training into .*process \d+"):
+                self.run(folder, force=True)
+        assert [path.name for path in (folder / "run").iterdir()] == ["config.json"]
+        assert not list(folder.glob(".run.*"))
+
+    def test_an_output_that_appears_after_the_checks_is_kept(
+        self, folder: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        real = Trainer.__init__
+
+        def appear(self: Trainer, *arguments: object) -> None:
+            (folder / "run").mkdir()
+            (folder / "run" / "thesis.txt").write_text("years of work")
+            real(self, *arguments)
+
+        monkeypatch.setattr(Trainer, "__init__", appear)
+        with pytest.raises(InputError, match="not created by this program"):
+            self.run(folder, force=True)
+        assert (folder / "run" / "thesis.txt").read_text() == "years of work"
 
     def test_checks_that_fail_leave_the_old_run(self, folder: Path, text: Path) -> None:
         prepare(text, folder / "tokens", force=True)
