@@ -119,6 +119,8 @@ def export_bundle(
         Gemma3ExportError: the disk is full or not writable.
     """
     report = progress or ignore_progress
+    if tokenizer is not None:
+        source.keep_rows(tokenizer.vocab_size)
     existing = None if force else extendable_bundle(output, writer.runtime, source)
     if existing is None:
         refuse_existing(output, force=force)

@@ -126,6 +126,7 @@ def verify(
         source = None
         if request.weights is not None or request.adapter is not None:
             source = stack.enter_context(opened_weights(request.weights, request.adapter))
+            source.keep_rows(bundle.config.vocab_size)
         candidate = open_runtime(
             bundle,
             request.runtime,

@@ -76,6 +76,7 @@ def export_hf_folder(
     if tokenizer is None and (file := source.tokenizer_file()) is not None:
         tokenizer = load_tokenizer(file)
     if tokenizer is not None:
+        source.keep_rows(tokenizer.vocab_size)
         tokenizer.check_vocab_size(source.config.vocab_size)
     with staged_directory(output, force=force) as folder:
         write_hf_metadata(folder, source.config, tokenizer, source.generation_config())

@@ -77,7 +77,7 @@ class CheckpointSource(WeightSource):
         self._tokenizer = tokenizer
         self._fingerprint: dict[str, Any] | None = None
         names = map_names(store.tensors)
-        rows = _embedding_rows(store, names, config)
+        self._stored_rows = rows = _embedding_rows(store, names, config)
         _check_fit(store, names, replace(config, vocab_size=rows), origin)
         self.config = replace(config, vocab_size=named_rows(rows, config, tokenizer, origin))
         self._stored: Mapping[str, str] = names.stored
@@ -121,6 +121,12 @@ class CheckpointSource(WeightSource):
         """See :meth:`WeightSource.generation_config`."""
         path = self.store.files[0].with_name(GENERATION_CONFIG_NAME)
         return load_json_object(path) if path.is_file() else None
+
+    def keep_rows(self, rows: int) -> None:
+        """See :meth:`WeightSource.keep_rows`."""
+        if self.config.vocab_size < rows <= self._stored_rows:
+            self.config = replace(self.config, vocab_size=rows)
+            self.__dict__.pop("_shapes", None)  # follow from the config
 
     def close(self) -> None:
         """See :meth:`WeightSource.close`."""

@@ -76,6 +76,13 @@ class WeightSource(ABC):
         """Return the weights' ``generation_config.json``, None if there is none."""
         return None
 
+    def keep_rows(self, rows: int) -> None:
+        """Keep ``rows`` embedding rows if that many are stored, because a tokenizer names them.
+
+        Sources leave out rows that the weights' own tokenizer does not name.
+        """
+        del rows
+
     def gguf_tensor(self, name: str) -> GgufTensor | None:
         """Return the GGUF tensor of ``name``, None for other files.
 

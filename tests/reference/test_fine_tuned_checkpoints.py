@@ -13,9 +13,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from gemma3_export import export_torchscript, verify
 from gemma3_export.config import config_to_json
 from gemma3_export.errors import InputError
 from gemma3_export.reference.loading import load_reference
+from gemma3_export.reference.training.model_folder import export_hf_folder
 from gemma3_export.reference.weights import WeightSource, open_weights
 from gemma3_export.tokenizer import load_tokenizer
 from tests.support.tiny_models import tiny_config, tiny_weights, write_gguf, write_hf_folder
@@ -464,6 +466,24 @@ def test_new_tokens_in_the_padding_of_a_multimodal_folder_are_kept(
         expected = 262_144 + (new + 1 if new else 0)
         assert source.config.vocab_size == expected
         assert torch.equal(source.read(EMBEDDING), weights[EMBEDDING][:expected])
+
+
+def test_another_tokenizer_may_name_rows_that_the_weights_own_does_not(tmp_path: Path) -> None:
+    """`--tokenizer` brings the tokens of a fine-tune whose folder has the base's tokenizer."""
+    weights = padded_folder(tmp_path / "in", 768, [])
+    write_tokenizer(tmp_path / "tokenizer", FINE_TUNED)
+    tokenizer = load_tokenizer(tmp_path / "tokenizer")
+    with open_weights(str(tmp_path / "in")) as source:
+        assert source.config.vocab_size == SIZE
+        assert source.read(EMBEDDING).shape == (SIZE, 64)
+        export_hf_folder(source, tmp_path / "out", tokenizer=tokenizer)
+    with open_weights(str(tmp_path / "out")) as source:
+        assert source.config.vocab_size == NAMED
+        assert torch.equal(source.read(EMBEDDING), weights[EMBEDDING][:NAMED])
+    export_torchscript(tmp_path / "in", tmp_path / "b", tokenizer=tokenizer, verify=False)
+    report = verify(tmp_path / "b", runtime="torchscript", weights=str(tmp_path / "in"), threads=1)
+    assert report.passed
+    assert report.model.vocab_size == NAMED
 
 
 # What is not a Gemma 3 language model
