@@ -38,7 +38,9 @@ def source_lines(source: Mapping[str, Any]) -> Iterator[str]:
     files = rest.pop("files", None)
     for name, sha256 in files.items() if isinstance(files, dict) else ():
         yield f"  {name}: SHA-256 {sha256}"
-    yield from (f"  {key}: {value}" for key, value in rest.items())
+    for key, value in rest.items():  # what an adapter or a reduced vocabulary changed
+        nested = value.items() if isinstance(value, Mapping) else ()
+        yield f"  {key}: " + (", ".join(f"{name} {item}" for name, item in nested) or str(value))
 
 
 def model_lines(model: Mapping[str, Any]) -> Iterator[str]:

@@ -66,6 +66,7 @@ def test_every_format_holds_the_merged_weights(
     source = Bundle(out).manifest.source
     assert source["adapter"] == {"kind": "dora", "location": "adapter"}
     assert {"adapter_config.json", "adapter_model.safetensors"} < source["files"].keys()
+    assert "adapter: kind dora, location adapter" in run_ok("inspect", out).stdout
     verify = ("verify", out, "--runtime", command, "--threads", 1)
     run_ok(*verify, "--weights", base, "--adapter", adapter)
     assert run(*verify, "--weights", base).exit_code == 1
