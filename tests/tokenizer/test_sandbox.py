@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import random
 import resource
 import time
 
 import pytest
 
 from gemma3_export.errors import InputError
-from gemma3_export.tokenizer import ChatTemplate
+from gemma3_export.tokenizer import ChatTemplate, TokenizerSettings
+from tests.support.chat_templates import ADDED_TOKENS
+from tests.support.tiny_tokenizers import tiny_gemma_tokenizer
 
 TALK = [{"role": "user", "content": "hi"}]
 DOUBLING = "{% set ns = namespace(s='12345678') %}{% for i in range(60) %}{% set ns.s = VALUE %}"
@@ -122,3 +125,30 @@ def test_a_long_conversation_is_not_stopped() -> None:
 )  # fmt: skip
 def test_the_limits_do_not_change_what_ordinary_templates_render(template: str, text: str) -> None:
     assert ChatTemplate(template).render(TALK) == text
+
+
+def test_damaged_templates_render_or_are_rejected_in_one_line() -> None:
+    rng = random.Random(11)
+    pieces = (
+        *("{%", "%}", "{{", "}}", "{#", "|", "(", ")", "[", "]", "'", "-", "+", "~", "*", "%"),
+        *("for", "endfor", "set", "if", "macro", "generation", "endgeneration", "recursive"),
+        *("messages", "role", "namespace", "join", "tojson", "is", "not", "range", "99999"),
+        *(".__class__", ".format", "| attr('x')", "raise_exception", "{% break %}", "\n", "**"),
+    )
+    plain = tiny_gemma_tokenizer(300)
+    sources = [template for template, _ in ADDED_TOKENS.values()]
+    outcomes = set()
+    for _ in range(250):
+        source = rng.choice(sources)
+        for _ in range(rng.randint(1, 4)):
+            at = rng.randrange(len(source) + 1)
+            source = source[:at] + rng.choice(pieces) + source[at + rng.choice([0, 1, 3, 20]) :]
+        tokenizer = plain.with_settings(TokenizerSettings(templates={"default": source}))
+        assert set(tokenizer.chat.end_token_ids) <= {0, *tokenizer.control_token_ids}
+        for messages in (TALK, [{"role": "user", "content": "<eos>"}, *TALK]):
+            try:
+                tokenizer.encode_chat(messages)
+                outcomes.add("rendered")
+            except InputError as error:
+                outcomes.add(f"rejected in {len(str(error).splitlines())} line")
+    assert outcomes == {"rendered", "rejected in 1 line"}
