@@ -103,6 +103,8 @@ class HelperSessions:
 class Step:
     """One graph with everything bound to fixed addresses.
 
+    No output may be at the address of an input, since a run may be repeated.
+
     Args:
         session: the graph's session.
         options: the run options.
@@ -155,7 +157,10 @@ class DeviceDecodeSteps:
     ) -> None:
         rows, place = cache.batch_size, helpers.place
         self.rows, self.vocab_size, self.helpers = rows, vocab_size, helpers
-        self.state = place(np.zeros((rows, 2), np.int64))
+        # Greedy steps read one state and write the other: ONNX Runtime runs a graph twice in the
+        # call that captures it, so no graph may replace what it reads.
+        self.states = [place(np.zeros((rows, 2), np.int64)) for _ in range(2)]
+        self.current = 0  # the state that describes the last step
         self.ids = place(np.zeros((rows, 1), np.int64))
         self.columns = place(np.arange(cache.capacity, dtype=np.int64)[None])
         self.mask = place(np.zeros((rows, cache.capacity), np.int64))
@@ -176,18 +181,19 @@ class DeviceDecodeSteps:
         self.preparation = Step(
             helpers.preparation,
             helpers.run_options(),
-            {"state": self.state, "columns": self.columns},
+            {"state": self.states[0], "columns": self.columns},
             self.next_tokens,
         )
         self.prepared: IntArray | None = None  # the state that the device is ready for
-        self.greedy: tuple[Step, Any] | None = None
+        self.greedy: tuple[list[Step], Any] | None = None
         self.selection: tuple[int, Step, Any] | None = None
 
     def run(self, input_ids: IntArray, cache: InPlaceCache) -> None:
         """Compute the logits that follow ``input_ids`` [B, 1]; they stay on the device."""
         state = np.concatenate((input_ids, cache.lengths[:, None] + 1), axis=1)
         if self.prepared is None or not np.array_equal(state, self.prepared):
-            self.state.update_inplace(state)
+            self.current = 0
+            self.states[0].update_inplace(state)
             self.preparation.run()
         self.prepared = None
         self.step.run()
@@ -218,16 +224,19 @@ class DeviceDecodeSteps:
         if self.greedy is None:
             helpers = self.helpers
             packed = helpers.place(np.zeros((self.rows, 1, 3), np.float32))
-            # The new state replaces the old one, which has been read by then.
-            step = Step(
-                helpers.greedy,
-                helpers.run_options(),
-                {"logits": self.logits, "state": self.state, "columns": self.columns},
-                {"packed": packed, "next_state": self.state, **self.next_tokens},
-            )
-            self.greedy = step, packed
-        step, packed = self.greedy
-        step.run()
+            steps = [
+                Step(
+                    helpers.greedy,
+                    helpers.run_options(),
+                    {"logits": self.logits, "state": state, "columns": self.columns},
+                    {"packed": packed, "next_state": next_state, **self.next_tokens},
+                )
+                for state, next_state in (self.states, reversed(self.states))
+            ]
+            self.greedy = steps, packed
+        steps, packed = self.greedy
+        steps[self.current].run()
+        self.current = 1 - self.current
         found: Logits = packed.numpy()[:, 0]
         return found
 
