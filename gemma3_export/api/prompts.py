@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from gemma3_export.api.options import GenerateOptions
 from gemma3_export.errors import InputError
+from gemma3_export.limits import MAX_COUNT, shown
 from gemma3_export.runtimes.protocol import IntArray
 from gemma3_export.tokenizer import ChatMessage, Tokenizer
 
@@ -75,6 +76,8 @@ def checked_token_ids(prompt: object) -> list[int]:
                 f"a list of token ids holds {token_id!r:.60}, which is not an integer; to continue "
                 "several prompts, give a list of texts, or a list of lists of token ids"
             )
+        if not -MAX_COUNT <= int(token_id) <= MAX_COUNT:  # an array could not hold it
+            raise InputError(f"token id {shown(token_id)} is in no vocabulary; check the prompt")
     return list(map(int, ids))
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from gemma3_export.errors import InputError
+from gemma3_export.limits import shown
 
 __all__ = ["EMBEDDING", "HEAD", "Gemma3Config", "LayerType", "default_layer_types"]
 
@@ -104,7 +105,9 @@ class Gemma3Config:
         for name in counts:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 2**31:
-                raise InputError(f"{name} is {value!r:.80}; it must be a positive integer")
+                raise InputError(
+                    f"{name} is {shown(value)}; it must be a positive integer below 2**31"
+                )
         reals = (
             "query_pre_attn_scalar",
             "rope_theta",

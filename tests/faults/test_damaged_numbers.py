@@ -217,6 +217,14 @@ def test_impossible_numbers_in_python(kind: type, values: dict[str, Any]) -> Non
     assert len(str(caught.value)) < 300
 
 
+@pytest.mark.parametrize("token_id", [2**70, -(2**70), HUGE, 2**31, -1], ids="abcde")
+def test_impossible_token_ids_in_python(ort_bundle: Path, token_id: int) -> None:
+    model = gemma3_export.load(ort_bundle, threads=1)
+    for call in (model.generate, model.logits):
+        with pytest.raises(InputError, match=r"token id.* vocabulary|token ids must be from 0"):
+            call([5, token_id])
+
+
 def test_threads_are_checked_by_every_runtime(ort_bundle: Path) -> None:
     most = max_threads()
     for threads in (most + 1, 0):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -183,6 +184,35 @@ def test_a_prompt_may_come_from_a_pipe(ort_bundle: Path, tmp_path: Path) -> None
 
 def test_a_prompt_file_that_never_ends_is_cut_short(ort_bundle: Path) -> None:
     assert "is a device" in error_line("generate", ort_bundle, "--prompt-file", "/dev/zero")
+
+
+def test_what_the_system_refuses_is_one_line(
+    ort_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = tmp_path / "x"
+    for error, code, complaint in (
+        (PermissionError(errno.EACCES, "Permission denied", str(place)), 2, f"cannot use {place}"),
+        (OSError(errno.EIO, "Input/output error", str(place)), 1, "Input/output error"),
+        (OSError(errno.ENOSPC, "No space left on device"), 1, "cannot write the output: No space"),
+        (MemoryError(), 1, "out of memory"),
+    ):
+
+        def refuse(bundle: Bundle, error: BaseException = error, **options: object) -> None:
+            raise error
+
+        monkeypatch.setattr(Bundle, "check_quickly", refuse)
+        assert complaint in error_line("inspect", ort_bundle, code=code)
+
+
+def test_a_file_that_cannot_be_examined_is_not_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def deny(path: Path, **options: object) -> None:  # root is never denied
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "stat", deny)
+    with pytest.raises(InputError, match=r"manifest\.json cannot be read: Permission denied"):
+        Bundle(tmp_path)
 
 
 # Names
