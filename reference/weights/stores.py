@@ -20,6 +20,7 @@ from typing import Any, BinaryIO, TypeGuard
 
 import torch
 from safetensors import safe_open
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from gemma3_export.config import load_json_object
 from gemma3_export.dtypes import ELEMENT_TYPES, torch_dtype
@@ -287,8 +288,9 @@ def _load(path: Path) -> Any:
             _check_archive(path)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about storages of the legacy format
-            # Only the zip format can be memory-mapped.
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+            # Only the zip format can be memory-mapped. Read as a whole, torch checks its records.
+            can_map = is_zip and _has_whole_records(path)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=can_map)
     except InputError:
         raise
     except OSError as error:
@@ -330,6 +332,23 @@ def _check_archive(path: Path) -> None:
             with archive.open(record) as content:  # raises an error at the end for a wrong checksum
                 while content.read(CHECK_BYTES):
                     pass
+
+
+def _has_whole_records(path: Path) -> bool:
+    """Return whether each tensor's record is as long as the tensor; torch maps beyond its end."""
+    sizes = {}
+    with zipfile.ZipFile(path) as archive, path.open("rb") as file:
+        for record in archive.infolist():
+            file.seek(record.header_offset + 26)
+            name_bytes, extra_bytes = struct.unpack("<HH", file.read(4))
+            sizes[record.header_offset + 30 + name_bytes + extra_bytes] = record.file_size
+    try:
+        with FakeTensorMode():
+            state = _find_state(torch.load(path, map_location="cpu", weights_only=True), path)
+        storages = [tensor.untyped_storage() for tensor in state.values()]
+        return all(sizes[it._checkpoint_offset] == it.nbytes() for it in storages)
+    except Exception:  # of files that loading as a whole rejects, too
+        return False
 
 
 def _find_config(checkpoint: Any) -> dict[str, Any] | None:

@@ -184,6 +184,21 @@ class TestArchives:
             with pytest.raises(InputError, match=match):
                 open_weights(str(archive))
 
+    def test_a_record_that_is_shorter_than_its_tensor_is_noticed(self, archive: Path) -> None:
+        with zipfile.ZipFile(archive) as original:
+            entries = [(info.filename, original.read(info)) for info in original.infolist()]
+        with zipfile.ZipFile(archive, "w") as changed:
+            for name, content in entries:
+                changed.writestr(name, content[:7] if name.endswith("/data/3") else content)
+        with pytest.raises(InputError, match=r"record size \(7 bytes\)"):
+            open_weights(str(archive))
+
+    def test_a_whole_archive_is_mapped(self, archive: Path) -> None:
+        with open_weights(str(archive)) as source:
+            maps = Path("/proc/self/maps").read_text()
+            assert str(archive) in maps
+            assert source.read("model.norm.weight").numel()
+
     def test_an_archive_without_checksums_is_read(self, archive: Path) -> None:
         state = torch.load(archive, weights_only=True)
         torch.serialization.set_crc32_options(False)

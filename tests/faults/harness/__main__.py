@@ -65,7 +65,7 @@ def replay(case: str, keep: Path | None) -> int:
             keep.mkdir(parents=True)
         result = KINDS[kind](int(number), keep or folder)
     print(f"{case} ({result.name}): {result.verdict.kind} {result.verdict.complaint}")
-    print(result.details)
+    print(result.details, flush=True)
     return 0 if result.verdict.is_good else 1
 
 
