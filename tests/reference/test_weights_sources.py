@@ -369,7 +369,7 @@ def test_unresolvable_weight_specs_are_errors(tmp_path: Path, weights: Weights) 
         ("270m", "is a size"),
         (str(tmp_path / "no" / "such"), "does not exist"),
         ("some/file.gguf", "does not exist"),
-        ("a\0b", "does not exist"),
+        ("a\0b", "is not a path"),
         (str(tmp_path / "x.txt"), "convert it"),
         (str(tmp_path / "empty"), "pass the folder of a model"),
         (str(tmp_path / "two"), "several weight files"),
