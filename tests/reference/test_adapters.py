@@ -196,6 +196,14 @@ def test_merging_is_bitwise_what_peft_merges(
         ({"target_modules": ["lm_head"], "use_dora": True, "use_rslora": True}, False),
         ({"target_modules": ["lm_head", "embed_tokens"]}, False),
         ({"target_modules": ["q_proj", "embed_tokens"], "ensure_weight_tying": True}, True),
+        (
+            {
+                "target_modules": ["q_proj", "embed_tokens"],
+                "ensure_weight_tying": True,
+                "use_dora": True,  # of columns in the embedding, but of rows in the head
+            },
+            False,
+        ),
         ({"modules_to_save": ["embed_tokens"]}, False),
         ({"modules_to_save": ["lm_head"]}, False),
         ({"modules_to_save": ["lm_head", "embed_tokens"]}, False),
