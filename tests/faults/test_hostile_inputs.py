@@ -16,6 +16,8 @@ CASES = {
     "tokenizer": 30,
     "bundle": 15,
     "request": 20,
+    "tokens": 15,
+    "run": 12,
 }
 
 
