@@ -17,7 +17,7 @@ from gemma3_export.errors import InputError
 from gemma3_export.tokenizer import Tokenizer
 from gemma3_export.tokenizer.gguf_tokenizer import merges_from_scores
 from gemma3_export.tokenizer.settings import TokenizerSettings
-from gemma3_export.tokenizer.vocabulary import Reduction, reduce_tokenizer
+from gemma3_export.tokenizer.vocabulary import Reduction, _made_on_the_way, reduce_tokenizer
 from tests.support.tiny_tokenizers import tiny_byte_level_tokenizer, tiny_gemma_tokenizer
 
 SPECIAL = ("<pad>", "<eos>", "<bos>", "<unk>")
@@ -171,3 +171,8 @@ def test_requests_that_are_neither_text_nor_scripts_are_rejected(tmp_path: Path)
         reduce(tiny_byte_level_tokenizer(), "en")
     with pytest.raises(InputError, match=r"id 399 .* has no token"):
         reduce_tokenizer(tokenizer, "en", vocab_size=399, needed_ids=[399])
+
+
+def test_only_tokens_on_the_encoders_own_way_are_kept() -> None:
+    ranks = {("b", "c"): 0, ("a", "bc"): 1, ("a", "b"): 2, ("ab", "c"): 3}
+    assert set(_made_on_the_way("abc", ranks)) == {"a", "b", "c", "bc", "abc"}
