@@ -21,7 +21,7 @@ Examples:
   gemma3-export bench gemma-3-270m --prompt-tokens 16 --prompt-tokens 2048 --batch 1 --batch 8
   gemma3-export bench gemma-3-270m --against llama.cpp:Q8_0 --against openvino:int8
   gemma3-export bench gemma-3-270m --against llama.cpp --weights model.gguf --plot speeds.svg
-  gemma3-export bench gemma-3-270m-bf16 --device cuda --cuda-graph --against transformers:static
+  gemma3-export bench gemma-3-270m-bf16 --device cuda --against transformers:static
 
 \b
 Peers:

@@ -83,8 +83,7 @@ def verify(
     the reference's own rounding error, which is measured in the same run. The exit code is 1 if
     parity fails.
 
-    With --cuda-graph, the session is set up for graph capture, but the compared steps return all
-    logits and therefore run without replaying the captured graph.
+    On CUDA, the compared steps return all logits and therefore run without a captured CUDA graph.
     """
     from gemma3_export.api.verification import verify as verify_parity
     from gemma3_export.bundle import Bundle

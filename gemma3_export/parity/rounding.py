@@ -12,9 +12,9 @@ approaches the cost of rounding as a whole. The noise floor therefore includes a
 :data:`ROUNDING_SHARE`. With a share of 0.05, two of six correct tiny exports exceeded their limits,
 by a factor of 2.3 at most; the real 270M, which has many codes, used a quarter of its limits.
 
-Half precision: the ONNX graphs keep the residual stream and the norms in float32. A reference that
-runs entirely in the 16-bit dtype would give too high a noise floor, and in float16 none at all: the
-residual stream of the real 270M reaches 104,000.
+Half precision: ONNX graphs in float16 keep the residual stream and the norms in float32. A
+reference that runs entirely in float16 would have no noise floor at all: the residual stream of the
+real 270M reaches 104,000.
 """
 
 from __future__ import annotations
