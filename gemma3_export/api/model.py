@@ -5,9 +5,8 @@
     model = gemma3_export.load("gemma-3-270m")
     print(model.generate("The sea is", max_new_tokens=64).text)
 
-Everything that a generation needs beyond its prompt is decided here, for Python and the command
-line alike: which caches the runtime opens, whether tokens are drafted, whether prompts share a
-computed prefix, and which tokens end a turn.
+Python and the command line generate through the same :class:`Model`. It encodes prompts and decides
+which tokens end a generation; :mod:`gemma3_export.api.model_runtimes` decides on caches and drafts.
 """
 
 from __future__ import annotations
@@ -21,7 +20,8 @@ from typing import Any, Self, overload
 
 import numpy as np
 
-from gemma3_export.api.opening import open_runtime, warm_up
+from gemma3_export.api.model_runtimes import ModelRuntimes
+from gemma3_export.api.opening import bundle_tokenizer
 from gemma3_export.api.options import GenerateOptions, LoadOptions, merged
 from gemma3_export.api.prompts import (
     Prompt,
@@ -29,13 +29,11 @@ from gemma3_export.api.prompts import (
     is_conversation,
     is_one_prompt,
     resolve_stops,
-    shared_length,
 )
 from gemma3_export.api.stream import TextStream
 from gemma3_export.bundle import Bundle
 from gemma3_export.config import Gemma3Config
 from gemma3_export.errors import InputError
-from gemma3_export.files import is_file
 from gemma3_export.runtimes.generation.kept_cache import KeptCache
 from gemma3_export.runtimes.generation.loop import (
     Cancel,
@@ -44,21 +42,13 @@ from gemma3_export.runtimes.generation.loop import (
     GenerationOptions,
 )
 from gemma3_export.runtimes.generation.loop import generate as start_generation
-from gemma3_export.runtimes.generation.prefix_cache import PrefixCache
-from gemma3_export.runtimes.generation.speculation import (
-    MAX_DRAFT_TOKENS,
-    Drafter,
-    DraftModel,
-    PromptLookup,
-    relative_cost,
-)
-from gemma3_export.runtimes.protocol import CacheVariants, IntArray, Logits, Runtime
-from gemma3_export.tokenizer import ChatMessage, FunctionCall, StreamingDecoder, Tokenizer
+from gemma3_export.runtimes.generation.speculation import MAX_DRAFT_TOKENS
+from gemma3_export.runtimes.protocol import IntArray, Logits, Runtime
+from gemma3_export.tokenizer import ChatMessage, FunctionCall, StreamingDecoder
 
-__all__ = ["Chat", "Model", "bundle_tokenizer", "load"]
+__all__ = ["Chat", "Model", "load"]
 
 CHAT_CAPACITY = 4096  # tokens that a conversation starts with room for; it doubles as needed
-FEWEST_SHARED_TOKENS = 16  # fewer are computed sooner than they are copied
 
 
 def load(path: Path | str | Bundle, options: LoadOptions | None = None, **changes: Any) -> Model:
@@ -102,10 +92,7 @@ class Model:
         if self.options.check:
             self.bundle.check_files()
         self.tokenizer = bundle_tokenizer(self.bundle)
-        self._runtime: Runtime | None = None
-        self._prefixes: PrefixCache | None = None  # kept between calls
-        self._drafts: dict[Path, Runtime] = {}
-        self._opening = threading.Lock()
+        self._runtimes = ModelRuntimes(self.bundle, self.tokenizer, self.options)
 
     def __repr__(self) -> str:
         return f"Model({str(self.bundle.path)!r}, runtime={self.options.runtime!r})"
@@ -127,13 +114,11 @@ class Model:
             InputError: the bundle is damaged or has no graph for the runtime.
             UnavailableError: a package or the device is missing.
         """
-        return self._open(needs_every_token=self.options.kept_prefix_bytes > 0)
+        return self._runtimes.open()
 
     def close(self) -> None:
         """Release the runtime and its memory; the next generation opens it again."""
-        with self._opening:
-            self._runtime = self._prefixes = None
-            self._drafts.clear()
+        self._runtimes.close()
 
     def __enter__(self) -> Self:
         return self
@@ -267,10 +252,8 @@ class Model:
             raise TypeError(f"kept_cache must be a KeptCache, not {kept_cache!r:.60}")
         token_ids = [self.encode(prompt, options) for prompt in prompts]
         stop_token_ids, stop_texts = self._stops(prompts, options)
-        runtime = self._open(self._needs_every_token(token_ids, options))
-        draft_tokens = options.prompt_lookup
-        if draft_tokens is None:
-            draft_tokens = 0 if self._is_inexact(runtime) else MAX_DRAFT_TOKENS
+        runtime = self._runtimes.open_for(token_ids, options)
+        draft_tokens = self._runtimes.draft_tokens(runtime, options)
         tokenizer = self.tokenizer
         return start_generation(
             runtime,
@@ -288,8 +271,8 @@ class Model:
             else lambda: StreamingDecoder(
                 tokenizer, skip_special_tokens=not options.show_special_tokens
             ),
-            drafter=self._drafter(runtime, token_ids, options, draft_tokens),
-            prefix_cache=self._prefix_cache(runtime, token_ids, options),
+            drafter=self._runtimes.drafter(runtime, token_ids, options),
+            prefix_cache=self._runtimes.prefix_cache(runtime, token_ids, options),
             kept_cache=kept_cache(runtime) if callable(kept_cache) else kept_cache,
             cancel=cancel,
         )
@@ -344,113 +327,6 @@ class Model:
         ends = kinds.pop() if kinds else ()
         tokens, texts = resolve_stops(options, self.tokenizer, self.config.vocab_size)
         return tuple(dict.fromkeys((*ends, *tokens))), texts
-
-    def _open(self, needs_every_token: bool) -> Runtime:
-        """Open the runtime, again if its sliding-window caches evict tokens that are needed."""
-        with self._opening:
-            wanted = self.options.sliding_window_cache
-            is_free = wanted is None
-            if self._runtime is None or (needs_every_token and is_free and evicts(self._runtime)):
-                self._runtime = None  # release its memory first
-                runtime = open_runtime(
-                    self.bundle,
-                    sliding_window_cache=False if needs_every_token and is_free else wanted,
-                    shares_weights=self.options.shares_weights,
-                    **self._how_to_open(),
-                )
-                self._warm_up(runtime)
-                self._runtime = runtime
-            return self._runtime
-
-    def _warm_up(self, runtime: Runtime) -> None:
-        if self.options.warm_up:
-            warm_up(runtime)
-
-    def _how_to_open(self) -> dict[str, Any]:
-        """Return what the model and a draft model have in common."""
-        names = ("runtime", "device", "threads", "trust", "cuda")
-        return {name: getattr(self.options, name) for name in names}
-
-    def _needs_every_token(self, prompts: Sequence[list[int]], options: GenerateOptions) -> bool:
-        """Return whether caches must hold every token rather than a sliding window.
-
-        Drafts longer than a window could not be taken back, and no prefix could be copied from the
-        middle of a text.
-        """
-        if self.options.kept_prefix_bytes:
-            return True
-        if (options.prompt_lookup or 0) >= self.config.sliding_window:
-            return True
-        is_quantized = self.bundle.is_quantized(self.options.runtime)
-        fewest = options.prefill_chunk if is_quantized else FEWEST_SHARED_TOKENS
-        return bool(options.prefix_cache_bytes) and shared_length(prompts) >= max(
-            fewest, FEWEST_SHARED_TOKENS
-        )
-
-    def _is_inexact(self, runtime: Runtime) -> bool:
-        """Return whether several tokens at once may give other bits than one at a time.
-
-        Quantized products amplify the rounding between one division into steps and another, and on
-        CUDA it has not been measured. There, drafts are off and only whole prefill chunks are
-        reused, which changes no bit.
-        """
-        return runtime.info.is_quantized or runtime.info.device.kind != "cpu"
-
-    def _prefix_cache(
-        self, runtime: Runtime, prompts: Sequence[list[int]], options: GenerateOptions
-    ) -> PrefixCache | None:
-        """Return the cache of prefixes to use, if there is enough to share."""
-        granularity = options.prefill_chunk if self._is_inexact(runtime) else FEWEST_SHARED_TOKENS
-        if size := self.options.kept_prefix_bytes:
-            with self._opening:
-                if self._prefixes is None or self._prefixes.runtime is not runtime:
-                    self._prefixes = PrefixCache(runtime, max_bytes=size, granularity=granularity)
-                return self._prefixes
-        fewest = max(granularity, FEWEST_SHARED_TOKENS)
-        if not options.prefix_cache_bytes or evicts(runtime) or shared_length(prompts) < fewest:
-            return None
-        return PrefixCache(runtime, max_bytes=options.prefix_cache_bytes, granularity=granularity)
-
-    def _drafter(
-        self,
-        runtime: Runtime,
-        prompts: Sequence[list[int]],
-        options: GenerateOptions,
-        draft_tokens: int,
-    ) -> Callable[[], Drafter] | None:
-        """Return what makes a drafter per prompt, if tokens are to be drafted."""
-        if options.draft_model is None:
-            return PromptLookup if draft_tokens else None
-        draft = self._draft_runtime(Path(options.draft_model))
-        token_cost = relative_cost(draft, runtime)
-        capacity = max(map(len, prompts), default=0) + options.max_new_tokens
-        return lambda: DraftModel(draft, capacity=capacity, token_cost=token_cost)
-
-    def _draft_runtime(self, path: Path) -> Runtime:
-        """Open the draft model at ``path``, once.
-
-        Raises:
-            InputError: it is damaged, or has another tokenizer.
-        """
-        with self._opening:
-            if path not in self._drafts:
-                bundle = Bundle(path)
-                if self.options.check:
-                    bundle.check_files()
-                own = bundle_tokenizer(bundle)
-                if self.tokenizer and own and not own.has_tokens_of(self.tokenizer):
-                    raise InputError(
-                        f"the draft model in {path} has another tokenizer than the model; give "
-                        "one of the same family"
-                    )
-                runtime = open_runtime(
-                    bundle,
-                    sliding_window_cache=False,  # wrong drafts are cut off as far back as they go
-                    **self._how_to_open(),
-                )
-                self._warm_up(runtime)
-                self._drafts[path] = runtime
-            return self._drafts[path]
 
 
 class Chat:
@@ -602,22 +478,3 @@ class Chat:
         if self._kept is None or not self._kept.belongs_to(runtime):
             self._kept = KeptCache(runtime, capacity=CHAT_CAPACITY)
         return self._kept
-
-
-def bundle_tokenizer(bundle: Bundle) -> Tokenizer | None:
-    """Return the tokenizer of ``bundle``, checked against its model, or None.
-
-    Raises:
-        InputError: it is damaged, or belongs to another model.
-    """
-    path = bundle.file("tokenizer.json")
-    if not is_file(path):
-        return None
-    tokenizer = Tokenizer.from_file(path)
-    tokenizer.check_vocab_size(bundle.config.vocab_size)
-    return tokenizer
-
-
-def evicts(runtime: Runtime) -> bool:
-    """Return whether the runtime's caches let go of tokens outside the sliding window."""
-    return isinstance(runtime, CacheVariants) and runtime.uses_sliding_window_cache

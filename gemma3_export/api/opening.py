@@ -1,4 +1,4 @@
-"""Open any runtime of a bundle by its name.
+"""Open any runtime of a bundle by its name, and the bundle's tokenizer.
 
 The one place that knows all backends; each is imported only when it is asked for, so the ONNX path
 never imports torch.
@@ -13,11 +13,13 @@ from gemma3_export.api.options import LoadOptions
 from gemma3_export.bundle import RUNTIMES, Bundle
 from gemma3_export.device import CudaOptions
 from gemma3_export.errors import InputError, UnavailableError
+from gemma3_export.files import is_file
 from gemma3_export.runtimes.generation.loop import GenerationOptions, generate
 from gemma3_export.runtimes.generation.sampling import SamplingParams
 from gemma3_export.runtimes.protocol import Runtime
+from gemma3_export.tokenizer import Tokenizer
 
-__all__ = ["open_runtime", "warm_up"]
+__all__ = ["bundle_tokenizer", "open_runtime", "warm_up"]
 
 WARM_UP_PROMPT = 16  # tokens
 WARM_UP_STEPS = 4  # two warm up and capture a CUDA graph, and the next replay it
@@ -102,6 +104,20 @@ def warm_up(runtime: Runtime) -> None:
     prompt = [runtime.config.bos_token_id] * min(WARM_UP_PROMPT, room - steps)
     options = GenerationOptions(max_new_tokens=1 + steps, stop_token_ids=())
     generate(runtime, [prompt], SamplingParams(), options).collect()
+
+
+def bundle_tokenizer(bundle: Bundle) -> Tokenizer | None:
+    """Return the tokenizer of ``bundle``, checked against its model, or None.
+
+    Raises:
+        InputError: it is damaged, or belongs to another model.
+    """
+    path = bundle.file("tokenizer.json")
+    if not is_file(path):
+        return None
+    tokenizer = Tokenizer.from_file(path)
+    tokenizer.check_vocab_size(bundle.config.vocab_size)
+    return tokenizer
 
 
 def _open_reference(bundle: Bundle, device: str, threads: int | None) -> Runtime:

@@ -11,7 +11,7 @@ import pytest
 
 import gemma3_export
 from gemma3_export import InputError, Model
-from gemma3_export.api import model as model_module
+from gemma3_export.api import model_runtimes
 from gemma3_export.runtimes.generation.kept_cache import KeptCache
 from gemma3_export.runtimes.generation.request import RequestState
 from gemma3_export.runtimes.generation.sampling import SamplingParams
@@ -101,7 +101,7 @@ class TestTurns:
     ) -> None:
         """Drafts longer than a window open the runtime again, amid the turn."""
         asked: list[object] = []
-        real = model_module.open_runtime
+        real = model_runtimes.open_runtime
 
         def windowed_at_first(*arguments: object, **options: object) -> object:
             asked.append(options["sliding_window_cache"])
@@ -109,7 +109,7 @@ class TestTurns:
                 options["sliding_window_cache"] = True
             return real(*arguments, **options)
 
-        monkeypatch.setattr(model_module, "open_runtime", windowed_at_first)
+        monkeypatch.setattr(model_runtimes, "open_runtime", windowed_at_first)
         model = gemma3_export.load(ort_bundle, device="cpu", threads=1)
         chat = model.chat(max_new_tokens=5)
         chat.send("First")
@@ -162,7 +162,7 @@ class TestTurns:
         self, model: Model, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Up to the context, with the texts of fresh generations, and no further."""
-        monkeypatch.setattr(model_module, "CHAT_CAPACITY", 16)
+        monkeypatch.setattr(gemma3_export.api.model, "CHAT_CAPACITY", 16)
         chat = model.chat(max_new_tokens=9)
         said = [{"role": "user", "content": "More"}]
         while len(model.encode(said)) <= model.config.max_position_embeddings:

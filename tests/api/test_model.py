@@ -15,7 +15,7 @@ import torch
 
 import gemma3_export
 from gemma3_export import Chat, GenerateOptions, InputError, LoadOptions, Model, TextStream
-from gemma3_export.api import model as model_module
+from gemma3_export.api import model_runtimes
 from gemma3_export.device import Device
 from gemma3_export.reference.loading import load_reference
 from gemma3_export.reference.weights.bundle_weights import open_bundle_weights
@@ -329,7 +329,7 @@ class TestLogits:
     ) -> None:
         whole = model.logits(LONG)
         small = GenerateOptions(prefill_chunk=7)
-        monkeypatch.setattr(model_module, "GenerateOptions", lambda: small)
+        monkeypatch.setattr(model_runtimes, "GenerateOptions", lambda: small)
         np.testing.assert_allclose(model.logits(LONG), whole, atol=2e-4)
 
     @pytest.mark.parametrize(
@@ -363,11 +363,11 @@ class TestLogits:
 class TestDefaults:
     def test_the_runtime_opens_with_the_first_generation(self, ort_bundle: Path) -> None:
         lazy = opened(ort_bundle)
-        assert lazy._runtime is None
+        assert not lazy._runtimes.is_open
         lazy.generate("A", max_new_tokens=1)
-        assert lazy._runtime is not None
+        assert lazy._runtimes.is_open
         lazy.close()
-        assert lazy._runtime is None
+        assert not lazy._runtimes.is_open
 
     def test_prompts_that_share_a_prefix_share_its_computation(self, ort_bundle: Path) -> None:
         shared = opened(ort_bundle)
@@ -383,7 +383,7 @@ class TestDefaults:
         self, ort_bundle: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         asked: list[object] = []
-        real = model_module.open_runtime
+        real = model_runtimes.open_runtime
 
         def noting(*arguments: object, **options: object) -> object:
             asked.append(options["sliding_window_cache"])
@@ -391,7 +391,7 @@ class TestDefaults:
                 options["sliding_window_cache"] = True
             return real(*arguments, **options)
 
-        monkeypatch.setattr(model_module, "open_runtime", noting)
+        monkeypatch.setattr(model_runtimes, "open_runtime", noting)
         model = opened(ort_bundle)
         model.open()
         prompts = [[*LONG, 5], [*LONG, 6]]
@@ -441,7 +441,7 @@ class TestDefaults:
         model = opened(ort_bundle, kept_prefix_bytes=10**7)
         old = model.open()
         model.close()
-        model._prefix_cache(old, [LONG], GenerateOptions())
+        model._runtimes.prefix_cache(old, [LONG], GenerateOptions())
         assert model.generate([*LONG, 5], max_new_tokens=2).reused_tokens == 0
         assert model.generate([*LONG, 6], max_new_tokens=2).reused_tokens == len(LONG)
 
@@ -451,13 +451,13 @@ class TestDefaults:
         model = opened(ort_bundle)
         plain = model.generate(LONG, max_new_tokens=20, prompt_lookup=0)
         opened_drafts: list[object] = []
-        real = model_module.open_runtime
+        real = model_runtimes.open_runtime
 
         def counted(bundle: object, *arguments: object, **options: object) -> object:
             opened_drafts.append(bundle)
             return real(bundle, *arguments, **options)
 
-        monkeypatch.setattr(model_module, "open_runtime", counted)
+        monkeypatch.setattr(model_runtimes, "open_runtime", counted)
         for _ in range(2):
             drafted = model.generate(LONG, max_new_tokens=20, draft_model=ort_bundle)
             assert drafted.token_ids == plain.token_ids

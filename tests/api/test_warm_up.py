@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 import gemma3_export
-from gemma3_export.api import model as model_module
+from gemma3_export.api import model_runtimes
 from gemma3_export.api.opening import WARM_UP_STEPS, open_runtime, warm_up
 from gemma3_export.runtimes.onnx.decode_steps import DeviceDecodeSteps
 from gemma3_export.runtimes.onnx.runtime import OnnxRuntime
@@ -51,12 +51,12 @@ def test_every_runtime_that_a_model_opens_is_warmed_up(
     ort_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     warm: list[object] = []
-    monkeypatch.setattr(model_module, "warm_up", warm.append)
+    monkeypatch.setattr(model_runtimes, "warm_up", warm.append)
     model = gemma3_export.load(ort_bundle, device="cpu", threads=1, warm_up=True)
     assert warm == [model.runtime]
     model.generate("a", max_new_tokens=2, draft_model=ort_bundle)
     assert len(warm) == 2
-    monkeypatch.setattr(model_module, "evicts", lambda runtime: True)
+    monkeypatch.setattr(model_runtimes, "_evicts", lambda runtime: True)
     shared = [[2, *range(10, 57)]] * 2  # opens it again, with caches that hold every token
     model.generate(shared, max_new_tokens=2)
     assert warm[2:] == [model.runtime]
@@ -66,7 +66,7 @@ def test_the_command_line_warms_up_only_if_asked_to(
     ort_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     warm: list[object] = []
-    monkeypatch.setattr(model_module, "warm_up", warm.append)
+    monkeypatch.setattr(model_runtimes, "warm_up", warm.append)
     without = run_ok("generate", ort_bundle, *GENERATE)
     run_ok("generate", ort_bundle, *GENERATE, "--no-warm-up")
     assert warm == []

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 
-from gemma3_export.api import model
+from gemma3_export.api import model_runtimes
 from gemma3_export.api import verification as verifying
 from gemma3_export.bench import run as benchmark
 from gemma3_export.bench import worker as benchmark_worker
@@ -61,7 +61,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         found.update(device=asked["device"], cuda=cuda, runtime=name)
         raise ReachedError
 
-    monkeypatch.setattr(model, "open_runtime", opened)
+    monkeypatch.setattr(model_runtimes, "open_runtime", opened)
     monkeypatch.setattr(verifying, "open_runtime", opened)
     monkeypatch.setattr(benchmark, "own_worker", started)
     return found
@@ -139,13 +139,13 @@ def test_a_draft_model_is_opened_like_the_model(
     ort_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened = []
-    original = model.open_runtime
+    original = model_runtimes.open_runtime
 
     def observed(bundle: Any, runtime: str, **options: Any) -> Any:
         opened.append(options.get("cuda"))
         return original(bundle, runtime, **options | {"device": "cpu"})
 
-    monkeypatch.setattr(model, "open_runtime", observed)
+    monkeypatch.setattr(model_runtimes, "open_runtime", observed)
     result = run("generate", ort_bundle, "--draft-model", str(ort_bundle), "--tf32")
     assert result.exit_code == 0, result.output
     assert opened == [CudaOptions(tf32=True)] * 2

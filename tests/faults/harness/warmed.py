@@ -32,6 +32,7 @@ MODULES = (
     "torch.testing",
     "gemma3_export.api.exporting",
     "gemma3_export.api.model",
+    "gemma3_export.api.model_runtimes",
     "gemma3_export.api.verification",
     "gemma3_export.cli",
     "gemma3_export.cli.data_command",
