@@ -15,9 +15,10 @@ from typing import Literal, get_args
 from gemma3_export.errors import InputError
 from gemma3_export.limits import shown
 
-__all__ = ["EMBEDDING", "HEAD", "Gemma3Config", "LayerType", "default_layer_types"]
+__all__ = ["EMBEDDING", "HEAD", "MAX_LAYERS", "Gemma3Config", "LayerType", "default_layer_types"]
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"  # canonical names
+MAX_LAYERS = 4096  # bounds the lists that a number in a file allocates
 
 LayerType = Literal["sliding_attention", "full_attention"]
 

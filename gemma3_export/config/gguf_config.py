@@ -7,7 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from gemma3_export.config.gemma3_config import Gemma3Config, LayerType, default_layer_types
+from gemma3_export.config.gemma3_config import (
+    MAX_LAYERS,
+    Gemma3Config,
+    LayerType,
+    default_layer_types,
+)
 from gemma3_export.config.hugging_face import text_vocab_size
 from gemma3_export.config.other_models import GGUF_ARCHITECTURES
 from gemma3_export.config.presets import END_OF_TURN_ID, TEXT_VOCAB_SIZE
@@ -83,9 +88,9 @@ class _Metadata:
         for key in ("rope.dimension_count", "rope.dimension_count_swa"):
             self._must_equal(key, head_dim)
         self._must_equal("attention.causal", True)
-        if not 0 < layers <= 4096:
+        if not 0 < layers <= MAX_LAYERS:
             raise InputError(
-                f"{_ARCHITECTURE}.block_count is {layers}; it must be between 1 and 4096"
+                f"{_ARCHITECTURE}.block_count is {layers}; it must be between 1 and {MAX_LAYERS}"
             )
         # As hard-coded in llama.cpp: hidden/heads for the 27B, the head size for the others.
         scalar = hidden / max(heads, 1) if layers == _LAYERS_27B else head_dim

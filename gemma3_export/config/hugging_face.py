@@ -13,13 +13,19 @@ from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import Any, cast
 
-from gemma3_export.config.gemma3_config import Gemma3Config, LayerType, default_layer_types
+from gemma3_export.config.gemma3_config import (
+    MAX_LAYERS,
+    Gemma3Config,
+    LayerType,
+    default_layer_types,
+)
 from gemma3_export.config.other_models import (
     MODEL_TYPES,
     advice_on_architecture,
     advice_on_quantization,
 )
 from gemma3_export.config.presets import TEXT_VOCAB_SIZE
+from gemma3_export.config.rope_parameters import read_rope
 from gemma3_export.errors import InputError
 from gemma3_export.files import is_file, read_text, to_path
 
@@ -40,9 +46,6 @@ __all__ = [
     "config_to_json",
     "load_config",
     "load_json_object",
-    "read_rope",
-    "refuse_unimplemented",
-    "refuse_unknown_keys",
     "text_vocab_size",
 ]
 
@@ -57,7 +60,6 @@ WEIGHTS_INDEX_NAME = "pytorch_model.bin.index.json"
 
 PADDED_VOCAB_SIZE = 262_208  # embedding rows of the official multimodal checkpoints
 MAX_JSON_BYTES = 16 * 2**20
-MAX_LAYERS = 4096  # bounds the lists that a number in a file allocates
 GPT2_VOCAB_SIZE = 50_257  # the ancestors' custom model; its last id is <|endoftext|>
 
 ANCESTOR_KEYS = {
@@ -185,7 +187,7 @@ BENIGN_KEYS = {
     "top_k",
     "top_p",
     "typical_p",
-    # checked by refuse_unimplemented
+    # checked by _reject_unimplemented
     "add_cross_attention",
     "attention_bias",
     "attn_logit_softcapping",
@@ -216,9 +218,6 @@ _MUST_BE_ABSENT = {
     "tie_encoder_decoder": "only decoders are supported",
     "auto_map": "custom model code is never executed; use a checkpoint of the stock architecture",
 }
-
-_ROPE_FIELDS = ("rope_theta", "rope_local_base_freq", "rope_scaling_factor")
-_ROPE_KEYS = {"rope_type", "type", "factor", "rope_theta", "original_max_position_embeddings"}
 
 
 def load_config(path: Path | str) -> Gemma3Config:
@@ -324,15 +323,15 @@ def _from_hugging_face(top: dict[str, Any], extra_eos: tuple[int, ...]) -> Gemma
     is_wrapper = top.get("text_config") is not None
     text = _object(top["text_config"], where="text_config") if is_wrapper else top
     if is_wrapper:
-        refuse_unimplemented(top)
-        refuse_unknown_keys(top, WRAPPER_KEYS | BENIGN_KEYS)
+        _reject_unimplemented(top)
+        _reject_unknown_keys(top, WRAPPER_KEYS | BENIGN_KEYS)
         inner = text.get("model_type", "gemma3_text")
         if inner != "gemma3_text":
             raise InputError(
                 f"text_config.model_type is {inner!r:.80}; only gemma3_text is supported"
             )
-    refuse_unimplemented(text)
-    refuse_unknown_keys(text, TEXT_KEYS | BENIGN_KEYS)
+    _reject_unimplemented(text)
+    _reject_unknown_keys(text, TEXT_KEYS | BENIGN_KEYS)
 
     fields: dict[str, Any] = {}
     for key, default in TEXT_DEFAULTS.items():
@@ -377,7 +376,7 @@ def _from_ancestor(top: dict[str, Any], extra_eos: tuple[int, ...]) -> Gemma3Con
         raise InputError(f"qk_norm is {top['qk_norm']!r:.80}; Gemma 3 normalizes queries and keys")
     known = {*ANCESTOR_KEYS, "qk_norm", "layer_types", "dtype"}
     known |= {"tie_word_embeddings", "pad_token_id", "bos_token_id", "eos_token_id"}
-    refuse_unknown_keys(top, known)
+    _reject_unknown_keys(top, known)
     fields = {new: top[old] for old, new in ANCESTOR_KEYS.items() if top.get(old) is not None}
     # Without a scalar, the notebook scales by the head size.
     fields.setdefault("query_pre_attn_scalar", fields.get("head_dim"))
@@ -501,7 +500,7 @@ def _token_ids(value: object, *, where: str) -> tuple[int, ...]:
     return tuple(_whole(item, where) for item in values)
 
 
-def refuse_unimplemented(part: Mapping[str, Any]) -> None:
+def _reject_unimplemented(part: Mapping[str, Any]) -> None:
     """Raise an error if a key selects a computation that is not implemented.
 
     Raises:
@@ -526,7 +525,7 @@ def refuse_unimplemented(part: Mapping[str, Any]) -> None:
             raise InputError(f"{key} is {value!r:.80}: {reason}")
 
 
-def refuse_unknown_keys(part: Mapping[str, Any], known: Set[str]) -> None:
+def _reject_unknown_keys(part: Mapping[str, Any], known: Set[str]) -> None:
     """Raise an error if there are unknown keys, except those whose value is null.
 
     Raises:
@@ -540,90 +539,6 @@ def refuse_unknown_keys(part: Mapping[str, Any], known: Set[str]) -> None:
             f"unknown keys may change the computation, so they are not ignored: {shown}{more}; "
             "remove them if they are only metadata"
         )
-
-
-def read_rope(text: Mapping[str, Any]) -> dict[str, float]:
-    """Read the ``rope_*`` fields of :class:`Gemma3Config` from the flat and the nested dialect.
-
-    Raises:
-        InputError: the scaling type is not supported, or the two dialects contradict each other.
-    """
-    flat, nested = _read_flat_rope(text), _read_nested_rope(text)
-    for key in _ROPE_FIELDS:
-        if key in flat and key in nested and flat[key] != nested[key]:
-            raise InputError(
-                f"{key} is {nested[key]!r:.80} in rope_parameters, but {flat[key]!r:.80} in the "
-                "flat keys; keep one dialect"
-            )
-    return flat | nested
-
-
-def _read_flat_rope(text: Mapping[str, Any]) -> dict[str, Any]:
-    found = {key: text[key] for key in _ROPE_FIELDS[:2] if text.get(key) is not None}
-    scaling = text.get("rope_scaling")
-    if scaling is not None:
-        factor, theta = _read_rope_parameters(scaling, where="rope_scaling")
-        found["rope_scaling_factor"] = factor
-        if theta is not None and found.setdefault("rope_theta", theta) != theta:
-            raise InputError(
-                f"rope_scaling.rope_theta ({theta!r:.80}) contradicts rope_theta; keep one"
-            )
-    return found
-
-
-def _read_nested_rope(text: Mapping[str, Any]) -> dict[str, Any]:
-    parameters = text.get("rope_parameters")
-    if parameters is None:
-        return {}
-    kinds = {"full_attention", "sliding_attention"}
-    if not isinstance(parameters, dict) or not set(parameters) <= kinds:
-        raise InputError(
-            f"rope_parameters is {parameters!r:.100}; it must have one object for "
-            "full_attention and one for sliding_attention"
-        )
-    found: dict[str, Any] = {}
-    if parameters.get("full_attention") is not None:
-        factor, theta = _read_rope_parameters(
-            parameters["full_attention"], where="rope_parameters.full_attention"
-        )
-        found["rope_scaling_factor"] = factor
-        if theta is not None:
-            found["rope_theta"] = theta
-    if parameters.get("sliding_attention") is not None:
-        where = "rope_parameters.sliding_attention"
-        factor, theta = _read_rope_parameters(parameters["sliding_attention"], where=where)
-        if factor != 1.0:
-            raise InputError(
-                f"{where}.factor is {factor!r:.80}; Gemma 3 scales only full attention"
-            )
-        if theta is not None:
-            found["rope_local_base_freq"] = theta
-    return found
-
-
-def _read_rope_parameters(parameters: object, *, where: str) -> tuple[Any, Any]:
-    """Return the scaling factor and the base (None if missing) of one set of parameters."""
-    if not isinstance(parameters, dict):
-        raise InputError(f"{where} is {parameters!r:.60}; it must be an object")
-    kind, old_kind = parameters.get("rope_type"), parameters.get("type")
-    if kind is not None and old_kind is not None and kind != old_kind:
-        raise InputError(
-            f"{where}: rope_type {kind!r:.80} and type {old_kind!r:.80} contradict each other"
-        )
-    kind = kind if kind is not None else (old_kind if old_kind is not None else "default")
-    if kind not in ("default", "linear"):
-        raise InputError(
-            f"{where}.rope_type is {kind!r:.60}; only default and linear are supported"
-        )
-    unknown = {k: v for k, v in parameters.items() if k not in _ROPE_KEYS and v is not None}
-    if unknown.pop("partial_rotary_factor", 1.0) != 1.0 or unknown:
-        raise InputError(f"{where} is {parameters!r:.120}; its extra keys are not supported")
-    factor = parameters.get("factor")
-    if kind == "linear" and factor is None:
-        raise InputError(f"{where} is linear without a factor; add one")
-    if kind == "default" and factor not in (None, 1.0):
-        raise InputError(f"{where}.factor is {factor!r:.60} but its rope_type is default; drop one")
-    return (1.0 if factor is None else factor), parameters.get("rope_theta")
 
 
 def _whole(value: object, key: str) -> int:
