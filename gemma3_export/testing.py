@@ -69,11 +69,12 @@ def assert_parity(
         device=device,
         seed=seed,
     )
+    place = bundle.path if isinstance(bundle, Bundle) else bundle
     if files:
-        texts = (report.to_json(), render_junit(report), render_html(report))
+        name = Path(place).resolve().name
+        texts = (report.to_json(), render_junit(report), render_html(report, name))
         for file, text in zip(files, texts, strict=True):
             write_text_atomically(file, text)
     if not report.passed:
-        place = bundle.path if isinstance(bundle, Bundle) else bundle
         raise AssertionError(f"{place} is not exact:\n{render_terminal(report)}")
     return report

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import errno
 import importlib
 import importlib.util
@@ -17,6 +18,7 @@ import click
 
 from gemma3_export import __version__
 from gemma3_export.errors import Gemma3ExportError, InputError
+from gemma3_export.limits import shown
 from gemma3_export.signals import install_signal_handlers, interrupt_exit_code
 
 __all__ = ["command_line", "main"]
@@ -28,6 +30,7 @@ COMMANDS = (
     "torchscript",
     "pt2",
     "generate",
+    "batch",
     "verify",
     "inspect",
     "bench",
@@ -35,6 +38,7 @@ COMMANDS = (
     "data",
     "train",
     "to-hf",
+    "completion",
 )
 MAX_MESSAGE_CHARACTERS = 3000
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
@@ -63,6 +67,18 @@ class CommandLine(click.Group):
         command = getattr(importlib.import_module(_module_of(cmd_name)), _identifier(cmd_name))
         assert isinstance(command, click.Command)
         return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Find the command that ``args`` begin with; suggest one for a name that is mistyped."""
+        name = args[0]
+        if name not in COMMANDS and not name.startswith("-") and not ctx.resilient_parsing:
+            known = self.list_commands(ctx)
+            near = difflib.get_close_matches(name.lower().replace("_", "-"), known, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"choose among {', '.join(known)}"
+            raise click.UsageError(f"no such command {shown(name)}; {hint}", ctx)
+        return super().resolve_command(ctx, args)
 
     def invoke(self, ctx: click.Context) -> object:
         """Run a command and turn expected errors into a message and an exit code."""

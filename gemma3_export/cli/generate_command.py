@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-import re
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from gemma3_export.bundle import RUNTIMES
+from gemma3_export.cli.generation_options import (
+    note_unused_seed,
+    opening_options,
+    sampling_options,
+    stop_tokens_of,
+)
 from gemma3_export.cli.options import (
     PATH,
-    REAL,
     TEXT_PATH,
-    THREADS,
     WHOLE,
     CudaRequest,
     cache_size,
-    cuda_options,
     integer,
 )
 
@@ -84,52 +85,7 @@ Examples:
     is_flag=True,
     help="Treat control tokens that a prompt spells as plain text, as --chat always does.",
 )
-@click.option(
-    "--max-new-tokens",
-    type=integer(),
-    default=128,
-    show_default=True,
-    metavar="N",
-    help="Most tokens to generate per prompt.",
-)
-@click.option("--temperature", type=REAL, metavar="T", help="0 is greedy decoding, the default.")
-@click.option("--top-k", type=WHOLE, metavar="K", help="Sample from the K most likely tokens.")
-@click.option(
-    "--top-p",
-    type=REAL,
-    metavar="P",
-    help="Sample from the most likely tokens whose probabilities add up to P.",
-)
-@click.option(
-    "--min-p",
-    type=REAL,
-    metavar="P",
-    help="Drop tokens less likely than P times the most likely one.",
-)
-@click.option(
-    "--repetition-penalty",
-    type=REAL,
-    default=1.0,
-    metavar="R",
-    help="Penalize tokens that occurred before; 1 is off.",
-)
-@click.option(
-    "--seed",
-    type=WHOLE,
-    metavar="N",
-    help="The same seed gives the same text. --json reports it; null for greedy.",
-)
-@click.option(
-    "--stop", "stop_texts", multiple=True, metavar="TEXT", help="Stop before this text; repeatable."
-)
-@click.option(
-    "--stop-token",
-    "stop_tokens",
-    multiple=True,
-    metavar="TOKEN",
-    help="Stop at this token, an id or a name such as <end_of_turn>; repeatable.",
-)
-@click.option("--show-special", is_flag=True, help="Print special tokens that are generated.")
+@sampling_options
 @click.option(
     "--prompt-lookup",
     type=integer(0),
@@ -161,31 +117,7 @@ Examples:
     metavar="N",
     help="Prompt tokens to compute per step. Quantized bundles and CUDA reuse whole chunks only.",
 )
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
-@cuda_options
-@click.option(
-    "--runtime",
-    type=click.Choice(RUNTIMES),
-    default="onnx",
-    show_default=True,
-    help="Which of the bundle's exports to run.",
-)
-@click.option("--threads", type=THREADS, metavar="N", help="Intra-op threads.")
-@click.option(
-    "--share-weights",
-    is_flag=True,
-    help="fp32 on the CPU: share the weights between processes and load instantly; prompts take "
-    "longer.",
-)
-@click.option(
-    "--trust", is_flag=True, help="Load a torch archive that is not the one that was exported."
-)
-@click.option(
-    "--check",
-    is_flag=True,
-    help="Hash every file of the bundle first. By default only a sample of files above 32 MiB is "
-    "hashed, which can miss edits that keep the size.",
-)
+@opening_options
 @click.option(
     "--warm-up/--no-warm-up",
     default=False,
@@ -269,9 +201,7 @@ def generate(
     options = GenerateOptions(
         max_new_tokens=max_new_tokens,
         stop=stop_texts,
-        stop_tokens=tuple(
-            int(token) if re.fullmatch(r"[0-9]{1,10}", token) else token for token in stop_tokens
-        ),
+        stop_tokens=stop_tokens_of(stop_tokens),
         allow_control_tokens=not literal,
         show_special_tokens=show_special,
         tools=tools,
@@ -282,6 +212,7 @@ def generate(
         prefill_chunk=prefill_chunk,
         **sampling,
     )
+    note_unused_seed(options.seed, is_greedy=options.is_greedy)
     texts = [*map(read_prompt, prompts), *map(read_prompt_file, prompt_files)]
     asked = to_prompts(model.tokenizer, texts, id_lists, chat=chat, system=system, tools=tools)
     started = time.perf_counter()

@@ -104,7 +104,8 @@ def verify(
             seed=seed,
             progress=progress,
         )
-    _write_reports(report, report_file, junit_file, html_file)
+    name = bundle_path.resolve().name
+    _write_reports(report, name, report_file, junit_file, html_file)
     _print_report(report, as_json=as_json)
     if not report.passed:
         raise click.exceptions.Exit(FAILED)
@@ -127,7 +128,11 @@ def _check_files(*files: Path | None) -> None:
 
 
 def _write_reports(
-    report: ParityReport, json_file: Path | None, junit_file: Path | None, html_file: Path | None
+    report: ParityReport,
+    name: str,
+    json_file: Path | None,
+    junit_file: Path | None,
+    html_file: Path | None,
 ) -> None:
     from gemma3_export.parity import render_html, render_junit
     from gemma3_export.staging import write_text_atomically
@@ -137,7 +142,7 @@ def _write_reports(
     if junit_file is not None:
         write_text_atomically(junit_file, render_junit(report))
     if html_file is not None:
-        write_text_atomically(html_file, render_html(report))
+        write_text_atomically(html_file, render_html(report, name))
 
 
 def _print_report(report: ParityReport, *, as_json: bool) -> None:

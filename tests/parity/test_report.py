@@ -120,6 +120,15 @@ def test_the_page_loads_no_external_resources(which: str, request: pytest.Fixtur
     assert not re.search(r'="(nan|inf|-inf)', page)
 
 
+def test_the_heading_of_the_page_names_bundle_and_weights(passing: ParityReport) -> None:
+    report = replace(passing, source={"kind": "gguf", "location": "sea-q4.gguf", "files": {}})
+    page = render_html(report, "gemma <one>")
+    header = page.partition("<header>")[2].partition("</header>")[0]
+    assert "<h1>Parity of gemma &lt;one&gt;</h1>" in header
+    assert "weights: gguf sea-q4.gguf" in header
+    assert "<title>Parity of gemma &lt;one&gt;: " in page
+
+
 def test_the_page_escapes_text_from_the_bundle(passing: ParityReport) -> None:
     hostile = "<img src=x onerror=alert(1)>"
     page = render_html(

@@ -19,8 +19,13 @@ TEMPLATE = "page.html.jinja"
 MAX_FAILURES = 24
 
 
-def render_html(report: ParityReport) -> str:
-    """Return the page as text."""
+def render_html(report: ParityReport, name: str = "") -> str:
+    """Return the page as text.
+
+    Args:
+        report: the result.
+        name: the name of the bundle, for the heading.
+    """
     environment = Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined
     )
@@ -28,6 +33,8 @@ def render_html(report: ParityReport) -> str:
     source = resources.files(__package__).joinpath(TEMPLATE).read_text(encoding="utf-8")
     return environment.from_string(source).render(
         report=report,
+        name=name,
+        weights=weights_of(report),
         cards=headline_numbers(report),
         charts=charts.charts_for(report),
         plot=charts,
@@ -42,6 +49,12 @@ def render_html(report: ParityReport) -> str:
         | {name: f"{value:.1f} s" for name, value in report.seconds.items()},
         files=flatten({"source": report.source}) | report.files,
     )
+
+
+def weights_of(report: ParityReport) -> str:
+    """Return the weights that the bundle was made from, for the heading."""
+    kind, location = report.source.get("kind"), report.source.get("location")
+    return " ".join(str(part) for part in (kind, location) if part)
 
 
 def headline_numbers(report: ParityReport) -> list[tuple[str, str]]:
