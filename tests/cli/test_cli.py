@@ -9,9 +9,8 @@ import pytest
 
 from gemma3_export import __version__
 from gemma3_export.api import verification as verifying
-from gemma3_export.bundle import ONNX_TARGETS
+from gemma3_export.bundle import ONNX_TARGETS, RUNTIMES
 from gemma3_export.cli import command_line
-from gemma3_export.cli.generate_command import RUNTIMES
 from gemma3_export.progress import ProgressBars
 from tests.support.command_line import error_line, loaded_modules, run, run_ok, run_rejected
 
