@@ -32,6 +32,7 @@ __all__ = [
     "check_disk_space",
     "check_writable",
     "exclusive",
+    "foreign_files",
     "publish",
     "refuse_existing",
     "sole_writer",
@@ -117,7 +118,7 @@ def refuse_existing(target: Path, *, force: bool) -> None:
     names = sorted(path.name for path in target.iterdir() if path.name != place)
     if not names:
         return
-    if foreign := _foreign_files(target):
+    if foreign := foreign_files(target):
         raise InputError(
             f"{target} exists and was not created by this program (it contains "
             f"{', '.join(foreign[:3])}), so it is not replaced even with --force; choose another "
@@ -140,9 +141,11 @@ def _current_folder() -> Path:
         ) from error
 
 
-def _foreign_files(folder: Path) -> list[str]:
+def foreign_files(folder: Path) -> list[str]:
     """Return the files of ``folder`` that no command of this program writes."""
-    found = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+    files = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    place = _place_of(folder).name  # inside a mount point
+    found = [file.as_posix() for file in files if file.parts[0] != place]
     if MANIFEST in found:
         with suppress(InputError, TypeError, KeyError):
             manifest = read_json(folder / MANIFEST, remedy="delete it")

@@ -20,7 +20,7 @@ import torch
 
 from gemma3_export import __version__
 from gemma3_export.bundle import write_hf_metadata
-from gemma3_export.config import Gemma3Config, load_config
+from gemma3_export.config import CONFIG_NAME, Gemma3Config, config_to_json, load_config
 from gemma3_export.errors import Gemma3ExportError, InputError
 from gemma3_export.files import is_file, to_path
 from gemma3_export.records import Count, read_record
@@ -43,7 +43,12 @@ from gemma3_export.reference.training.token_data import TokenData, TokenMeta, op
 from gemma3_export.reference.training.trainer import Trainer, TrainState
 from gemma3_export.reference.weights import WeightSource
 from gemma3_export.signals import uninterrupted
-from gemma3_export.staging import refuse_existing, sole_writer, write_text_atomically
+from gemma3_export.staging import (
+    foreign_files,
+    refuse_existing,
+    sole_writer,
+    write_text_atomically,
+)
 
 __all__ = ["RECORD", "RunRecord", "TrainResult", "read_run_record", "resume_training", "train"]
 
@@ -67,6 +72,7 @@ class RunRecord:
     data_path: str | None = None  # absolute; None in the record of the bundled model
     result: dict[str, Any] | None = None  # of a run that has ended
     extensions: list[dict[str, Count]] | None = None  # changes of the number of steps
+    config: dict[str, Any] | None = None  # as config.json; older records have none
 
 
 def read_run_record(run: Path) -> RunRecord:
@@ -176,7 +182,9 @@ def resume_training(
         # Every process reads the checkpoint; only the main process reports problems with it.
         state = load_latest_checkpoint(run, report if group.is_main_process else lambda line: None)
         changed = options if steps is None else replace(options, steps=steps)
-        trainer = Trainer(changed, data, Gemma3(load_config(run)), run, group, report)
+        config = load_config(run)
+        _check_same_config(config, record, run)
+        trainer = Trainer(changed, data, Gemma3(config), run, group, report)
         trainer.restore(state)
         done = trainer.state.step
         if steps is not None and steps <= done:
@@ -262,7 +270,7 @@ def _old_run_aside(
     refuse_existing(run, force=force)  # again: files may have appeared meanwhile
     try:
         with uninterrupted():
-            if run.exists():
+            if run.exists() and not run.is_mount():  # a mount point is empty, or was rejected
                 run.rename(_aside(run))
         yield
     finally:
@@ -296,11 +304,16 @@ def _has_results(run: Path) -> bool:
 
 def _discard(run: Path) -> bool:
     """Delete a run without results, unless it contains files that this program did not write."""
-    try:
-        refuse_existing(run, force=True)
-    except InputError:
+    if any(run.iterdir()) and foreign_files(run):
         return False
-    shutil.rmtree(run)
+    if not run.is_mount():
+        shutil.rmtree(run)
+        return True
+    for path in run.iterdir():  # of a mount point, only the content can go
+        if path.is_file():
+            path.unlink()
+        elif not path.name.startswith("."):  # the lock's folder goes when the lock does
+            shutil.rmtree(path)
     return True
 
 
@@ -340,9 +353,21 @@ def _check_same_data(found: TokenMeta, recorded: TokenMeta, where: Path) -> None
         )
 
 
+def _check_same_config(config: Gemma3Config, record: RunRecord, run: Path) -> None:
+    if record.config is None:
+        return
+    found = config_to_json(config)
+    changed = sorted(key for key in found if found[key] != record.config.get(key))
+    if changed:
+        raise InputError(
+            f"{run / CONFIG_NAME} was changed since the run began: {changed[0]} is "
+            f"{found[changed[0]]!r} instead of {record.config.get(changed[0])!r}; restore it"
+        )
+
+
 def _write_folder(run: Path, trainer: Trainer, source: WeightSource | None) -> None:
     data, model = trainer.data, trainer.module.model
-    run.mkdir(parents=True)
+    run.mkdir(parents=True, exist_ok=True)  # it may be an empty mount point
     write_hf_metadata(run, model.config, data.tokenizer())
     record = RunRecord(
         format_version=FORMAT_VERSION,
@@ -352,6 +377,7 @@ def _write_folder(run: Path, trainer: Trainer, source: WeightSource | None) -> N
         data_path=str(data.path.absolute()),
         data=data.meta,
         weights=None if source is None else source.fingerprint(),
+        config=config_to_json(model.config),
         versions={
             "gemma3-export": __version__,
             "python": platform.python_version(),

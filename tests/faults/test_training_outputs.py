@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,10 @@ def text(tmp_path: Path) -> Path:
 
 def prepare(text: Path, output: Path, **options: object) -> None:
     prepare_tokens(LocalFiles((text,)), tiny_gemma_tokenizer(400), output, **options)
+
+
+def raise_not_finite(self: Trainer, metrics_log: object) -> None:
+    raise Gemma3ExportError("the loss is not finite")
 
 
 class Stopped(Exception):  # noqa: N818  (it plays a kill)
@@ -153,15 +158,44 @@ class TestTrain:
         self.run(folder)
         before = json.loads((folder / "run" / "training.json").read_text())
 
-        def fail(self: Trainer, metrics_log: object) -> None:
-            raise Gemma3ExportError("the loss is not finite")
-
-        monkeypatch.setattr(Trainer, "run", fail)
+        monkeypatch.setattr(Trainer, "run", raise_not_finite)
         with pytest.raises(Gemma3ExportError, match="not finite"):
             self.run(folder, force=True, seed=5)
         assert json.loads((folder / "run" / "training.json").read_text()) == before
         assert (folder / "run" / "model.safetensors").is_file()
         assert not list(folder.glob(".run.*"))
+
+    def test_an_empty_mount_point_is_filled_and_left_empty_by_a_failure(
+        self, folder: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        (folder / "run").mkdir()
+        command = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(folder / "run")]
+        try:
+            subprocess.run(command, check=True, capture_output=True)
+        except (OSError, subprocess.CalledProcessError) as error:
+            pytest.skip(f"no file system can be mounted: {error}")
+        try:
+            with monkeypatch.context() as patch:
+                patch.setattr(Trainer, "run", raise_not_finite)
+                with pytest.raises(Gemma3ExportError, match="not finite"):
+                    self.run(folder)
+            assert list((folder / "run").iterdir()) == []
+            self.run(folder)
+            assert (folder / "run" / "model.safetensors").is_file()
+        finally:
+            subprocess.run(["umount", str(folder / "run")], check=True)
+
+    def test_a_config_that_was_edited_is_not_trained_on(self, folder: Path) -> None:
+        self.run(folder)
+        path = folder / "run" / "config.json"
+        original = path.read_text()
+        edited = json.loads(original)
+        edited["rope_theta"] *= 2
+        path.write_text(json.dumps(edited))
+        with pytest.raises(InputError, match=r"config\.json was changed since the run began: rope"):
+            resume_training(folder / "run", steps=4, report=lambda line: None)
+        path.write_text(original)
+        resume_training(folder / "run", steps=4, report=lambda line: None)
 
     def test_a_killed_replacement_is_settled_by_the_next_run(
         self, folder: Path, monkeypatch: pytest.MonkeyPatch
