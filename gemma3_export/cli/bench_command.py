@@ -66,7 +66,7 @@ model. The second line lists engines with their own environments; set them up fr
     "--threads",
     type=THREADS,
     metavar="N",
-    help="Intra-op threads (default: all cores).",
+    help="Intra-op threads.  [default: all cores]",
 )
 @click.option(
     "--runtime",

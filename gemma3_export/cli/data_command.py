@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING
 
 import click
 
-from gemma3_export.cli.options import PATH, TEXT_PATH, Number, integer, refuse_if_given
+from gemma3_export.cli.options import (
+    PATH,
+    TEXT_PATH,
+    Number,
+    force_option,
+    integer,
+    refuse_if_given,
+)
 from gemma3_export.limits import BELOW_1, check_number
 from gemma3_export.progress import ProgressBars
 from gemma3_export.reference.training.rows import LOSS_ON, LossOn
@@ -42,8 +49,8 @@ Examples:
 @click.option(
     "--column",
     metavar="NAME",
-    help="Column of a dataset or of JSONL rows: messages, prompt (with completion), or one with "
-    "text [default: text for a dataset; for JSONL, the one of these that the rows have].",
+    help="Column of a dataset or of JSONL rows: messages, prompt (with completion), or any that "
+    "holds text.  [default: text for a dataset; for JSONL, whichever of these the rows have]",
 )
 @click.option(
     "--limit",
@@ -55,28 +62,28 @@ Examples:
     "--tokenizer",
     "tokenizer_path",
     metavar="PATH",
-    help="tokenizer.json, its folder, a .gguf file, or tiktoken:NAME [default: a small BPE "
-    "tokenizer trained on the text].",
+    help="tokenizer.json, its folder, a .gguf file, or tiktoken:NAME.  [default: a small BPE "
+    "tokenizer trained on the text]",
 )
 @click.option(
     "--vocab-size",
     type=integer(),
     metavar="N",
-    help="Vocabulary size of the small BPE tokenizer [default: 2048].",
+    help="Vocabulary size of the small BPE tokenizer.  [default: 2048]",
 )
 @click.option(
     "--loss-on",
     type=click.Choice(LOSS_ON),
     default="answers",
     show_default=True,
-    help="What to learn of messages, and of prompt and completion: the answers, or all. Plain text "
-    "is always learned.",
+    help="Tokens of conversations and prompt-completion pairs that the loss counts: the answers, "
+    "or all. In plain text, all tokens count.",
 )
 @click.option(
     "--parse-special-tokens",
     is_flag=True,
-    help="Encode special tokens that plain text spells out, such as <start_of_turn>, as such "
-    "[default: as plain characters].",
+    help="Encode special tokens spelled out in plain text, such as <start_of_turn>, as one token.  "
+    "[default: as plain characters]",
 )
 @click.option(
     "--validation-fraction",
@@ -87,7 +94,7 @@ Examples:
     help="Fraction of the text held out for validation.",
 )
 @click.option("-o", "--output", type=PATH, required=True, help="Folder to create.")
-@click.option("--force", is_flag=True, help="Replace an existing folder that gemma3-export made.")
+@force_option
 def data(
     paths: tuple[Path, ...],
     dataset: str | None,

@@ -16,8 +16,12 @@ from gemma3_export.cli.options import (
     adapter_option,
     describe_adapter,
     describe_reduction,
+    force_option,
+    hf_token_option,
     reduce_vocab_option,
+    revision_option,
     threads_option,
+    tokenizer_option,
 )
 from gemma3_export.config import TOKENIZER_NAME
 from gemma3_export.files import is_file
@@ -81,20 +85,12 @@ EXPORT_OPTIONS = (
         type=PATH,
         help="config.json to use instead of the one that comes with the weights.",
     ),
-    click.option("--revision", help="Branch, tag or commit of a Hub repository."),
-    click.option(
-        "--hf-token", metavar="TOKEN", help="Hub access token (default: HF_TOKEN or login)."
-    ),
+    revision_option,
+    hf_token_option,
     click.option(
         "--random-weights", type=SEED, metavar="SEED", help="Random weights for --size or --config."
     ),
-    click.option(
-        "--tokenizer",
-        "tokenizer_path",
-        metavar="PATH",
-        help="tokenizer.json, its folder, a .gguf file, or tiktoken:NAME "
-        "[default: the weights' own].",
-    ),
+    tokenizer_option,
     reduce_vocab_option,
     click.option(
         "-o",
@@ -106,9 +102,7 @@ EXPORT_OPTIONS = (
     click.option(
         "--no-verify", is_flag=True, help="Skip the parity check; the bundle records that."
     ),
-    click.option(
-        "--force", is_flag=True, help="Replace an existing folder that gemma3-export made."
-    ),
+    force_option,
     threads_option,
 )
 

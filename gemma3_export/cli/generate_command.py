@@ -73,7 +73,7 @@ Examples:
     "tools_path",
     type=TEXT_PATH,
     metavar="FILE",
-    help="JSON list of schemas of functions that the model may call (requires --chat).",
+    help="JSON list of schemas of the functions that the model may call (requires --chat).",
 )
 @click.option(
     "--chat-template",
@@ -83,14 +83,14 @@ Examples:
 @click.option(
     "--literal",
     is_flag=True,
-    help="Treat control tokens that a prompt spells as plain text, as --chat always does.",
+    help="Encode control tokens spelled out in a prompt as plain text, as --chat always does.",
 )
 @sampling_options
 @click.option(
     "--prompt-lookup",
     type=integer(0),
     metavar="N",
-    help="Draft up to N tokens by looking up what followed the same words before; 0 is off. "
+    help="Draft up to N tokens by looking up what followed the same words before; 0 is off.  "
     "[default: 16; 0 for quantized bundles and on CUDA]",
 )
 @click.option(
@@ -121,8 +121,9 @@ Examples:
 @click.option(
     "--warm-up/--no-warm-up",
     default=False,
-    help="Run a few steps before the first prompt, which then starts without delay. Pays off in "
-    "services. Off by default.",
+    show_default=True,
+    help="Run a few steps before the first prompt, which then starts without delay; useful in "
+    "services.",
 )
 @click.option(
     "--logprobs",

@@ -25,7 +25,10 @@ SAMPLING = (
         help="Most tokens to generate per prompt.",
     ),
     click.option(
-        "--temperature", type=REAL, metavar="T", help="0 is greedy decoding, the default."
+        "--temperature",
+        type=REAL,
+        metavar="T",
+        help="Sampling temperature; 0 is greedy.  [default: 0; 1 with a filter]",
     ),
     click.option("--top-k", type=WHOLE, metavar="K", help="Sample from the K most likely tokens."),
     click.option(
@@ -44,6 +47,7 @@ SAMPLING = (
         "--repetition-penalty",
         type=REAL,
         default=1.0,
+        show_default=True,
         metavar="R",
         help="Penalize tokens that occurred before; 1 is off.",
     ),
@@ -83,7 +87,12 @@ OPENING = (
         show_default=True,
         help="Which of the bundle's exports to run.",
     ),
-    click.option("--threads", type=THREADS, metavar="N", help="Intra-op threads."),
+    click.option(
+        "--threads",
+        type=THREADS,
+        metavar="N",
+        help="Intra-op threads.  [default: chosen by the runtime]",
+    ),
     click.option(
         "--share-weights",
         is_flag=True,

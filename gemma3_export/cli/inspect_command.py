@@ -35,7 +35,7 @@ Examples:
 @click.option(
     "--cuda-python",
     type=PATH,
-    help="Interpreter with onnxruntime-gpu, for --cuda-placement (default: this one).",
+    help="Interpreter with onnxruntime-gpu, for --cuda-placement.  [default: this one]",
 )
 def inspect(
     bundle_path: Path,

@@ -1,4 +1,4 @@
-"""Options that several commands share: threads, and what CUDA may do."""
+"""Options that several commands share, and the types of their values."""
 
 from __future__ import annotations
 
@@ -45,11 +45,15 @@ __all__ = [
     "cuda_options",
     "describe_adapter",
     "describe_reduction",
+    "force_option",
+    "hf_token_option",
     "integer",
     "memory_size",
     "reduce_vocab_option",
     "refuse_if_given",
+    "revision_option",
     "threads_option",
+    "tokenizer_option",
 ]
 
 
@@ -120,20 +124,33 @@ threads_option = click.option(
     "--threads",
     type=THREADS,
     metavar="N",
-    help="Intra-op threads of torch and ONNX Runtime [default: all cores; 1 for models with fewer "
-    "than 20M parameters].",
+    help="Intra-op threads of torch and ONNX Runtime.  [default: all cores; 1 for models with "
+    "fewer than 20M parameters]",
 )
 adapter_option = click.option(
     "--adapter",
-    metavar="PATH_OR_HUB_ID",
-    help="LoRA, rsLoRA or DoRA adapter of PEFT to merge into the weights "
-    "[default base: the model that the adapter names].",
+    metavar="SRC",
+    help="Folder or Hub id of a PEFT adapter (LoRA, rsLoRA, DoRA) to merge into the weights. "
+    "Without --weights, the base is the model that it names.",
 )
 reduce_vocab_option = click.option(
     "--reduce-vocab",
     metavar="FILE|LANGS",
-    help="Keep only the tokens that a text file needs, or a list of languages or scripts such as "
+    help="Keep only the tokens for a text file, or for a list of languages or scripts, such as "
     "en,de or latin,greek. Other text is encoded as bytes.",
+)
+revision_option = click.option("--revision", help="Branch, tag or commit of a Hub repository.")
+hf_token_option = click.option(
+    "--hf-token", metavar="TOKEN", help="Hub access token.  [default: HF_TOKEN or login]"
+)
+tokenizer_option = click.option(
+    "--tokenizer",
+    "tokenizer_path",
+    metavar="PATH",
+    help="tokenizer.json, its folder, a .gguf file, or tiktoken:NAME.  [default: the weights' own]",
+)
+force_option = click.option(
+    "--force", is_flag=True, help="Replace an existing folder that gemma3-export made."
 )
 TAKEN_BY = {  # runtimes for which an option has an effect
     "--cuda-graph": ("onnx", "torchscript"),
@@ -304,7 +321,8 @@ CUDA_OPTIONS = (
     click.option(
         "--cuda-graph/--no-cuda-graph",
         default=None,
-        help="On CUDA: capture decode steps as CUDA graphs and replay them [default: if possible].",
+        help="On CUDA: capture decode steps as CUDA graphs and replay them.  "
+        "[default: if possible]",
     ),
     click.option(
         "--tf32",
@@ -320,7 +338,8 @@ CUDA_OPTIONS = (
     click.option(
         "--cpu-fallback",
         is_flag=True,
-        help="Fall back to the CPU, with a warning, if CUDA is unavailable [default: exit code 3].",
+        help="Fall back to the CPU, with a warning, if CUDA is unavailable.  "
+        "[default: exit code 3]",
     ),
 )
 

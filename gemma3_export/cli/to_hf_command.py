@@ -11,7 +11,11 @@ from gemma3_export.cli.options import (
     adapter_option,
     describe_adapter,
     describe_reduction,
+    force_option,
+    hf_token_option,
     reduce_vocab_option,
+    revision_option,
+    tokenizer_option,
 )
 from gemma3_export.config import EMBEDDING
 from gemma3_export.dtypes import FLOAT_DTYPES
@@ -38,24 +42,19 @@ Examples:
     "--config",
     "config_path",
     type=PATH,
-    help="config.json to use instead of the one next to the weights.",
+    help="config.json to use instead of the one that comes with the weights.",
 )
-@click.option("--revision", help="Branch, tag or commit of a Hub repository.")
-@click.option("--hf-token", metavar="TOKEN", help="Hub access token [default: HF_TOKEN or login].")
-@click.option(
-    "--tokenizer",
-    "tokenizer_path",
-    metavar="PATH",
-    help="tokenizer.json, its folder, a .gguf file, or tiktoken:NAME [default: the weights' own].",
-)
+@revision_option
+@hf_token_option
+@tokenizer_option
 @reduce_vocab_option
 @click.option(
     "--dtype",
     type=click.Choice(FLOAT_DTYPES),
-    help="Dtype to store [default: that of the weights].",
+    help="Dtype to store.  [default: that of the weights]",
 )
 @click.option("-o", "--output", type=PATH, required=True, help="Folder to create.")
-@click.option("--force", is_flag=True, help="Replace an existing folder that gemma3-export made.")
+@force_option
 def to_hf(
     weights: str | None,
     adapter: str | None,

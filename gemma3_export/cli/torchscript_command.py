@@ -42,7 +42,7 @@ Examples:
     "--max-kld",
     type=BUDGET,
     help="Fail if the mean KL divergence from full precision exceeds this many nats per token. "
-    "The limits for greedy agreement and perplexity are derived from it [default: 0.01].",
+    "The limits for greedy agreement and perplexity are derived from it.  [default: 0.01]",
 )
 @click.option(
     "--no-prepack",

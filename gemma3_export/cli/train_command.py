@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from gemma3_export.cli.options import PATH, REAL, WHOLE
+from gemma3_export.cli.options import PATH, REAL, WHOLE, force_option
 from gemma3_export.errors import UnavailableError
 from gemma3_export.reference.training.options import PRECISIONS, SHARDINGS, TrainOptions
 
@@ -36,12 +36,12 @@ OPTIONS: tuple[tuple[str, Any, str], ...] = (
     (
         "--learning-rate",
         REAL,
-        "Peak learning rate [default: 1e-3; 6e-3 for size demo; 2e-5 with --weights].",
+        "Peak learning rate.  [default: 1e-3; 6e-3 for size demo; 2e-5 with --weights]",
     ),
     (
         "--min-learning-rate",
         REAL,
-        "Final value of the cosine schedule [default: a tenth of the peak].",
+        "Final value of the cosine schedule.  [default: a tenth of the peak]",
     ),
     ("--warmup-steps", WHOLE, "Linear warm-up steps."),
     ("--beta1", REAL, "AdamW beta1."),
@@ -81,7 +81,7 @@ def train_options(command: Callable[..., None]) -> Callable[..., None]:
             continue
         default = defaults[name.removeprefix("--").replace("-", "_")]
         if default != "" and "[default" not in text:
-            text = f"{text.removesuffix('.')} [default: {default}]."
+            text = f"{text.removesuffix('.')}.  [default: {default}]"
         command = click.option(name, type=kind, default=None, help=text)(command)
     return command
 
@@ -93,7 +93,7 @@ def train_options(command: Callable[..., None]) -> Callable[..., None]:
     "--resume",
     type=PATH,
     metavar="RUN",
-    help="Continue a run; with --steps, to another number of steps.",
+    help="Continue a run; --steps sets a new total of steps.",
 )
 @click.option(
     "--size", metavar="S", help="Train from scratch: demo, or a published size such as 270m."
@@ -105,7 +105,7 @@ def train_options(command: Callable[..., None]) -> Callable[..., None]:
     help="Train from scratch with this config.json.",
 )
 @click.option("--weights", metavar="SRC", help="Fine-tune these weights, in any supported format.")
-@click.option("--force", is_flag=True, help="Replace an existing folder that gemma3-export made.")
+@force_option
 @train_options
 def train(
     data_path: Path | None,
@@ -121,8 +121,8 @@ def train(
 
     DATA is a folder made by `gemma3-export data`. The run folder always holds the best weights so
     far in Hugging Face format, and every other command accepts it as --weights. On SIGTERM or
-    Ctrl-C, training saves a checkpoint and exits; --resume continues it with identical results, or
-    with --steps goes on longer.
+    Ctrl-C, training saves a checkpoint and exits; --resume continues it with identical results, and
+    with --steps also beyond its last step.
     """
     if importlib.util.find_spec("torch") is None:
         raise UnavailableError(

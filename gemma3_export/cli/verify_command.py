@@ -44,14 +44,14 @@ Examples:
     help="Which of the bundle's exports to check.",
 )
 @click.option(
-    "--weights", metavar="SRC", help="Weights to compare with [default: those in the bundle]."
+    "--weights", metavar="SRC", help="Weights to compare with.  [default: those in the bundle]"
 )
 @adapter_option
 @click.option(
     "--against",
     metavar="OTHER",
-    help="Compare with another runtime of this bundle, another bundle, transformers or a Hugging "
-    "Face folder; of folders, tokenizer, templates and special tokens too.",
+    help="Compare with another runtime of this bundle, another bundle, transformers, or a Hugging "
+    "Face folder, including its tokenizer, chat templates and special tokens.",
 )
 @click.option("--report", "report_file", type=PATH, help="Write the report as JSON.")
 @click.option("--junit", "junit_file", type=PATH, help="Write the report as JUnit XML.")
