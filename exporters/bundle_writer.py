@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import shutil
+import tempfile
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -27,7 +28,7 @@ from gemma3_export.bundle import (
     write_manifest,
 )
 from gemma3_export.bundle.inspection import read_proofs
-from gemma3_export.config import Gemma3Config
+from gemma3_export.config import TOKENIZER_NAME, Gemma3Config
 from gemma3_export.errors import Gemma3ExportError, InputError
 from gemma3_export.files import is_file
 from gemma3_export.parity.activation_range import (
@@ -121,10 +122,10 @@ def export_bundle(
     report = progress or ignore_progress
     if tokenizer is not None:
         source.keep_rows(tokenizer.vocab_size)
-    existing = None if force else extendable_bundle(output, writer.runtime, source)
+    tokenizer = tokenizer or tokenizer_of(source)
+    existing = None if force else extendable_bundle(output, writer.runtime, source, tokenizer)
     if existing is None:
         refuse_existing(output, force=force)
-    tokenizer = tokenizer or tokenizer_of(source)
     if tokenizer is not None:
         tokenizer.check_vocab_size(source.config.vocab_size)
     require_space(output, writer.size_bytes(source.config))
@@ -136,7 +137,7 @@ def export_bundle(
     with staged_directory(output, force=force or existing is not None) as folder:
         started = time.perf_counter()
         if existing is not None:  # again, now that no other process can add to it
-            existing = extendable_bundle(output, writer.runtime, source)
+            existing = extendable_bundle(output, writer.runtime, source, tokenizer)
             if existing is None:
                 refuse_existing(output, force=force)
         if existing is None:
@@ -181,11 +182,13 @@ def checked_ranges(
     return ranges
 
 
-def extendable_bundle(output: Path, runtime: str, source: WeightSource) -> Bundle | None:
+def extendable_bundle(
+    output: Path, runtime: str, source: WeightSource, tokenizer: Tokenizer | None
+) -> Bundle | None:
     """Return the bundle at ``output`` if a graph for ``runtime`` can be added to it.
 
     Raises:
-        InputError: the bundle was made from other weights.
+        InputError: the bundle was made from other weights, or with another tokenizer.
     """
     if not is_file(output / MANIFEST):
         return None
@@ -197,7 +200,27 @@ def extendable_bundle(output: Path, runtime: str, source: WeightSource) -> Bundl
             f"{output} is a bundle of other weights, so a {runtime} graph cannot be added; choose "
             "another output, or pass --force to replace the bundle"
         )
+    if tokenizer is not None and not has_tokenizer(bundle, tokenizer):
+        raise InputError(
+            f"{output} is a bundle with another tokenizer or chat template, so a {runtime} graph "
+            "cannot be added; pass the bundle's with --tokenizer, choose another output, or pass "
+            "--force to replace the bundle"
+        )
     return bundle
+
+
+def has_tokenizer(bundle: Bundle, tokenizer: Tokenizer) -> bool:
+    """Return whether the tokenizer of ``bundle`` is ``tokenizer``, with its chat templates."""
+    if not is_file(bundle.path / TOKENIZER_NAME):
+        return False
+    with tempfile.TemporaryDirectory(prefix="gemma3-export-") as folder:
+        tokenizer.save(folder)  # as the bundle's was
+        stored, wanted = (Tokenizer.from_folder(path) for path in (bundle.path, Path(folder)))
+    return (
+        stored.to_json() == wanted.to_json()
+        and stored.special_tokens() == wanted.special_tokens()
+        and stored.settings.templates == wanted.settings.templates
+    )
 
 
 def link_files(bundle: Bundle, folder: Path) -> None:

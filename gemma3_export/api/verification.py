@@ -27,6 +27,7 @@ from gemma3_export.api.options import (
     merged,
 )
 from gemma3_export.bundle import MANIFEST, RUNTIMES, Bundle
+from gemma3_export.config import CONFIG_NAME, load_config
 from gemma3_export.errors import InputError, ParityError, UnavailableError
 from gemma3_export.files import is_file, to_path
 from gemma3_export.limits import MAX_SEED, check_threads
@@ -125,7 +126,7 @@ def verify(
         source = None
         if request.weights is not None or request.adapter is not None:
             source = stack.enter_context(opened_weights(request.weights, request.adapter))
-            source.keep_rows(bundle.config.vocab_size)
+            source = _as_in_bundle(bundle, source)
         candidate = open_runtime(
             bundle,
             request.runtime,
@@ -134,6 +135,42 @@ def verify(
             cuda=request.cuda,
         )
         return _compared(bundle, candidate, source, request, options)
+
+
+def _as_in_bundle(bundle: Bundle, source: WeightSource) -> WeightSource:
+    """Return ``source`` with the embedding rows that ``bundle`` kept.
+
+    Raises:
+        InputError: the bundle has a reduced vocabulary, which is not of these weights.
+    """
+    recorded = bundle.manifest.source.get("reduced_vocabulary")
+    tokenizer = bundle_tokenizer(bundle)
+    if not isinstance(recorded, dict) or tokenizer is None:
+        source.keep_rows(bundle.config.vocab_size)
+        return source
+    if source.config.vocab_size == bundle.config.vocab_size:  # reduced already
+        return source
+    from gemma3_export.reference.weights.reduced_vocabulary import reduce_as_recorded
+
+    return reduce_as_recorded(source, recorded, tokenizer)
+
+
+def _check_vocabulary(bundle: Bundle, folder: Path) -> None:
+    """Check that a folder in Hugging Face format has the tokens of a bundle.
+
+    Raises:
+        InputError: the bundle has a reduced vocabulary, and the folder has not.
+    """
+    recorded = bundle.manifest.source.get("reduced_vocabulary")
+    if recorded is None or not is_file(folder / CONFIG_NAME):
+        return
+    rows = load_config(folder).vocab_size
+    if rows != bundle.config.vocab_size:
+        raise InputError(
+            f"{bundle.path} has a reduced vocabulary of {bundle.config.vocab_size} tokens, but "
+            f"{folder} has {rows}; compare with a folder from to-hf --reduce-vocab, or pass "
+            f"--weights {folder} instead of --against"
+        )
 
 
 def _compared(
@@ -169,6 +206,7 @@ def _compared(
             bundle, str(request.against), device=request.device, threads=request.threads
         )
     else:
+        _check_vocabulary(bundle, to_path(request.against, "against"))
         baseline = open_baseline(request.against, source, request)
     report = compare(
         candidate,

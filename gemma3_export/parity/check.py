@@ -80,7 +80,8 @@ def verify(
         InputError: the weights hold NaN, or do not have the runtime's shapes.
         Gemma3ExportError: the runtime failed.
     """
-    require_same_shapes(candidate, source)
+    for weights in (source, full_source or source):
+        require_same_shapes(candidate, weights)
     return Check(
         candidate=candidate,
         source=source,

@@ -170,6 +170,12 @@ class Tokenizer:
         """Return True if both tokenizers have the same vocabulary."""
         return bool(self._backend.get_vocab() == other._backend.get_vocab())
 
+    def ids_of(self, other: Tokenizer) -> list[int | None]:
+        """Return this tokenizer's id of each token of ``other``, None for a token that it lacks."""
+        vocab = self._backend.get_vocab()
+        pieces = (other._backend.id_to_token(token_id) for token_id in range(other.vocab_size))
+        return [None if piece is None else vocab.get(piece) for piece in pieces]
+
     def token_id(self, token: str) -> int | None:
         """Return the id of the vocabulary entry ``token``, or None.
 

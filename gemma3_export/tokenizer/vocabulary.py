@@ -17,6 +17,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from gemma3_export.errors import InputError
 from gemma3_export.files import is_file, read_text
 from gemma3_export.tokenizer.chat import ChatMessage
@@ -198,6 +200,8 @@ def _read_request(request: str) -> tuple[list[str], set[str], str]:
         text = read_text(path, limit_bytes=MAX_CORPUS_BYTES).removeprefix("\ufeff")
         if not text.strip():
             raise InputError(f"{path} is empty; give a text with the words to keep")
+        if path.suffix.lower() in (".json", ".jsonl"):
+            text = "\n".join(_json_strings(text, path))
         return list(_parts(text)), set(), path.name
     names = [name.strip().lower() for name in request.split(",")]
     found: set[str] = set()
@@ -211,6 +215,29 @@ def _read_request(request: str) -> tuple[list[str], set[str], str]:
                 )
             found |= set(SCRIPTS[script])
     return [], found, ",".join(names)
+
+
+def _json_strings(text: str, path: Path) -> Iterator[str]:
+    """Yield the strings in JSON or in lines of JSON, without quotes and escapes."""
+    is_lines = path.suffix.lower() == ".jsonl"
+    for number, document in enumerate(text.split("\n") if is_lines else [text], start=1):
+        if not document.strip():
+            continue
+        try:
+            values = [msgspec.json.decode(document)]
+        except (msgspec.DecodeError, RecursionError) as error:
+            raise InputError(
+                f"{path}:{number} is not valid JSON ({error}); correct it, or rename the file to "
+                ".txt if it is plain text"
+            ) from error
+        while values:
+            value = values.pop()
+            if isinstance(value, str):
+                yield value
+            elif isinstance(value, list):
+                values += value
+            elif isinstance(value, dict):
+                values += [*value, *value.values()]
 
 
 def _parts(text: str) -> Iterator[str]:
@@ -359,8 +386,10 @@ def _rewrite(
         for token in state["added_tokens"]
         if token["content"] in ids
     ]
+    # Other added tokens stay out of the model: it would find them in text that spells them.
+    in_model = state["model"]["vocab"]
     model = state["model"] | {
-        "vocab": {piece: ids[piece] for piece in order},
+        "vocab": {piece: ids[piece] for piece in order if piece in in_model},
         "merges": kept,
     }
     return dict(state) | {

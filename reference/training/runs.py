@@ -368,7 +368,8 @@ def _check_same_config(config: Gemma3Config, record: RunRecord, run: Path) -> No
 def _write_folder(run: Path, trainer: Trainer, source: WeightSource | None) -> None:
     data, model = trainer.data, trainer.module.model
     run.mkdir(parents=True, exist_ok=True)  # it may be an empty mount point
-    write_hf_metadata(run, model.config, data.tokenizer())
+    generation = None if source is None else source.generation_config()
+    write_hf_metadata(run, model.config, data.tokenizer(), generation)
     record = RunRecord(
         format_version=FORMAT_VERSION,
         options=trainer.options.to_json(),

@@ -10,7 +10,9 @@ the head, which was trained without them.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,8 @@ from gemma3_export.reference.weights.adapter_plan import AdapterPlan, Update
 from gemma3_export.reference.weights.source import WeightSource
 
 __all__ = ["AdapterSource"]
+
+logger = logging.getLogger(__name__)
 
 BLOCK_BYTES = 64 * 2**20  # of an embedding or head that is merged at once
 
@@ -44,6 +48,7 @@ class AdapterSource(WeightSource):
         self.config = plan.config
         self.skipped = (*base.skipped, *plan.skipped)
         self._updates = plan.updates
+        self._stored_rows, self._lacks_tokenizer = plan.stored_rows, plan.lacks_tokenizer
         self._merged: tuple[str, int, torch.Tensor] | None = None  # the block read last
         self._norms: dict[str, torch.Tensor] = {}
 
@@ -74,11 +79,32 @@ class AdapterSource(WeightSource):
 
     def tokenizer_file(self) -> Path | None:
         """Return the tokenizer that was saved with the adapter, else that of the base."""
+        if self._lacks_tokenizer:
+            logger.warning(
+                "%s has %d embedding rows, but no tokenizer, and the base's names only %d; if "
+                "tokens were added in training, pass the tokenizer that has them (--tokenizer)",
+                self.adapter.origin,
+                self._stored_rows,
+                self.config.vocab_size,
+            )
         return self.adapter.tokenizer_file() or self.base.tokenizer_file()
 
     def generation_config(self) -> Mapping[str, Any] | None:
         """See :meth:`WeightSource.generation_config`; it is that of the base."""
         return self.base.generation_config()
+
+    def keep_rows(self, rows: int) -> None:
+        """See :meth:`WeightSource.keep_rows`."""
+        if rows <= self.config.vocab_size or rows > (self._stored_rows or rows):
+            return
+        tables = (EMBEDDING, self.config.head_name)
+        if any(self._updates.get(name, Update()).base is None for name in tables):
+            self.base.keep_rows(rows)
+            if self.base.config.vocab_size < rows:
+                return
+        self.config = replace(self.config, vocab_size=rows)
+        self._merged = None  # its last block may end too early
+        self.__dict__.pop("_shapes", None)  # follow from the config
 
     def close(self) -> None:
         """See :meth:`WeightSource.close`."""

@@ -81,6 +81,10 @@ class AdapterPlan:
         config: the merged model.
         updates: what happens to each weight that changes, by canonical name.
         skipped: tensors of the vision tower.
+        stored_rows: rows of the adapter's embedding or head, padding included; None if it has
+            neither.
+        lacks_tokenizer: the embedding was resized in training, and the base's tokenizer does not
+            name all of its rows.
 
     Raises:
         InputError: the adapter does not fit the base; the message names the tensors or modules.
@@ -96,7 +100,9 @@ class AdapterPlan:
         self._sort_tensors()
         self._name_modules()
         self._check_modules()
-        rows = self._stored_rows()
+        rows, is_stored = self._trained_rows()
+        self.stored_rows = rows if is_stored else None
+        self.lacks_tokenizer = False
         for name in (EMBEDDING, HEAD):
             self._shapes[name] = (rows, self._shapes[name][1])
         is_tied = base.config.tie_word_embeddings
@@ -252,8 +258,8 @@ class AdapterPlan:
         is_embedding = name == EMBEDDING
         return self._adapter.config.tokens(self._modules[name], is_embedding=is_embedding)
 
-    def _stored_rows(self) -> int:
-        """Return the rows of embedding and head in the model that was trained."""
+    def _trained_rows(self) -> tuple[int, bool]:
+        """Return the rows of embedding and head in training, and whether tensors tell them."""
         found: dict[int, str] = {}
         for name in (EMBEDDING, HEAD):
             parts = self._parts.get(name, {})
@@ -271,7 +277,7 @@ class AdapterPlan:
             self._refuse(
                 f"the model has {rows} tokens", [f"trainable_token_indices {last}"], ANOTHER_BASE
             )
-        return rows
+        return rows, bool(found)
 
     def _share_embedding(self) -> None:
         """Let embedding and head of a tied base have the same tensors, as they do in peft."""
@@ -317,6 +323,9 @@ class AdapterPlan:
             tokenizer = self._adapter.tokenizer_file() or self._base.tokenizer_file()
             config = replace(self._base.config, vocab_size=rows)
             kept = named_rows(rows, config, tokenizer, self._adapter.origin)
+            self.lacks_tokenizer = (
+                kept < rows > self._base.stored_rows and self._adapter.tokenizer_file() is None
+            )
         known = self._base.config.vocab_size
         for update in updates:
             if update.base is None and not set(range(known, kept)) <= set(update.rows):

@@ -132,6 +132,11 @@ class CheckpointSource(WeightSource):
         """See :meth:`WeightSource.close`."""
         self.store.close()
 
+    @property
+    def stored_rows(self) -> int:
+        """See :attr:`WeightSource.stored_rows`."""
+        return self._stored_rows
+
     def _is_shifted(self, name: str) -> bool:
         """Return whether the file stores ``1 + w`` for the canonical weight ``w``."""
         return self.store.kind == "gguf" and name.endswith("norm.weight")

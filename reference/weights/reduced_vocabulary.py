@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from gemma3_export.reference.weights.source import WeightSource
 from gemma3_export.tokenizer import Tokenizer, load_tokenizer
 from gemma3_export.tokenizer.vocabulary import Reduction, reduce_tokenizer
 
-__all__ = ["ReducedSource", "reduce_vocabulary"]
+__all__ = ["ReducedSource", "reduce_as_recorded", "reduce_vocabulary"]
 
 # Token ids in generation_config.json; those of pad, bos and eos come from the config.
 RENUMBERED_KEYS = ("suppress_tokens", "begin_suppress_tokens")
@@ -99,12 +99,12 @@ class ReducedSource(WeightSource):
 
     def fingerprint(self) -> dict[str, Any]:
         """See :meth:`WeightSource.fingerprint`; also returns what was kept."""
-        ids = np.asarray(self.reduction.kept_ids, dtype="<u4")
+        ids = self.reduction.kept_ids
         reduced = {
             "by": self.reduction.about,
             "tokens": len(ids),
             "of": self.base.config.vocab_size,
-            "kept_ids_sha256": hashlib.sha256(ids.tobytes()).hexdigest(),
+            "kept_ids_sha256": _ids_sha256(ids),
         }
         return self.base.fingerprint() | {"reduced_vocabulary": reduced}
 
@@ -138,6 +138,43 @@ class ReducedSource(WeightSource):
         self.base.close()
 
 
+def reduce_as_recorded(
+    source: WeightSource, recorded: Mapping[str, Any], tokenizer: Tokenizer
+) -> ReducedSource:
+    """Keep the tokens that a bundle kept.
+
+    Args:
+        source: the full model.
+        recorded: the entry ``reduced_vocabulary`` of the fingerprint of the bundle's weights.
+        tokenizer: the bundle's tokenizer.
+
+    Raises:
+        InputError: these are not the tokens that were kept, or ``source`` has no tokenizer.
+    """
+    file = source.tokenizer_file()
+    if file is None:
+        raise InputError(
+            f"{source.origin} has no tokenizer, so the tokens that the bundle kept cannot be found "
+            "in it; pass a folder with both"
+        )
+    full = load_tokenizer(file)
+    source.keep_rows(full.vocab_size)
+    found = full.ids_of(tokenizer)
+    kept = tuple(token_id for token_id in found if token_id is not None)
+    if _ids_sha256(kept) != recorded.get("kept_ids_sha256") or len(kept) < len(found):
+        raise InputError(
+            f"the vocabulary of the bundle is not {recorded.get('tokens')} tokens of "
+            f"{source.origin}; pass the weights and the tokenizer that it was made from"
+        )
+    source.keep_rows(kept[-1] + 1)
+    about = str(recorded.get("by"))
+    return ReducedSource(source, Reduction(tokenizer=tokenizer, kept_ids=kept, about=about))
+
+
+def _ids_sha256(ids: Sequence[int]) -> str:
+    return hashlib.sha256(np.asarray(ids, dtype="<u4").tobytes()).hexdigest()
+
+
 def reduce_vocabulary(
     source: WeightSource, request: Path | str, tokenizer: Tokenizer | None = None
 ) -> ReducedSource:
@@ -159,6 +196,7 @@ def reduce_vocabulary(
                 "--tokenizer"
             )
         tokenizer = load_tokenizer(file)
+    source.keep_rows(tokenizer.vocab_size)
     config = source.config
     tokenizer.check_vocab_size(config.vocab_size)
     reduction = reduce_tokenizer(

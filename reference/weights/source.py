@@ -44,6 +44,11 @@ class WeightSource(ABC):
     skipped: tuple[str, ...] = ()
 
     @property
+    def stored_rows(self) -> int:
+        """Return how many embedding rows are stored, padding included."""
+        return self.config.vocab_size
+
+    @property
     def activation_blocks(self) -> Mapping[str, int]:
         """Block sizes of the matrices whose inputs kernels round to int8, by canonical name."""
         return {}

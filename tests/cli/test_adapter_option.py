@@ -12,8 +12,10 @@ import torch
 import gemma3_export
 from gemma3_export.bundle import Bundle
 from gemma3_export.errors import InputError
+from gemma3_export.tokenizer import TokenizerSettings
 from tests.support.command_line import error_line, run, run_ok, run_rejected
 from tests.support.tiny_models import tiny_config, write_hf_folder
+from tests.support.tiny_tokenizers import tiny_gemma_tokenizer
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
@@ -119,3 +121,69 @@ def test_a_rejected_adapter_leaves_no_output(base: Path, adapter: Path, tmp_path
         assert "merge_and_unload" in error_line(command, "--adapter", broken, "-o", out)
         assert not out.exists()
     assert "--weights, --adapter" in run_rejected("to-hf", "-o", tmp_path / "out")
+
+
+def test_a_format_with_another_tokenizer_is_not_added_to_a_bundle(tmp_path: Path) -> None:
+    layers = {"num_hidden_layers": 1, "layer_types": ("full_attention",)}
+    model, other, out = tmp_path / "model", tmp_path / "other", tmp_path / "out"
+    write_hf_folder(model, tiny_config(vocab_size=400, **layers))
+    tiny_gemma_tokenizer(400).save(model)
+    tiny_gemma_tokenizer(400).with_settings(
+        TokenizerSettings(templates={"default": "{{ messages[0].content }}"})
+    ).save(other)
+    export = ("--weights", model, "--no-verify", "-o", out, "--threads", 1)
+    run_ok("torchscript", *export)
+    assert "another tokenizer" in error_line("pt2", *export, "--tokenizer", other)
+    tiny_gemma_tokenizer(399).save(other)
+    assert "another tokenizer" in error_line("pt2", *export, "--tokenizer", other)
+    assert {graph.runtime for graph in Bundle(out).manifest.graphs} == {"torchscript"}
+    tiny_gemma_tokenizer(400).save(other)
+    run_ok("pt2", *export, "--tokenizer", other)
+    assert {graph.runtime for graph in Bundle(out).manifest.graphs} == {"torchscript", "pt2"}
+
+
+def test_a_tokenizer_for_rows_that_an_adapter_added_can_be_passed(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    layers = {"num_hidden_layers": 1, "layer_types": ("full_attention",)}
+    model, adapter, more = tmp_path / "model", tmp_path / "adapter", tmp_path / "more"
+    write_hf_folder(model, tiny_config(vocab_size=400, **layers))
+    tiny_gemma_tokenizer(400).save(model)
+    torch.manual_seed(1)
+    base = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    base.resize_token_embeddings(403, mean_resizing=False)
+    adapted = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        adapted.save_pretrained(adapter, save_embedding_layers=True)
+    expected = adapted.eval()(IDS).logits
+    export = ("to-hf", "--adapter", adapter, "--dtype", "fp32")
+    run_ok(*export, "-o", tmp_path / "without")
+    assert "403 embedding rows, but no tokenizer" in caplog.text
+    caplog.clear()
+    tiny_gemma_tokenizer(403).save(more)
+    run_ok(*export, "--tokenizer", more, "-o", tmp_path / "with")
+    assert not caplog.text
+    merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "with")
+    torch.testing.assert_close(merged(IDS).logits, expected, rtol=2e-5, atol=2e-5)
+
+
+def test_a_tokenizer_may_name_rows_of_the_base_of_an_adapter(tmp_path: Path) -> None:
+    layers = {"num_hidden_layers": 1, "layer_types": ("full_attention",)}
+    model, adapter, more = tmp_path / "model", tmp_path / "adapter", tmp_path / "more"
+    write_hf_folder(model, tiny_config(vocab_size=420, **layers))
+    torch.manual_seed(1)
+    base = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    adapted = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    adapted.save_pretrained(adapter)
+    expected = adapted.eval()(IDS).logits[..., :407]
+    tiny_gemma_tokenizer(400).save(model)  # after loading: only 400 of the 420 rows are named
+    tiny_gemma_tokenizer(407).save(more)
+    options = ("--tokenizer", more, "--no-verify", "--threads", 1)
+    run_ok("torchscript", "--adapter", adapter, *options, "-o", tmp_path / "out")
+    assert Bundle(tmp_path / "out").config.vocab_size == 407
+    with gemma3_export.load(tmp_path / "out", runtime="torchscript", device="cpu") as loaded:
+        logits = torch.as_tensor(loaded.logits(IDS[0].tolist()))
+        torch.testing.assert_close(logits, expected[0], rtol=1e-4, atol=1e-4)
+    check = ("verify", tmp_path / "out", "--runtime", "torchscript", "--adapter", adapter)
+    run_ok(*check, "--threads", 1)

@@ -19,7 +19,7 @@ from gemma3_export.reference.weights import open_weights
 from gemma3_export.reference.weights.bundle_weights import open_bundle_weights
 from gemma3_export.reference.weights.reduced_vocabulary import ReducedSource, reduce_vocabulary
 from gemma3_export.tokenizer import load_tokenizer
-from tests.support.command_line import error_line, run_ok
+from tests.support.command_line import error_line, run, run_ok
 from tests.support.tiny_models import tiny_config, tiny_weights, write_gguf, write_hf_folder
 from tests.support.tiny_tokenizers import tiny_gemma_tokenizer
 
@@ -191,3 +191,76 @@ def test_a_model_without_a_tokenizer_is_rejected(corpus: Path, tmp_path: Path) -
     options = ("--weights", tmp_path / "model", "--reduce-vocab", corpus, "-o", out)
     assert "has no tokenizer" in error_line("onnx", *options)
     assert not out.exists()
+
+
+def test_verify_finds_the_kept_tokens_in_the_full_weights(
+    folder: Path, corpus: Path, tmp_path: Path
+) -> None:
+    transformers = pytest.importorskip("transformers")
+    out, other = tmp_path / "out", tmp_path / "other"
+    options = ("--reduce-vocab", corpus, "--no-verify", "--threads", 1)
+    run_ok("torchscript", "--weights", folder, *options, "-o", out)
+    check = ("verify", out, "--runtime", "torchscript", "--threads", 1)
+    assert "PASS" in run_ok(*check, "--weights", folder).stdout
+    # The full model is no baseline, and says what to do instead of comparing other tokens.
+    assert "to-hf --reduce-vocab" in error_line(*check, "--against", folder)
+    # One weight of a kept token differs.
+    shutil.copytree(folder, other)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    with reduced(folder, corpus) as source, torch.no_grad():
+        model.model.embed_tokens.weight[source.reduction.kept_ids[-1], 5] += 0.01
+    model.save_pretrained(other)
+    assert run(*check, "--weights", other).exit_code == 1
+    # Tokens of other texts are other rows.
+    tiny_gemma_tokenizer(460).save(other)
+    assert "the vocabulary of the bundle is not" in error_line(*check, "--weights", other)
+
+
+def test_quality_of_a_quantized_reduced_bundle_is_measured_against_the_full_weights(
+    corpus: Path, tmp_path: Path
+) -> None:
+    widths = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 32}
+    layers = {"num_hidden_layers": 1, "layer_types": ("full_attention",)}
+    weights, out = tmp_path / "model", tmp_path / "out"
+    write_hf_folder(weights, tiny_config(vocab_size=VOCAB_SIZE, **widths, **layers))
+    tiny_gemma_tokenizer(VOCAB_SIZE).save(weights)
+    options = ("--dtype", "int8", "--block-size", 32, "--max-kld", 5, "--no-verify", "--threads", 1)
+    run_ok("torchscript", "--weights", weights, "--reduce-vocab", corpus, *options, "-o", out)
+    check = ("verify", out, "--runtime", "torchscript", "--threads", 1)
+    done = run_ok(*check, "--weights", weights)
+    assert "mean_kld" in done.stdout
+    write_hf_folder(tmp_path / "other", tiny_config(vocab_size=VOCAB_SIZE - 7, **widths, **layers))
+    assert "has no tokenizer" in error_line(*check, "--weights", tmp_path / "other")
+
+
+def test_the_tokenizer_option_names_rows_that_the_weights_tokenizer_does_not(
+    folder: Path, corpus: Path, tmp_path: Path
+) -> None:
+    weights, more, out = tmp_path / "model", tmp_path / "more", tmp_path / "out"
+    shutil.copytree(folder, weights)
+    tiny_gemma_tokenizer(VOCAB_SIZE - 20).save(weights)
+    tiny_gemma_tokenizer(VOCAB_SIZE - 2).save(more)
+    options = ("--tokenizer", more, "--reduce-vocab", corpus, "-o", out)
+    run_ok("to-hf", "--weights", weights, *options)
+    with open_weights(str(weights)) as full, open_weights(str(out)) as written:
+        full.keep_rows(VOCAB_SIZE - 2)
+        kept = reduce_vocabulary(full, corpus, load_tokenizer(more)).reduction.kept_ids
+        assert torch.equal(written.read(EMBEDDING), full.read(EMBEDDING)[torch.tensor(kept)])
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json"])
+def test_a_corpus_of_json_is_its_strings_without_escapes(
+    folder: Path, tmp_path: Path, suffix: str
+) -> None:
+    text = 'the sea\nis \u00e9 "near"'
+    rows = {"messages": [{"role": "user", "content": text}], "n": 1}
+    corpus = tmp_path / f"chat{suffix}"
+    corpus.write_text(json.dumps(rows) + "\n")  # with escapes
+    with open_weights(str(folder)) as full, reduced(folder, corpus) as source:
+        tokenizer = load_tokenizer(full.tokenizer_file())
+        ids = tokenizer.encode(text)
+        assert source.reduction.new_ids(ids) == source.tokenizer.encode(text)
+    corpus.write_text("{\n")
+    assert f"chat{suffix}:1 is not valid JSON" in error_line(
+        "to-hf", "--weights", folder, "--reduce-vocab", corpus, "-o", tmp_path / "out"
+    )

@@ -89,6 +89,21 @@ def test_run_folder_and_record_are_complete(run: Path, tokens: Path) -> None:
     assert TrainOptions.from_json(record["options"]).steps == 8
 
 
+def test_a_fine_tuned_run_keeps_the_sampling_defaults_of_its_weights(
+    tokens: Path, tmp_path: Path
+) -> None:
+    weights, run = tmp_path / "weights", tmp_path / "run"
+    write_hf_folder(weights, small_config(vocab_size=300))
+    tiny_gemma_tokenizer(300).save(weights)
+    defaults = {"temperature": 0.7, "suppress_tokens": [299]}
+    (weights / "generation_config.json").write_text(json.dumps(defaults))
+    with open_weights(str(weights)) as source:
+        train(tokens, run, quick_options(steps=1), source=source, report=lambda line: None)
+    written = json.loads((run / "generation_config.json").read_text())
+    assert {key: written[key] for key in defaults} == defaults
+    assert "top_k" not in written  # not Gemma's
+
+
 def test_loss_curve_is_a_png(run: Path) -> None:
     pytest.importorskip("matplotlib")
     assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")

@@ -176,3 +176,17 @@ def test_requests_that_are_neither_text_nor_scripts_are_rejected(tmp_path: Path)
 def test_only_tokens_on_the_encoders_own_way_are_kept() -> None:
     ranks = {("b", "c"): 0, ("a", "bc"): 1, ("a", "b"): 2, ("ab", "c"): 3}
     assert set(_made_on_the_way("abc", ranks)) == {"a", "b", "c", "bc", "abc"}
+
+
+def test_control_tokens_of_one_character_stay_out_of_plain_text(tmp_path: Path) -> None:
+    backend = tokenizers.Tokenizer.from_str(tiny_gemma_tokenizer(400).to_json())
+    backend.add_special_tokens([AddedToken("§", normalized=False)])
+    full = Tokenizer(backend)
+    file = tmp_path / "corpus.txt"
+    file.write_text("the sea", encoding="utf-8")
+    reduction = reduce(full, file)
+    (control,) = reduction.new_ids([400])
+    assert reduction.tokenizer.encode("§", add_bos=False) == [control]
+    plain = reduction.tokenizer.encode_ordinary("§")
+    assert plain == reduction.new_ids(full.encode_ordinary("§"))
+    assert control not in plain
