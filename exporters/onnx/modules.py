@@ -103,7 +103,10 @@ class FusedAttention(PackedAttention):
     def forward(  # type: ignore[override]
         self, x_BTD: Tensor, context: FusedContext, past: KeyValue
     ) -> tuple[Tensor, KeyValue]:
-        """Attend as the reference does; row lengths are sums of the mask, so pad on the right."""
+        """Attend as the reference does; row lengths are sums of the mask, so pad on the right.
+
+        The pass ``AcceptLeftPadding`` rotates rows that are padded on the left.
+        """
         config = self.config
         batch, new = x_BTD.shape[:2]
         q, k, v = self.project(x_BTD)
@@ -241,7 +244,7 @@ class PortableGemma3(Gemma3):
 
 
 class FusedGemma3(PortableGemma3):
-    """The reference with ONNX Runtime's fused attention, for padding on the right only."""
+    """The reference with ONNX Runtime's fused attention, for rows that start with a token."""
 
     attention = FusedAttention
 

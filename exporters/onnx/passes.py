@@ -16,6 +16,7 @@ from gemma3_export.config import Gemma3Config
 from gemma3_export.dtypes import EXPORT_DTYPES, DType, dtype_choices
 from gemma3_export.exporters.onnx.fused_norms import FuseBfloat16Norms, FuseNorms
 from gemma3_export.exporters.onnx.graph_cleanup import DeclareSignature, DropTracedShapes, Simplify
+from gemma3_export.exporters.onnx.left_padding import AcceptLeftPadding, ExpectRightPadding
 from gemma3_export.exporters.onnx.quantize_weights import QuantizedShape, QuantizeWeights
 from gemma3_export.exporters.onnx.screened_head import ScreenHead
 from gemma3_export.exporters.onnx.sliding_window import UseSlidingWindowCache
@@ -89,12 +90,19 @@ MODEL_PASSES = (
     PassRow(
         lambda plan: FuseBfloat16Norms(), FUSED, ANY, lambda plan: plan.cache_dtype == "bfloat16"
     ),
+    # Graphs in half precision are for CUDA, where each of its nodes is a kernel in every step.
+    PassRow(
+        lambda plan: AcceptLeftPadding(), FUSED, ANY, lambda plan: plan.cache_dtype == "float32"
+    ),
     PassRow(lambda plan: DeclareSignature(plan.signature), ALL, ANY),
     PassRow(lambda plan: QuantizeWeights(plan.quantized), FUSED, BLOCKS),
 )
 
 # From model.onnx to model_windowed.onnx.
 SLIDING_WINDOW_PASSES = (
+    PassRow(
+        lambda plan: ExpectRightPadding(), FUSED, ANY, lambda plan: plan.cache_dtype == "float32"
+    ),
     PassRow(lambda plan: UseSlidingWindowCache(), FUSED, ANY),
     PassRow(lambda plan: FuseNorms(), FUSED, ANY),
     PassRow(lambda plan: ScreenHead(plan.config), FUSED, FLOAT_HEAD, lambda plan: plan.is_screened),

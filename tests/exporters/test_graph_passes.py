@@ -115,13 +115,19 @@ def test_attention_in_bfloat16_takes_the_packed_projection_and_the_scales_of_its
         ),
         (
             GraphPlan(config=CONFIG),
-            ["StackLayers", "DeclareSignature"],
-            ["UseSlidingWindowCache", "FuseNorms", "DeclareSignature"],
+            ["StackLayers", "AcceptLeftPadding", "DeclareSignature"],
+            ["ExpectRightPadding", "UseSlidingWindowCache", "FuseNorms", "DeclareSignature"],
         ),
         (
             GraphPlan(config=CONFIG, is_screened=True),
-            ["StackLayers", "DeclareSignature"],
-            ["UseSlidingWindowCache", "FuseNorms", "ScreenHead", "DeclareSignature"],
+            ["StackLayers", "AcceptLeftPadding", "DeclareSignature"],
+            [
+                "ExpectRightPadding",
+                "UseSlidingWindowCache",
+                "FuseNorms",
+                "ScreenHead",
+                "DeclareSignature",
+            ],
         ),
         (
             GraphPlan(config=CONFIG, dtype="bf16", cache_dtype="bfloat16"),
@@ -130,8 +136,8 @@ def test_attention_in_bfloat16_takes_the_packed_projection_and_the_scales_of_its
         ),
         (
             GraphPlan(config=CONFIG, dtype="int8"),
-            ["StackLayers", "DeclareSignature", "QuantizeWeights"],
-            ["UseSlidingWindowCache", "FuseNorms", "DeclareSignature"],
+            ["StackLayers", "AcceptLeftPadding", "DeclareSignature", "QuantizeWeights"],
+            ["ExpectRightPadding", "UseSlidingWindowCache", "FuseNorms", "DeclareSignature"],
         ),
     ],
     ids=["portable", "ort fp32", "ort fp32 screened", "ort bf16", "ort int8"],

@@ -262,29 +262,6 @@ def test_other_consumers_may_request_fewer_logits(target: str) -> None:
     np.testing.assert_allclose(logits, expected_logits(ids)[:, -2:], rtol=0, atol=TOLERANCE)
 
 
-def test_portable_graphs_accept_left_padding() -> None:
-    session, lengths, steps = raw_session("portable"), (9, 4, 1), 8
-    rows = [random_ids(1, length + steps, seed) for seed, length in enumerate(lengths)]
-    longest = max(lengths)
-    ids = np.full((3, longest), 7)
-    mask = np.zeros((3, longest), np.int64)
-    for row, length in enumerate(lengths):
-        ids[row, longest - length :] = rows[row][0, :length]
-        mask[row, longest - length :] = 1
-    found, *present = session.run(None, {"input_ids": ids, "attention_mask": mask, **empty_past(3)})
-    logits = [found[:, -1:]]
-    for step in range(steps - 1):
-        new = np.array([row[0, n + step] for row, n in zip(rows, lengths, strict=True)])[:, None]
-        mask = np.concatenate((mask, np.ones((3, 1), np.int64)), axis=1)
-        past = dict(zip(empty_past(3), present, strict=True))
-        found, *present = session.run(None, {"input_ids": new, "attention_mask": mask, **past})
-        logits.append(found)
-    together = np.concatenate(logits, axis=1)
-    for row, length in enumerate(lengths):
-        alone = expected_logits(rows[row])[0, length - 1 : -1]
-        np.testing.assert_allclose(together[row], alone, rtol=0, atol=TOLERANCE)
-
-
 # --- invalid bundles and requests ------------------------------------------------------
 
 
