@@ -12,6 +12,7 @@ import pytest
 
 import gemma3_export
 from gemma3_export import InputError, Model
+from gemma3_export.api.model_runtimes import ModelRuntimes
 from gemma3_export.runtimes.protocol import Logits
 from gemma3_export.tokenizer import load_tokenizer
 from tests.support.chat_templates import ADDED_TOKENS, WEATHER, chat_bundle
@@ -52,7 +53,7 @@ class Script(FakeRuntime):
 def scripted(bundle: Path, monkeypatch: pytest.MonkeyPatch, *answers: str) -> tuple[Model, Script]:
     model = opened(bundle)
     runtime = Script(model, answers)
-    monkeypatch.setattr(Model, "_open", lambda self, needs_every_token: runtime)
+    monkeypatch.setattr(ModelRuntimes, "_open", lambda self, needs_every_token: runtime)
     encode = Model.encode
 
     def recording(self: Model, prompt: Any, options: Any = None) -> list[int]:
