@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from gemma3_export.errors import Gemma3ExportError, InputError, ParityError, UnavailableError
 
 if TYPE_CHECKING:
+    from gemma3_export.api.batch import BatchOptions, BatchSummary, run_batch
     from gemma3_export.api.exporting import (
         OnnxOptions,
         Pt2Options,
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
     from gemma3_export.tokenizer import Tokenizer
 
 __all__ = [
+    "BatchOptions",
+    "BatchSummary",
     "Bundle",
     "Chat",
     "Completion",
@@ -56,6 +59,7 @@ __all__ = [
     "load",
     "open_runtime",
     "open_weights",
+    "run_batch",
     "verify",
 ]
 
@@ -63,6 +67,8 @@ __version__ = "0.1.0"
 
 # Imported on first use, so that `import gemma3_export` stays fast and light.
 _HOMES = {
+    "BatchOptions": "api.batch",
+    "BatchSummary": "api.batch",
     "Bundle": "bundle",
     "Chat": "api.model",
     "Completion": "runtimes.generation.loop",
@@ -82,6 +88,7 @@ _HOMES = {
     "load": "api.model",
     "open_runtime": "api.opening",
     "open_weights": "api.exporting",
+    "run_batch": "api.batch",
     "verify": "api.verification",
 }
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, overload
@@ -227,6 +228,7 @@ class Model:
         *,
         cancel: Cancel | None = None,
         kept_cache: KeptCache | Callable[[Runtime], KeptCache] | None = None,
+        seeds: Sequence[int] | None = None,
         **changes: Any,
     ) -> Generation:
         """Start a generation of events, which gives more than :meth:`generate` and :meth:`stream`.
@@ -237,6 +239,8 @@ class Model:
             cancel: an event or a function, checked before every step.
             kept_cache: the cache of an earlier generation to continue, for a single prompt; or a
                 function that returns it for the runtime that generates.
+            seeds: one per prompt, each of which is then sampled as if it were alone; None numbers
+                the prompts and uses the seed of the options.
             changes: fields of :class:`GenerateOptions`.
 
         Raises:
@@ -258,7 +262,9 @@ class Model:
         return start_generation(
             runtime,
             token_ids,
-            options.sampling(),
+            options.sampling()
+            if seeds is None
+            else [replace(options.sampling(), seed=seed, request_index=0) for seed in seeds],
             GenerationOptions(
                 max_new_tokens=options.max_new_tokens,
                 stop_token_ids=stop_token_ids,

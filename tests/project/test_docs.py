@@ -16,6 +16,7 @@ import gemma3_export
 from gemma3_export.config import config_to_json
 from gemma3_export.reference.loading import load_reference
 from tests.support.chat_templates import chat_bundle
+from tests.support.command_line import run_ok
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -147,6 +148,27 @@ def test_the_example_with_onnxruntime_alone_writes_the_same_text(ort_bundle, cap
     text = gemma3_export.load(ort_bundle).generate("The sea is", max_new_tokens=20).text
     assert ascii_part(printed) == ascii_part(text)
     assert ascii_part(text).strip()
+
+
+def test_the_examples_of_batches_run(ort_bundle, tmp_path, monkeypatch, capsys):
+    page = (REPOSITORY / "docs/generate.md").read_text(encoding="utf-8")
+    section = page.partition("\n## Many prompts from a file\n")[2].partition("\n## ")[0]
+    (rows,) = re.findall(r"```json\n(.*?)```", section, flags=re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    for name in ("questions.jsonl", "texts.jsonl"):
+        Path(name).write_text(rows, encoding="utf-8")
+    (code,) = (block for block in python_examples("docs/generate.md") if "run_batch" in block)
+    run_example(code, "docs/generate.md", **{"gemma-3-270m-it": str(ort_bundle), "=64": "=4"})
+    assert capsys.readouterr().out == "4 16\n"
+    commands = re.findall(r"gemma3-export (batch .*)", section)
+    assert len(commands) == 3
+    for command in commands:
+        words = re.sub(r"gemma-3-270m(-it)?", "BUNDLE", command).split()
+        words = [str(ort_bundle) if word == "BUNDLE" else word for word in words]
+        run_ok(*words, "--force")
+        written = Path(words[3]).read_text(encoding="utf-8").splitlines()
+        assert [json.loads(line)["id"] for line in written] == [1, 2, 3, 4]
+        assert all(json.loads(line)["token_ids"] for line in written)
 
 
 def ascii_part(text: str) -> str:
