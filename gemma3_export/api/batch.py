@@ -248,7 +248,7 @@ def row_seed(seed: int, index: int) -> int:
     """Return the seed of row ``index``, which does not depend on the other rows."""
     words = np.random.SeedSequence([seed, index]).generate_state(2, np.uint32)
     high, low = map(int, words)
-    return (high << 32 | low) & (2**SEED_BITS - 1)
+    return (high << 32 | low) & ((1 << SEED_BITS) - 1)
 
 
 class _Reader:
