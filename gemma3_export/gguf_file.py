@@ -81,11 +81,6 @@ class GgufField:
         return self._decode(index + 1)[index]
 
     @property
-    def is_array(self) -> bool:
-        """Return True if the value is an array."""
-        return self._count is not None
-
-    @property
     def size(self) -> int:
         """Return the number of items; 1 for a single value."""
         return 1 if self._count is None else self._count

@@ -17,7 +17,7 @@ import msgspec
 from gemma3_export.errors import InputError
 from gemma3_export.files import read_bytes
 
-__all__ = ["Count", "read_json", "read_record", "to_record"]
+__all__ = ["MAX_JSON_BYTES", "Count", "read_json", "read_record", "to_record"]
 
 MAX_JSON_BYTES = 16 * 2**20
 MAX_DEPTH = 64  # objects within objects; ours have about eight

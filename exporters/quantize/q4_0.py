@@ -90,7 +90,7 @@ def as_matrix(block_format: BlockFormat, codes: Tensor, scales: Tensor) -> Block
     return BlockMatrix(block_format, codes.flatten(1).to(torch.uint8), halves)
 
 
-def lies_on_grid(source: WeightSource, name: str) -> bool:
+def is_on_grid(source: WeightSource, name: str) -> bool:
     """Return True if Q4_0's rule changes no weight of a matrix by more than its storage did.
 
     Raises:
@@ -120,7 +120,7 @@ def reason_for_q4_0(source: WeightSource, rounding: str) -> Reason | None:
     if rounding != "auto":
         return "requested" if rounding == "q4_0" else None
     layers = (name for name in matrix_names(source.config) if name not in (EMBEDDING, HEAD))
-    if all(lies_on_grid(source, name) for name in layers):  # stops at the first that does not
+    if all(is_on_grid(source, name) for name in layers):  # stops at the first that does not
         return "grid"
     return "name" if QAT_NAME in str(source.fingerprint().get("location", "")).lower() else None
 
@@ -153,7 +153,7 @@ class GgufRounding:
         formats = {}
         for name in matrix_names(source.config):
             is_table = name in (EMBEDDING, HEAD)
-            formats[name] = WIDE if is_table and not lies_on_grid(source, name) else GRID
+            formats[name] = WIDE if is_table and not is_on_grid(source, name) else GRID
             formats[name].check_columns(name, shapes[name][1])
         return cls(
             source=source, formats=formats, calibration={"rounding": "q4_0", "reason": reason}

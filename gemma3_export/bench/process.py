@@ -57,7 +57,11 @@ class Worker:
         return answer
 
     def parse_answer(self, line: str, expected: Sequence[str]) -> dict[str, Any]:
-        """Return the answer in a line, or raise the error that it reports."""
+        """Return the answer in a line.
+
+        Raises:
+            Gemma3ExportError: the line is not the answer that was expected, or reports an error.
+        """
         try:
             answer = json.loads(line)
         except ValueError:

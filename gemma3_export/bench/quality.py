@@ -78,7 +78,11 @@ def benchmark_texts(tokenizer: Tokenizer, bos_token_id: int) -> list[list[int]]:
 
 
 def read_logits(worker: Worker, ids: Sequence[int], file: Path) -> torch.Tensor:
-    """Return a candidate's logits [T, V]; the worker passes them through ``file``."""
+    """Return a candidate's logits [T, V], float32; the worker passes them through ``file``.
+
+    Raises:
+        InputError: there is not one row for each token.
+    """
     worker.write_logits(ids, file)
     logits = torch.from_numpy(np.load(file))
     file.unlink()

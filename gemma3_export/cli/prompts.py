@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from gemma3_export.errors import InputError
-from gemma3_export.files import read_bytes
+from gemma3_export.files import read_text
 from gemma3_export.tokenizer import ChatMessage, Tokenizer
 
 __all__ = ["Prompt", "read_prompt", "read_prompt_file", "read_tools", "to_prompts"]
@@ -90,7 +90,13 @@ def read_prompt(text: str) -> str:
     data = sys.stdin.buffer.read(MAX_PROMPT_BYTES + 1)
     if len(data) > MAX_PROMPT_BYTES:
         raise InputError(f"standard input is larger than {MAX_PROMPT_BYTES} bytes; shorten it")
-    return _decode(data, "standard input")
+    try:
+        return _without_last_newline(data.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"standard input is not UTF-8 text ({error.reason} at byte {error.start}); convert it "
+            "to UTF-8"
+        ) from error
 
 
 def read_prompt_file(path: Path) -> str:
@@ -101,14 +107,10 @@ def read_prompt_file(path: Path) -> str:
     """
     if str(path) == STDIN:
         return read_prompt(STDIN)
-    return _decode(read_bytes(path, limit_bytes=MAX_PROMPT_BYTES, or_pipe=True), str(path))
+    return _without_last_newline(read_text(path, limit_bytes=MAX_PROMPT_BYTES, or_pipe=True))
 
 
-def _decode(data: bytes, where: str) -> str:
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{where} is not UTF-8 text ({error}); convert it to UTF-8") from error
+def _without_last_newline(text: str) -> str:
     return text.removesuffix("\n").removesuffix("\r")
 
 

@@ -28,6 +28,7 @@ from gemma3_export.config.presets import TEXT_VOCAB_SIZE
 from gemma3_export.config.rope_parameters import read_rope
 from gemma3_export.errors import InputError
 from gemma3_export.files import is_file, read_text, to_path
+from gemma3_export.records import MAX_JSON_BYTES
 
 __all__ = [
     "BENIGN_KEYS",
@@ -59,7 +60,6 @@ SAFE_WEIGHTS_INDEX_NAME = "model.safetensors.index.json"
 WEIGHTS_INDEX_NAME = "pytorch_model.bin.index.json"
 
 PADDED_VOCAB_SIZE = 262_208  # embedding rows of the official multimodal checkpoints
-MAX_JSON_BYTES = 16 * 2**20
 GPT2_VOCAB_SIZE = 50_257  # the ancestors' custom model; its last id is <|endoftext|>
 
 ANCESTOR_KEYS = {

@@ -271,7 +271,11 @@ def plain_value(value: object, where: str, depth: int = 0) -> Any:
 
 
 def unused_characters(values: object, count: int) -> list[str]:
-    """Return characters for private use that occur nowhere in ``values``."""
+    """Return ``count`` private-use characters that occur nowhere in ``values``.
+
+    Raises:
+        InputError: too few are unused.
+    """
     used: set[str] = set()
     stack = [values]
     while stack:

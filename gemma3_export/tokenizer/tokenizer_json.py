@@ -41,6 +41,9 @@ def library_errors(what: str) -> Iterator[None]:
 
     The library raises Exception for most invalid input, and a Rust panic, which is not even an
     Exception, for some.
+
+    Raises:
+        InputError: the library failed.
     """
     try:
         yield

@@ -197,7 +197,7 @@ def _read_request(request: str) -> tuple[list[str], set[str], str]:
     """Return the texts of a corpus or the words of scripts, and what to call them."""
     path = Path(request)
     if is_file(path):
-        text = read_text(path, limit_bytes=MAX_CORPUS_BYTES).removeprefix("\ufeff")
+        text = read_text(path, limit_bytes=MAX_CORPUS_BYTES)
         if not text.strip():
             raise InputError(f"{path} is empty; give a text with the words to keep")
         if path.suffix.lower() in (".json", ".jsonl"):

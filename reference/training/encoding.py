@@ -1,4 +1,4 @@
-"""Encode documents and examples to token ids, and mark which of them are to be learned."""
+"""Encode documents and examples to token ids, and mark those that the loss counts."""
 
 from __future__ import annotations
 
@@ -43,11 +43,11 @@ class Encoder:
     Args:
         tokenizer: encodes; its chat template renders conversations.
         loss_on: learn the answers of an example only, or all of it. Plain text is always learned.
-        parse_special_tokens: encode special tokens that text spells out as such, and not as
-            characters. Messages always spell text.
+        parse_special_tokens: encode special tokens spelled out in plain text as one token each,
+            not as characters. In messages they are always characters.
 
     Attributes:
-        spelled: how many documents spell each special token that was encoded as characters.
+        spelled: for each special token that was encoded as characters, the documents with it.
     """
 
     def __init__(

@@ -95,8 +95,8 @@ def prepare_tokens(
         source: the documents.
         tokenizer: stored along with the tokens.
         output: the folder to create.
-        loss_on: what of a conversation, or of prompt and completion, is learned.
-        parse_special_tokens: encode special tokens that plain text spells out as such.
+        loss_on: the tokens of conversations and prompt-completion pairs that the loss counts.
+        parse_special_tokens: encode special tokens spelled out in plain text as one token each.
         validation_fraction: share of characters held out for validation, spread evenly over the
             text; ignored if the source has a validation split of its own.
         force: replace an existing folder.

@@ -74,7 +74,7 @@ def metadata(gemma):
     return metadata_of(gemma)
 
 
-def write_gguf(path: Path, metadata: Metadata) -> None:
+def write_gguf(path: Path, metadata: Metadata, chat_template: object = None) -> None:
     gguf = pytest.importorskip("gguf")
     writer = gguf.GGUFWriter(path, "gemma3")
     writer.add_tokenizer_model(metadata["model"])
@@ -83,6 +83,10 @@ def write_gguf(path: Path, metadata: Metadata) -> None:
     writer.add_token_types(metadata["token_type"])
     writer.add_bos_token_id(metadata["bos_token_id"])
     writer.add_add_space_prefix(False)
+    if "eos_token_id" in metadata:
+        writer.add_eos_token_id(metadata["eos_token_id"])
+    if chat_template is not None:
+        writer.add_chat_template(chat_template)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -285,24 +289,11 @@ def test_any_token_may_pad_or_end_texts(gemma, metadata, token_id):
 
 
 def test_a_file_keeps_its_chat_template_and_its_end_token(gemma, metadata, tmp_path):
-    gguf = pytest.importorskip("gguf")
-    path = tmp_path / "tiny.gguf"
-    writer = gguf.GGUFWriter(path, "gemma3")
-    writer.add_tokenizer_model(metadata["model"])
-    writer.add_token_list(metadata["tokens"])
-    writer.add_token_scores(metadata["scores"])
-    writer.add_token_types(metadata["token_type"])
-    writer.add_bos_token_id(metadata["bos_token_id"])
-    writer.add_eos_token_id(SPECIAL_IDS["<end_of_turn>"])
-    writer.add_add_space_prefix(False)
+    metadata["eos_token_id"] = SPECIAL_IDS["<end_of_turn>"]
     template = "{{ bos_token }}{{ messages[0].content }}{{ eos_token }}"
     named = [{"name": "default", "template": template}, {"name": "rag", "template": "R"}]
-    writer.add_chat_template(named)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    rebuilt = load_tokenizer(path)
+    write_gguf(tmp_path / "tiny.gguf", metadata, named)
+    rebuilt = load_tokenizer(tmp_path / "tiny.gguf")
     assert rebuilt.settings.templates == {"default": template, "rag": "R"}
     assert rebuilt.eos_token_id == SPECIAL_IDS["<end_of_turn>"]
     assert rebuilt.encode_chat([{"role": "user", "content": "hi"}])[-1] == rebuilt.eos_token_id

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable
 from typing import Any
 
 INTEGERS = (
@@ -194,12 +193,6 @@ def to_text(data: Any, **options: Any) -> str:
         raw = json.loads(text[start : end + 1])
         text = text[:start] + raw.removeprefix(RAW) + text[end + 1 :]
     return text
-
-
-def json_changer(text: str) -> Callable[[random.Random], tuple[str, str]]:
-    """Return a function that changes the JSON ``text`` once or twice."""
-    data = json.loads(text)
-    return lambda rng: change_json(data, rng)
 
 
 def _places(data: Any, path: tuple[Any, ...] = ()) -> Any:
