@@ -307,6 +307,11 @@ def open_baseline(
     if is_file(folder / MANIFEST):
         other = Bundle(folder)
         other.check_files()
+        if other.config.vocab_size != source.config.vocab_size:
+            raise InputError(
+                f"{folder} has {other.config.vocab_size} tokens, but the bundle to check has "
+                f"{source.config.vocab_size}; compare two exports of one model"
+            )
         return open_runtime(
             other,
             request.runtime,

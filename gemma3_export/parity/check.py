@@ -112,10 +112,17 @@ def compare(
         InputError: the two runtimes do not have the same model.
         Gemma3ExportError: a runtime failed.
     """
-    if baseline.config.num_hidden_layers != candidate.config.num_hidden_layers:
+    for name in ("num_hidden_layers", "num_key_value_heads", "head_dim"):
+        ours, theirs = getattr(candidate.config, name), getattr(baseline.config, name)
+        if ours != theirs:
+            raise InputError(
+                f"{name} is {theirs} in the baseline and {ours} in the candidate; compare two "
+                "exports of one model"
+            )
+    if baseline.config.vocab_size < candidate.config.vocab_size:
         raise InputError(
-            f"the baseline has {baseline.config.num_hidden_layers} layers and the candidate "
-            f"{candidate.config.num_hidden_layers}; compare two exports of one model"
+            f"the baseline has {baseline.config.vocab_size} tokens and the candidate "
+            f"{candidate.config.vocab_size}; compare two exports of one model"
         )
     require_same_shapes(candidate, source)
     return Check(

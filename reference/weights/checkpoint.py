@@ -82,8 +82,9 @@ class CheckpointSource(WeightSource):
         self.config = replace(config, vocab_size=named_rows(rows, config, tokenizer, origin))
         self._stored: Mapping[str, str] = names.stored
         self.skipped = tuple(sorted(names.skipped))
-        if config.tie_word_embeddings and HEAD in names.stored:
-            self._settle_head()
+        self._tied_head = names.stored.get(HEAD) if config.tie_word_embeddings else None
+        if self._tied_head is not None:
+            self._settle_head(self._tied_head)
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
         """See :meth:`WeightSource.read`."""
@@ -126,6 +127,8 @@ class CheckpointSource(WeightSource):
         """See :meth:`WeightSource.keep_rows`."""
         if self.config.vocab_size < rows <= self._stored_rows:
             self.config = replace(self.config, vocab_size=rows)
+            if self._tied_head is not None and self.config.tie_word_embeddings:
+                self._settle_head(self._tied_head)  # it may differ in these rows alone
             self.__dict__.pop("_shapes", None)  # follow from the config
 
     def close(self) -> None:
@@ -141,23 +144,24 @@ class CheckpointSource(WeightSource):
         """Return whether the file stores ``1 + w`` for the canonical weight ``w``."""
         return self.store.kind == "gguf" and name.endswith("norm.weight")
 
-    def _settle_head(self) -> None:
+    def _settle_head(self, head: str) -> None:
         """Skip a head that equals the embedding; untie the config for any other head."""
-        if self._is_head_embedding():
-            stored = dict(self._stored)
-            self.skipped = tuple(sorted((*self.skipped, stored.pop(HEAD))))
-            self._stored = stored
+        if self._is_embedding(head):
+            self._stored = {name: self._stored[name] for name in self._stored if name != HEAD}
+            self.skipped = tuple(sorted({*self.skipped, head}))
             return
         logger.warning(
             "%s: %s differs from the embedding, although the config ties the two; both are used, "
             "as in transformers 5. Set tie_word_embeddings to false in the config",
             self.origin,
-            self._stored[HEAD],
+            head,
         )
+        self._stored = {**self._stored, HEAD: head}
+        self.skipped = tuple(name for name in self.skipped if name != head)
         self.config = replace(self.config, tie_word_embeddings=False)
 
-    def _is_head_embedding(self) -> bool:
-        head, embedding = self._stored[HEAD], self._stored[EMBEDDING]
+    def _is_embedding(self, head: str) -> bool:
+        embedding = self._stored[EMBEDDING]
         step = max(1, COMPARE_BYTES // (4 * self.config.hidden_size))
         for start in range(0, self.config.vocab_size, step):
             stop = min(start + step, self.config.vocab_size)

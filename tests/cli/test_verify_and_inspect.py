@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -59,6 +60,25 @@ def test_verify_against_an_unknown_baseline_is_rejected(ort_bundle, tmp_path):
     result = run("verify", ort_bundle, "--against", tmp_path / "nothing")
     assert result.exit_code == 2
     assert "not a bundle, a Hugging Face folder or a runtime" in result.stderr
+
+
+@pytest.mark.parametrize("change", [{"vocab_size": 399}, {"head_dim": 18}])
+def test_verify_against_a_folder_of_another_shape_is_rejected(ort_bundle, tmp_path, change):
+    pytest.importorskip("transformers")
+    write_hf_folder(tmp_path, replace(Bundle(ort_bundle).config, **change))
+    line = error_line("verify", ort_bundle, "--against", tmp_path)
+    assert "exports of one model" in line
+    assert str(*change.values()) in line
+
+
+@pytest.mark.parametrize("vocab_size", [399, 401])
+def test_verify_against_a_bundle_of_another_shape_is_rejected(ort_bundle, tmp_path, vocab_size):
+    other, bundle = replace(Bundle(ort_bundle).config, vocab_size=vocab_size), tmp_path / "bundle"
+    write_hf_folder(tmp_path / "other", other)
+    weights = ("--weights", tmp_path / "other", "--no-verify", "--threads", 1)
+    run_ok("torchscript", *weights, "-o", bundle)
+    line = error_line("verify", ort_bundle, "--against", bundle)
+    assert f"has {vocab_size} tokens, but the bundle to check has 400" in line
 
 
 def test_verify_fails_with_other_weights(ort_bundle, tmp_path):

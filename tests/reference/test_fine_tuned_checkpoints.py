@@ -486,6 +486,24 @@ def test_another_tokenizer_may_name_rows_that_the_weights_own_does_not(tmp_path:
     assert report.model.vocab_size == NAMED
 
 
+@pytest.mark.parametrize("row", [SIZE - 1, SIZE], ids=["named by both", "named by --tokenizer"])
+def test_a_head_that_differs_in_one_row_is_used(tmp_path: Path, row: int) -> None:
+    """Whichever row it is: transformers 5 unties such a model as well."""
+    weights = padded_folder(tmp_path / "in", 768, [])
+    head = weights[EMBEDDING].clone()
+    head[row] += 1
+    save_file({**weights, HEAD: head}, tmp_path / "in" / "model.safetensors")
+    write_tokenizer(tmp_path / "tokenizer", FINE_TUNED)
+    with open_weights(str(tmp_path / "in")) as source:
+        assert source.config.tie_word_embeddings == (row == SIZE)
+        assert (HEAD in source.skipped) == (row == SIZE)
+        tokenizer = load_tokenizer(tmp_path / "tokenizer")
+        export_hf_folder(source, tmp_path / "out", tokenizer=tokenizer)
+    with open_weights(str(tmp_path / "out")) as source:
+        assert not source.config.tie_word_embeddings
+        assert torch.equal(source.read(HEAD), head[:NAMED])
+
+
 # What is not a Gemma 3 language model
 
 
