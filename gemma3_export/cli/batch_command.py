@@ -34,8 +34,8 @@ Examples:
 @click.option(
     "--column",
     metavar="NAME",
-    help="Column of the prompt: messages, prompt, or one with text [default: the one of messages, "
-    "prompt and text that a row has].",
+    help="Column of the prompt: messages, prompt, or one with text.  "
+    "[default: the one of messages, prompt and text that a row has]",
 )
 @click.option(
     "--chat",

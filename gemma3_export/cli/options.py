@@ -69,7 +69,7 @@ class Number(click.ParamType):  # type: ignore[type-arg]  # not generic before c
     def __init__(
         self, kind: type[int] | type[float], check: Callable[[Any], object] | None = None
     ) -> None:
-        self.name = "integer" if kind is int else "float"
+        self.name = "N" if kind is int else "float"  # what --help shows
         self._kind, self._check = kind, check
 
     def convert(

@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -156,8 +156,8 @@ def _begin(work: Path, plan: dict[str, Any], tokenizer: Tokenizer, *, force: boo
     ):
         if found.get(key) != plan[key]:
             raise InputError(
-                f"an interrupted preparation in {work} used {difference}; finish that one first, "
-                "or pass --force to start over"
+                f"an interrupted preparation in {work} used {difference}; repeat that command to "
+                f"finish it, or {START_OVER}"
             )
     if not is_file(work / STATE):
         return _State()
@@ -187,6 +187,7 @@ def _encode_all(
             for name, itemsize in names.items():
                 size = state.tokens[split] * itemsize
                 files[name] = _GrowingFile(work / name, size, state.sha256.get(name), stack)
+        stack.enter_context(_dropped_if_rejected(work))
         for batch in _batches(itertools.islice(source, state.pieces, None)):
             for encoded in encoder.encode(batch):
                 before = state.last_split
@@ -208,6 +209,16 @@ def _encode_all(
             if progress is not None:
                 done = sum(state.characters.values())
                 progress("tokenizing", done, max(done, source.size_bytes or 0))
+
+
+@contextmanager
+def _dropped_if_rejected(work: Path) -> Iterator[None]:
+    """Remove a preparation whose text is rejected: no later command can continue it."""
+    try:
+        yield
+    except InputError:
+        shutil.rmtree(work, ignore_errors=True)
+        raise
 
 
 class _GrowingFile:

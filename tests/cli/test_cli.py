@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 
+import click
 import pytest
 
 from gemma3_export import __version__
@@ -22,6 +24,20 @@ def test_help_lists_the_commands_and_every_command_has_examples():
     for name in commands:
         assert f"\n  {name} " in text
         assert f"gemma3-export {name} " in run_ok(name, "--help").output
+
+
+@pytest.mark.parametrize("command", command_line.list_commands(None))
+def test_help_spells_every_default_and_whole_number_alike(command):
+    """As click writes them: a sentence, two spaces, and the default in brackets."""
+    context = click.Context(command_line, info_name="gemma3-export")
+    for option in command_line.get_command(context, command).get_params(context):
+        shown = option.get_help_record(context)
+        if shown is None:  # an argument
+            continue
+        names, text = shown
+        assert "INTEGER" not in names
+        if "default:" in text:
+            assert re.fullmatch(r"[^\[]+\.  \[default: [^\[\]]+\]", text), text
 
 
 def test_help_imports_nothing_heavy():

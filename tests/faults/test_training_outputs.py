@@ -11,7 +11,7 @@ import pytest
 from gemma3_export.errors import Gemma3ExportError, InputError
 from gemma3_export.reference.training import runs
 from gemma3_export.reference.training.documents import LocalFiles
-from gemma3_export.reference.training.preparation import prepare_tokens
+from gemma3_export.reference.training.preparation import BATCH_PIECES, prepare_tokens
 from gemma3_export.reference.training.runs import resume_training, train
 from gemma3_export.reference.training.trainer import Trainer
 from gemma3_export.staging import sole_writer, staged_directory
@@ -83,6 +83,18 @@ class TestData:
             assert (tmp_path / "tokens" / name).read_bytes() == (
                 tmp_path / "whole" / name
             ).read_bytes()
+
+    def test_rejected_text_leaves_nothing_that_its_correction_would_meet(
+        self, tmp_path: Path
+    ) -> None:
+        rows = tmp_path / "rows.jsonl"
+        good = [json.dumps({"text": f"Row {number}. " * 20}) for number in range(BATCH_PIECES)]
+        rows.write_text("\n".join([*good, '{"prompt": "a question"}']))
+        with pytest.raises(InputError, match=rf"rows.jsonl:{len(good) + 1} has"):
+            prepare(rows, tmp_path / "tokens")
+        assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]
+        rows.write_text("\n".join(good))
+        prepare(rows, tmp_path / "tokens")
 
     def test_files_that_appear_meanwhile_are_kept(self, text: Path, tmp_path: Path) -> None:
         def appear(stage: str, done: int, total: int) -> None:
