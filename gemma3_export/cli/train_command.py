@@ -138,7 +138,10 @@ def train(
     if data_path is None or run is None:
         raise click.UsageError("give DATA and --output, or --resume RUN")
     if weights is None and size is None and config_path is None:
-        size = "demo"
+        raise click.UsageError(
+            "no model; give --weights SRC to fine-tune it, or --size or --config to train from "
+            "scratch (--size demo is the smallest)"
+        )
 
     from gemma3_export.reference.training.runs import train as start_training
     from gemma3_export.reference.weights import open_weights

@@ -108,7 +108,9 @@ def open_weights(
         return _open_random(spec, size, config_path, random_seed)
     if spec is None:
         if size is None:
-            raise InputError("no weights given; pass --weights, --size or --random-weights")
+            raise InputError(
+                "no weights given; pass --weights, --adapter, --size or --random-weights"
+            )
         spec = preset(size).hub_id
         at = _download(spec, revision, token)
     else:

@@ -40,6 +40,13 @@ def test_help_spells_every_default_and_whole_number_alike(command):
             assert re.fullmatch(r"[^\[]+\.  \[default: [^\[\]]+\]", text), text
 
 
+def test_training_without_weights_or_a_size_is_rejected(tmp_path):
+    """A forgotten ``--weights`` must not train a small random model for 2000 steps."""
+    message = run_rejected("train", tmp_path / "tokens", "-o", tmp_path / "run")
+    assert "--weights SRC to fine-tune" in message
+    assert "--size demo" in message
+
+
 def test_help_imports_nothing_heavy():
     """Imports decide how long ``--help`` takes, and unlike seconds they can be compared."""
     heavy = {"torch", "transformers", "onnxruntime", "onnx", "tokenizers", "numpy"}

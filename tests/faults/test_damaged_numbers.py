@@ -50,7 +50,7 @@ BUDGETS = (
     ("onnx", "--weights", "demo", "-o", "x", "--max-kld"),
     ("torchscript", "--weights", "demo", "-o", "x", "--max-kld"),
 )
-TRAIN = ("train", "x", "-o", "y")
+TRAIN = ("train", "x", "--size", "demo", "-o", "y")
 TRAIN_COUNTS = (
     *("steps", "batch-size", "context-length", "accumulation", "warmup-steps", "eval-interval"),
     *("loss-chunk-tokens", "eval-batches", "sample-interval", "sample-tokens"),

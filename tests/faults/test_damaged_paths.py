@@ -257,8 +257,8 @@ def test_commands_reject_such_names_before_any_work(name: str, tmp_path: Path) -
         ("to-hf", "--weights", name, "-o", "x"),
         ("data", "-o", output),
         ("data", "--tokenizer", name, "-o", "x"),
-        ("train", name, "-o", "x"),
-        ("train", "x", "-o", output),
+        ("train", name, "--size", "demo", "-o", "x"),
+        ("train", "x", "--size", "demo", "-o", output),
         ("train", "--resume", name),
     ):
         result = run(*arguments)
@@ -525,7 +525,7 @@ def test_a_deleted_working_folder_is_one_line(ort_bundle: Path) -> None:
     for arguments in (
         ("inspect", ort_bundle),
         ("onnx", "--weights", "demo", "-o", "out"),
-        ("train", "tokens", "-o", "run"),
+        ("train", "tokens", "--size", "demo", "-o", "run"),
         ("data", "-o", "tokens"),
         ("verify", ort_bundle, "--report", "r.json"),
         ("doctor", "--device", "cpu"),
