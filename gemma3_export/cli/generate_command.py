@@ -213,12 +213,12 @@ def generate(
         prefill_chunk=prefill_chunk,
         **sampling,
     )
-    note_unused_seed(options.seed, is_greedy=options.is_greedy)
     texts = [*map(read_prompt, prompts), *map(read_prompt_file, prompt_files)]
     asked = to_prompts(model.tokenizer, texts, id_lists, chat=chat, system=system, tools=tools)
     started = time.perf_counter()
     generation = model.start([prompt.value for prompt in asked], options)
     load_s = time.perf_counter() - started
+    note_unused_seed(options.seed, is_greedy=options.is_greedy)  # a rejected prompt is one line
     printer = printer_for(asked, model.tokenizer, as_json, load_s, reads_calls=tools is not None)
     _print_generation(generation, printer)
 
