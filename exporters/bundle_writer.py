@@ -40,7 +40,7 @@ from gemma3_export.parity.options import HalfPrecision
 from gemma3_export.parity.report.model import HalfRanges
 from gemma3_export.progress import Progress, ignore_progress
 from gemma3_export.reference.weights import WeightSource
-from gemma3_export.staging import refuse_existing, staged_directory, write_text_atomically
+from gemma3_export.staging import reject_existing, staged_directory, write_text_atomically
 from gemma3_export.tokenizer import Tokenizer, load_tokenizer
 
 __all__ = [
@@ -125,7 +125,7 @@ def export_bundle(
     tokenizer = tokenizer or tokenizer_of(source)
     existing = None if force else extendable_bundle(output, writer.runtime, source, tokenizer)
     if existing is None:
-        refuse_existing(output, force=force)
+        reject_existing(output, force=force)
     if tokenizer is not None:
         tokenizer.check_vocab_size(source.config.vocab_size)
     require_space(output, writer.size_bytes(source.config))
@@ -139,7 +139,7 @@ def export_bundle(
         if existing is not None:  # again, now that no other process can add to it
             existing = extendable_bundle(output, writer.runtime, source, tokenizer)
             if existing is None:
-                refuse_existing(output, force=force)
+                reject_existing(output, force=force)
         if existing is None:
             write_hf_metadata(folder, source.config, tokenizer, source.generation_config())
         else:

@@ -34,7 +34,7 @@ __all__ = [
     "exclusive",
     "foreign_files",
     "publish",
-    "refuse_existing",
+    "reject_existing",
     "sole_writer",
     "staged_directory",
     "write_text_atomically",
@@ -74,17 +74,17 @@ def staged_directory(target: Path | str, *, force: bool = False) -> Iterator[Pat
 
     Raises:
         InputError: ``target`` must not be replaced, also because files appeared in it meanwhile
-            (see :func:`refuse_existing`); or another process is writing it.
+            (see :func:`reject_existing`); or another process is writing it.
         Gemma3ExportError: writing failed, for example because the disk is full.
     """
     target = to_path(target, "the output").absolute()
-    refuse_existing(target, force=force)
+    reject_existing(target, force=force)
     with sole_writer(target, f"writing {target}") as place:
         content = place / "content"
         try:
             content.mkdir()
             yield content
-            refuse_existing(target, force=force)
+            reject_existing(target, force=force)
             publish(content, target)
         except OSError as error:
             raise Gemma3ExportError(
@@ -93,7 +93,7 @@ def staged_directory(target: Path | str, *, force: bool = False) -> Iterator[Pat
             ) from error
 
 
-def refuse_existing(target: Path, *, force: bool) -> None:
+def reject_existing(target: Path, *, force: bool) -> None:
     """Raise an error if ``target`` must not be created or replaced.
 
     Args:

@@ -14,7 +14,7 @@ from gemma3_export.cli.options import (
     Number,
     force_option,
     integer,
-    refuse_if_given,
+    reject_if_given,
 )
 from gemma3_export.limits import BELOW_1, check_number
 from gemma3_export.progress import ProgressBars
@@ -123,9 +123,9 @@ def data(
         )
 
     from gemma3_export.reference.training.preparation import prepare_tokens
-    from gemma3_export.staging import refuse_existing
+    from gemma3_export.staging import reject_existing
 
-    refuse_existing(output, force=force)
+    reject_existing(output, force=force)
     source = _open_source(paths, dataset, column, limit)
     for line in source.warnings:
         click.echo(f"warning: {line}", err=True)
@@ -133,7 +133,7 @@ def data(
         reason = (
             "it applies to messages, and to prompt and completion, in .jsonl files or a dataset"
         )
-        refuse_if_given("loss_on", "--loss-on", reason)
+        reject_if_given("loss_on", "--loss-on", reason)
     with ProgressBars() as progress:
         meta = prepare_tokens(
             source,

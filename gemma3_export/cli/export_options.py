@@ -134,7 +134,7 @@ def run_export(options: ExportOptions, runtime: str, description: str, export: E
     from gemma3_export.reference.weights.reduced_vocabulary import reduce_vocabulary
     from gemma3_export.tokenizer import load_tokenizer
 
-    refuse_early(options.output, runtime, force=options.force)
+    reject_early(options.output, runtime, force=options.force)
     tokenizer = None if options.tokenizer_path is None else load_tokenizer(options.tokenizer_path)
     source = open_weights(
         options.weights,
@@ -166,19 +166,19 @@ def run_export(options: ExportOptions, runtime: str, description: str, export: E
         click.echo(describe_reduction(reduced, result.size_bytes / parameters))
 
 
-def refuse_early(output: Path, runtime: str, *, force: bool) -> None:
+def reject_early(output: Path, runtime: str, *, force: bool) -> None:
     """Reject an unusable output before weights are downloaded.
 
     A bundle without a graph for ``runtime`` is a legal output: the graph is added to it.
     """
     from gemma3_export.bundle import MANIFEST, Bundle
-    from gemma3_export.staging import refuse_existing
+    from gemma3_export.staging import reject_existing
 
     if not force and is_file(output / MANIFEST):
         runtimes = [graph.runtime for graph in Bundle(output).manifest.graphs]
         if runtime not in runtimes:
             return
-    refuse_existing(output, force=force)
+    reject_existing(output, force=force)
 
 
 def print_summary(result: ExportResult, runtime: str, description: str) -> None:

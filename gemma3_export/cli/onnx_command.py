@@ -9,7 +9,7 @@ import click
 
 from gemma3_export.bundle import ONNX_TARGETS
 from gemma3_export.cli.export_options import ExportOptions, export_options, run_export
-from gemma3_export.cli.options import BUDGET, PATH, refuse_if_given
+from gemma3_export.cli.options import BUDGET, PATH, reject_if_given
 from gemma3_export.dtypes import EXPORT_DTYPES, FLOAT_DTYPES, ROUNDINGS, dtype_choices
 
 __all__ = ["onnx"]
@@ -115,9 +115,9 @@ def onnx(
             f"--calibration applies to --dtype {' and '.join(CALIBRATED)} only; omit it for {dtype}"
         )
     if dtype != "int4":
-        refuse_if_given("rounding", "--rounding", f"it applies to --dtype int4, not to {dtype}")
+        reject_if_given("rounding", "--rounding", f"it applies to --dtype int4, not to {dtype}")
     if dtype not in BLOCKED:
-        refuse_if_given(
+        reject_if_given(
             "block_size",
             "--block-size",
             f"it applies to --dtype {', '.join(BLOCKED)}, not to {dtype}",

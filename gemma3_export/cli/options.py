@@ -50,7 +50,7 @@ __all__ = [
     "integer",
     "memory_size",
     "reduce_vocab_option",
-    "refuse_if_given",
+    "reject_if_given",
     "revision_option",
     "threads_option",
     "tokenizer_option",
@@ -344,7 +344,7 @@ CUDA_OPTIONS = (
 )
 
 
-def refuse_if_given(parameter: str, option: str, reason: str) -> None:
+def reject_if_given(parameter: str, option: str, reason: str) -> None:
     """Raise a usage error if ``option`` was given explicitly to the running command.
 
     Args:

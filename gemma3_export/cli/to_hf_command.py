@@ -71,10 +71,10 @@ def to_hf(
     if weights is None and adapter is None:
         raise click.UsageError("give --weights, --adapter or both")
     from gemma3_export.api.exporting import open_weights
-    from gemma3_export.staging import refuse_existing
+    from gemma3_export.staging import reject_existing
     from gemma3_export.tokenizer import load_tokenizer
 
-    refuse_existing(output, force=force)
+    reject_existing(output, force=force)
     source = open_weights(
         weights, adapter=adapter, config_path=config_path, revision=revision, token=hf_token
     )

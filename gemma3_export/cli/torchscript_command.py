@@ -7,7 +7,7 @@ from functools import partial
 import click
 
 from gemma3_export.cli.export_options import ExportOptions, export_options, run_export
-from gemma3_export.cli.options import BUDGET, refuse_if_given
+from gemma3_export.cli.options import BUDGET, reject_if_given
 from gemma3_export.dtypes import dtype_choices
 
 __all__ = ["torchscript"]
@@ -59,7 +59,7 @@ def torchscript(
     is loaded only if its hash matches the manifest.
     """
     if dtype != "int8":
-        refuse_if_given("block_size", "--block-size", f"it applies to --dtype int8, not to {dtype}")
+        reject_if_given("block_size", "--block-size", f"it applies to --dtype int8, not to {dtype}")
     from gemma3_export.api.exporting import export_torchscript
 
     export = partial(

@@ -43,7 +43,7 @@ from gemma3_export.reference.training.token_data import (
     token_dtype,
     tokenizer_fingerprint,
 )
-from gemma3_export.staging import publish, refuse_existing, sole_writer, write_text_atomically
+from gemma3_export.staging import publish, reject_existing, sole_writer, write_text_atomically
 from gemma3_export.tokenizer import Tokenizer
 from gemma3_export.tokenizer.tokenizer_json import library_errors
 
@@ -114,7 +114,7 @@ def prepare_tokens(
         raise InputError(
             "the tokenizer has neither <eos> nor <|endoftext|> to end documents; choose another one"
         )
-    refuse_existing(output, force=force)
+    reject_existing(output, force=force)
     encoder = Encoder(tokenizer, loss_on=loss_on, parse_special_tokens=parse_special_tokens)
     work = output.absolute().with_name(f".{output.name}.preparing")
     plan = {
@@ -126,7 +126,7 @@ def prepare_tokens(
     }
     try:
         with sole_writer(output, f"preparing {output}"):
-            refuse_existing(output, force=force)
+            reject_existing(output, force=force)
             state = _begin(work, plan, tokenizer, force=force)
             _encode_all(source, encoder, work, state, validation_fraction, progress)
             meta = _finish(work, output, plan, state, tokenizer, force=force)
@@ -328,7 +328,7 @@ def _finish(
     open_token_data(work)
     for name in (PLAN, STATE):
         (work / name).unlink()
-    refuse_existing(output, force=force)  # again: files may have appeared meanwhile
+    reject_existing(output, force=force)  # again: files may have appeared meanwhile
     publish(work, output.absolute())
     shutil.rmtree(work, ignore_errors=True)  # what was replaced
     return meta

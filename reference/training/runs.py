@@ -45,7 +45,7 @@ from gemma3_export.reference.weights import WeightSource
 from gemma3_export.signals import uninterrupted
 from gemma3_export.staging import (
     foreign_files,
-    refuse_existing,
+    reject_existing,
     sole_writer,
     write_text_atomically,
 )
@@ -139,7 +139,7 @@ def train(
         _check_sample_prompt(options, data, model.config)
         if group.is_main_process:
             _settle(run, report)  # what a killed run left
-            refuse_existing(run, force=force)
+            reject_existing(run, force=force)
         trainer = Trainer(options, data, model, run, group, report)
         with _report_write_errors(run), _old_run_aside(run, group, report, force=force):
             if group.is_main_process:
@@ -267,7 +267,7 @@ def _old_run_aside(
     if not group.is_main_process:
         yield
         return
-    refuse_existing(run, force=force)  # again: files may have appeared meanwhile
+    reject_existing(run, force=force)  # again: files may have appeared meanwhile
     try:
         with uninterrupted():
             if run.exists() and not run.is_mount():  # a mount point is empty, or was rejected

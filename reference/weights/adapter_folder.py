@@ -234,12 +234,12 @@ def _load_config(path: Path) -> AdapterConfig:
         InputError: the file is missing or malformed, or the adapter is not one that can be merged.
     """
     data = load_json_object(path)
-    _refuse_others(data, path)
+    _reject_others(data, path)
     remedy = "save the adapter again with peft"
     return to_record(data, AdapterConfig, where=str(path), remedy=remedy, is_part=True)
 
 
-def _refuse_others(data: Mapping[str, Any], path: Path) -> None:
+def _reject_others(data: Mapping[str, Any], path: Path) -> None:
     """Reject methods and settings that are not implemented, and unknown ones that are set."""
     kind = data.get("peft_type")
     if kind != "LORA":

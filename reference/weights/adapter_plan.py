@@ -142,11 +142,11 @@ class AdapterPlan:
             if role == "whole":
                 role = "trained" if self._adapter.config.saves(module) else "base"
             if self._modules.setdefault(name, module) != module:
-                self._refuse("two names mean one module", [module, self._modules[name]], MERGE_IT)
+                self._reject("two names mean one module", [module, self._modules[name]], MERGE_IT)
             other = self._parts.setdefault(name, {}).setdefault(role, stored)
             if other != stored and not self._are_equal(other, stored):
-                self._refuse("tensors with one meaning differ", [other, stored], MERGE_IT)
-        self._refuse("these tensors belong to no weight of the model", unknown, ANOTHER_BASE)
+                self._reject("tensors with one meaning differ", [other, stored], MERGE_IT)
+        self._reject("these tensors belong to no weight of the model", unknown, ANOTHER_BASE)
 
     def _name_modules(self) -> None:
         """Name the modules without tensors as the trained model does."""
@@ -186,9 +186,9 @@ class AdapterPlan:
             ("trainable_token_indices", selected, replaced),
         ):
             missing = (self._modules[name] for name in named - found)
-            self._refuse(f"{setting} names modules without tensors", missing, ANOTHER_BASE)
+            self._reject(f"{setting} names modules without tensors", missing, ANOTHER_BASE)
             extra = (self._modules[name] for name in found - named)
-            self._refuse(
+            self._reject(
                 f"{setting} does not name modules that have tensors, which peft would ignore",
                 extra,
                 f"correct {ADAPTER_CONFIG_NAME}",
@@ -232,19 +232,19 @@ class AdapterPlan:
         given = parts.keys() & ALL_FACTORS
         if given:
             lacking = (f"{module} ({role})" for role in factors - given)
-            self._refuse("parts of these modules are missing", lacking, "save the adapter again")
+            self._reject("parts of these modules are missing", lacking, "save the adapter again")
             extra = (parts[role] for role in given - factors)
-            self._refuse("these tensors do not suit the settings", extra, "save the adapter again")
+            self._reject("these tensors do not suit the settings", extra, "save the adapter again")
         ways = [bool(given), "trained" in parts, "tokens" in parts]
         if sum(ways) > 1:
-            self._refuse("a module is changed in several ways", [module], MERGE_IT)
+            self._reject("a module is changed in several ways", [module], MERGE_IT)
 
     def _check_shape(self, stored: str | None, needed: tuple[int, ...]) -> None:
         if stored is None:
             return
         shape = self._adapter.store.tensors[stored].shape
         if shape != needed:
-            self._refuse(
+            self._reject(
                 f"a tensor is {list(shape)}, but the model and {ADAPTER_CONFIG_NAME} need "
                 f"{list(needed)}",
                 [stored],
@@ -269,12 +269,12 @@ class AdapterPlan:
                     found.setdefault(shape[axis], parts[role])
         if len(found) > 1:
             names = (f"{stored} ({rows})" for rows, stored in found.items())
-            self._refuse("embedding and head differ in their rows", names, "save it again")
+            self._reject("embedding and head differ in their rows", names, "save it again")
         tokens = (self._token_rows(name) or [] for name in (EMBEDDING, HEAD))
         last = max((row for rows in tokens for row in rows), default=-1)
         rows = next(iter(found), max(self._base.config.vocab_size, last + 1))
         if last >= rows or rows >= 2**31:
-            self._refuse(
+            self._reject(
                 f"the model has {rows} tokens", [f"trainable_token_indices {last}"], ANOTHER_BASE
             )
         return rows, bool(found)
@@ -337,7 +337,7 @@ class AdapterPlan:
                 )
         last = max((row for update in updates for row in update.rows), default=0)
         if last >= kept:
-            self._refuse("trained tokens are padding", [str(last)], "save the tokenizer as well")
+            self._reject("trained tokens are padding", [str(last)], "save the tokenizer as well")
         return kept
 
     def _are_equal(
@@ -366,7 +366,7 @@ class AdapterPlan:
             for start in range(0, shapes[0][0], step)
         )
 
-    def _refuse(self, what: str, names: Iterable[str], remedy: str) -> None:
+    def _reject(self, what: str, names: Iterable[str], remedy: str) -> None:
         """Raise an error that lists ``names``, if there are any."""
         found = sorted(names)
         if found:

@@ -117,7 +117,7 @@ def open_weights(
         at = _locate(spec, revision, token)
     if not at.is_adapter:
         return _open_path(at, size, config_path)
-    _refuse_ambiguity(at)
+    _reject_ambiguity(at)
     return _open_merged(at, None, size=size, config_path=config_path, token=token)
 
 
@@ -251,7 +251,7 @@ def _open_named_base(
         ) from error
 
 
-def _refuse_ambiguity(at: _Location) -> None:
+def _reject_ambiguity(at: _Location) -> None:
     """Reject a folder that holds both a model and an adapter.
 
     Raises:
