@@ -11,7 +11,13 @@ from typing import ClassVar
 
 import onnx_ir as ir
 
-from gemma3_export.bundle import BlockFormat, Graph, WeightRecipe
+from gemma3_export.bundle import (
+    BlockFormat,
+    Graph,
+    WeightRecipe,
+    generation_config_to_json,
+    write_genai_config,
+)
 from gemma3_export.config import TOKENIZER_NAME, Gemma3Config
 from gemma3_export.dtypes import (
     ELEMENT_TYPES,
@@ -244,6 +250,8 @@ class OnnxWriter:
             max_kld=self.budget,
             calibration=quantizer.calibration if quantizer else None,
         )
+        generation = generation_config_to_json(config, source.generation_config())
+        write_genai_config(folder, config, graph, generation)
         return graph, {file.relative_to(folder).as_posix(): sha for file, sha in hashes.items()}
 
     def _plan(

@@ -12,7 +12,8 @@ from gemma3_export.bundle.block_format import (
     common_format,
 )
 from gemma3_export.bundle.bundle import Bundle
-from gemma3_export.bundle.hf_metadata import write_hf_metadata
+from gemma3_export.bundle.genai_config import GENAI_CONFIG, write_genai_config
+from gemma3_export.bundle.hf_metadata import generation_config_to_json, write_hf_metadata
 from gemma3_export.bundle.manifest import (
     FORMAT_VERSION,
     FULLY_HASHED_BYTES,
@@ -43,6 +44,7 @@ __all__ = [
     "CODES",
     "FORMAT_VERSION",
     "FULLY_HASHED_BYTES",
+    "GENAI_CONFIG",
     "LOOKUP_SCALES",
     "MANIFEST",
     "MINIMUMS",
@@ -66,10 +68,12 @@ __all__ = [
     "WeightRecipe",
     "block_tensors",
     "common_format",
+    "generation_config_to_json",
     "read_manifest",
     "sample_sha256_of",
     "sha256_of",
     "window_capacity",
+    "write_genai_config",
     "write_hf_metadata",
     "write_manifest",
 ]

@@ -1,6 +1,7 @@
 """The bundle: one self-contained folder that describes itself.
 
     config.json generation_config.json tokenizer.json tokenizer_config.json
+    genai_config.json    for onnxruntime-genai, with an ONNX graph
     onnx/model.onnx  onnx/model.onnx_data  onnx/model_windowed.onnx
     torchscript/model.ts  pt2/model.pt2
     manifest.json    format version, graphs, signature, origin and hashes of every file

@@ -20,6 +20,9 @@ __all__ = ["generation_config_to_json", "write_hf_metadata"]
 
 # Gemma's recommended sampling. This project's own default is greedy decoding.
 SAMPLING = {"do_sample": True, "temperature": 1.0, "top_k": 64, "top_p": 0.95}
+# The last minor version that writes configs like ours. Where there is none, 4.57 warns that the
+# tokenizer may split text wrongly, and recommends an argument with which it crashes.
+TRANSFORMERS_VERSION = "4.57.1"
 # About the library that wrote a file, or the caches that it uses.
 LIBRARY_KEYS = ("_from_model_config", "cache_implementation", "transformers_version")
 
@@ -41,7 +44,8 @@ def write_hf_metadata(
     Raises:
         Gemma3ExportError: the disk is full or not writable.
     """
-    _write_json(folder / CONFIG_NAME, config_to_json(config))
+    data = config_to_json(config) | {"transformers_version": TRANSFORMERS_VERSION}
+    _write_json(folder / CONFIG_NAME, data)
     _write_json(folder / GENERATION_CONFIG_NAME, generation_config_to_json(config, generation))
     if tokenizer is not None:
         tokenizer.save(folder)

@@ -62,7 +62,7 @@ CHAT_TEMPLATE = """\
 {%- endif -%}
 {%- for message in messages[ns.shift:] -%}
   {%- set speaker = 'model' if message.role == 'assistant' else message.role -%}
-  {%- if speaker != ('user' if loop.index0 is even else 'model') -%}
+  {%- if speaker != ('user' if loop.index0 % 2 == 0 else 'model') -%}
     {{- raise_exception('message ' ~ (loop.index0 + ns.shift) ~ ': roles must alternate') -}}
   {%- endif -%}
   {{- '<start_of_turn>' ~ speaker ~ '\\n' ~ (ns.prefix if loop.first else '') -}}

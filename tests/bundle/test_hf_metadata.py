@@ -85,3 +85,12 @@ def test_transformers_reads_the_generation_config(tmp_path: Path) -> None:
     write_hf_metadata(tmp_path, tiny_config(), None)
     theirs = transformers.GenerationConfig.from_pretrained(tmp_path)
     assert (theirs.eos_token_id, theirs.do_sample, theirs.top_k) == ([1, 7], True, 64)
+
+
+def test_config_json_names_a_version_whose_tokenizers_transformers_4_57_trusts(
+    tmp_path: Path,
+) -> None:
+    write_hf_metadata(tmp_path, tiny_config(), None)
+    version = json.loads((tmp_path / "config.json").read_text())["transformers_version"]
+    assert tuple(map(int, version.split("."))) <= (4, 57, 2)  # as 4.57 compares it
+    assert load_config(tmp_path) == tiny_config()
