@@ -161,9 +161,10 @@ def run_export(options: ExportOptions, runtime: str, description: str, export: E
         )
         parameters = exported.config.num_parameters
         model = f"{parameters / 1e6:,.1f}M parameters{describe_adapter(source)}"
-    print_summary(result, runtime, f"{model}, {description}")
-    if reduced is not None:
-        click.echo(describe_reduction(reduced, result.size_bytes / parameters))
+    vocabulary = (
+        "" if reduced is None else describe_reduction(reduced, result.size_bytes / parameters)
+    )
+    print_summary(result, runtime, f"{model}, {description}", vocabulary)
 
 
 def reject_early(output: Path, runtime: str, *, force: bool) -> None:
@@ -181,13 +182,17 @@ def reject_early(output: Path, runtime: str, *, force: bool) -> None:
     reject_existing(output, force=force)
 
 
-def print_summary(result: ExportResult, runtime: str, description: str) -> None:
-    """Print the size and proof of a new graph, and the command to try next."""
+def print_summary(
+    result: ExportResult, runtime: str, description: str, vocabulary: str = ""
+) -> None:
+    """Print the size and proof of a new graph, and last the command to try next."""
     from gemma3_export.bundle import Bundle
     from gemma3_export.bundle.inspection import rounding_line
 
     path = result.path
     click.echo(f"{path}: {description}, {result.size_bytes / 1e6:,.1f} MB")
+    if vocabulary:
+        click.echo(vocabulary)
     click.echo(f"export: {result.seconds['export']:.1f} s")
     if rounding := rounding_line(Bundle(path).graph(runtime).calibration):
         click.echo(f"rounded: {rounding}")

@@ -124,6 +124,7 @@ def test_every_format_is_proven_with_the_reduced_vocabulary(
     with reduced(folder, corpus) as source:
         kept = source.config.vocab_size
         assert f"vocabulary: {kept} of {VOCAB_SIZE} tokens (corpus.txt); saves" in done.stdout
+        assert done.stdout.splitlines()[-1].startswith("next: ")
         bundle = Bundle(out)
         assert bundle.config == source.config
         assert bundle.manifest.source == source.fingerprint()
