@@ -18,7 +18,7 @@ from gemma3_export.cli.options import (
 )
 from gemma3_export.limits import BELOW_1, check_number
 from gemma3_export.progress import ProgressBars
-from gemma3_export.reference.training.rows import LOSS_ON, LossOn
+from gemma3_export.reference.training.options import LOSS_ON, LossOn
 
 if TYPE_CHECKING:
     from gemma3_export.reference.training.documents import DocumentSource

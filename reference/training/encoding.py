@@ -14,7 +14,8 @@ from typing import Any
 
 from gemma3_export.errors import InputError
 from gemma3_export.reference.training.documents import Document
-from gemma3_export.reference.training.rows import LOSS_ON, Example, LossOn, Split
+from gemma3_export.reference.training.options import LOSS_ON, LossOn
+from gemma3_export.reference.training.rows import Example, Split
 from gemma3_export.reference.training.token_data import BEGINS_DOCUMENT, IS_LEARNED
 from gemma3_export.tokenizer import CONTROL_TOKENS, ChatOptions, Tokenizer
 

@@ -1,4 +1,4 @@
-"""Define and validate the options of a training run, which its record stores."""
+"""Define and validate the options of training data and of a run, which its record stores."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ from gemma3_export.errors import InputError
 from gemma3_export.limits import BELOW_1, MAX_COUNT, MAX_SEED, check_integer, check_number
 from gemma3_export.records import to_record
 
-__all__ = ["PRECISIONS", "SHARDINGS", "Sharding", "TrainOptions"]
+__all__ = ["LOSS_ON", "PRECISIONS", "SHARDINGS", "LossOn", "Sharding", "TrainOptions"]
 
+LossOn = Literal["answers", "all"]
 Sharding = Literal["ddp", "fsdp"]
 
 PRECISIONS = FLOAT_DTYPES
 MAX_RATE = 1e30  # beyond it float32 overflows in the first step
+LOSS_ON: tuple[LossOn, ...] = get_args(LossOn)
 SHARDINGS: tuple[Sharding, ...] = get_args(Sharding)
 
 

@@ -29,7 +29,8 @@ from gemma3_export.progress import Progress
 from gemma3_export.records import Count, read_record
 from gemma3_export.reference.training.documents import Document, DocumentSource
 from gemma3_export.reference.training.encoding import Encoded, Encoder
-from gemma3_export.reference.training.rows import Example, LossOn, Split
+from gemma3_export.reference.training.options import LossOn
+from gemma3_export.reference.training.rows import Example, Split
 from gemma3_export.reference.training.token_data import (
     BEGINS_DOCUMENT,
     EXAMPLES_VERSION,

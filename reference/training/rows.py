@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal
 
 from gemma3_export.errors import InputError
 from gemma3_export.files import open_regular
@@ -31,21 +31,16 @@ if TYPE_CHECKING:
 
 __all__ = [
     "COMPLETION",
-    "LOSS_ON",
     "MESSAGES",
     "PROMPT",
     "TEXT",
     "Example",
-    "LossOn",
     "Split",
     "parse_row",
     "read_rows",
 ]
 
 Split = Literal["train", "validation"]
-LossOn = Literal["answers", "all"]
-
-LOSS_ON: tuple[LossOn, ...] = get_args(LossOn)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -19,7 +19,7 @@ from gemma3_export.config import TOKENIZER_NAME
 from gemma3_export.errors import InputError
 from gemma3_export.files import check_regular, is_file, to_path
 from gemma3_export.records import Count, read_record
-from gemma3_export.reference.training.rows import LossOn
+from gemma3_export.reference.training.options import LossOn
 from gemma3_export.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
