@@ -38,7 +38,8 @@ from benchmarks.common import (
     threads_option,
     write_report,
 )
-from gemma3_export.api.opening import bundle_tokenizer, open_runtime
+from gemma3_export.api.model_files import bundle_tokenizer
+from gemma3_export.api.opening import open_runtime
 from gemma3_export.bench.machine import describe_machine
 from gemma3_export.bundle import Bundle
 from gemma3_export.runtimes.generation.loop import Completion, GenerationOptions, generate

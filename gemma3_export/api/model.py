@@ -21,8 +21,8 @@ from typing import Any, Self, overload
 
 import numpy as np
 
+from gemma3_export.api.model_files import Weights, choose_runtime, open_files, tokenizer_of
 from gemma3_export.api.model_runtimes import ModelRuntimes
-from gemma3_export.api.opening import bundle_tokenizer
 from gemma3_export.api.options import GenerateOptions, LoadOptions, merged
 from gemma3_export.api.prompts import (
     Prompt,
@@ -52,16 +52,20 @@ __all__ = ["Chat", "Model", "load"]
 CHAT_CAPACITY = 4096  # tokens that a conversation starts with room for; it doubles as needed
 
 
-def load(path: Path | str | Bundle, options: LoadOptions | None = None, **changes: Any) -> Model:
-    """Load a bundle, ready to generate.
+def load(
+    path: Path | str | Bundle | Weights, options: LoadOptions | None = None, **changes: Any
+) -> Model:
+    """Load a bundle, or weights without an export, ready to generate.
 
     Args:
-        path: the folder of an exported bundle.
+        path: the folder of an exported bundle; or a trained run, a Hugging Face folder, a GGUF or a
+            PyTorch file, which run on the reference.
         options: which runtime to open, and on which device.
         changes: fields of :class:`LoadOptions`, such as ``device="cpu"``.
 
     Raises:
-        InputError: the folder is not a bundle, is damaged, or has no such graph.
+        InputError: there is neither a bundle nor weights, or they are damaged, or have no such
+            graph.
         UnavailableError: a package or the device is missing.
     """
     model = Model(path, options, **changes)
@@ -70,38 +74,58 @@ def load(path: Path | str | Bundle, options: LoadOptions | None = None, **change
 
 
 class Model:
-    """A bundle that generates text; safe to share between threads.
+    """A bundle, or weights, that generate text; safe to share between threads.
 
-    Constructing it reads the bundle's manifest, config and tokenizer. The runtime opens with
+    Constructing it reads the manifest, config and tokenizer. The runtime opens with
     :meth:`open`, or with the first generation, which then picks the caches that suit its prompts.
 
     Args:
-        path: the folder of an exported bundle.
+        path: the folder of an exported bundle, or weights, as for :func:`load`.
         options: which runtime to open, and on which device.
         changes: fields of :class:`LoadOptions`.
 
     Raises:
-        InputError: the folder is not a bundle, its tokenizer is not its model's, or ``check`` finds
-            a file that was changed.
+        InputError: there is neither a bundle nor weights, the tokenizer is not the model's, or
+            ``check`` finds a file that was changed.
     """
 
     def __init__(
-        self, path: Path | str | Bundle, options: LoadOptions | None = None, **changes: Any
+        self,
+        path: Path | str | Bundle | Weights,
+        options: LoadOptions | None = None,
+        **changes: Any,
     ) -> None:
-        self.options = merged(LoadOptions, options, changes)
-        self.bundle = path if isinstance(path, Bundle) else Bundle(path)
+        options = merged(LoadOptions, options, changes)
+        self._files = open_files(path)
+        self.options = replace(options, runtime=choose_runtime(self._files, options.runtime))
         if self.options.check:
-            self.bundle.check_files()
-        self.tokenizer = bundle_tokenizer(self.bundle)
-        self._runtimes = ModelRuntimes(self.bundle, self.tokenizer, self.options)
+            self._files.check_files()
+        self.tokenizer = tokenizer_of(self._files)
+        self._runtimes = ModelRuntimes(self._files, self.tokenizer, self.options)
 
     def __repr__(self) -> str:
-        return f"Model({str(self.bundle.path)!r}, runtime={self.options.runtime!r})"
+        return f"Model({str(self.path)!r}, runtime={self.options.runtime!r})"
+
+    @property
+    def path(self) -> Path:
+        """The folder of the bundle, or the folder or file of the weights."""
+        return self._files.path
+
+    @property
+    def bundle(self) -> Bundle:
+        """The bundle.
+
+        Raises:
+            InputError: the model was loaded from weights.
+        """
+        if isinstance(self._files, Weights):
+            raise InputError(f"{self.path} is not an export, so it is no bundle; export it first")
+        return self._files
 
     @property
     def config(self) -> Gemma3Config:
         """The model's shapes and constants."""
-        return self.bundle.config
+        return self._files.config
 
     @property
     def runtime(self) -> Runtime:
@@ -298,7 +322,7 @@ class Model:
             return checked_token_ids(prompt)
         if self.tokenizer is None:
             raise InputError(
-                f"{self.bundle.path} has no tokenizer, so it takes no text; give token ids, or "
+                f"{self.path} has no tokenizer, so it takes no text; give token ids, or "
                 "export it again with a tokenizer"
             )
         options = options or GenerateOptions()
@@ -360,7 +384,7 @@ class Chat:
             raise TypeError(f"a conversation needs a Model, not {model!r:.60}; load one")
         if model.tokenizer is None or not model.tokenizer.chat.exists:
             raise InputError(
-                f"{model.bundle.path} has no tokenizer with a chat template or Gemma's turn "
+                f"{model.path} has no tokenizer with a chat template or Gemma's turn "
                 "tokens, so it cannot hold a conversation; use generate, or an instruction model's "
                 "tokenizer"
             )
@@ -369,7 +393,8 @@ class Chat:
             raise InputError(f"system is {system!r:.60}; it must be a text")
         self.options = merged(GenerateOptions, options, {})
         self._format = model.tokenizer.chat
-        self.messages: list[ChatMessage] = self._format.opening(system, self.options.tools)
+        self._opening = self._format.opening(system, self.options.tools)
+        self.messages: list[ChatMessage] = [*self._opening]
         self._last: Completion | None = None
         self._kept: KeptCache | None = None
         self._turn: weakref.ref[TextStream] | None = None  # the turn that runs, if any
@@ -391,16 +416,31 @@ class Chat:
             pass
         return stream.completion
 
-    def stream(self, text: str, **changes: Any) -> TextStream:
+    def stream(self, text: str, *, cancel: Cancel | None = None, **changes: Any) -> TextStream:
         """Send a message and yield the answer's text as it is generated.
 
         The message and its answer become part of the conversation when the stream ends or is
         closed, and not if it fails or is discarded.
 
+        Args:
+            text: the user's message.
+            cancel: an event or a function, checked before every step; the answer ends there.
+            changes: fields of :class:`GenerateOptions`, for this turn.
+
         Raises:
             InputError: as :meth:`send`.
         """
-        return self._start([ChatMessage(role="user", content=text)], changes)
+        return self._start([ChatMessage(role="user", content=text)], changes, cancel)
+
+    def reset(self) -> None:
+        """Forget the conversation except for its system message, whose cache is kept.
+
+        Raises:
+            InputError: a turn is running.
+        """
+        with self._starting:
+            self._refuse_if_running()
+            self.messages, self._last = [*self._opening], None
 
     @property
     def calls(self) -> list[FunctionCall]:
@@ -441,17 +481,23 @@ class Chat:
             pass
         return stream.completion
 
-    def _start(self, new: list[ChatMessage], changes: dict[str, Any]) -> TextStream:
+    def _refuse_if_running(self) -> None:
+        if self._turn is not None and self._turn() is not None:
+            raise InputError(
+                "another turn of this conversation is running; read its stream to the end or "
+                "close it, and give each thread a chat of its own"
+            )
+
+    def _start(
+        self, new: list[ChatMessage], changes: dict[str, Any], cancel: Cancel | None = None
+    ) -> TextStream:
         with self._starting:
-            if self._turn is not None and self._turn() is not None:
-                raise InputError(
-                    "another turn of this conversation is running; read its stream to the end or "
-                    "close it, and give each thread a chat of its own"
-                )
+            self._refuse_if_running()
             messages = [*self.messages, *new]
             generation = self.model.start(
                 [messages],
                 merged(GenerateOptions, self.options, changes),
+                cancel=cancel,
                 kept_cache=self._cache,
             )
             stream = TextStream(generation, on_end=self._append_to(messages))

@@ -11,7 +11,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from gemma3_export.api.opening import bundle_tokenizer, open_runtime, warm_up
+from gemma3_export.api.model_files import Weights, open_files, tokenizer_of
+from gemma3_export.api.opening import open_runtime, warm_up
 from gemma3_export.api.options import GenerateOptions, LoadOptions
 from gemma3_export.api.prompts import shared_length
 from gemma3_export.bundle import Bundle
@@ -33,16 +34,18 @@ MIN_SHARED_TOKENS = 16  # fewer are computed sooner than they are copied
 
 
 class ModelRuntimes:
-    """The runtime of a bundle and those of its draft models; safe to share between threads.
+    """The runtime of a model and those of its draft models; safe to share between threads.
 
     Args:
-        bundle: the bundle to open.
+        files: the bundle or the weights to open.
         tokenizer: its tokenizer, which draft models must share.
         options: how to open it.
     """
 
-    def __init__(self, bundle: Bundle, tokenizer: Tokenizer | None, options: LoadOptions) -> None:
-        self._bundle = bundle
+    def __init__(
+        self, files: Bundle | Weights, tokenizer: Tokenizer | None, options: LoadOptions
+    ) -> None:
+        self._files = files
         self._tokenizer = tokenizer
         self._options = options
         self._runtime: Runtime | None = None
@@ -122,18 +125,18 @@ class ModelRuntimes:
             is_free = wanted is None
             if self._runtime is None or (needs_every_token and is_free and _evicts(self._runtime)):
                 self._runtime = None  # release its memory first
-                self._runtime = self._open_bundle(
-                    self._bundle,
+                self._runtime = self._open_files(
+                    self._files,
                     sliding_window_cache=False if needs_every_token and is_free else wanted,
                     shares_weights=self._options.shares_weights,
                 )
             return self._runtime
 
-    def _open_bundle(self, bundle: Bundle, **own: Any) -> Runtime:
+    def _open_files(self, files: Bundle | Weights, **own: Any) -> Runtime:
         """Open a runtime with the options that the model and its draft models have in common."""
         names = ("runtime", "device", "threads", "trust", "cuda")
         runtime = open_runtime(
-            bundle, **own, **{name: getattr(self._options, name) for name in names}
+            files, **own, **{name: getattr(self._options, name) for name in names}
         )
         if self._options.warm_up:
             warm_up(runtime)
@@ -147,9 +150,9 @@ class ModelRuntimes:
         """
         if self._options.kept_prefix_bytes:
             return True
-        if (options.prompt_lookup or 0) >= self._bundle.config.sliding_window:
+        if (options.prompt_lookup or 0) >= self._files.config.sliding_window:
             return True
-        is_quantized = self._bundle.is_quantized(self._options.runtime)
+        is_quantized = self._files.is_quantized(self._options.runtime)
         fewest = options.prefill_chunk if is_quantized else MIN_SHARED_TOKENS
         return bool(options.prefix_cache_bytes) and shared_length(prompts) >= max(
             fewest, MIN_SHARED_TOKENS
@@ -163,17 +166,17 @@ class ModelRuntimes:
         """
         with self._opening:
             if path not in self._drafts:
-                bundle = Bundle(path)
+                draft = open_files(path)
                 if self._options.check:
-                    bundle.check_files()
-                own = bundle_tokenizer(bundle)
+                    draft.check_files()
+                own = tokenizer_of(draft)
                 if self._tokenizer and own and not own.has_tokens_of(self._tokenizer):
                     raise InputError(
                         f"the draft model in {path} has another tokenizer than the model; give "
                         "one of the same family"
                     )
                 # Wrong drafts are removed from the cache as far back as they go.
-                self._drafts[path] = self._open_bundle(bundle, sliding_window_cache=False)
+                self._drafts[path] = self._open_files(draft, sliding_window_cache=False)
             return self._drafts[path]
 
 

@@ -1,4 +1,4 @@
-"""Open any runtime of a bundle by its name, and the bundle's tokenizer.
+"""Open any runtime of a bundle by its name, or weights on the reference.
 
 The one place that knows all backends; each is imported only when it is asked for, so the ONNX path
 never imports torch.
@@ -6,28 +6,26 @@ never imports torch.
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 
+from gemma3_export.api.model_files import AUTO, Weights, choose_runtime, open_files, require_torch
 from gemma3_export.api.options import LoadOptions
 from gemma3_export.bundle import RUNTIMES, Bundle
 from gemma3_export.device import CudaOptions
-from gemma3_export.errors import InputError, UnavailableError
-from gemma3_export.files import is_file
+from gemma3_export.errors import InputError
 from gemma3_export.runtimes.generation.loop import GenerationOptions, generate
 from gemma3_export.runtimes.generation.sampling import SamplingParams
 from gemma3_export.runtimes.protocol import Runtime
-from gemma3_export.tokenizer import Tokenizer
 
-__all__ = ["bundle_tokenizer", "open_runtime", "warm_up"]
+__all__ = ["open_runtime", "warm_up"]
 
 WARM_UP_PROMPT = 16  # tokens
 WARM_UP_STEPS = 4  # two warm up and capture a CUDA graph, and the next replay it
 
 
 def open_runtime(
-    bundle: Bundle | Path | str,
-    runtime: str = "onnx",
+    bundle: Bundle | Weights | Path | str,
+    runtime: str = AUTO,
     *,
     device: str = "auto",
     threads: int | None = None,
@@ -36,12 +34,13 @@ def open_runtime(
     sliding_window_cache: bool | None = None,
     shares_weights: bool = False,
 ) -> Runtime:
-    """Load one of a bundle's runtimes.
+    """Load one of a bundle's runtimes, or weights on the reference.
 
     Args:
-        bundle: an opened bundle, or its folder.
+        bundle: an opened bundle or weights, or the path of either.
         runtime: ``onnx``, ``torchscript``, ``pt2``, or ``reference``: the PyTorch model with the
-            bundle's weights.
+            bundle's weights. ``auto`` is ``onnx`` if the bundle has it, otherwise its only graph,
+            and the reference for weights.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         threads: threads inside one operator; None lets the backend choose.
         trust: load a torch archive although it is not the one that was exported.
@@ -63,33 +62,34 @@ def open_runtime(
         sliding_window_cache=sliding_window_cache,
         shares_weights=shares_weights,
     )
-    if not isinstance(bundle, Bundle):
-        bundle = Bundle(bundle)
+    files = open_files(bundle)
+    runtime = choose_runtime(files, runtime)
+    if shares_weights and runtime != "onnx":
+        raise InputError(f"weights are shared by the onnx runtime, not by {runtime}")
+    if runtime == "reference":
+        return _open_reference(files, device, threads)
+    assert isinstance(files, Bundle)
     if runtime == "onnx":
         from gemma3_export.runtimes.onnx.runtime import OnnxRuntime
 
         return OnnxRuntime(
-            bundle,
+            files,
             device=device,
             threads=threads,
             cuda=cuda,
             sliding_window_cache=sliding_window_cache,
             shares_weights=shares_weights,
         )
-    if shares_weights:
-        raise InputError(f"weights are shared by the onnx runtime, not by {runtime}")
     if runtime == "torchscript":
         require_torch("torchscript")
         from gemma3_export.runtimes.torch.runtime import TorchScriptRuntime
 
-        return TorchScriptRuntime(bundle, device=device, threads=threads, trust=trust, cuda=cuda)
+        return TorchScriptRuntime(files, device=device, threads=threads, trust=trust, cuda=cuda)
     if runtime == "pt2":
         require_torch("pt2")
         from gemma3_export.runtimes.torch.runtime import Pt2Runtime
 
-        return Pt2Runtime(bundle, device=device, threads=threads, trust=trust, cuda=cuda)
-    if runtime == "reference":
-        return _open_reference(bundle, device, threads)
+        return Pt2Runtime(files, device=device, threads=threads, trust=trust, cuda=cuda)
     raise InputError(f"unknown runtime {runtime!r}; choose {', '.join(RUNTIMES)}")
 
 
@@ -106,21 +106,7 @@ def warm_up(runtime: Runtime) -> None:
     generate(runtime, [prompt], SamplingParams(), options).collect()
 
 
-def bundle_tokenizer(bundle: Bundle) -> Tokenizer | None:
-    """Return the tokenizer of ``bundle``, checked against its model, or None.
-
-    Raises:
-        InputError: it is damaged, or belongs to another model.
-    """
-    path = bundle.file("tokenizer.json")
-    if not is_file(path):
-        return None
-    tokenizer = Tokenizer.from_file(path)
-    tokenizer.check_vocab_size(bundle.config.vocab_size)
-    return tokenizer
-
-
-def _open_reference(bundle: Bundle, device: str, threads: int | None) -> Runtime:
+def _open_reference(files: Bundle | Weights, device: str, threads: int | None) -> Runtime:
     require_torch("reference")
     import torch
 
@@ -132,17 +118,7 @@ def _open_reference(bundle: Bundle, device: str, threads: int | None) -> Runtime
     place = torch_device(device)
     if threads is not None:
         torch.set_num_threads(threads)
-    bundle.check_quickly()
-    return ReferenceRuntime(load_reference(open_bundle_weights(bundle), device=place))
-
-
-def require_torch(runtime: str) -> None:
-    """Complain when torch is missing.
-
-    Raises:
-        UnavailableError: with the command that installs it.
-    """
-    if importlib.util.find_spec("torch") is None:
-        raise UnavailableError(
-            f'the {runtime} runtime needs torch; run: pip install "gemma3-export[export]"'
-        )
+    if isinstance(files, Weights):
+        return ReferenceRuntime(load_reference(files.source, device=place))
+    files.check_quickly()
+    return ReferenceRuntime(load_reference(open_bundle_weights(files), device=place))

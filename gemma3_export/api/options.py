@@ -46,7 +46,8 @@ class LoadOptions:
     """Options of :func:`gemma3_export.load`: the runtime, the device, the caches.
 
     Args:
-        runtime: ``onnx``, ``torchscript``, ``pt2`` or ``reference``.
+        runtime: ``onnx``, ``torchscript``, ``pt2`` or ``reference``; ``auto`` is ``onnx`` if the
+            bundle has it, otherwise its only graph, and the reference for weights.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         threads: intra-op threads; None lets the backend choose.
         cuda: what may be done on a GPU; ignored on the CPU.
@@ -62,7 +63,7 @@ class LoadOptions:
         kept_prefix_bytes: memory for prompt prefixes that are kept between calls; 0 keeps none.
     """
 
-    runtime: str = "onnx"
+    runtime: str = "auto"
     device: str = "auto"
     threads: int | None = None
     cuda: CudaOptions | None = None

@@ -16,7 +16,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gemma3_export.api.opening import bundle_tokenizer, open_runtime
+from gemma3_export.api.model_files import bundle_tokenizer
+from gemma3_export.api.opening import open_runtime
 from gemma3_export.api.options import (
     check_budget,
     check_callables,

@@ -10,6 +10,7 @@ import click
 
 from gemma3_export.cli.generation_options import (
     note_unused_seed,
+    open_model,
     opening_options,
     sampling_options,
     stop_tokens_of,
@@ -107,7 +108,7 @@ def batch(
     restart: bool,
     device: str,
     cuda: CudaRequest,
-    runtime: str,
+    runtime: str | None,
     threads: int | None,
     share_weights: bool,
     trust: bool,
@@ -125,11 +126,9 @@ def batch(
         raise click.UsageError("--system needs --chat")
 
     from gemma3_export.api.batch import BatchOptions, run_batch
-    from gemma3_export.api.model import Model
     from gemma3_export.api.options import GenerateOptions
     from gemma3_export.cli.prompts import read_tools
 
-    device, cuda_options = cuda.settle(device, runtime)
     options = GenerateOptions(
         stop=stop_texts,
         stop_tokens=stop_tokens_of(stop_tokens),
@@ -140,15 +139,15 @@ def batch(
         **sampling,
     )
     note_unused_seed(options.seed, is_greedy=options.is_greedy)
-    model = Model(
+    model = open_model(
         bundle_path,
-        runtime=runtime,
         device=device,
+        cuda=cuda,
+        runtime=runtime,
         threads=threads,
+        share_weights=share_weights,
         trust=trust,
         check=check,
-        cuda=cuda_options,
-        shares_weights=share_weights,
     )
     started = time.perf_counter()
     try:

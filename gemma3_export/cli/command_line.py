@@ -30,6 +30,7 @@ COMMANDS = (
     "torchscript",
     "pt2",
     "generate",
+    "chat",
     "batch",
     "verify",
     "inspect",

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from gemma3_export.cli.generation_options import (
+    CHAT_MAX_NEW_TOKENS,
     note_unused_seed,
+    open_model,
     opening_options,
     sampling_options,
     stop_tokens_of,
@@ -21,6 +24,8 @@ from gemma3_export.cli.options import (
     CudaRequest,
     cache_size,
     integer,
+    is_given,
+    is_terminal,
 )
 
 if TYPE_CHECKING:
@@ -35,6 +40,7 @@ Examples:
   gemma3-export generate gemma-3-270m-it --chat --prompt "Who wrote Faust?" --temperature 0.7
   gemma3-export generate DIR --prompt "One" --prompt "Two" --seed 7 --top-k 64 --json
   gemma3-export generate functiongemma --chat --tools tools.json --prompt "Weather?" --json
+  gemma3-export generate run --prompt "Once"          # weights that are not exported
   cat letter.txt | gemma3-export generate DIR --prompt - --stop "Yours"
 """
 
@@ -154,7 +160,7 @@ def generate(
     prefill_chunk: int,
     device: str,
     cuda: CudaRequest,
-    runtime: str,
+    runtime: str | None,
     threads: int | None,
     share_weights: bool,
     trust: bool,
@@ -165,38 +171,42 @@ def generate(
 ) -> None:
     """Continue prompts with a bundle. Greedy unless a temperature or a filter is given.
 
+    DIR may also be weights: a trained run, a Hugging Face folder, a GGUF or a PyTorch file, which
+    run in PyTorch. Without a prompt, a terminal becomes a conversation, as with `chat`.
+
     Text streams to stdout as it is generated; speeds go to stderr. Several prompts run as one
     batch, and their texts are printed in order. Ctrl-C ends the generation and keeps the text so
     far.
     """
-    if not (prompts or prompt_files or id_lists):
+    converses = not (prompts or prompt_files or id_lists)
+    if converses and (as_json or not is_terminal()):
         raise click.UsageError("no prompt; give --prompt TEXT, --prompt-file or --prompt-ids")
+    if converses and tools_path is not None:
+        raise click.UsageError("--tools needs a prompt: a conversation here cannot answer calls")
     for option, value in (
         ("--system", system),
         ("--tools", tools_path),
         ("--chat-template", chat_template),
     ):
-        if value is not None and not chat:
+        if value is not None and not (chat or converses):
             raise click.UsageError(f"{option} needs --chat")
     if sampling["logprobs"] is not None and not as_json:
         raise click.UsageError("--logprobs needs --json")
 
-    from gemma3_export.api.model import Model
     from gemma3_export.api.options import GenerateOptions
     from gemma3_export.cli.generate_output import printer_for
     from gemma3_export.cli.prompts import read_prompt, read_prompt_file, read_tools, to_prompts
 
-    device, cuda_options = cuda.settle(device, runtime)
-    model = Model(
+    model = open_model(
         bundle_path,
-        runtime=runtime,
         device=device,
+        cuda=cuda,
+        runtime=runtime,
         threads=threads,
+        share_weights=share_weights,
         trust=trust,
         check=check,
         warm_up=warm_up,
-        cuda=cuda_options,
-        shares_weights=share_weights,
     )
     tools = None if tools_path is None else read_tools(tools_path)
     options = GenerateOptions(
@@ -213,6 +223,13 @@ def generate(
         prefill_chunk=prefill_chunk,
         **sampling,
     )
+    if converses:
+        from gemma3_export.cli.conversation import Conversation
+
+        if not is_given("max_new_tokens"):
+            options = replace(options, max_new_tokens=CHAT_MAX_NEW_TOKENS)
+        Conversation(model.chat(system, options), system).run()
+        return
     texts = [*map(read_prompt, prompts), *map(read_prompt_file, prompt_files)]
     asked = to_prompts(model.tokenizer, texts, id_lists, chat=chat, system=system, tools=tools)
     started = time.perf_counter()

@@ -14,7 +14,7 @@ from gemma3_export.cli.prompts import Prompt
 from gemma3_export.runtimes.generation.loop import Completion, Event, TokenEvent
 from gemma3_export.tokenizer import Tokenizer
 
-__all__ = ["Printer", "completion_to_json", "printer_for"]
+__all__ = ["Printer", "completion_to_json", "printer_for", "speed_line"]
 
 LABEL_CHARACTERS = 60
 
@@ -153,8 +153,8 @@ def completion_to_json(
     }
 
 
-def speed_line(completions: Sequence[Completion], load_s: float) -> str:
-    """Return the load time and the speeds of the whole batch in one line."""
+def speed_line(completions: Sequence[Completion], load_s: float | None = None) -> str:
+    """Return the load time, if given, and the speeds of the whole batch in one line."""
     prompt_tokens = sum(done.prompt_tokens for done in completions if done.tokens)
     reused = sum(done.reused_tokens for done in completions if done.tokens)
     new_tokens = sum(len(done.tokens) for done in completions)
@@ -163,7 +163,8 @@ def speed_line(completions: Sequence[Completion], load_s: float) -> str:
     decode_s = max(
         (done.decode_s for done in completions), default=0.0
     )  # all rows of the batch run at once
-    parts = [f"load {load_s:.1f} s", f"prompt {prompt_tokens} tokens"]
+    parts = [] if load_s is None else [f"load {load_s:.1f} s"]
+    parts.append(f"prompt {prompt_tokens} tokens")
     if reused:
         parts[-1] += f" ({reused} reused)"
     if prefill_s:

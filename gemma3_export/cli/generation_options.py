@@ -4,26 +4,32 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from gemma3_export.bundle import RUNTIMES
-from gemma3_export.cli.options import REAL, THREADS, WHOLE, cuda_options, integer
+from gemma3_export.cli.options import REAL, THREADS, WHOLE, CudaRequest, cuda_options, integer
 
-__all__ = ["note_unused_seed", "opening_options", "sampling_options", "stop_tokens_of"]
+if TYPE_CHECKING:
+    from gemma3_export.api.model import Model
+
+__all__ = [
+    "CHAT_MAX_NEW_TOKENS",
+    "chat_sampling_options",
+    "note_unused_seed",
+    "open_model",
+    "opening_options",
+    "sampling_options",
+    "stop_tokens_of",
+]
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
+MAX_NEW_TOKENS = 128
+CHAT_MAX_NEW_TOKENS = 1024
 SAMPLING = (
-    click.option(
-        "--max-new-tokens",
-        type=integer(),
-        default=128,
-        show_default=True,
-        metavar="N",
-        help="Most tokens to generate per prompt.",
-    ),
     click.option(
         "--temperature",
         type=REAL,
@@ -83,9 +89,7 @@ OPENING = (
     click.option(
         "--runtime",
         type=click.Choice(RUNTIMES),
-        default="onnx",
-        show_default=True,
-        help="Which of the bundle's exports to run.",
+        help="Which of the bundle's exports to run [default: onnx, or the only one that it has].",
     ),
     click.option(
         "--threads",
@@ -113,7 +117,23 @@ OPENING = (
 
 def sampling_options(command: Command) -> Command:
     """Add the options of sampling, and those that say where a generation ends."""
-    return _with_options(command, SAMPLING)
+    return _with_options(command, (_limit_option(MAX_NEW_TOKENS, "prompt"), *SAMPLING))
+
+
+def chat_sampling_options(command: Command) -> Command:
+    """Add the same options for a conversation, whose answers may be longer."""
+    return _with_options(command, (_limit_option(CHAT_MAX_NEW_TOKENS, "answer"), *SAMPLING))
+
+
+def _limit_option(default: int, what: str) -> Callable[[Command], Command]:
+    return click.option(
+        "--max-new-tokens",
+        type=integer(),
+        default=default,
+        show_default=True,
+        metavar="N",
+        help=f"Most tokens to generate per {what}.",
+    )
 
 
 def opening_options(command: Command) -> Command:
@@ -125,6 +145,53 @@ def _with_options(command: Command, options: Sequence[Callable[..., Any]]) -> Co
     for option in reversed(options):
         command = option(command)
     return command
+
+
+def open_model(
+    path: Path,
+    *,
+    device: str,
+    cuda: CudaRequest,
+    runtime: str | None,
+    threads: int | None,
+    share_weights: bool,
+    trust: bool,
+    check: bool,
+    warm_up: bool = False,
+) -> Model:
+    """Open a bundle, or weights, as the options of :func:`opening_options` say.
+
+    Weights come with a note that an export is faster. The graph opens with the first generation.
+
+    Raises:
+        click.UsageError: an option cannot have an effect.
+        InputError: there is neither a bundle nor weights at ``path``, or they are damaged.
+        UnavailableError: a package is missing.
+    """
+    from gemma3_export.api.model import Model
+    from gemma3_export.api.model_files import AUTO, Weights, choose_runtime, open_files
+
+    files = open_files(path)
+    runtime = choose_runtime(files, AUTO if runtime is None else runtime)
+    device, cuda_options = cuda.settle(device, runtime)
+    model = Model(
+        files,
+        runtime=runtime,
+        device=device,
+        threads=threads,
+        trust=trust,
+        check=check,
+        warm_up=warm_up,
+        cuda=cuda_options,
+        shares_weights=share_weights,
+    )
+    if isinstance(files, Weights):
+        click.echo(
+            f"note: {path} is not an export, so it runs in PyTorch; faster: gemma3-export onnx "
+            f"--weights {path} -o DIR",
+            err=True,
+        )
+    return model
 
 
 def stop_tokens_of(tokens: Sequence[str]) -> tuple[int | str, ...]:

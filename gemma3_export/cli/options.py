@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -48,6 +49,8 @@ __all__ = [
     "force_option",
     "hf_token_option",
     "integer",
+    "is_given",
+    "is_terminal",
     "memory_size",
     "reduce_vocab_option",
     "reject_if_given",
@@ -344,6 +347,17 @@ CUDA_OPTIONS = (
 )
 
 
+def is_given(parameter: str) -> bool:
+    """Return whether an option, by its name in Python, was given to the running command."""
+    source = click.get_current_context().get_parameter_source(parameter)
+    return source not in (None, ParameterSource.DEFAULT, ParameterSource.DEFAULT_MAP)
+
+
+def is_terminal() -> bool:
+    """Return whether somebody types and reads in a terminal."""
+    return sys.stdin.isatty() and sys.stdout.isatty()
+
+
 def reject_if_given(parameter: str, option: str, reason: str) -> None:
     """Raise a usage error if ``option`` was given explicitly to the running command.
 
@@ -355,6 +369,5 @@ def reject_if_given(parameter: str, option: str, reason: str) -> None:
     Raises:
         click.UsageError: it was given.
     """
-    source = click.get_current_context().get_parameter_source(parameter)
-    if source not in (None, ParameterSource.DEFAULT, ParameterSource.DEFAULT_MAP):
+    if is_given(parameter):
         raise click.UsageError(f"{option} would have no effect: {reason}; leave it out")

@@ -13,7 +13,15 @@ from gemma3_export.errors import InputError
 from gemma3_export.files import read_text
 from gemma3_export.tokenizer import ChatMessage, Tokenizer
 
-__all__ = ["Prompt", "read_prompt", "read_prompt_file", "read_tools", "to_prompts"]
+__all__ = [
+    "MAX_PROMPT_BYTES",
+    "Prompt",
+    "decode",
+    "read_prompt",
+    "read_prompt_file",
+    "read_tools",
+    "to_prompts",
+]
 
 STDIN = "-"
 MAX_PROMPT_BYTES = 64 * 2**20
@@ -90,13 +98,7 @@ def read_prompt(text: str) -> str:
     data = sys.stdin.buffer.read(MAX_PROMPT_BYTES + 1)
     if len(data) > MAX_PROMPT_BYTES:
         raise InputError(f"standard input is larger than {MAX_PROMPT_BYTES} bytes; shorten it")
-    try:
-        return _without_last_newline(data.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise InputError(
-            f"standard input is not UTF-8 text ({error.reason} at byte {error.start}); convert it "
-            "to UTF-8"
-        ) from error
+    return decode(data, "standard input")
 
 
 def read_prompt_file(path: Path) -> str:
@@ -108,6 +110,20 @@ def read_prompt_file(path: Path) -> str:
     if str(path) == STDIN:
         return read_prompt(STDIN)
     return _without_last_newline(read_text(path, limit_bytes=MAX_PROMPT_BYTES, or_pipe=True))
+
+
+def decode(data: bytes, where: str) -> str:
+    """Return UTF-8 text without its last newline; ``where`` is for the message.
+
+    Raises:
+        InputError: it is not UTF-8.
+    """
+    try:
+        return _without_last_newline(data.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"{where} is not UTF-8 text ({error.reason} at byte {error.start}); convert it to UTF-8"
+        ) from error
 
 
 def _without_last_newline(text: str) -> str:
