@@ -138,7 +138,6 @@ def batch(
         chat_template=chat_template,
         **sampling,
     )
-    note_unused_seed(options.seed, is_greedy=options.is_greedy)
     model = open_model(
         bundle_path,
         device=device,
@@ -171,6 +170,7 @@ def batch(
     except KeyboardInterrupt:
         click.echo("finished rows are kept; run the same command again to continue", err=True)
         raise
+    note_unused_seed(options.seed, is_greedy=options.is_greedy)
     seconds = time.perf_counter() - started
     parts = [f"{summary.rows} rows in {target}"]
     if summary.earlier:

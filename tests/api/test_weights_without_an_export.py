@@ -86,6 +86,6 @@ def test_what_weights_cannot_do_is_an_error(tiny_folder, tmp_path):
     line = error_line("generate", tmp_path, *ARGUMENTS)
     assert "is not a gemma3-export bundle (no manifest.json)" in line
     assert "has no model.safetensors" in line
-    assert "no manifest.json" in error_line("generate", tmp_path / "nowhere", *ARGUMENTS)
+    assert "does not exist" in error_line("generate", tmp_path / "nowhere", *ARGUMENTS)
     with pytest.raises(InputError, match="not an export"):
         _ = gemma3_export.load(tiny_folder).bundle

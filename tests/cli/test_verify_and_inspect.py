@@ -148,4 +148,5 @@ def test_a_newer_format_version_asks_for_an_upgrade(copied_bundle):
 
 
 def test_a_missing_folder_is_not_a_bundle(tmp_path):
-    assert "not a gemma3-export bundle" in error_line("inspect", tmp_path / "nothing")
+    assert "nothing does not exist" in error_line("inspect", tmp_path / "nothing")
+    assert "not a gemma3-export bundle" in error_line("inspect", tmp_path)
