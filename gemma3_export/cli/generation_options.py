@@ -89,7 +89,7 @@ OPENING = (
     click.option(
         "--runtime",
         type=click.Choice(RUNTIMES),
-        help="Which of the bundle's exports to run [default: onnx, or the only one that it has].",
+        help="Which of the bundle's exports to run.  [default: onnx, or the only one that it has]",
     ),
     click.option(
         "--threads",

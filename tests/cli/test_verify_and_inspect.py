@@ -18,6 +18,7 @@ from tests.support.tiny_models import write_hf_folder
 
 BUNDLE_FILES = (
     "config.json",
+    "genai_config.json",
     "generation_config.json",
     "onnx/model.onnx",
     "onnx/model.onnx_data",

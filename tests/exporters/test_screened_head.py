@@ -35,7 +35,7 @@ from gemma3_export.runtimes.generation.sampling import SamplingParams
 from gemma3_export.runtimes.generation.speculation import PromptLookup
 from gemma3_export.runtimes.onnx import decode_steps as screened_steps
 from gemma3_export.runtimes.onnx.runtime import OnnxRuntime
-from tests.support.exported_bundles import exported_bundle, source_of
+from tests.support.exported_bundles import accept_changes, exported_bundle, source_of
 from tests.support.generation import generate
 from tests.support.tiny_models import tiny_config, write_hf_folder
 
@@ -298,6 +298,7 @@ class TestRuntime:
         raw = bytearray(data.read_bytes())
         raw[entries["offset"] : entries["offset"] + 4] = np.float32(np.nan).tobytes()
         data.write_bytes(raw)
+        accept_changes(tmp_path / "nan")
         damaged = OnnxRuntime(tmp_path / "nan", device="cpu", threads=1, sliding_window_cache=True)
         events = generate(damaged, [ids_of(3)], GREEDY, max_new_tokens=4)
         with pytest.raises(Gemma3ExportError, match="no token can be chosen"):
@@ -332,6 +333,7 @@ class TestParity:
         codes = raw[: ROWS * COLUMNS].reshape(ROWS, COLUMNS)
         codes[: ROWS // 2] = codes[ROWS // 2 :].copy()
         data.write_bytes(raw.tobytes())
+        accept_changes(tmp_path / "other")
         other = OnnxRuntime(tmp_path / "other", device="cpu", threads=1, sliding_window_cache=True)
         report = verify(other, source_of("screened"), options=self.OPTIONS)
         failed = {case.name for case in report.cases if not case.passed}

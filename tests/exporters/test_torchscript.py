@@ -111,9 +111,9 @@ class TestArchive:
     def test_carries_its_config(self):
         files = {"config.json": ""}
         load_plainly(exported(), "cpu", files)
-        assert json.loads(files["config.json"]) == json.loads(
-            (exported() / "config.json").read_text()
-        )
+        written = json.loads((exported() / "config.json").read_text())
+        del written["transformers_version"]  # for transformers, which cannot open an archive
+        assert json.loads(files["config.json"]) == written
 
     def test_carries_no_paths_of_the_machine_that_exported(self):
         checkout = str(Path(__file__).parents[2]).encode()

@@ -182,7 +182,7 @@ RUN_DAMAGE: dict[str, tuple[Damage, str]] = {
     "no config": (lambda run: (run / "config.json").unlink(), r"config\.json does not exist"),
     "a config of another model": (
         changed("config.json", hidden_size=64),
-        "does not hold the state of this run",
+        r"config\.json was changed since the run began: hidden_size is 64 instead of",
     ),
 }
 

@@ -85,7 +85,8 @@ def test_bf16_holds_values_that_overflow_fp16_and_reports_their_range(tmp_path: 
     source = scaled(LOUD)
     path = export_bundle(source, tmp_path / "out", OnnxWriter(dtype="bf16")).path
     runtime = OnnxRuntime(path, device="cpu", threads=1)
-    proof = json.loads(verify(runtime, source, options=OPTIONS).to_json())
+    options = replace(OPTIONS, min_top1=0.9)  # random logits lie close together
+    proof = json.loads(verify(runtime, source, options=options).to_json())
     assert proof["passed"]
     assert [gate["name"] for gate in proof["gates"] if gate["passed"]][-1] == "range"
     largest = max(proof["ranges"]["tensors"], key=lambda item: item["share"])

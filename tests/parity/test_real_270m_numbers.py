@@ -24,7 +24,7 @@ from gemma3_export.runtimes.protocol import IntArray, KVCache, Runtime
 from tests.support.tokenizer_corpus import TEXTS
 from tests.support.transformers_peer import transformers_peer
 
-pytestmark = pytest.mark.real_weights
+pytestmark = [pytest.mark.real_weights, pytest.mark.slow]
 LENGTH = 1100  # the window is 512
 KEPT = 64  # last positions whose logits are compared
 DECODE_FROM = 480  # 64 single-token steps from here cross the window

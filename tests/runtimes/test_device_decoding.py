@@ -223,7 +223,9 @@ def test_cuda_options_are_checked() -> None:
     assert cuda_provider_options(CudaOptions(), Device("cuda", 0))["use_tf32"] == "0", (
         "parity needs whole float32"
     )
-    with pytest.raises(InputError, match="at least 1 byte"):
+    with pytest.raises(
+        InputError, match="memory limit in bytes is 0; it must be an integer of at least 1"
+    ):
         CudaOptions(memory_limit_bytes=0)
 
 
