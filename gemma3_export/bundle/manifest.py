@@ -162,11 +162,11 @@ def read_manifest(path: Path) -> Manifest:
         InputError: the folder is not a bundle, or its manifest is damaged or has another version.
     """
     file = path / MANIFEST
-    if not path.exists():
-        raise InputError(
-            f"{path} does not exist; make a bundle with `gemma3-export onnx --size 270m -o DIR`"
-        )
     if not is_file(file):
+        if not path.exists():
+            raise InputError(
+                f"{path} does not exist; make a bundle with `gemma3-export onnx --size 270m -o DIR`"
+            )
         raise InputError(
             f"{path} is not a gemma3-export bundle (no {MANIFEST}); "
             "make one with `gemma3-export onnx --size 270m -o DIR`"
