@@ -9,13 +9,12 @@ from typing import Any, Literal
 import click
 
 from gemma3_export.cli.generation_options import (
+    OpeningRequest,
     note_unused_seed,
-    open_model,
     opening_options,
     sampling_options,
-    stop_tokens_of,
 )
-from gemma3_export.cli.options import PATH, TEXT_PATH, WHOLE, CudaRequest, integer
+from gemma3_export.cli.options import PATH, TEXT_PATH, WHOLE, integer
 from gemma3_export.progress import ProgressBars
 
 __all__ = ["batch"]
@@ -99,20 +98,11 @@ def batch(
     tools_path: Path | None,
     chat_template: str | None,
     literal: bool,
-    stop_texts: tuple[str, ...],
-    stop_tokens: tuple[str, ...],
-    show_special: bool,
     batch_size: int,
     on_error: Literal["stop", "record"],
     force: bool,
     restart: bool,
-    device: str,
-    cuda: CudaRequest,
-    runtime: str | None,
-    threads: int | None,
-    share_weights: bool,
-    trust: bool,
-    check: bool,
+    opening: OpeningRequest,
     **sampling: Any,
 ) -> None:
     """Generate for every row of a JSONL file. Greedy unless a temperature or a filter is given.
@@ -130,24 +120,12 @@ def batch(
     from gemma3_export.cli.prompts import read_tools
 
     options = GenerateOptions(
-        stop=stop_texts,
-        stop_tokens=stop_tokens_of(stop_tokens),
         allow_control_tokens=not literal,
-        show_special_tokens=show_special,
         tools=None if tools_path is None else read_tools(tools_path),
         chat_template=chat_template,
         **sampling,
     )
-    model = open_model(
-        bundle_path,
-        device=device,
-        cuda=cuda,
-        runtime=runtime,
-        threads=threads,
-        share_weights=share_weights,
-        trust=trust,
-        check=check,
-    )
+    model = opening.open(bundle_path)
     started = time.perf_counter()
     try:
         with ProgressBars() as progress:

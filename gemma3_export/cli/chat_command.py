@@ -8,17 +8,15 @@ from typing import Any
 import click
 
 from gemma3_export.cli.generation_options import (
+    OpeningRequest,
     chat_sampling_options,
     note_unused_seed,
-    open_model,
     opening_options,
-    stop_tokens_of,
 )
 from gemma3_export.cli.options import PATH
 
 __all__ = ["chat"]
 
-OPENING_NAMES = ("device", "cuda", "runtime", "threads", "share_weights", "trust", "check")
 EPILOG = """\b
 Examples:
   gemma3-export chat gemma-3-270m-it
@@ -39,10 +37,8 @@ def chat(
     bundle_path: Path,
     system: str | None,
     chat_template: str | None,
-    stop_texts: tuple[str, ...],
-    stop_tokens: tuple[str, ...],
-    show_special: bool,
-    **options: Any,
+    opening: OpeningRequest,
+    **sampling: Any,
 ) -> None:
     """Talk with a bundle, or with weights, in a terminal.
 
@@ -53,13 +49,7 @@ def chat(
     from gemma3_export.api.options import GenerateOptions
     from gemma3_export.cli.conversation import Conversation
 
-    model = open_model(bundle_path, **{name: options.pop(name) for name in OPENING_NAMES})
-    generate_options = GenerateOptions(
-        stop=stop_texts,
-        stop_tokens=stop_tokens_of(stop_tokens),
-        show_special_tokens=show_special,
-        chat_template=chat_template,
-        **options,
-    )
-    note_unused_seed(generate_options.seed, is_greedy=generate_options.is_greedy)
-    Conversation(model.chat(system, generate_options), system).run()
+    model = opening.open(bundle_path)
+    options = GenerateOptions(chat_template=chat_template, **sampling)
+    note_unused_seed(options.seed, is_greedy=options.is_greedy)
+    Conversation(model.chat(system, options), system).run()

@@ -11,17 +11,15 @@ import click
 
 from gemma3_export.cli.generation_options import (
     CHAT_MAX_NEW_TOKENS,
+    OpeningRequest,
     note_unused_seed,
-    open_model,
     opening_options,
     sampling_options,
-    stop_tokens_of,
 )
 from gemma3_export.cli.options import (
     PATH,
     TEXT_PATH,
     WHOLE,
-    CudaRequest,
     cache_size,
     integer,
     is_given,
@@ -150,21 +148,11 @@ def generate(
     tools_path: Path | None,
     chat_template: str | None,
     literal: bool,
-    max_new_tokens: int,
-    stop_texts: tuple[str, ...],
-    stop_tokens: tuple[str, ...],
-    show_special: bool,
     prompt_lookup: int | None,
     draft_path: Path | None,
     prefix_cache_bytes: int,
     prefill_chunk: int,
-    device: str,
-    cuda: CudaRequest,
-    runtime: str | None,
-    threads: int | None,
-    share_weights: bool,
-    trust: bool,
-    check: bool,
+    opening: OpeningRequest,
     warm_up: bool,
     as_json: bool,
     **sampling: Any,
@@ -197,24 +185,10 @@ def generate(
     from gemma3_export.cli.generate_output import printer_for
     from gemma3_export.cli.prompts import read_prompt, read_prompt_file, read_tools, to_prompts
 
-    model = open_model(
-        bundle_path,
-        device=device,
-        cuda=cuda,
-        runtime=runtime,
-        threads=threads,
-        share_weights=share_weights,
-        trust=trust,
-        check=check,
-        warm_up=warm_up,
-    )
+    model = opening.open(bundle_path, warm_up=warm_up)
     tools = None if tools_path is None else read_tools(tools_path)
     options = GenerateOptions(
-        max_new_tokens=max_new_tokens,
-        stop=stop_texts,
-        stop_tokens=stop_tokens_of(stop_tokens),
         allow_control_tokens=not literal,
-        show_special_tokens=show_special,
         tools=tools,
         chat_template=chat_template,
         prompt_lookup=prompt_lookup,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -17,12 +19,11 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CHAT_MAX_NEW_TOKENS",
+    "OpeningRequest",
     "chat_sampling_options",
     "note_unused_seed",
-    "open_model",
     "opening_options",
     "sampling_options",
-    "stop_tokens_of",
 ]
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -65,7 +66,6 @@ SAMPLING = (
     ),
     click.option(
         "--stop",
-        "stop_texts",
         multiple=True,
         metavar="TEXT",
         help="Stop before this text; repeatable.",
@@ -75,10 +75,12 @@ SAMPLING = (
         "stop_tokens",
         multiple=True,
         metavar="TOKEN",
+        callback=lambda context, parameter, tokens: stop_tokens_of(tokens),
         help="Stop at this token, an id or a name such as <end_of_turn>; repeatable.",
     ),
     click.option(
         "--show-special",
+        "show_special_tokens",
         is_flag=True,
         help="Include special tokens that are generated in the text.",
     ),
@@ -116,7 +118,10 @@ OPENING = (
 
 
 def sampling_options(command: Command) -> Command:
-    """Add the options of sampling, and those that say where a generation ends."""
+    """Add the options of sampling and of where a generation ends.
+
+    The command receives them under the names of :class:`gemma3_export.api.options.GenerateOptions`.
+    """
     return _with_options(command, (_limit_option(MAX_NEW_TOKENS, "prompt"), *SAMPLING))
 
 
@@ -136,62 +141,73 @@ def _limit_option(default: int, what: str) -> Callable[[Command], Command]:
     )
 
 
-def opening_options(command: Command) -> Command:
-    """Add the options that say which graph of a bundle to open, and where."""
-    return _with_options(command, OPENING)
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OpeningRequest:
+    """Which graph of a bundle to open, and where, as given on the command line."""
+
+    device: str
+    cuda: CudaRequest
+    runtime: str | None
+    threads: int | None
+    share_weights: bool
+    trust: bool
+    check: bool
+
+    def open(self, path: Path, *, warm_up: bool = False) -> Model:
+        """Open a bundle, or weights; the graph itself opens with the first generation.
+
+        Weights come with a note that an export is faster.
+
+        Raises:
+            click.UsageError: an option cannot have an effect.
+            InputError: there is neither a bundle nor weights at ``path``, or they are damaged.
+            UnavailableError: a package is missing.
+        """
+        from gemma3_export.api.model import Model
+        from gemma3_export.api.model_files import AUTO, Weights, choose_runtime, open_files
+
+        files = open_files(path)
+        runtime = choose_runtime(files, AUTO if self.runtime is None else self.runtime)
+        device, cuda_options = self.cuda.settle(self.device, runtime)
+        model = Model(
+            files,
+            runtime=runtime,
+            device=device,
+            threads=self.threads,
+            trust=self.trust,
+            check=self.check,
+            warm_up=warm_up,
+            cuda=cuda_options,
+            shares_weights=self.share_weights,
+        )
+        if isinstance(files, Weights):
+            click.echo(
+                f"note: {path} is not an export, so it runs in PyTorch; faster: gemma3-export onnx "
+                f"--weights {path} -o DIR",
+                err=True,
+            )
+        return model
+
+
+def opening_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Add the options that say which graph of a bundle to open, and where.
+
+    The command receives them as an :class:`OpeningRequest` named ``opening``.
+    """
+
+    @functools.wraps(command)
+    def with_request(*arguments: Any, **options: Any) -> None:
+        names = [field.name for field in fields(OpeningRequest)]
+        opening = OpeningRequest(**{name: options.pop(name) for name in names})
+        command(*arguments, opening=opening, **options)
+
+    return _with_options(with_request, OPENING)
 
 
 def _with_options(command: Command, options: Sequence[Callable[..., Any]]) -> Command:
     for option in reversed(options):
         command = option(command)
     return command
-
-
-def open_model(
-    path: Path,
-    *,
-    device: str,
-    cuda: CudaRequest,
-    runtime: str | None,
-    threads: int | None,
-    share_weights: bool,
-    trust: bool,
-    check: bool,
-    warm_up: bool = False,
-) -> Model:
-    """Open a bundle, or weights, as the options of :func:`opening_options` say.
-
-    Weights come with a note that an export is faster. The graph opens with the first generation.
-
-    Raises:
-        click.UsageError: an option cannot have an effect.
-        InputError: there is neither a bundle nor weights at ``path``, or they are damaged.
-        UnavailableError: a package is missing.
-    """
-    from gemma3_export.api.model import Model
-    from gemma3_export.api.model_files import AUTO, Weights, choose_runtime, open_files
-
-    files = open_files(path)
-    runtime = choose_runtime(files, AUTO if runtime is None else runtime)
-    device, cuda_options = cuda.settle(device, runtime)
-    model = Model(
-        files,
-        runtime=runtime,
-        device=device,
-        threads=threads,
-        trust=trust,
-        check=check,
-        warm_up=warm_up,
-        cuda=cuda_options,
-        shares_weights=share_weights,
-    )
-    if isinstance(files, Weights):
-        click.echo(
-            f"note: {path} is not an export, so it runs in PyTorch; faster: gemma3-export onnx "
-            f"--weights {path} -o DIR",
-            err=True,
-        )
-    return model
 
 
 def stop_tokens_of(tokens: Sequence[str]) -> tuple[int | str, ...]:
