@@ -14,12 +14,12 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from gemma3_export.dtypes import ELEMENT_TYPES
+from gemma3_export.runtimes.onnx.graph_rewrites import K_NORM_WEIGHT, Q_NORM_WEIGHT
 
 __all__ = ["FuseBfloat16Norms", "FuseNorms"]
 
 DOMAIN = "com.microsoft"
 BFLOAT16 = ELEMENT_TYPES["bfloat16"].onnx
-Q_NORM_WEIGHT, K_NORM_WEIGHT = 14, 15  # inputs of GroupQueryAttention
 
 
 class FuseNorms(ir.passes.InPlacePass):

@@ -160,7 +160,7 @@ class DeviceDecodeSteps:
         # Greedy steps read one state and write the other: ONNX Runtime runs a graph twice in the
         # call that captures it, so no graph may replace what it reads.
         self.states = [place(np.zeros((rows, 2), np.int64)) for _ in range(2)]
-        self.current = 0  # the state that describes the last step
+        self.current = 0  # the state of the last step; a greedy selection writes the other
         self.ids = place(np.zeros((rows, 1), np.int64))
         self.columns = place(np.arange(cache.capacity, dtype=np.int64)[None])
         self.mask = place(np.zeros((rows, cache.capacity), np.int64))
@@ -184,14 +184,17 @@ class DeviceDecodeSteps:
             {"state": self.states[0], "columns": self.columns},
             self.next_tokens,
         )
-        self.prepared: IntArray | None = None  # the state that the device is ready for
+        self.lengths: IntArray = np.zeros((rows, 1), np.int64)  # after the last step
+        self.prepared: IntArray | None = None  # the next step that the device is ready for
         self.greedy: tuple[list[Step], Any] | None = None
         self.selection: tuple[int, Step, Any] | None = None
 
     def run(self, input_ids: IntArray, cache: InPlaceCache) -> None:
         """Compute the logits that follow ``input_ids`` [B, 1]; they stay on the device."""
         state = np.concatenate((input_ids, cache.lengths[:, None] + 1), axis=1)
-        if self.prepared is None or not np.array_equal(state, self.prepared):
+        if self.prepared is not None and np.array_equal(state, self.prepared):
+            self.current = 1 - self.current
+        else:
             self.current = 0
             self.states[0].update_inplace(state)
             self.preparation.run()
@@ -236,7 +239,6 @@ class DeviceDecodeSteps:
             self.greedy = steps, packed
         steps, packed = self.greedy
         steps[self.current].run()
-        self.current = 1 - self.current
         found: Logits = packed.numpy()[:, 0]
         return found
 

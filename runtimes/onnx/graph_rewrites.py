@@ -15,6 +15,8 @@ from typing import Any
 from gemma3_export.errors import InputError, UnavailableError
 
 __all__ = [
+    "K_NORM_WEIGHT",
+    "Q_NORM_WEIGHT",
     "read_graph",
     "upcast_to_float32",
     "weights_folder",
@@ -24,7 +26,7 @@ __all__ = [
 # These operators only move numbers; the result of any other is a new number, to be rounded.
 MOVES = {"Concat", "Expand", "Gather", "Identity", "Reshape", "Slice", "Split", "Transpose"}
 NOT_FLOAT = {"Shape", "Size", "ArgMax"}
-Q_NORM_WEIGHT = 14  # input of GroupQueryAttention; that of the keys follows
+Q_NORM_WEIGHT, K_NORM_WEIGHT = 14, 15  # inputs of GroupQueryAttention
 WIDE = "__float32"
 EXACT = "__unrounded"
 
@@ -119,9 +121,11 @@ class SeparateNorms:
         self._append("Split", f"{node.name}.split", [node.input[0], sizes], parts, axis=-1)
         epsilon = attribute(node, "qk_norm_epsilon").f
         split, merged = [0, 0, -1, head_dim], [0, 0, -1]
-        for index, part in enumerate(parts[:2]):
+        for index, (part, weight) in enumerate(
+            zip(parts, (Q_NORM_WEIGHT, K_NORM_WEIGHT), strict=False)
+        ):
             names = [f"{part}.{step}" for step in ("heads", "norm", "merged")]
-            scale = node.input[Q_NORM_WEIGHT + index]
+            scale = node.input[weight]
             self._append("Reshape", names[0], [part, self._constant("split", split)], names[:1])
             self._normalize(names[1], names[0], scale, names[1], epsilon)
             target = self._constant("merged", merged)

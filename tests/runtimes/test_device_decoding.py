@@ -105,6 +105,23 @@ def test_graphs_may_run_twice_as_they_do_when_they_are_captured(
     assert completed("fp32", params) == expected
 
 
+@pytest.mark.parametrize("params", FILTERED[:2], ids=["greedy", "top-k"])
+def test_candidates_may_be_asked_for_twice(
+    params: SamplingParams, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A selection leaves the device ready for one next token, however often it runs."""
+    expected = completed("fp32", params)
+    monkeypatch.setattr(runtime("fp32"), "decodes_on_device", True)
+    original = DeviceDecodeSteps.candidates
+
+    def twice(self: DeviceDecodeSteps, needed: int) -> Any:
+        original(self, needed)
+        return original(self, needed)
+
+    monkeypatch.setattr(DeviceDecodeSteps, "candidates", twice)
+    assert completed("fp32", params) == expected
+
+
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("vocab_size", [1024, 1003], ids=["blocks", "a prime number"])
 def test_the_device_selects_what_numpy_selects(rows: int, vocab_size: int) -> None:

@@ -1,0 +1,47 @@
+"""A fixed few hundred cases of the harness; `make test-faults` runs thousands of others."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.faults.harness.cases import Result
+from tests.faults.harness.generators import KINDS
+
+INPUTS = {
+    "safetensors": 40,
+    "gguf": 40,
+    "pt": 40,
+    "config": 40,
+    "tokenizer": 30,
+    "bundle": 15,
+    "request": 20,
+    "tokens": 15,
+    "run": 12,
+}
+SCHEDULES = {
+    "kill": (0, 1, 2, 5),
+    "signal": (0, 2, 4, 12),
+    "race": (1, 2),
+    "appear": (0, 1, 6, 7),
+    "disk": (0, 1, 3, 11),
+}
+
+
+def assert_good(results: list[Result]) -> None:
+    broken = [str(result) for result in results if not result.verdict.is_good]
+    assert not broken, "\n".join(broken)
+
+
+@pytest.mark.parametrize("kind", INPUTS)
+def test_hostile_inputs_give_a_right_result_or_one_line_of_error(kind: str, tmp_path: Path) -> None:
+    results = [KINDS[kind](seed, tmp_path / str(seed)) for seed in range(INPUTS[kind])]
+    assert_good(results)
+    kinds = {result.verdict.kind for result in results}
+    assert {"right", "rejected"} <= kinds, f"the cases are of one kind: {kinds}"
+
+
+@pytest.mark.parametrize("kind", SCHEDULES)
+def test_stops_races_and_full_disks_lose_mix_and_leave_nothing(kind: str, tmp_path: Path) -> None:
+    assert_good([KINDS[kind](seed, tmp_path) for seed in SCHEDULES[kind]])
