@@ -346,7 +346,7 @@ class Model:
 
         Raises:
             InputError: some prompts are conversations, which end with another token than the rest;
-                or there is no such token, or a text can never occur.
+                or a stop token does not exist, or a text can never occur.
         """
         kinds = {self.stop_token_ids(is_chat=is_conversation(prompt)) for prompt in prompts}
         if len(kinds) > 1:

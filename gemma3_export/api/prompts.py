@@ -87,7 +87,7 @@ def resolve_stops(
     """Return the tokens and the texts that end a generation by its options.
 
     Raises:
-        InputError: there is no such token, or a text can never occur.
+        InputError: a stop token does not exist, or a text can never occur.
     """
     tokens = [_token_id(token, tokenizer, vocab_size) for token in options.stop_token_names]
     texts = []

@@ -362,8 +362,8 @@ def _from_hugging_face(top: dict[str, Any], extra_eos: tuple[int, ...]) -> Gemma
 def text_vocab_size(rows: object, tokens: Mapping[str, Any]) -> Any:
     """Return how many of the embedding's ``rows`` belong to text.
 
-    The official multimodal checkpoints pad the vocabulary of the text model to 262,208 rows. What
-    lies behind the text is kept as far as one of the special ``tokens`` needs it.
+    The official multimodal checkpoints pad the vocabulary of the text model to 262,208 rows. Rows
+    after those of text are kept as far as one of the special ``tokens`` needs it.
     """
     if rows != PADDED_VOCAB_SIZE:
         return rows

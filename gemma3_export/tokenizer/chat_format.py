@@ -233,7 +233,7 @@ class ChatFormat:
         """Encode a conversation.
 
         Raises:
-            InputError: there is no template, or it does not accept the conversation.
+            InputError: the template is missing, or does not accept the conversation.
         """
         template, given = self._prepare(messages, options)
         marked = self._mark(messages, template, given)

@@ -80,7 +80,7 @@ class TokenizerSettings:
             has_tools: the conversation has tools.
 
         Raises:
-            InputError: there is no template of that name, or no default one.
+            InputError: the template does not exist, or none is the default.
         """
         if name is None and not self.templates:
             return None

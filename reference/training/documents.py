@@ -116,7 +116,7 @@ class LocalFiles:
 
     Raises:
         InputError: a path does not exist, a file is not a regular file or not readable, a given
-            file is empty, or there is no text at all.
+            file is empty, or no text was found.
     """
 
     def __init__(self, paths: Sequence[Path | str], *, column: str | None = None) -> None:

@@ -187,7 +187,7 @@ def _locate(spec: str, revision: str | None, token: str | None) -> _Location:
     """Find a local path, or download a Hub repository.
 
     Raises:
-        InputError: there is no such path or repository.
+        InputError: the path or repository does not exist.
         UnavailableError: the Hub cannot be reached.
     """
     path = _local_path(spec)

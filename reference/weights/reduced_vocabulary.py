@@ -186,7 +186,7 @@ def reduce_vocabulary(
         tokenizer: the model's tokenizer; None takes the one that came with the weights.
 
     Raises:
-        InputError: there is no tokenizer, it does not fit, or the request is unknown.
+        InputError: the tokenizer is missing or does not fit, or the request is unknown.
     """
     if tokenizer is None:
         file = source.tokenizer_file()

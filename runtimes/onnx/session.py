@@ -182,9 +182,9 @@ def log_errors_only() -> None:
     """Keep warnings of ONNX Runtime's default logger off stderr, once per process.
 
     A session's own level does not apply to them: since 1.26, every session on CUDA warns that
-    there is no plugin for CUDA, between the words of a text. The logger belongs to the process, and
-    its level cannot be read, so it is not restored; a program that wants its warnings sets the
-    level after its first session.
+    no plugin for CUDA is registered, between the words of a text. The logger belongs to the
+    process, and its level cannot be read, so it is not restored; a program that wants its warnings
+    sets the level after its first session.
     """
     import_onnxruntime().set_default_logger_severity(ERRORS_ONLY)
 

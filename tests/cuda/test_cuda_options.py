@@ -304,7 +304,7 @@ def over_the_stub(*arguments: object) -> subprocess.CompletedProcess[str]:
 def test_over_the_stub_stderr_holds_our_own_line_only(
     device: str, options: tuple[str, ...]
 ) -> None:
-    """onnxruntime-gpu 1.31 warns for each session that there is no plugin for the device."""
+    """onnxruntime-gpu 1.31 warns for each session that no plugin is registered for the device."""
     from tests.exporters.test_half_precision import half_bundle
 
     prompt = ("--prompt-ids", "2,5,9", "--max-new-tokens", 3)

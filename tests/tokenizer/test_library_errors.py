@@ -46,7 +46,7 @@ WHEN_LOADING: dict[str, Change] = {
     "merges shorter than their prefix": lambda data: data["model"].update(
         continuing_subword_prefix="##"
     ),
-    "a normalizer that is no table": lambda data: data.update(
+    "a normalizer that is not an object": lambda data: data.update(
         normalizer={"type": "Precompiled", "precompiled_charsmap": "AAAA"}
     ),
     "a merge of unknown tokens": lambda data: data["model"].update(merges=["qq zz"]),

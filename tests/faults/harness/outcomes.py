@@ -47,7 +47,7 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What lies in a folder: names, and of the files also size, time and place on the disk."""
+    """The content of a folder: names, and the size, time and inode of files."""
 
     entries: frozenset[tuple[object, ...]]
 
