@@ -27,7 +27,7 @@ PYTEST_ARGS ?=
 PYTEST_PARALLEL := -n logical --maxprocesses 4 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help setup weights tokenizer demo demo-270m train-demo test test-full test-faults test-cuda gpu placement lint lint-docker docs picture \
+.PHONY: help setup weights tokenizer demo demo-270m train-demo test test-full test-faults test-cuda gpu placement lint lint-systems lint-docker docs picture \
 	bench bench-peers bench-cuda bench-cuda-short peers clean
 
 help: ## List the targets
@@ -92,10 +92,17 @@ train-demo: $(INSTALLED) ## Train the bundled model again and compare its loss w
 # import-linter does not follow links, so it gets a copy in which the three folders are real.
 lint: $(INSTALLED) ## Check style, types and the order of imports
 	$(BIN)/ruff check
+	@# Text files need an encoding: Windows has another default. This rule is in preview.
+	$(BIN)/ruff check --preview --select PLW1514 gemma3_export reference exporters runtimes benchmarks
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	@rm -rf $(ROOMS) && mkdir -p $(ROOMS) && cp -rL gemma3_export pyproject.toml $(ROOMS)
 	cd $(ROOMS) && PYTHONPATH=. $(CURDIR)/$(BIN)/lint-imports --no-cache --no-logo
+
+lint-systems: $(INSTALLED) ## Check types as on macOS and Windows
+	for system in darwin win32; do \
+		$(BIN)/mypy --platform $$system --cache-dir .mypy_cache/$$system -p gemma3_export || exit; \
+	done
 
 lint-docker: $(LINT_VENV)/.installed ## Lint the Dockerfile with hadolint
 	$(LINT_VENV)/bin/hadolint Dockerfile

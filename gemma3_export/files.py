@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+import sys
 from io import BufferedReader
 from pathlib import Path
 
@@ -31,6 +32,12 @@ KINDS = {
     stat.S_IFBLK: "a device",
     stat.S_IFDIR: "a folder",
 }
+# Opening does not wait for the writer of a FIFO. Windows, where files have no such type, would
+# translate line ends.
+if sys.platform == "win32":
+    READ_FLAGS = os.O_RDONLY | os.O_BINARY
+else:
+    READ_FLAGS = os.O_RDONLY | os.O_NONBLOCK
 NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG)
 
 
@@ -107,7 +114,7 @@ def open_regular(path: Path, *, or_pipe: bool = False) -> BufferedReader:
         InputError: it does not exist, is something else, or is not readable.
     """
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        descriptor = os.open(path, READ_FLAGS)
     except ValueError as error:
         raise InputError(f"{str(path)!r:.60} is not a path; give the path of a file") from error
     except OSError as error:
@@ -116,7 +123,8 @@ def open_regular(path: Path, *, or_pipe: bool = False) -> BufferedReader:
     if kind != stat.S_IFREG and not (or_pipe and kind == stat.S_IFIFO):
         os.close(descriptor)
         raise InputError(f"{path} is {KINDS.get(kind, 'not a file')}; give a regular file")
-    os.set_blocking(descriptor, True)
+    if sys.platform != "win32":
+        os.set_blocking(descriptor, True)
     return os.fdopen(descriptor, "rb")
 
 
@@ -157,6 +165,8 @@ def read_text(path: Path, *, limit_bytes: int, or_pipe: bool = False) -> str:
 def _unreadable(path: Path, error: OSError) -> InputError:
     if error.errno in NOT_THERE:
         return InputError(f"{path} does not exist; give the path of a file")
+    if error.errno == errno.EACCES and path.is_dir():  # Windows opens no folder
+        return InputError(f"{path} is {KINDS[stat.S_IFDIR]}; give a regular file")
     if error.errno == errno.ENXIO:  # opening a socket
         return InputError(f"{path} is a socket; give a regular file")
     return InputError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -27,17 +28,18 @@ class Terminated(KeyboardInterrupt):
     number = signal.SIGTERM
 
 
-class HungUp(Terminated):
-    """The exception that SIGHUP raises: the terminal was closed."""
-
-    number = signal.SIGHUP
-
-
 INTERRUPTIONS: dict[int, type[KeyboardInterrupt]] = {
     signal.SIGINT: KeyboardInterrupt,
     signal.SIGTERM: Terminated,
-    signal.SIGHUP: HungUp,
 }
+if sys.platform != "win32":  # which has no SIGHUP; SIGTERM is only raised by the process itself
+
+    class HungUp(Terminated):
+        """The exception that SIGHUP raises: the terminal was closed."""
+
+        number = signal.SIGHUP
+
+    INTERRUPTIONS[signal.SIGHUP] = HungUp
 
 
 def install_signal_handlers() -> None:
@@ -61,7 +63,7 @@ def install_signal_handlers() -> None:
 
     signal.signal(signal.SIGINT, interrupt)
     signal.signal(signal.SIGTERM, interrupt)
-    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+    if sys.platform != "win32" and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
         signal.signal(signal.SIGHUP, interrupt)
 
 
@@ -100,7 +102,7 @@ class DeferredSignals:
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            for number in INTERRUPTIONS:
                 if signal.getsignal(number) == signal.SIG_IGN:  # as under nohup
                     continue
                 self._previous_handlers[number] = signal.signal(number, self._record)

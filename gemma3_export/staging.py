@@ -14,24 +14,25 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import fcntl
 import fnmatch
+import gc
 import logging
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from gemma3_export.errors import Gemma3ExportError, InputError
 from gemma3_export.files import is_file, to_path
+from gemma3_export.locks import exclusive
 from gemma3_export.records import read_json
 from gemma3_export.signals import uninterrupted
 
 __all__ = [
     "check_disk_space",
     "check_writable",
-    "exclusive",
     "foreign_files",
     "publish",
     "reject_existing",
@@ -126,7 +127,7 @@ def reject_existing(target: Path, *, force: bool) -> None:
         )
     if not force:
         raise InputError(f"{target} exists and is not empty; pass --force to replace it")
-    if target.is_mount():
+    if os.path.ismount(target):
         raise InputError(
             f"{target} is a mount point and is not empty; empty it, or choose a folder inside it"
         )
@@ -166,7 +167,7 @@ def foreign_files(folder: Path) -> list[str]:
 
 def _place_of(target: Path) -> Path:
     """Return the folder beside ``target``, or in it, where its content is prepared."""
-    return (target if target.is_mount() else target.parent) / f".{target.name}.partial"
+    return (target if os.path.ismount(target) else target.parent) / f".{target.name}.partial"
 
 
 @contextmanager
@@ -207,79 +208,6 @@ def _clear(place: Path, target: Path) -> None:
         shutil.rmtree(left, ignore_errors=True)
 
 
-@contextmanager
-def exclusive(file: Path, what: str) -> Iterator[None]:
-    """Hold the lock ``file`` while the block runs. The system frees it if the process is killed.
-
-    Args:
-        file: the lock, which contains the process id of its owner and is removed at the end.
-        what: the work that the lock protects, such as ``writing out``.
-
-    Raises:
-        InputError: another process holds the lock; the message names the process.
-    """
-    descriptor = None
-    try:
-        with uninterrupted():  # a signal between the lock and its release would leave the file
-            descriptor = _locked(file)
-        if descriptor is None:
-            with suppress(OSError):
-                what += f" (process {file.read_text(encoding='utf-8').strip() or 'unknown'})"
-            raise InputError(
-                f"another process is {what}; wait until it has ended, or choose another output"
-            )
-        yield
-    finally:
-        if descriptor is not None:
-            with uninterrupted():
-                file.unlink(missing_ok=True)  # while it is locked: see _lock
-                os.close(descriptor)
-
-
-def _locked(file: Path) -> int | None:
-    try:
-        return _lock(file)
-    except OSError as error:
-        raise InputError(
-            f"cannot create a file in {file.parent}: {error}; choose another output"
-        ) from error
-
-
-def _lock(file: Path) -> int | None:
-    """Return a descriptor that holds the lock ``file``, or None if another process holds it.
-
-    The owner removes the file before it frees the lock, so a lock that was won on a removed file
-    counts for nothing and is tried again.
-    """
-    while True:
-        try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        except FileNotFoundError:  # the folder was removed by its last owner meanwhile
-            continue
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if _is_at(descriptor, file):
-                os.ftruncate(descriptor, 0)
-                os.write(descriptor, str(os.getpid()).encode())
-                return descriptor
-        except BlockingIOError:
-            os.close(descriptor)
-            return None
-        except BaseException:
-            os.close(descriptor)
-            raise
-        os.close(descriptor)
-
-
-def _is_at(descriptor: int, file: Path) -> bool:
-    """Return whether ``descriptor`` is of the file that is at the path now."""
-    try:
-        return os.path.samestat(os.fstat(descriptor), file.stat())
-    except FileNotFoundError:
-        return False
-
-
 def _recover(place: Path, target: Path) -> None:
     """Undo what a process that was killed left in ``place``."""
     replaced, content = place / "replaced", place / "content"
@@ -306,6 +234,8 @@ def publish(content: Path, target: Path) -> None:
     Raises:
         InputError: files appeared in ``target`` at the last moment.
     """
+    if sys.platform == "win32":
+        gc.collect()  # closes files in reference cycles: no folder with an open file can be renamed
     try:
         with uninterrupted():
             _publish(content, target)
@@ -320,9 +250,11 @@ def publish(content: Path, target: Path) -> None:
 
 def _publish(content: Path, target: Path) -> None:
     has_entries = target.exists() and any(target.iterdir())
-    if target.is_mount():
+    if os.path.ismount(target):
         _fill(content, target)
     elif not has_entries:
+        if sys.platform == "win32" and target.exists():
+            target.rmdir()  # a rename replaces nothing there
         content.rename(target)
     elif not exchange(content, target):
         target.rename(_place_of(target) / "replaced")
@@ -338,6 +270,8 @@ def _fill(content: Path, target: Path) -> None:
 
 def exchange(one: Path, other: Path) -> bool:
     """Exchange two folders in one step; return False if the system cannot."""
+    if sys.platform != "linux":
+        return False
     try:
         rename = ctypes.CDLL(None, use_errno=True).renameat2
     except (OSError, AttributeError):
@@ -347,14 +281,19 @@ def exchange(one: Path, other: Path) -> bool:
 
 
 def check_disk_space(path: Path, size_bytes: int) -> None:
-    """Check that a file of ``size_bytes`` can be written, by allocating it temporarily.
+    """Check that a file of ``size_bytes`` can be written.
 
     This is for writers that leave no way to clean up: torch aborts the process if an archive does
-    not fit on the disk.
+    not fit on the disk. Linux allocates the file temporarily, which also respects quotas and
+    limits; other systems report the free space.
 
     Raises:
         OSError: the disk is full, or a quota or limit is exceeded.
     """
+    if sys.platform != "linux":
+        if shutil.disk_usage(path.parent).free < size_bytes:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        return
     try:
         with path.open("wb") as file:
             os.posix_fallocate(file.fileno(), 0, size_bytes)
@@ -363,7 +302,7 @@ def check_disk_space(path: Path, size_bytes: int) -> None:
 
 
 def write_text_atomically(path: Path, text: str) -> None:
-    """Write ``text`` to ``path`` in UTF-8, replacing the file atomically.
+    """Write ``text`` to ``path`` in UTF-8, replacing the file atomically; keep line ends as is.
 
     Raises:
         InputError: something is there that is not a regular file, such as a device.
@@ -373,7 +312,7 @@ def write_text_atomically(path: Path, text: str) -> None:
     temporary = _partial(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", newline="")
         temporary.replace(path)
     except OSError as error:
         raise Gemma3ExportError(

@@ -148,6 +148,7 @@ class UnfinishedResults:
                 os.fsync(file.fileno())
             with uninterrupted():
                 ordered.replace(self._target)
+                self._file.close()  # Windows removes no open file
                 self.path.unlink()
         except OSError as error:
             raise self._unwritable(error) from error

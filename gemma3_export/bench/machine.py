@@ -44,7 +44,7 @@ def describe_machine() -> dict[str, object]:
         "memory_bytes": memory_bytes(),
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "python": platform.python_version(),
-        "load_average": os.getloadavg()[0],
+        "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
     }
 
 
@@ -67,6 +67,8 @@ def available_processors() -> int:
 
 def memory_bytes() -> int | None:
     """Return the size of physical memory, or None if the system does not report it."""
+    if sys.platform == "win32":
+        return None
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (ValueError, OSError):

@@ -40,6 +40,8 @@ class Worker:
         Raises:
             Gemma3ExportError: the process ended, reported an error, or sent something else.
         """
+        if sys.platform == "win32":
+            raise AssertionError("run_benchmark rejects Windows")
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         self.process.send_signal(signal.SIGCONT)

@@ -10,6 +10,7 @@ This module imports neither torch nor ONNX Runtime.
 from __future__ import annotations
 
 import importlib.util
+import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import asdict, dataclass
@@ -98,8 +99,14 @@ def run_benchmark(path: Path | str, options: BenchmarkOptions) -> dict[str, Any]
     Raises:
         InputError: the bundle is damaged, the tokens do not fit its context, or a peer was made
             from other weights.
-        UnavailableError: a package, a peer or the device is missing.
+        UnavailableError: a package, a peer or the device is missing, or this is Windows, where no
+            process can be paused while another one is measured.
     """
+    if sys.platform == "win32":
+        raise UnavailableError(
+            "benchmarks do not run on Windows, which cannot pause a process while another one is "
+            "measured; run them on Linux, in WSL or on macOS"
+        )
     bundle = Bundle(path)
     bundle.check_quickly()
     check_context(bundle.config, options)

@@ -19,7 +19,6 @@ import importlib
 import json
 import os
 import re
-import resource
 import sys
 import time
 import traceback
@@ -119,8 +118,14 @@ def respond(candidate: Candidate, request: dict[str, Any]) -> dict[str, Any]:
 def peak_memory_bytes() -> int:
     """Return the peak memory of this process, including code and mapped weights."""
     status = Path("/proc/self/status")  # rusage would include the process that forked this one
-    if status.exists() and (found := re.search(r"VmHWM:\s*(\d+) kB", status.read_text())):
+    if status.exists() and (
+        found := re.search(r"VmHWM:\s*(\d+) kB", status.read_text(encoding="utf-8"))
+    ):
         return int(found[1]) * 1024
+    if sys.platform == "win32":
+        raise AssertionError("run_benchmark rejects Windows")
+    import resource
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 

@@ -203,7 +203,8 @@ def _check_graphs(manifest: Manifest) -> None:
 
 def _check_inside(relative: str) -> None:
     parts = PurePosixPath(relative).parts
-    if not parts or relative.startswith("/") or ".." in parts or "\\" in relative:
+    # Windows reads "\\" as "/", and "C:" as a drive.
+    if not parts or relative.startswith("/") or ".." in parts or set("\\:") & set(relative):
         raise ValueError(f"path {relative!r:.60} leads out of the bundle")
     try:
         to_path(relative, "the file")

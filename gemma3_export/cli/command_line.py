@@ -185,6 +185,8 @@ def command_line(debug: bool) -> None:
         if isinstance(stream, io.TextIOWrapper):
             # A terminal without UTF-8 shows a replacement character instead of raising an error.
             stream.reconfigure(errors="replace" if stream is sys.stdout else "backslashreplace")
+            if sys.platform == "win32" and not stream.isatty():
+                stream.reconfigure(encoding="utf-8", newline="\n")  # files and pipes, as elsewhere
 
 
 def main() -> NoReturn:

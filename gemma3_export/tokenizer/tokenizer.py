@@ -341,8 +341,8 @@ class Tokenizer:
             config = json.dumps(hub_config, indent=2) + "\n"
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / TOKENIZER_NAME).write_text(self.to_json(), encoding="utf-8")
-            (folder / TOKENIZER_CONFIG_NAME).write_text(config, encoding="utf-8")
+            (folder / TOKENIZER_NAME).write_text(self.to_json(), encoding="utf-8", newline="")
+            (folder / TOKENIZER_CONFIG_NAME).write_text(config, encoding="utf-8", newline="")
         except OSError as error:
             raise InputError(
                 f"cannot write the tokenizer to {folder}: {error}; free some disk space or choose "

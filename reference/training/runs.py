@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
 import platform
 import shutil
 from collections.abc import Callable, Iterator
@@ -270,7 +271,7 @@ def _old_run_aside(
     reject_existing(run, force=force)  # again: files may have appeared meanwhile
     try:
         with uninterrupted():
-            if run.exists() and not run.is_mount():  # a mount point is empty, or was rejected
+            if run.exists() and not os.path.ismount(run):  # a mount point is empty, or was rejected
                 run.rename(_aside(run))
         yield
     finally:
@@ -306,7 +307,7 @@ def _discard(run: Path) -> bool:
     """Delete a run without results, unless it contains files that this program did not write."""
     if any(run.iterdir()) and foreign_files(run):
         return False
-    if not run.is_mount():
+    if not os.path.ismount(run):
         shutil.rmtree(run)
         return True
     for path in run.iterdir():  # of a mount point, only the content can go

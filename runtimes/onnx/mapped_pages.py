@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -27,10 +28,11 @@ def drop_mapped_pages(file: Path) -> int:
     Returns:
         Size of these mappings in bytes; 0 on systems without ``/proc/self/smaps``.
     """
-    if not MAPS.exists():
+    if sys.platform == "win32" or not MAPS.exists():
         return 0
     library, dropped = ctypes.CDLL(None, use_errno=True), 0
-    for start, end in unchanged_mappings(MAPS.read_text(errors="surrogateescape"), file.resolve()):
+    smaps = MAPS.read_text(encoding="utf-8", errors="surrogateescape")
+    for start, end in unchanged_mappings(smaps, file.resolve()):
         address, size = ctypes.c_void_p(start), ctypes.c_size_t(end - start)
         if library.madvise(address, size, mmap.MADV_DONTNEED) == 0:
             dropped += end - start

@@ -15,7 +15,8 @@ import pytest
 
 from gemma3_export import staging
 from gemma3_export.errors import Gemma3ExportError, InputError
-from gemma3_export.staging import exclusive, staged_directory
+from gemma3_export.locks import exclusive
+from gemma3_export.staging import staged_directory
 
 MANIFEST = '{"format_version": 1, "files": {"model.onnx": {}}}'
 KILLED = """
