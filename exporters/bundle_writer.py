@@ -1,7 +1,7 @@
-"""Write a bundle: config, tokenizer, graph, manifest and parity report, all or nothing.
+"""Write a bundle: config, tokenizer, graphs, manifest and parity reports, all or nothing.
 
-A graph writer adds its graph; this module adds everything else. The folder gets its name only once
-it is complete, so a failed or interrupted export leaves no partial output.
+Each graph writer adds its graph; this module adds everything else. The folder gets its name only
+once it is complete, so a failed or interrupted export leaves no partial output.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ import json
 import shutil
 import tempfile
 import time
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import ClassVar, Protocol
@@ -19,11 +21,15 @@ import torch
 
 from gemma3_export import __version__
 from gemma3_export.bundle import (
+    GENAI_CONFIG,
     MANIFEST,
     PARITY,
     Bundle,
     Graph,
     Manifest,
+    default_graph,
+    generation_config_to_json,
+    write_genai_config,
     write_hf_metadata,
     write_manifest,
 )
@@ -58,6 +64,14 @@ class GraphWriter(Protocol):
     runtime: ClassVar[str]  # the backend that runs it
 
     @property
+    def variant(self) -> str:
+        """The name of the variant: see :mod:`gemma3_export.bundle.variants`."""
+
+    @property
+    def path(self) -> str:
+        """The path of the graph in the bundle, with forward slashes."""
+
+    @property
     def half(self) -> HalfPrecision | None:
         """The parts of the graph in half precision, None if it computes in float32."""
 
@@ -73,8 +87,10 @@ class GraphWriter(Protocol):
 class Verification(Protocol):
     """Parity check of a bundle against the weights that it was made from."""
 
-    def __call__(self, folder: Path, source: WeightSource, ranges: HalfRanges | None = None) -> str:
-        """Return the parity report as JSON.
+    def __call__(
+        self, folder: Path, source: WeightSource, graph: Graph, ranges: HalfRanges | None = None
+    ) -> str:
+        """Return the parity report of one graph as JSON.
 
         Raises:
             ParityError: the bundle differs from the reference.
@@ -86,6 +102,7 @@ class ExportResult:
     """Result of an export."""
 
     path: Path
+    graphs: tuple[Graph, ...]  # those that were written
     verified: bool
     size_bytes: int
     seconds: dict[str, float] = field(default_factory=dict)  # by stage
@@ -94,71 +111,85 @@ class ExportResult:
 def export_bundle(
     source: WeightSource,
     output: Path,
-    writer: GraphWriter,
-    *,
+    *writers: GraphWriter,
     tokenizer: Tokenizer | None = None,
     force: bool = False,
     verification: Verification | None = None,
     progress: Progress | None = None,
 ) -> ExportResult:
-    """Export ``source`` to a bundle at ``output``, or add a graph to an existing bundle.
+    """Export ``source`` to a bundle at ``output``, or add graphs to an existing bundle.
 
     Args:
         source: the weights and their config.
-        output: the folder to create. If it is a bundle of the same weights without a graph for this
-            runtime, the graph is added, and the folder is still replaced in one step.
-        writer: writes the graph.
+        output: the folder to create. If it is a bundle of the same weights, the graphs are added,
+            and the folder is still replaced in one step.
+        writers: each writes a graph; no two have the same runtime and variant.
         tokenizer: defaults to the tokenizer of the weights, if any.
         force: replace an existing folder.
         verification: the parity check; None skips it and records that in the manifest.
         progress: called with the stage and how much of it is done.
 
     Raises:
-        InputError: the folder exists, or weights, config and tokenizer contradict each other.
-        ParityError: the graph differs from the reference, or its activations overflow float16;
-            there is no output.
+        InputError: the folder exists or has one of the graphs, or weights, config and tokenizer
+            contradict each other.
+        ParityError: a graph differs from the reference, or its activations overflow float16; there
+            is no output.
         Gemma3ExportError: the disk is full or not writable.
     """
     report = progress or ignore_progress
     if tokenizer is not None:
         source.keep_rows(tokenizer.vocab_size)
     tokenizer = tokenizer or tokenizer_of(source)
-    existing = None if force else extendable_bundle(output, writer.runtime, source, tokenizer)
+    require_distinct(writers)
+    existing = None if force else extendable_bundle(output, writers, source, tokenizer)
     if existing is None:
         reject_existing(output, force=force)
     if tokenizer is not None:
         tokenizer.check_vocab_size(source.config.vocab_size)
-    require_space(output, writer.size_bytes(source.config))
-    seconds: dict[str, float] = {}
+    require_space(output, sum(writer.size_bytes(source.config) for writer in writers))
+    seconds: defaultdict[str, float] = defaultdict(float)
     started = time.perf_counter()
-    ranges = checked_ranges(writer.half, source, tokenizer, verification is not None, report)
-    if ranges is not None:
-        seconds["activation range"] = time.perf_counter() - started
+    is_verified = verification is not None
+    ranges = {
+        half: checked_ranges(half, source, tokenizer, is_verified, report)
+        for half in dict.fromkeys(writer.half for writer in writers)
+    }
+    if any(ranges.values()):
+        seconds["activation range"] += time.perf_counter() - started
     with staged_directory(output, force=force or existing is not None) as folder:
         started = time.perf_counter()
         if existing is not None:  # again, now that no other process can add to it
-            existing = extendable_bundle(output, writer.runtime, source, tokenizer)
+            existing = extendable_bundle(output, writers, source, tokenizer)
             if existing is None:
                 reject_existing(output, force=force)
         if existing is None:
             write_hf_metadata(folder, source.config, tokenizer, source.generation_config())
         else:
             link_files(existing, folder)
-        graph, hashes = writer.write(source, folder, report)
-        manifest = combine(existing, graph, source)
-        write_manifest(folder, manifest, known_hashes(existing) | hashes)
-        seconds["export"] = time.perf_counter() - started
-        if verification is not None:
+        manifest = Manifest(
+            graphs=[] if existing is None else existing.manifest.graphs,
+            source=source.fingerprint(),
+            versions=package_versions(),
+            files={} if existing is None else existing.manifest.files,
+        )
+        added: list[Graph] = []
+        for writer in writers:
+            graph, hashes = writer.write(source, folder, report)
+            added.append(graph)
+            add_graph(folder, manifest, graph, hashes, source)
+            seconds["export"] += time.perf_counter() - started
             started = time.perf_counter()
-            add_report(folder, graph.runtime, verification(folder, source, ranges))
-            manifest.graphs[-1] = replace(graph, verified=True)
-            hashes = {name: record.sha256 for name, record in manifest.files.items()}
-            hashes.pop(PARITY, None)
-            write_manifest(folder, manifest, hashes)
-            seconds["parity"] = time.perf_counter() - started
-        size = sum(record.size_bytes for record in manifest.files.values())
+            if verification is not None:
+                proof = verification(folder, source, graph, ranges[writer.half])
+                added[-1] = add_proof(folder, manifest, graph, proof)
+                seconds["parity"] += time.perf_counter() - started
+                started = time.perf_counter()
     return ExportResult(
-        path=output, verified=verification is not None, size_bytes=size, seconds=seconds
+        path=output,
+        graphs=tuple(added),
+        verified=is_verified,
+        size_bytes=sum(record.size_bytes for record in manifest.files.values()),
+        seconds=dict(seconds),
     )
 
 
@@ -182,19 +213,37 @@ def checked_ranges(
     return ranges
 
 
-def extendable_bundle(
-    output: Path, runtime: str, source: WeightSource, tokenizer: Tokenizer | None
-) -> Bundle | None:
-    """Return the bundle at ``output`` if a graph for ``runtime`` can be added to it.
+def require_distinct(writers: Sequence[GraphWriter]) -> None:
+    """Check that there are graphs to write, and that none would replace another.
 
     Raises:
-        InputError: the bundle was made from other weights, or with another tokenizer.
+        InputError: there are none, or two have the same name.
+    """
+    if not writers:
+        raise InputError("there is nothing to export; give at least one dtype")
+    names = [f"{writer.runtime} {writer.variant}" for writer in writers]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise InputError(f"the {twice[0]} graph is requested {len(twice)} times; name it once")
+
+
+def extendable_bundle(
+    output: Path,
+    writers: Sequence[GraphWriter],
+    source: WeightSource,
+    tokenizer: Tokenizer | None,
+) -> Bundle | None:
+    """Return the bundle at ``output`` if the graphs can be added to it; None if there is none.
+
+    Raises:
+        InputError: the bundle has one of the graphs, or was made from other weights, or with
+            another tokenizer.
     """
     if not is_file(output / MANIFEST):
         return None
     bundle = Bundle(output)
-    if any(graph.runtime == runtime for graph in bundle.manifest.graphs):
-        return None
+    for writer in writers:
+        bundle.require_vacant(writer.runtime, writer.variant, writer.path)
+    runtime = writers[0].runtime
     if bundle.config != source.config or bundle.manifest.source != source.fingerprint():
         raise InputError(
             f"{output} is a bundle of other weights, so a {runtime} graph cannot be added; choose "
@@ -238,25 +287,50 @@ def link_files(bundle: Bundle, folder: Path) -> None:
             shutil.copyfile(bundle.file(relative), target)
 
 
-def known_hashes(bundle: Bundle | None) -> dict[str, str]:
-    """Return the hashes of a bundle's files."""
-    if bundle is None:
-        return {}
-    return {name: record.sha256 for name, record in bundle.manifest.files.items()}
+def add_graph(
+    folder: Path,
+    manifest: Manifest,
+    graph: Graph,
+    hashes: Mapping[str, str],
+    source: WeightSource,
+) -> None:
+    """Add a written graph to the manifest and to the files that describe the bundle.
+
+    Args:
+        folder: the staged bundle.
+        manifest: describes what was there before; changed in place.
+        graph: the new graph.
+        hashes: SHA-256 of its files, by relative path.
+        source: the weights.
+    """
+    manifest.graphs = [*manifest.graphs, graph]
+    if graph.runtime == "onnx":
+        default = default_graph([item for item in manifest.graphs if item.runtime == "onnx"])
+        generation = generation_config_to_json(source.config, source.generation_config())
+        write_genai_config(folder, source.config, default, generation)
+    write_manifest(folder, manifest, known_hashes(manifest, GENAI_CONFIG) | dict(hashes))
 
 
-def combine(existing: Bundle | None, graph: Graph, source: WeightSource) -> Manifest:
-    """Return a manifest with ``graph`` added; writing it fills in the files."""
-    graphs = [] if existing is None else existing.manifest.graphs
-    return Manifest(
-        graphs=[*graphs, graph], source=source.fingerprint(), versions=package_versions()
-    )
+def add_proof(folder: Path, manifest: Manifest, graph: Graph, proof: str) -> Graph:
+    """Add a graph's parity report to ``parity.json``; return the graph marked as verified.
 
-
-def add_report(folder: Path, runtime: str, report: str) -> None:
-    """Add one runtime's parity report to ``parity.json``."""
-    reports = read_proofs(folder) | {runtime: json.loads(report)}
+    Args:
+        folder: the staged bundle.
+        manifest: ends with the graph; changed in place.
+        graph: the graph.
+        proof: its report as JSON.
+    """
+    reports = read_proofs(folder) | {graph.path: json.loads(proof)}
     write_text_atomically(folder / PARITY, json.dumps(reports, indent=1) + "\n")
+    verified = replace(graph, verified=True)
+    manifest.graphs = [verified if item == graph else item for item in manifest.graphs]
+    write_manifest(folder, manifest, known_hashes(manifest, PARITY))
+    return verified
+
+
+def known_hashes(manifest: Manifest, *changed: str) -> dict[str, str]:
+    """Return the hashes of a bundle's files except those at the relative paths ``changed``."""
+    return {name: record.sha256 for name, record in manifest.files.items() if name not in changed}
 
 
 def tokenizer_of(source: WeightSource) -> Tokenizer | None:

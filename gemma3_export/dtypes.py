@@ -81,6 +81,8 @@ class ExportDtype:
     is_calibrated: bool = False  # made with calibration text
     has_block_size: bool = False  # --block-size applies
     max_kld: float = DEFAULT_MAX_KLD  # default budget, mean nats per token from full precision
+    file_suffix: str = ""  # of graphs, as on the Hub: see bundle/variants.py
+    half_file_suffix: str = ""  # the same before f16 or bf16, if activations are in that type
 
     @property
     def is_quantized(self) -> bool:
@@ -92,12 +94,33 @@ EXPORT_DTYPES: dict[str, ExportDtype] = {
     item.name: item
     for item in (
         ExportDtype(name="fp32", element="float32", backends=("onnx", "torchscript", "pt2")),
-        ExportDtype(name="bf16", element="bfloat16", backends=("onnx", "torchscript", "pt2")),
-        ExportDtype(name="fp16", element="float16", backends=("onnx", "torchscript", "pt2")),
         ExportDtype(
-            name="int8", element=None, backends=("onnx", "torchscript"), has_block_size=True
+            name="bf16",
+            element="bfloat16",
+            backends=("onnx", "torchscript", "pt2"),
+            file_suffix="bf16",
         ),
-        ExportDtype(name="keep", element=None, backends=("onnx",)),
+        ExportDtype(
+            name="fp16",
+            element="float16",
+            backends=("onnx", "torchscript", "pt2"),
+            file_suffix="fp16",
+        ),
+        ExportDtype(
+            name="int8",
+            element=None,
+            backends=("onnx", "torchscript"),
+            has_block_size=True,
+            file_suffix="quantized",
+            half_file_suffix="q8",
+        ),
+        ExportDtype(
+            name="keep",
+            element=None,
+            backends=("onnx",),
+            file_suffix="keep",
+            half_file_suffix="keep_",
+        ),
         ExportDtype(
             name="int4",
             element=None,
@@ -105,6 +128,8 @@ EXPORT_DTYPES: dict[str, ExportDtype] = {
             is_calibrated=True,
             has_block_size=True,
             max_kld=0.1,
+            file_suffix="q4",
+            half_file_suffix="q4",
         ),
         ExportDtype(
             name="mixed",
@@ -113,6 +138,8 @@ EXPORT_DTYPES: dict[str, ExportDtype] = {
             is_calibrated=True,
             has_block_size=True,
             max_kld=0.05,
+            file_suffix="mixed",
+            half_file_suffix="mixed_",
         ),
     )
 }

@@ -1,4 +1,4 @@
-"""The graph writer for ONNX: ``onnx/model.onnx``, its sliding-window sibling and their weights."""
+"""The graph writer for ONNX: a variant's graph, its sliding-window sibling and their weights."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from gemma3_export.bundle import (
     BlockFormat,
     Graph,
     WeightRecipe,
-    generation_config_to_json,
-    write_genai_config,
+    graph_stem,
+    variant_name,
 )
 from gemma3_export.config import TOKENIZER_NAME, Gemma3Config
 from gemma3_export.dtypes import (
@@ -157,6 +157,16 @@ class OnnxWriter:
         return element_type(self.activations if self.is_quantized else self.dtype).name
 
     @property
+    def path(self) -> str:
+        """See :class:`gemma3_export.exporters.bundle_writer.GraphWriter`."""
+        return f"onnx/{graph_stem(self.dtype, self.element)}.onnx"
+
+    @property
+    def variant(self) -> str:
+        """See :class:`gemma3_export.exporters.bundle_writer.GraphWriter`."""
+        return variant_name(self.dtype, self.element)
+
+    @property
     def half(self) -> HalfPrecision | None:
         """See :class:`gemma3_export.exporters.bundle_writer.GraphWriter`."""
         dtype = torch_dtype(self.element)
@@ -180,7 +190,7 @@ class OnnxWriter:
     def write(
         self, source: WeightSource, folder: Path, progress: Progress
     ) -> tuple[Graph, dict[str, str]]:
-        """Trace without weights, then stream the weights to ``onnx/model.onnx_data``.
+        """Trace without weights, then stream the weights to the external data file.
 
         Raises:
             InputError: the target has no kernel for a shape of the model.
@@ -210,7 +220,7 @@ class OnnxWriter:
         recipes = quantized_recipes(recipes, plan.quantized)
         progress("tracing", 1, 1)
 
-        path = folder / "onnx" / "model.onnx"
+        path = folder / self.path
         path.parent.mkdir(exist_ok=True)
         data = path.with_name(path.name + "_data")
         total = stored_bytes(recipes, config, self.element)
@@ -235,11 +245,11 @@ class OnnxWriter:
         hashes = {data: digest}
         windowed: Path | None = None
         if self.target == "ort" and has_sliding_layers(config):
-            windowed = path.with_name("model_windowed.onnx")
+            windowed = path.with_name(f"{path.stem}_windowed.onnx")
             hashes |= write_sliding_window_graph(model, plan, windowed, count)
         graph = Graph(
             runtime=self.runtime,
-            path=path.relative_to(folder).as_posix(),
+            path=self.path,
             dtype=self.dtype,
             target=self.target,
             cache_dtype=self.element,
@@ -250,8 +260,6 @@ class OnnxWriter:
             max_kld=self.budget,
             calibration=quantizer.calibration if quantizer else None,
         )
-        generation = generation_config_to_json(config, source.generation_config())
-        write_genai_config(folder, config, graph, generation)
         return graph, {file.relative_to(folder).as_posix(): sha for file, sha in hashes.items()}
 
     def _plan(

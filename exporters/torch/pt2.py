@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812  (torch's own convention)
 from torch import Tensor, nn
 
-from gemma3_export.bundle import Graph, WeightRecipe, sha256_of
+from gemma3_export.bundle import Graph, WeightRecipe, graph_stem, sha256_of, variant_name
 from gemma3_export.config import CONFIG_NAME, Gemma3Config, config_to_json
 from gemma3_export.dtypes import ELEMENT_TYPES, DType, element_type, export_dtype, torch_dtype
 from gemma3_export.exporters.bundle_writer import half_precision
@@ -70,6 +70,16 @@ class Pt2Writer:
         return element_type(self.dtype).name
 
     @property
+    def path(self) -> str:
+        """See :class:`gemma3_export.exporters.bundle_writer.GraphWriter`."""
+        return f"pt2/{graph_stem(self.dtype)}.pt2"
+
+    @property
+    def variant(self) -> str:
+        """See :class:`gemma3_export.exporters.bundle_writer.GraphWriter`."""
+        return variant_name(self.dtype)
+
+    @property
     def half(self) -> HalfPrecision | None:
         """See :class:`gemma3_export.exporters.bundle_writer.GraphWriter`."""
         return half_precision(torch_dtype(self.element), holds_residual=True)
@@ -81,9 +91,9 @@ class Pt2Writer:
     def write(
         self, source: WeightSource, folder: Path, progress: Progress
     ) -> tuple[Graph, dict[str, str]]:
-        """Load the weights, trace, and save ``pt2/model.pt2``."""
+        """Load the weights, trace, and save the program."""
         dtype = torch_dtype(self.element)
-        path = folder / "pt2" / "model.pt2"
+        path = folder / self.path
         path.parent.mkdir(exist_ok=True)
         progress("reading weights", 0, 1)
         model = load_reference(source, dtype)
@@ -99,7 +109,7 @@ class Pt2Writer:
         progress("writing weights", 1, 1)
         graph = Graph(
             runtime=self.runtime,
-            path=path.relative_to(folder).as_posix(),
+            path=self.path,
             dtype=self.dtype,
             target="export",
             cache_dtype=self.element,

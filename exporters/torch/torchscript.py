@@ -10,7 +10,14 @@ from typing import Any, ClassVar
 
 import torch
 
-from gemma3_export.bundle import BlockFormat, Graph, WeightRecipe, sha256_of
+from gemma3_export.bundle import (
+    BlockFormat,
+    Graph,
+    WeightRecipe,
+    graph_stem,
+    sha256_of,
+    variant_name,
+)
 from gemma3_export.config import CONFIG_NAME, Gemma3Config, config_to_json
 from gemma3_export.dtypes import (
     ELEMENT_TYPES,
@@ -89,6 +96,16 @@ class TorchScriptWriter:
         return element_type("bf16" if self.is_quantized else self.dtype).name
 
     @property
+    def path(self) -> str:
+        """See :class:`gemma3_export.exporters.bundle_writer.GraphWriter`."""
+        return f"torchscript/{graph_stem(self.dtype)}.ts"
+
+    @property
+    def variant(self) -> str:
+        """See :class:`gemma3_export.exporters.bundle_writer.GraphWriter`."""
+        return variant_name(self.dtype)
+
+    @property
     def half(self) -> HalfPrecision | None:
         """See :class:`gemma3_export.exporters.bundle_writer.GraphWriter`."""
         return half_precision(torch_dtype(self.element), holds_residual=True)
@@ -101,9 +118,9 @@ class TorchScriptWriter:
     def write(
         self, source: WeightSource, folder: Path, progress: Progress
     ) -> tuple[Graph, dict[str, str]]:
-        """Load packed weights, trace, and save ``torchscript/model.ts``."""
+        """Load packed weights, trace, and save the archive."""
         dtype = torch_dtype(self.element)
-        path = folder / "torchscript" / "model.ts"
+        path = folder / self.path
         path.parent.mkdir(exist_ok=True)
         with torchscript(), torch.inference_mode():
             model, recipes, blocks = load_packed(source, dtype, self._quantizer(source), progress)
@@ -126,7 +143,7 @@ class TorchScriptWriter:
             progress("writing weights", 1, 1)
         graph = Graph(
             runtime=self.runtime,
-            path=path.relative_to(folder).as_posix(),
+            path=self.path,
             dtype=self.dtype,
             target="prepacked" if self.prepack and not self.is_quantized else "plain",
             cache_dtype=self.element,

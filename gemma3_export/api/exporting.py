@@ -9,7 +9,8 @@ Importing this module imports nothing heavy; calling it needs the extra ``export
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,7 @@ from gemma3_export.api.options import (
     merged,
 )
 from gemma3_export.api.verification import ParityCheck, opened_weights, require_packages
+from gemma3_export.dtypes import EXPORT_DTYPES
 from gemma3_export.errors import InputError
 from gemma3_export.files import to_path
 from gemma3_export.limits import check_threads, is_number, shown
@@ -51,8 +53,9 @@ class ExportOptions:
     """Options of every export.
 
     Args:
-        dtype: how weights are stored; :func:`gemma3_export.dtypes.dtype_choices` lists what each
-            format supports.
+        dtype: how weights are stored, or several such dtypes, which become variants in one bundle;
+            :func:`gemma3_export.dtypes.dtype_choices` lists what each format supports. Options that
+            some of several dtypes do not have are ignored for those.
         adapter: folder or Hub id of a LoRA adapter of PEFT to merge into the weights.
         tokenizer: a tokenizer, or the path of one; None is the one that came with the weights.
         reduce_vocab: keep only the tokens that a text file needs, or a list of languages or scripts
@@ -64,7 +67,7 @@ class ExportOptions:
         progress: callback that receives (stage, done, total).
     """
 
-    dtype: str = "fp32"
+    dtype: str | Sequence[str] = "fp32"
     adapter: Path | str | None = None
     tokenizer: Tokenizer | Path | str | None = None
     reduce_vocab: Path | str | None = None
@@ -74,7 +77,9 @@ class ExportOptions:
     progress: Progress | None = None
 
     def __post_init__(self) -> None:
-        check_texts(self, "dtype")
+        dtypes = self.dtype
+        if not isinstance(dtypes, str | Sequence) or not all(isinstance(n, str) for n in dtypes):
+            raise InputError(f"dtype is {dtypes!r:.60}; it must be a string or a list of strings")
         check_flags(self, "verify", "force")
         check_threads(self.threads)
         check_callables(self, "progress")
@@ -83,6 +88,11 @@ class ExportOptions:
             raise InputError(
                 f"tokenizer is {self.tokenizer!r:.60}; it must be a Tokenizer or the path of one"
             )
+
+    @property
+    def dtypes(self) -> tuple[str, ...]:
+        """The dtypes as a tuple."""
+        return (self.dtype,) if isinstance(self.dtype, str) else tuple(self.dtype)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -204,10 +214,11 @@ def export_onnx(
 
     Args:
         weights: what :func:`open_weights` takes or returns; the folder of an adapter merges it.
-        output: the folder to create, or a bundle of the same weights to add the graph to; it
+        output: the folder to create, or a bundle of the same weights to add the graphs to; it
             appears when it is complete and proven.
         options: how to export.
-        changes: fields of :class:`OnnxOptions`, such as ``dtype="int8"``.
+        changes: fields of :class:`OnnxOptions`, such as ``dtype="int8"`` or
+            ``dtype=("fp32", "int8")``.
 
     Raises:
         InputError: the folder exists, or weights, config and tokenizer contradict each other.
@@ -220,19 +231,42 @@ def export_onnx(
     from gemma3_export.exporters.quantize.calibration import CalibrationOptions
 
     chosen = merged(OnnxOptions, options, changes)
-    writer = OnnxWriter(
-        target=chosen.target,
-        dtype=chosen.dtype,
-        activations=chosen.activations,
-        block_size=chosen.block_size,
-        max_kld=chosen.max_kld,
-        calibration=CalibrationOptions(
-            file=None if chosen.calibration is None else to_path(chosen.calibration)
-        ),
-        rounding=chosen.rounding,
-        screen=chosen.screen,
+    calibration = CalibrationOptions(
+        file=None if chosen.calibration is None else to_path(chosen.calibration)
     )
-    return _export(writer, weights, output, chosen)
+    writers = [
+        OnnxWriter(
+            target=item.target,
+            dtype=dtype,
+            activations=item.activations,
+            block_size=item.block_size,
+            max_kld=item.max_kld,
+            calibration=calibration,
+            rounding=item.rounding,
+            screen=item.screen,
+        )
+        for dtype in chosen.dtypes
+        for item in [_for_one_of_several(chosen, dtype)]
+    ]
+    return _export(writers, weights, output, chosen)
+
+
+def _for_one_of_several(options: OnnxOptions, dtype: str) -> OnnxOptions:
+    """Return ``options`` without those that only others of several dtypes have."""
+    takers = {
+        "activations": [name for name, item in EXPORT_DTYPES.items() if item.is_quantized],
+        "rounding": ["int4"],
+        "screen": ["fp32"],
+    }
+    defaults = OnnxOptions()
+    return replace(
+        options,
+        **{
+            name: getattr(defaults, name)
+            for name, dtypes in takers.items()
+            if dtype not in dtypes and not set(dtypes).isdisjoint(options.dtypes)
+        },
+    )
 
 
 def export_torchscript(
@@ -256,13 +290,16 @@ def export_torchscript(
     from gemma3_export.exporters.torch.torchscript import TorchScriptWriter
 
     chosen = merged(TorchScriptOptions, options, changes)
-    writer = TorchScriptWriter(
-        dtype=chosen.dtype,
-        prepack=chosen.prepack,
-        block_size=chosen.block_size,
-        max_kld=chosen.max_kld,
-    )
-    return _export(writer, weights, output, chosen)
+    writers = [
+        TorchScriptWriter(
+            dtype=dtype,
+            prepack=chosen.prepack,
+            block_size=chosen.block_size,
+            max_kld=chosen.max_kld,
+        )
+        for dtype in chosen.dtypes
+    ]
+    return _export(writers, weights, output, chosen)
 
 
 def export_pt2(
@@ -286,11 +323,11 @@ def export_pt2(
     from gemma3_export.exporters.torch.pt2 import Pt2Writer
 
     chosen = merged(Pt2Options, options, changes)
-    return _export(Pt2Writer(dtype=chosen.dtype), weights, output, chosen)
+    return _export([Pt2Writer(dtype=dtype) for dtype in chosen.dtypes], weights, output, chosen)
 
 
 def _export(
-    writer: GraphWriter,
+    writers: Sequence[GraphWriter],
     weights: WeightSource | Path | str,
     output: Path | str,
     options: ExportOptions,
@@ -299,7 +336,7 @@ def _export(
     from gemma3_export.parity.options import threads_for, torch_threads
     from gemma3_export.reference.weights.reduced_vocabulary import reduce_vocabulary
 
-    check = ParityCheck(runtime=writer.runtime, progress=options.progress, threads=options.threads)
+    check = ParityCheck(progress=options.progress, threads=options.threads)
     tokenizer = options.tokenizer
     if isinstance(tokenizer, Path | str):
         tokenizer = load_tokenizer(tokenizer)
@@ -313,7 +350,7 @@ def _export(
         return export_bundle(
             source,
             to_path(output, "output"),
-            writer,
+            *writers,
             tokenizer=tokenizer,
             force=options.force,
             verification=check if options.verify else None,

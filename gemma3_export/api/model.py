@@ -96,7 +96,7 @@ class Model:
         **changes: Any,
     ) -> None:
         options = merged(LoadOptions, options, changes)
-        self._files = open_files(path)
+        self._files = open_files(path, options.variant)
         self.options = replace(options, runtime=choose_runtime(self._files, options.runtime))
         if self.options.check:
             self._files.check_files()
@@ -121,6 +121,15 @@ class Model:
         if isinstance(self._files, Weights):
             raise InputError(f"{self.path} is not an export, so it is no bundle; export it first")
         return self._files
+
+    @property
+    def variant(self) -> str | None:
+        """The bundle's variant that runs, such as ``int8``; None for weights."""
+        if isinstance(self._files, Weights):
+            return None
+        runtime = self.options.runtime
+        has_graph = runtime in self._files.runtimes  # the reference takes the weights of any graph
+        return (self._files.graph(runtime) if has_graph else self._files.first_graph).variant
 
     @property
     def config(self) -> Gemma3Config:

@@ -94,19 +94,33 @@ class Weights:
         )
 
 
-def open_files(path: Path | str | Bundle | Weights) -> Bundle | Weights:
+def open_files(path: Path | str | Bundle | Weights, variant: str | None = None) -> Bundle | Weights:
     """Open a bundle, or else weights.
 
+    Args:
+        path: where they are; what is open already is returned.
+        variant: which graphs of a bundle to use, such as ``int8``; None is the default, or what an
+            opened bundle uses.
+
     Raises:
-        InputError: there is neither at ``path``, or it is damaged.
+        InputError: there is neither at ``path``, it is damaged, or has no such variant.
         UnavailableError: there are weights, and torch is missing.
     """
+    files: Bundle | Weights
     if isinstance(path, Bundle | Weights):
-        return path
-    found = to_path(path, "the bundle")
-    if is_file(found / MANIFEST) or not found.exists():
-        return Bundle(found)
-    return Weights(found)
+        files = path
+    else:
+        found = to_path(path, "the bundle")
+        is_bundle = is_file(found / MANIFEST) or not found.exists()
+        files = Bundle(found) if is_bundle else Weights(found)
+    if isinstance(files, Bundle):
+        return files.with_variant(variant)
+    if variant is not None:
+        raise InputError(
+            f"{files.path} is not an export, so it has no variant {variant!r:.40}; leave the "
+            "variant out"
+        )
+    return files
 
 
 def choose_runtime(files: Bundle | Weights, runtime: str = AUTO) -> str:
@@ -128,14 +142,14 @@ def choose_runtime(files: Bundle | Weights, runtime: str = AUTO) -> str:
         return "reference"
     if runtime != AUTO:
         return runtime
-    graphs = [graph.runtime for graph in files.manifest.graphs]
-    if "onnx" in graphs or not graphs:
+    runtimes = files.runtimes
+    if "onnx" in runtimes or not runtimes:
         return "onnx"
-    if len(graphs) == 1:
-        return graphs[0]
+    if len(runtimes) == 1:
+        return runtimes[0]
     raise InputError(
-        f"{files.path} has the runtimes {' and '.join(graphs)}; choose one with --runtime "
-        f"{graphs[0]} (in Python, runtime={graphs[0]!r})"
+        f"{files.path} has the runtimes {' and '.join(runtimes)}; choose one with --runtime "
+        f"{runtimes[0]} (in Python, runtime={runtimes[0]!r})"
     )
 
 

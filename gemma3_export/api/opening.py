@@ -27,6 +27,7 @@ def open_runtime(
     bundle: Bundle | Weights | Path | str,
     runtime: str = AUTO,
     *,
+    variant: str | None = None,
     device: str = "auto",
     threads: int | None = None,
     trust: bool = False,
@@ -41,6 +42,8 @@ def open_runtime(
         runtime: ``onnx``, ``torchscript``, ``pt2``, or ``reference``: the PyTorch model with the
             bundle's weights. ``auto`` is ``onnx`` if the bundle has it, otherwise its only graph,
             and the reference for weights.
+        variant: which graph of the runtime, such as ``int8``; None is the default, or what an
+            opened bundle uses.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         threads: threads inside one operator; None lets the backend choose.
         trust: load a torch archive although it is not the one that was exported.
@@ -55,6 +58,7 @@ def open_runtime(
     """
     LoadOptions(  # checks them
         runtime=runtime,
+        variant=variant,
         device=device,
         threads=threads,
         trust=trust,
@@ -62,7 +66,7 @@ def open_runtime(
         sliding_window_cache=sliding_window_cache,
         shares_weights=shares_weights,
     )
-    files = open_files(bundle)
+    files = open_files(bundle, variant)
     runtime = choose_runtime(files, runtime)
     if shares_weights and runtime != "onnx":
         raise InputError(f"weights are shared by the onnx runtime, not by {runtime}")
@@ -120,5 +124,5 @@ def _open_reference(files: Bundle | Weights, device: str, threads: int | None) -
         torch.set_num_threads(threads)
     if isinstance(files, Weights):
         return ReferenceRuntime(load_reference(files.source, device=place))
-    files.check_quickly()
+    files.check_quickly(only_for=files.first_graph)
     return ReferenceRuntime(load_reference(open_bundle_weights(files), device=place))

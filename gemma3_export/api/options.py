@@ -48,6 +48,8 @@ class LoadOptions:
     Args:
         runtime: ``onnx``, ``torchscript``, ``pt2`` or ``reference``; ``auto`` is ``onnx`` if the
             bundle has it, otherwise its only graph, and the reference for weights.
+        variant: which graph to run if the runtime has several, such as ``int8``; None is the one in
+            ``model.onnx``, otherwise the one that was exported first.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         threads: intra-op threads; None lets the backend choose.
         cuda: what may be done on a GPU; ignored on the CPU.
@@ -64,6 +66,7 @@ class LoadOptions:
     """
 
     runtime: str = "auto"
+    variant: str | None = None
     device: str = "auto"
     threads: int | None = None
     cuda: CudaOptions | None = None
@@ -75,7 +78,7 @@ class LoadOptions:
     kept_prefix_bytes: int = 0
 
     def __post_init__(self) -> None:
-        check_texts(self, "runtime", "device")
+        check_texts(self, "runtime", "device", "variant")
         check_threads(self.threads)
         check_integers(self, 0, "kept_prefix_bytes", most=MAX_SIZE_BYTES)
         check_flags(self, "trust", "check", "warm_up", "sliding_window_cache", "shares_weights")

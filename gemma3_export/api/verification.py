@@ -34,6 +34,7 @@ from gemma3_export.files import is_file, to_path
 from gemma3_export.limits import MAX_SEED, check_threads
 
 if TYPE_CHECKING:
+    from gemma3_export.bundle import Graph
     from gemma3_export.device import CudaOptions
     from gemma3_export.parity import ParityReport, VerifyOptions
     from gemma3_export.parity.report.model import HalfRanges
@@ -53,6 +54,8 @@ class VerifyRequest:
 
     Args:
         runtime: which runtime of the bundle to check.
+        variant: which of its graphs, such as ``int8``; None is the default, or what an opened
+            bundle uses.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         threads: intra-op threads of torch and ONNX Runtime; None is all cores, or 1 for models
             with fewer than 20 million parameters.
@@ -71,6 +74,7 @@ class VerifyRequest:
     """
 
     runtime: str = "onnx"
+    variant: str | None = None
     device: str = "auto"
     threads: int | None = None
     cuda: CudaOptions | None = None
@@ -82,7 +86,7 @@ class VerifyRequest:
     progress: Progress | None = None
 
     def __post_init__(self) -> None:
-        check_texts(self, "runtime", "device")
+        check_texts(self, "runtime", "device", "variant")
         check_threads(self.threads)
         check_integers(self, 0, "seed", most=MAX_SEED)
         check_budget(self)
@@ -118,6 +122,7 @@ def verify(
     request = merged(VerifyRequest, request, changes)
     if not isinstance(bundle, Bundle):
         bundle = Bundle(bundle)
+    bundle = bundle.with_variant(request.variant)
     budget = bundle.max_kld(request.runtime) if request.max_kld is None else request.max_kld
     options = VerifyOptions.for_budget(budget, seed=request.seed)
     request = replace(request, threads=threads_for(bundle.config, request.threads))
@@ -232,12 +237,13 @@ class ParityCheck:
     the proof does not depend on the machine that exports.
     """
 
-    runtime: str
     progress: Progress | None = None
     threads: int | None = None  # as for :class:`VerifyRequest`
 
-    def __call__(self, folder: Path, source: WeightSource, ranges: HalfRanges | None = None) -> str:
-        """Return the text of ``parity.json``.
+    def __call__(
+        self, folder: Path, source: WeightSource, graph: Graph, ranges: HalfRanges | None = None
+    ) -> str:
+        """Return the report of ``graph`` as JSON.
 
         Raises:
             ParityError: naming the first case and the layer that differ.
@@ -246,14 +252,15 @@ class ParityCheck:
         from gemma3_export.parity.options import threads_for, torch_threads
         from gemma3_export.reference.weights.bundle_weights import open_bundle_weights
 
-        bundle = Bundle(folder)
-        is_quantized = bundle.is_quantized(self.runtime)
+        runtime = graph.runtime
+        bundle = Bundle(folder, graph.variant)
+        is_quantized = bundle.is_quantized(runtime)
         threads = threads_for(bundle.config, self.threads)
         with torch_threads(threads):
             report = verify(
-                open_runtime(bundle, self.runtime, device="cpu", threads=threads),
-                open_bundle_weights(bundle, self.runtime) if is_quantized else source,
-                options=VerifyOptions.for_budget(bundle.max_kld(self.runtime)),
+                open_runtime(bundle, runtime, device="cpu", threads=threads),
+                open_bundle_weights(bundle, runtime) if is_quantized else source,
+                options=VerifyOptions.for_budget(graph.max_kld),
                 full_source=source if is_quantized else None,
                 tokenizer=bundle_tokenizer(bundle),
                 files={name: record.sha256 for name, record in bundle.manifest.files.items()},
@@ -261,7 +268,7 @@ class ParityCheck:
                 progress=self.progress,
             )
         if not report.passed:
-            raise ParityError(_why_it_failed(report, bundle.max_kld(self.runtime)))
+            raise ParityError(_why_it_failed(report, graph.max_kld))
         return report.to_json()
 
 

@@ -63,6 +63,7 @@ class BenchmarkOptions:
     batch: tuple[int, ...] = (1,)
     threads: int | None = None  # None: all processors that this process may use
     runtime: str = "onnx"
+    variant: str | None = None  # of the bundle's graphs; None: the default
     device: str = "auto"
     cuda: CudaOptions | None = None  # options of the bundle's runtime on a GPU
     repeat: int = 3
@@ -107,8 +108,10 @@ def run_benchmark(path: Path | str, options: BenchmarkOptions) -> dict[str, Any]
             "benchmarks do not run on Windows, which cannot pause a process while another one is "
             "measured; run them on Linux, in WSL or on macOS"
         )
-    bundle = Bundle(path)
-    bundle.check_quickly()
+    bundle = Bundle(path, options.variant)
+    is_reference = options.runtime == "reference"  # takes the weights of any graph
+    graph = bundle.first_graph if is_reference else bundle.graph(options.runtime)
+    bundle.check_quickly(only_for=graph)
     check_context(bundle.config, options)
     threads = options.threads or available_processors()
     candidates = prepare(bundle, options, threads)
@@ -132,7 +135,8 @@ def run_benchmark(path: Path | str, options: BenchmarkOptions) -> dict[str, Any]
             | {"device": device}
             | {"read_bytes_per_s": spread(bandwidths) if bandwidths else None}
             | ({"read_bytes_missing": missing} if missing else {}),
-            "options": asdict(options) | {"threads": threads, "peers": str(options.peers)},
+            "options": asdict(options)
+            | {"threads": threads, "peers": str(options.peers), "variant": graph.variant},
             "candidates": {worker.name: worker.facts for worker in workers},
             "cases": cases,
         }
@@ -185,6 +189,7 @@ def prepare(
             request: dict[str, Any] = {
                 "name": spec,
                 "bundle": str(bundle.path.resolve()),
+                "variant": bundle.variant,
                 "device": options.device,
             }
             if spec == options.runtime and options.cuda is not None:

@@ -42,7 +42,7 @@ class TransformersCandidate:
         torch.set_num_threads(threads)
         found = torch_device(device)
         self.device = str(found)
-        cache = bundle.manifest.graphs[0].cache_dtype
+        cache = bundle.first_graph.cache_dtype
         self.dtype = torch.float32 if found.type == "cpu" else torch_dtype(cache)
         with open_bundle_weights(bundle) as weights:
             self.model = build_transformers_model(

@@ -7,7 +7,6 @@ protocol.
 from __future__ import annotations
 
 import time
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -78,18 +77,17 @@ def most_likely(row: Logits | Candidates) -> int:
 
 
 def open_candidate(
-    name: str, bundle_path: Path, device: str, threads: int, cuda: CudaOptions | None = None
+    name: str, bundle: Bundle, device: str, threads: int, cuda: CudaOptions | None = None
 ) -> Candidate:
     """Load one candidate.
 
     Args:
         name: one of :data:`TRANSFORMERS` or :data:`gemma3_export.bundle.RUNTIMES`.
-        bundle_path: the bundle that has the weights.
+        bundle: the bundle that has the weights.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         threads: intra-op threads.
         cuda: options of the ONNX runtime on a GPU.
     """
-    bundle = Bundle(bundle_path)
     if name in TRANSFORMERS:
         from gemma3_export.bench.transformers_candidate import (
             StaticCandidate,
@@ -160,7 +158,9 @@ def opener(request: dict[str, Any]) -> Load:
     if name == FULL_PRECISION:
         return lambda: open_full_precision(request["weights"], threads)
     cuda = CudaOptions(**request["cuda"]) if "cuda" in request else None
-    return lambda: open_candidate(name, Path(request["bundle"]), request["device"], threads, cuda)
+    return lambda: open_candidate(
+        name, Bundle(request["bundle"], request["variant"]), request["device"], threads, cuda
+    )
 
 
 if __name__ == "__main__":

@@ -39,6 +39,7 @@ from gemma3_export.bundle.signature import (
     TensorSpec,
     window_capacity,
 )
+from gemma3_export.bundle.variants import default_graph, graph_files, graph_stem, variant_name
 
 __all__ = [
     "CODES",
@@ -68,10 +69,14 @@ __all__ = [
     "WeightRecipe",
     "block_tensors",
     "common_format",
+    "default_graph",
     "generation_config_to_json",
+    "graph_files",
+    "graph_stem",
     "read_manifest",
     "sample_sha256_of",
     "sha256_of",
+    "variant_name",
     "window_capacity",
     "write_genai_config",
     "write_hf_metadata",

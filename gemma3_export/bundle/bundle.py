@@ -3,9 +3,10 @@
     config.json generation_config.json tokenizer.json tokenizer_config.json
     genai_config.json    for onnxruntime-genai, with an ONNX graph
     onnx/model.onnx  onnx/model.onnx_data  onnx/model_windowed.onnx
+    onnx/model_quantized.onnx ...    other variants: see variants.py
     torchscript/model.ts  pt2/model.pt2
     manifest.json    format version, graphs, signature, origin and hashes of every file
-    parity.json      the parity report of each verified graph, by runtime
+    parity.json      the parity report of each verified graph, by the graph's path
 
 Reading a bundle needs neither torch nor ONNX Runtime.
 """
@@ -24,6 +25,7 @@ from gemma3_export.bundle.manifest import (
     sha256_of,
 )
 from gemma3_export.bundle.signature import Signature
+from gemma3_export.bundle.variants import default_graph, graph_files
 from gemma3_export.config import CONFIG_NAME, Gemma3Config, load_config
 from gemma3_export.dtypes import DEFAULT_MAX_KLD
 from gemma3_export.errors import InputError
@@ -33,45 +35,111 @@ __all__ = ["Bundle"]
 
 
 class Bundle:
-    """An exported model on disk.
+    """An exported model on disk, seen through one of its variants.
+
+    Args:
+        path: the folder.
+        variant: which graph to use of a runtime that has several, such as ``int8``; None is the
+            default: see :func:`gemma3_export.bundle.variants.default_graph`.
 
     Raises:
-        InputError: the folder is not a bundle, or is damaged or of a newer version.
+        InputError: the folder is not a bundle, is damaged or of a newer version, or has no such
+            variant.
     """
 
-    def __init__(self, path: Path | str) -> None:
+    def __init__(self, path: Path | str, variant: str | None = None) -> None:
         self.path = to_path(path, "the bundle")
         self.manifest = read_manifest(self.path)
+        self.variant = variant
+        if variant is not None and variant not in self.variants():
+            raise InputError(
+                f"{self.path} has no variant {variant!r:.40}; choose {' or '.join(self.variants())}"
+            )
         self.config: Gemma3Config = load_config(self.path / CONFIG_NAME)
 
     def graph(self, runtime: str) -> Graph:
-        """Return the graph for ``runtime``.
+        """Return the graph for ``runtime``, of this variant.
 
         Raises:
             InputError: the bundle has none.
         """
-        for graph in self.manifest.graphs:
-            if graph.runtime == runtime:
-                return graph
-        present = ", ".join(graph.runtime for graph in self.manifest.graphs) or "none"
+        found = self._graphs(runtime)
+        if found:
+            return default_graph(found)
+        present = ", ".join(f"{graph.runtime} {graph.variant}" for graph in self.manifest.graphs)
+        wanted = "" if self.variant is None else f" of variant {self.variant}"
+        option = "" if self.variant is None else f" --dtype {self.variant.partition('-')[0]}"
         raise InputError(
-            f"{self.path} has no {runtime} graph (it has: {present}); "
-            f"export one with `gemma3-export {runtime}`"
+            f"{self.path} has no {runtime} graph{wanted} (it has: {present or 'none'}); "
+            f"export one with `gemma3-export {runtime}{option}`"
         )
+
+    @property
+    def runtimes(self) -> tuple[str, ...]:
+        """The runtimes that have a graph of this variant, in the order of their export."""
+        graphs = (g for g in self.manifest.graphs if self.variant in (None, g.variant))
+        return tuple(dict.fromkeys(graph.runtime for graph in graphs))
+
+    @property
+    def first_graph(self) -> Graph:
+        """The graph of the first runtime that has one of this variant.
+
+        Raises:
+            InputError: the bundle has no graph at all.
+        """
+        return self.graph(next(iter(self.runtimes), "onnx"))
+
+    def variants(self, runtime: str | None = None) -> tuple[str, ...]:
+        """Return the variants that ``runtime`` has graphs of, or that any runtime has."""
+        graphs = (g for g in self.manifest.graphs if runtime in (None, g.runtime))
+        return tuple(dict.fromkeys(graph.variant for graph in graphs))
+
+    def with_variant(self, variant: str | None) -> Bundle:
+        """Return the same bundle seen through another variant; None keeps this one.
+
+        Raises:
+            InputError: it has no such variant.
+        """
+        return self if variant in (None, self.variant) else Bundle(self.path, variant)
+
+    def require_vacant(self, runtime: str, variant: str, path: str | None = None) -> None:
+        """Check that a graph can be added without replacing another one.
+
+        Args:
+            runtime: of the new graph.
+            variant: of the new graph.
+            path: relative, of the new graph; None checks only the variant.
+
+        Raises:
+            InputError: the bundle has the graph, or uses its file name for another one.
+        """
+        remedy = "choose another output, or pass --force to replace the whole bundle"
+        if variant in self.variants(runtime):
+            raise InputError(f"{self.path} already has {variant} for {runtime}; {remedy}")
+        for graph in self.manifest.graphs:
+            if path in graph_files(graph):  # before format 3, every variant was in model.onnx
+                raise InputError(
+                    f"{self.path} was made by an older version, which put its {graph.variant} "
+                    f"graph in {path}, so {variant} cannot be added; {remedy}"
+                )
 
     def is_quantized(self, runtime: str) -> bool:
         """Return whether the graph for ``runtime`` stores quantized weights."""
-        return any(
-            recipe.blocks is not None
-            for graph in self.manifest.graphs
-            if graph.runtime == runtime
-            for recipe in graph.weights.values()
-        )
+        graphs = self._graphs(runtime)
+        recipes = default_graph(graphs).weights.values() if graphs else ()
+        return any(recipe.blocks is not None for recipe in recipes)
 
     def max_kld(self, runtime: str) -> float:
         """Return the divergence budget of the graph for ``runtime``, in mean nats per token."""
-        budgets = [graph.max_kld for graph in self.manifest.graphs if graph.runtime == runtime]
-        return budgets[0] if budgets else DEFAULT_MAX_KLD
+        graphs = self._graphs(runtime)
+        return default_graph(graphs).max_kld if graphs else DEFAULT_MAX_KLD
+
+    def _graphs(self, runtime: str) -> list[Graph]:
+        return [
+            graph
+            for graph in self.manifest.graphs
+            if graph.runtime == runtime and self.variant in (None, graph.variant)
+        ]
 
     def signature(self, graph: Graph, *, is_windowed: bool = False) -> Signature:
         """Return the inputs and outputs of ``graph``, or of its sliding-window version."""
@@ -94,17 +162,24 @@ class Bundle:
     def check_files(self, only: Collection[str] | None = None) -> None:
         """Compare sizes and SHA-256 hashes with the manifest.
 
+        The files of variants other than the chosen one are left out, and may be missing.
+
         Args:
             only: relative paths to check; None means all.
 
         Raises:
             InputError: files are missing or differ; the message lists all of them.
         """
-        names = self.manifest.files if only is None else only
-        self._check(dict.fromkeys(names, True))
+        skipped = self._files_of_others()
+        names = [name for name in self.manifest.files if name not in skipped]
+        self._check(dict.fromkeys(names if only is None else only, True))
 
     def check_quickly(
-        self, *, in_full: Collection[str] = (), except_for: Collection[str] = ()
+        self,
+        *,
+        only_for: Graph | None = None,
+        in_full: Collection[str] = (),
+        except_for: Collection[str] = (),
     ) -> None:
         """Compare files with the manifest as far as that costs milliseconds.
 
@@ -113,19 +188,31 @@ class Bundle:
         1 have no samples, so there only the sizes of large files are compared.
 
         Args:
+            only_for: leave out the files of all other graphs, which may then be missing; None
+                leaves out those of other variants, if one was chosen.
             in_full: relative paths of files to hash in full whatever their size.
             except_for: relative paths of files not to check.
 
         Raises:
             InputError: files are missing or differ; the message lists all of them.
         """
+        skipped = {*except_for, *self._files_of_others(only_for)}
         self._check(
             {
                 name: name in in_full or record.size_bytes <= FULLY_HASHED_BYTES
                 for name, record in self.manifest.files.items()
-                if name not in except_for
+                if name not in skipped
             }
         )
+
+    def _files_of_others(self, chosen: Graph | None = None) -> set[str]:
+        """Return the files of graphs other than ``chosen``, or of other variants."""
+        others = [
+            graph_files(graph)
+            for graph in self.manifest.graphs
+            if (self.variant not in (None, graph.variant) if chosen is None else graph != chosen)
+        ]
+        return set().union(*others)
 
     def _check(self, in_full: Mapping[str, bool]) -> None:
         """Check files, and those with a true value in full."""

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from gemma3_export.bundle.bundle import Bundle
-from gemma3_export.bundle.manifest import PARITY, REMEDY, Graph
+from gemma3_export.bundle.manifest import PARITY, REMEDY, RUNTIMES, Graph, read_manifest
 from gemma3_export.bundle.signature import TensorSpec, window_capacity
 from gemma3_export.dtypes import ELEMENT_TYPES
 from gemma3_export.errors import InputError
@@ -36,6 +36,8 @@ CONTEXTS = (2048, 8192, 32768)  # numbers of tokens to report cache sizes for
 def inspect_bundle(bundle: Bundle) -> dict[str, Any]:
     """Return the object that ``gemma3-export inspect --json`` prints.
 
+    It describes all graphs, or those of the variant through which ``bundle`` is seen.
+
     Raises:
         InputError: a graph or parity report cannot be read.
     """
@@ -44,7 +46,11 @@ def inspect_bundle(bundle: Bundle) -> dict[str, Any]:
         "path": str(bundle.path),
         "format_version": manifest.format_version,
         "model": {"parameters": config.num_parameters, **asdict(config)},
-        "graphs": [_describe_graph(bundle, graph) for graph in manifest.graphs],
+        "graphs": [
+            _describe_graph(bundle, graph)
+            for graph in manifest.graphs
+            if bundle.variant in (None, graph.variant)
+        ],
         "files": {name: asdict(record) for name, record in manifest.files.items()},
         "size_bytes": sum(record.size_bytes for record in manifest.files.values()),
         "source": manifest.source,
@@ -58,6 +64,7 @@ def _describe_graph(bundle: Bundle, graph: Graph) -> dict[str, Any]:
     limit = bundle.config.max_position_embeddings
     return {
         "runtime": graph.runtime,
+        "variant": graph.variant,
         "target": graph.target,
         "dtype": graph.dtype,
         "path": graph.path,
@@ -153,7 +160,7 @@ def _operators(bundle: Bundle, graph: Graph) -> dict[str, Any]:
 
 
 def read_proofs(folder: Path) -> dict[str, dict[str, Any]]:
-    """Return the parity reports of the bundle at ``folder``, by runtime.
+    """Return the parity reports of the bundle at ``folder``, by the graph's relative path.
 
     Empty if it was never verified.
 
@@ -164,7 +171,13 @@ def read_proofs(folder: Path) -> dict[str, dict[str, Any]]:
     if not is_file(path):
         return {}
     data = read_json(path, remedy=REMEDY)
-    return to_record(data, dict[str, dict[str, Any]], where=str(path), remedy=REMEDY)
+    reports = to_record(data, dict[str, dict[str, Any]], where=str(path), remedy=REMEDY)
+    if reports.keys().isdisjoint(RUNTIMES):
+        return reports
+    # Before format 3, bundles had one graph per runtime, and reports were named after that. Graphs
+    # that were added since come later in the manifest.
+    paths = {graph.runtime: graph.path for graph in reversed(read_manifest(folder).graphs)}
+    return {paths.get(name, name): report for name, report in reports.items()}
 
 
 @dataclass(kw_only=True)

@@ -15,7 +15,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal, get_args
 
 from gemma3_export.bundle.block_format import BlockFormat
-from gemma3_export.dtypes import DEFAULT_MAX_KLD, DType
+from gemma3_export.bundle.variants import variant_name
+from gemma3_export.dtypes import DEFAULT_MAX_KLD, EXPORT_DTYPES, DType
 from gemma3_export.errors import InputError
 from gemma3_export.files import is_file, open_regular, to_path
 from gemma3_export.records import Count, read_record
@@ -39,8 +40,8 @@ __all__ = [
     "write_manifest",
 ]
 
-FORMAT_VERSION = 2  # 2 added samples of large files
-READABLE_VERSIONS = (1, FORMAT_VERSION)
+FORMAT_VERSION = 3  # 2 added samples of large files; 3 added variants, with parity.json by graph
+READABLE_VERSIONS = (1, 2, FORMAT_VERSION)
 # Backends that run a bundle. All but the reference have a graph of their own in it.
 BundleRuntime = Literal["onnx", "torchscript", "pt2", "reference"]
 RUNTIMES: tuple[BundleRuntime, ...] = get_args(BundleRuntime)
@@ -93,6 +94,13 @@ class Graph:
     max_kld: float = DEFAULT_MAX_KLD  # divergence budget of the parity check, mean nats per token
     calibration: dict[str, Any] | None = None  # the text that quantization used
     verified: bool = False  # parity.json holds this graph's report
+
+    @property
+    def variant(self) -> str:
+        """Return the variant's name, such as ``int8``: see :mod:`gemma3_export.bundle.variants`."""
+        if self.runtime != "onnx":  # elsewhere, the dtype implies the type of activations
+            return variant_name(self.dtype)
+        return variant_name(self.dtype, self.cache_dtype)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -187,10 +195,12 @@ def _check_graphs(manifest: Manifest) -> None:
     """
     for relative in manifest.files:
         _check_inside(relative)
-    runtimes = [graph.runtime for graph in manifest.graphs]
-    if twice := [name for name in runtimes if runtimes.count(name) > 1]:
-        raise ValueError(f"it has {len(twice)} graphs for the runtime {twice[0]}")
+    names = [f"{graph.runtime} {graph.variant}" for graph in manifest.graphs]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f"it has {len(twice)} graphs called {twice[0]!r:.60}")
     for graph in manifest.graphs:
+        if graph.dtype not in EXPORT_DTYPES:
+            raise ValueError(f"the dtype {graph.dtype!r:.60} of a graph is unknown")
         if graph.cache_dtype == "int64":
             raise ValueError(
                 f"the cache of {graph.path!r:.60} is int64; it must be a floating-point type"

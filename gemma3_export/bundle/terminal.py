@@ -109,9 +109,12 @@ def signature_lines(specs: list[dict[str, Any]]) -> Iterator[str]:
 def proof_line(graph: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
     """Summarize the graph's parity check, or give the command that runs it."""
     if not graph["verified"]:
-        command = f"gemma3-export verify {facts['path']} --runtime {graph['runtime']}"
+        command = (
+            f"gemma3-export verify {facts['path']} --runtime {graph['runtime']} "
+            f"--variant {graph['variant']}"
+        )
         return f"NONE; the parity check was skipped. Run it with: {command}"
-    return parity_line(facts["proofs"].get(graph["runtime"], {}))
+    return parity_line(facts["proofs"].get(graph["path"], {}))
 
 
 def file_lines(facts: Mapping[str, Any]) -> Iterator[str]:

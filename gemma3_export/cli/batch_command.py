@@ -11,6 +11,7 @@ import click
 from gemma3_export.cli.generation_options import (
     OpeningRequest,
     note_unused_seed,
+    note_variant_of,
     opening_options,
     sampling_options,
 )
@@ -149,6 +150,7 @@ def batch(
         click.echo("finished rows are kept; run the same command again to continue", err=True)
         raise
     note_unused_seed(options.seed, is_greedy=options.is_greedy)
+    note_variant_of(model)
     seconds = time.perf_counter() - started
     parts = [f"{summary.rows} rows in {target}"]
     if summary.earlier:

@@ -9,8 +9,16 @@ from typing import Any
 import click
 
 from gemma3_export.bench.peers import BUILT_IN_PEERS, DEFAULT_FOLDER, ENGINES
-from gemma3_export.bundle import RUNTIMES
-from gemma3_export.cli.options import PATH, THREADS, CudaRequest, cuda_options, integer
+from gemma3_export.bundle import RUNTIMES, Bundle
+from gemma3_export.cli.options import (
+    PATH,
+    THREADS,
+    CudaRequest,
+    cuda_options,
+    integer,
+    note_variant,
+    variant_option,
+)
 
 __all__ = ["bench"]
 
@@ -75,6 +83,7 @@ model. The second line lists engines with their own environments; set them up fr
     show_default=True,
     help="Which of the bundle's exports to run.",
 )
+@variant_option
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 @cuda_options
 @click.option(
@@ -130,6 +139,7 @@ def bench(
             check_writable(file)
     options["device"], options["cuda"] = cuda.settle(options["device"], options["runtime"])
     found = run_benchmark(bundle_path, BenchmarkOptions(**options))
+    note_variant(Bundle(bundle_path, options["variant"]), found["options"]["variant"])
     text = json.dumps(found, indent=1)
     if report is not None:
         write_text_atomically(report, text + "\n")

@@ -11,6 +11,7 @@ from gemma3_export.cli.generation_options import (
     OpeningRequest,
     chat_sampling_options,
     note_unused_seed,
+    note_variant_of,
     opening_options,
 )
 from gemma3_export.cli.options import PATH
@@ -52,4 +53,5 @@ def chat(
     model = opening.open(bundle_path)
     options = GenerateOptions(chat_template=chat_template, **sampling)
     note_unused_seed(options.seed, is_greedy=options.is_greedy)
+    note_variant_of(model)
     Conversation(model.chat(system, options), system).run()

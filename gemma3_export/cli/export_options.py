@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
@@ -24,15 +24,17 @@ from gemma3_export.cli.options import (
     tokenizer_option,
 )
 from gemma3_export.config import TOKENIZER_NAME
+from gemma3_export.dtypes import dtype_choices
 from gemma3_export.files import is_file
 from gemma3_export.progress import Progress, ProgressBars
 
 if TYPE_CHECKING:
+    from gemma3_export.bundle import Graph
     from gemma3_export.exporters.bundle_writer import ExportResult
     from gemma3_export.reference.weights import WeightSource
     from gemma3_export.tokenizer import Tokenizer
 
-__all__ = ["ExportOptions", "export_options", "run_export"]
+__all__ = ["ExportOptions", "dtype_option", "export_options", "run_export"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -97,7 +99,7 @@ EXPORT_OPTIONS = (
         "--output",
         type=PATH,
         required=True,
-        help="Folder to create, or a bundle of the same weights to add this format to.",
+        help="Folder to create, or a bundle of the same weights to add to.",
     ),
     click.option(
         "--no-verify", is_flag=True, help="Skip the parity check; the bundle records that."
@@ -121,20 +123,36 @@ def export_options(command: Callable[..., None]) -> Callable[..., None]:
     return wrapped
 
 
-def run_export(options: ExportOptions, runtime: str, description: str, export: Export) -> None:
+def dtype_option(backend: str, text: str) -> Callable[..., Any]:
+    """Return the option ``--dtype`` of an export for ``backend``, with help on its values."""
+    return click.option(
+        "--dtype",
+        "dtypes",
+        multiple=True,
+        type=click.Choice(dtype_choices(backend)),
+        default=("fp32",),
+        show_default=True,
+        help=f"{text} Repeat the option for several variants in one bundle.",
+    )
+
+
+def run_export(
+    options: ExportOptions, runtime: str, variants: Sequence[str], description: str, export: Export
+) -> None:
     """Open the weights, export them, and print a summary.
 
     Args:
         options: the shared options.
-        runtime: the backend that runs the new graph.
-        description: dtype and target, for the summary.
+        runtime: the backend that runs the new graphs.
+        variants: the names of the new graphs' variants.
+        description: dtypes and target, for the summary.
         export: an export function of the API.
     """
     from gemma3_export.api.exporting import open_weights
     from gemma3_export.reference.weights.reduced_vocabulary import reduce_vocabulary
     from gemma3_export.tokenizer import load_tokenizer
 
-    reject_early(options.output, runtime, force=options.force)
+    reject_early(options.output, runtime, variants, force=options.force)
     tokenizer = None if options.tokenizer_path is None else load_tokenizer(options.tokenizer_path)
     source = open_weights(
         options.weights,
@@ -164,55 +182,60 @@ def run_export(options: ExportOptions, runtime: str, description: str, export: E
     vocabulary = (
         "" if reduced is None else describe_reduction(reduced, result.size_bytes / parameters)
     )
-    print_summary(result, runtime, f"{model}, {description}", vocabulary)
+    print_summary(result, f"{model}, {description}", vocabulary)
 
 
-def reject_early(output: Path, runtime: str, *, force: bool) -> None:
+def reject_early(output: Path, runtime: str, variants: Sequence[str], *, force: bool) -> None:
     """Reject an unusable output before weights are downloaded.
 
-    A bundle without a graph for ``runtime`` is a legal output: the graph is added to it.
+    A bundle without these variants for ``runtime`` is a legal output: they are added to it.
     """
     from gemma3_export.bundle import MANIFEST, Bundle
     from gemma3_export.staging import reject_existing
 
     if not force and is_file(output / MANIFEST):
-        runtimes = [graph.runtime for graph in Bundle(output).manifest.graphs]
-        if runtime not in runtimes:
-            return
+        bundle = Bundle(output)
+        for variant in variants:
+            bundle.require_vacant(runtime, variant)
+        return
     reject_existing(output, force=force)
 
 
-def print_summary(
-    result: ExportResult, runtime: str, description: str, vocabulary: str = ""
-) -> None:
-    """Print the size and proof of a new graph, and last the command to try next."""
-    from gemma3_export.bundle import Bundle
-    from gemma3_export.bundle.inspection import rounding_line
+def print_summary(result: ExportResult, description: str, vocabulary: str = "") -> None:
+    """Print the size and proofs of new graphs, and last the command to try next."""
+    from gemma3_export.bundle.inspection import parity_line, read_proofs, rounding_line
 
-    path = result.path
+    path, is_one = result.path, len(result.graphs) == 1
     click.echo(f"{path}: {description}, {result.size_bytes / 1e6:,.1f} MB")
     if vocabulary:
         click.echo(vocabulary)
     click.echo(f"export: {result.seconds['export']:.1f} s")
-    if rounding := rounding_line(Bundle(path).graph(runtime).calibration):
-        click.echo(f"rounded: {rounding}")
-    suffix = "" if runtime == "onnx" else f" --runtime {runtime}"
+    for graph in result.graphs:
+        if rounding := rounding_line(graph.calibration):
+            click.echo(f"rounded{'' if is_one else f' ({graph.variant})'}: {rounding}")
+    first = selecting_options(path, result.graphs[0])
     if result.verified:
-        click.echo(f"parity: {proof_line(path, runtime)} ({result.seconds['parity']:.1f} s)")
+        proofs = read_proofs(path)
+        for graph in result.graphs:
+            label = "parity" if is_one else f"parity of {graph.variant}"
+            took = f" ({result.seconds['parity']:.1f} s)" if graph == result.graphs[-1] else ""
+            click.echo(f"{label}: {parity_line(proofs[graph.path])}{took}")
     else:
         click.echo(
             "parity: NOT CHECKED (--no-verify). Nothing proves that this bundle computes what the "
-            f"model computes; to check it: gemma3-export verify {path}{suffix}"
+            f"model computes; to check it: gemma3-export verify {path}{first}"
         )
     if is_file(path / TOKENIZER_NAME):
-        click.echo(f'next: gemma3-export generate {path}{suffix} --prompt "The sea is"')
+        click.echo(f'next: gemma3-export generate {path}{first} --prompt "The sea is"')
     else:
         click.echo("no tokenizer came with the weights; --tokenizer adds one, or give token ids")
-        click.echo(f"next: gemma3-export generate {path}{suffix} --prompt-ids 2")
+        click.echo(f"next: gemma3-export generate {path}{first} --prompt-ids 2")
 
 
-def proof_line(path: Path, runtime: str) -> str:
-    """Return the new graph's parity report in one line."""
-    from gemma3_export.bundle.inspection import parity_line, read_proofs
+def selecting_options(path: Path, graph: Graph) -> str:
+    """Return the options with which a command uses ``graph``, if it is not the default one."""
+    from gemma3_export.bundle import Bundle
 
-    return parity_line(read_proofs(path)[runtime])
+    options = "" if graph.runtime == "onnx" else f" --runtime {graph.runtime}"
+    is_default = Bundle(path).graph(graph.runtime).variant == graph.variant
+    return options if is_default else f"{options} --variant {graph.variant}"

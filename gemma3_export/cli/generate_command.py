@@ -13,6 +13,7 @@ from gemma3_export.cli.generation_options import (
     CHAT_MAX_NEW_TOKENS,
     OpeningRequest,
     note_unused_seed,
+    note_variant_of,
     opening_options,
     sampling_options,
 )
@@ -202,7 +203,9 @@ def generate(
 
         if not is_given("max_new_tokens"):
             options = replace(options, max_new_tokens=CHAT_MAX_NEW_TOKENS)
-        Conversation(model.chat(system, options), system).run()
+        conversation = Conversation(model.chat(system, options), system)
+        note_variant_of(model)
+        conversation.run()
         return
     texts = [*map(read_prompt, prompts), *map(read_prompt_file, prompt_files)]
     asked = to_prompts(model.tokenizer, texts, id_lists, chat=chat, system=system, tools=tools)
@@ -210,6 +213,7 @@ def generate(
     generation = model.start([prompt.value for prompt in asked], options)
     load_s = time.perf_counter() - started
     note_unused_seed(options.seed, is_greedy=options.is_greedy)  # a rejected prompt is one line
+    note_variant_of(model)
     printer = printer_for(asked, model.tokenizer, as_json, load_s, reads_calls=tools is not None)
     _print_generation(generation, printer)
 

@@ -12,7 +12,16 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from gemma3_export.bundle import RUNTIMES
-from gemma3_export.cli.options import REAL, THREADS, WHOLE, CudaRequest, cuda_options, integer
+from gemma3_export.cli.options import (
+    REAL,
+    THREADS,
+    WHOLE,
+    CudaRequest,
+    cuda_options,
+    integer,
+    note_variant,
+    variant_option,
+)
 
 if TYPE_CHECKING:
     from gemma3_export.api.model import Model
@@ -22,6 +31,7 @@ __all__ = [
     "OpeningRequest",
     "chat_sampling_options",
     "note_unused_seed",
+    "note_variant_of",
     "opening_options",
     "sampling_options",
 ]
@@ -93,6 +103,7 @@ OPENING = (
         type=click.Choice(RUNTIMES),
         help="Which of the bundle's exports to run.  [default: onnx, or the only one that it has]",
     ),
+    variant_option,
     click.option(
         "--threads",
         type=THREADS,
@@ -148,6 +159,7 @@ class OpeningRequest:
     device: str
     cuda: CudaRequest
     runtime: str | None
+    variant: str | None
     threads: int | None
     share_weights: bool
     trust: bool
@@ -166,7 +178,7 @@ class OpeningRequest:
         from gemma3_export.api.model import Model
         from gemma3_export.api.model_files import AUTO, Weights, choose_runtime, open_files
 
-        files = open_files(path)
+        files = open_files(path, self.variant)
         runtime = choose_runtime(files, AUTO if self.runtime is None else self.runtime)
         device, cuda_options = self.cuda.settle(self.device, runtime)
         model = Model(
@@ -187,6 +199,12 @@ class OpeningRequest:
                 err=True,
             )
         return model
+
+
+def note_variant_of(model: Model) -> None:
+    """Say on stderr which of a bundle's variants a model runs, if none was chosen."""
+    if model.variant is not None:
+        note_variant(model.bundle, model.variant)
 
 
 def opening_options(command: Callable[..., None]) -> Callable[..., None]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from gemma3_export.cli.options import PATH
+from gemma3_export.cli.options import PATH, note_variant, variant_option
 from gemma3_export.errors import Gemma3ExportError
 
 __all__ = ["inspect"]
@@ -25,6 +25,7 @@ Examples:
 
 @click.command(epilog=EPILOG)
 @click.argument("bundle_path", metavar="DIR", type=PATH)
+@variant_option
 @click.option("--json", "as_json", is_flag=True, help="Print everything as one JSON object.")
 @click.option("--check", is_flag=True, help="Verify the SHA-256 of every file.")
 @click.option(
@@ -39,6 +40,7 @@ Examples:
 )
 def inspect(
     bundle_path: Path,
+    variant: str | None,
     as_json: bool,
     check: bool,
     cuda_placement: bool,
@@ -56,7 +58,7 @@ def inspect(
 
     from gemma3_export.bundle import Bundle
 
-    bundle = Bundle(bundle_path)
+    bundle = Bundle(bundle_path, variant)
     if check:
         bundle.check_files()
     else:
@@ -66,6 +68,7 @@ def inspect(
         from gemma3_export.cuda.terminal import placement_lines
 
         report = check_placement(bundle, cuda_python)
+        note_variant(bundle, bundle.graph("onnx").variant)
         show(report.to_json(), placement_lines(report), as_json=as_json)
         if not report.passed:
             click.get_current_context().exit(Gemma3ExportError.exit_code)

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import click
 
-from gemma3_export.bundle import ONNX_TARGETS
-from gemma3_export.cli.export_options import ExportOptions, export_options, run_export
+from gemma3_export.bundle import ONNX_TARGETS, variant_name
+from gemma3_export.cli.export_options import ExportOptions, dtype_option, export_options, run_export
 from gemma3_export.cli.options import BUDGET, PATH, reject_if_given
-from gemma3_export.dtypes import EXPORT_DTYPES, FLOAT_DTYPES, ROUNDINGS, dtype_choices
+from gemma3_export.dtypes import EXPORT_DTYPES, FLOAT_DTYPES, ROUNDINGS, element_type
 
 __all__ = ["onnx"]
 
@@ -22,6 +22,7 @@ Examples:
   gemma3-export onnx --weights model.gguf --target portable -o out
   gemma3-export onnx --weights checkpoint.pt --config config.json --tokenizer tokenizer.json -o out
   gemma3-export onnx --size 270m --dtype int8 -o gemma-3-270m-int8
+  gemma3-export onnx --size 270m --dtype fp32 --dtype int8 -o gemma-3-270m
   gemma3-export onnx --size 270m --dtype mixed --max-kld 0.05 -o gemma-3-270m-mixed
   gemma3-export onnx --size 270m --dtype int8 --activations bf16 -o gemma-3-270m-cuda-int8
   gemma3-export onnx --weights model-Q4_K_M.gguf --dtype keep -o kept
@@ -39,12 +40,9 @@ Examples:
     help="ort: ONNX Runtime's fused kernels (CUDA: bf16 and fp16 only). portable: standard "
     "operators only (CUDA: fp32).",
 )
-@click.option(
-    "--dtype",
-    type=click.Choice(dtype_choices("onnx")),
-    default="fp32",
-    show_default=True,
-    help="bf16: the recommended half precision. fp16: rejected if activations approach its "
+@dtype_option(
+    "onnx",
+    "bf16: the recommended half precision. fp16: rejected if activations approach its "
     "maximum. int8: 8-bit blocks. int4: 4-bit blocks, calibrated on text. mixed: the smallest "
     "format for each matrix that stays within --max-kld. keep: the blocks of a quantized GGUF, "
     "bit for bit.",
@@ -96,7 +94,7 @@ Examples:
 def onnx(
     options: ExportOptions,
     target: str,
-    dtype: str,
+    dtypes: tuple[str, ...],
     activations: str,
     rounding: str,
     block_size: str,
@@ -110,24 +108,25 @@ def onnx(
     hash of every file, and the parity report. A failed or interrupted export leaves no partial
     output. With --size alone, the official weights are downloaded from the Hub.
     """
-    if calibration is not None and dtype not in CALIBRATED:
+    names = " and ".join(dtypes)
+    if calibration is not None and not any(dtype in CALIBRATED for dtype in dtypes):
         raise click.UsageError(
-            f"--calibration applies to --dtype {' and '.join(CALIBRATED)} only; omit it for {dtype}"
+            f"--calibration applies to --dtype {' and '.join(CALIBRATED)} only; omit it for {names}"
         )
-    if dtype != "int4":
-        reject_if_given("rounding", "--rounding", f"it applies to --dtype int4, not to {dtype}")
-    if dtype not in BLOCKED:
+    if "int4" not in dtypes:
+        reject_if_given("rounding", "--rounding", f"it applies to --dtype int4, not to {names}")
+    if not any(dtype in BLOCKED for dtype in dtypes):
         reject_if_given(
             "block_size",
             "--block-size",
-            f"it applies to --dtype {', '.join(BLOCKED)}, not to {dtype}",
+            f"it applies to --dtype {', '.join(BLOCKED)}, not to {names}",
         )
     from gemma3_export.api.exporting import export_onnx
 
     export = partial(
         export_onnx,
         target=target,
-        dtype=dtype,
+        dtype=dtypes,
         activations=activations,
         rounding=rounding,
         block_size=int(block_size),
@@ -136,4 +135,5 @@ def onnx(
         screen=screen,
     )
     half = "" if activations == "fp32" else f" with {activations} activations"
-    run_export(options, "onnx", f"{dtype}{half}, target {target}", export)
+    variants = [variant_name(dtype, element_type(activations).name) for dtype in dtypes]
+    run_export(options, "onnx", variants, f"{names}{half}, target {target}", export)

@@ -27,6 +27,7 @@ from gemma3_export.limits import (
 )
 
 if TYPE_CHECKING:
+    from gemma3_export.bundle import Bundle
     from gemma3_export.device import CudaOptions
     from gemma3_export.reference.weights import WeightSource
     from gemma3_export.reference.weights.reduced_vocabulary import ReducedSource
@@ -52,11 +53,13 @@ __all__ = [
     "is_given",
     "is_terminal",
     "memory_size",
+    "note_variant",
     "reduce_vocab_option",
     "reject_if_given",
     "revision_option",
     "threads_option",
     "tokenizer_option",
+    "variant_option",
 ]
 
 
@@ -151,6 +154,12 @@ tokenizer_option = click.option(
     "tokenizer_path",
     metavar="PATH",
     help="tokenizer.json, its folder, a .gguf file, or tiktoken:NAME.  [default: the weights' own]",
+)
+variant_option = click.option(
+    "--variant",
+    metavar="NAME",
+    help="Which of several graphs in DIR to use, such as fp32, int8 or int4-fp16.  "
+    "[default: the one in model.onnx, otherwise the first]",
 )
 force_option = click.option(
     "--force", is_flag=True, help="Replace an existing folder that gemma3-export made."
@@ -345,6 +354,17 @@ CUDA_OPTIONS = (
         "[default: exit code 3]",
     ),
 )
+
+
+def note_variant(bundle: Bundle, used: str) -> None:
+    """Say on stderr which of several variants was used, if none was chosen."""
+    variants = bundle.variants()
+    if bundle.variant is None and len(variants) > 1:
+        click.echo(
+            f"note: {bundle.path} has the variants {', '.join(variants)}; this is {used} (choose "
+            "with --variant)",
+            err=True,
+        )
 
 
 def is_given(parameter: str) -> bool:

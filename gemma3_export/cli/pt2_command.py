@@ -6,8 +6,7 @@ from functools import partial
 
 import click
 
-from gemma3_export.cli.export_options import ExportOptions, export_options, run_export
-from gemma3_export.dtypes import dtype_choices
+from gemma3_export.cli.export_options import ExportOptions, dtype_option, export_options, run_export
 
 __all__ = ["pt2"]
 
@@ -21,14 +20,11 @@ Examples:
 
 @click.command(epilog=EPILOG)
 @export_options
-@click.option(
-    "--dtype",
-    type=click.Choice(dtype_choices("pt2")),
-    default="fp32",
-    show_default=True,
-    help="fp16: rejected if the residual stream approaches its maximum; use bf16 instead.",
+@dtype_option(
+    "pt2",
+    "fp16: rejected if the residual stream approaches its maximum; use bf16 instead.",
 )
-def pt2(options: ExportOptions, dtype: str) -> None:
+def pt2(options: ExportOptions, dtypes: tuple[str, ...]) -> None:
     """Export with torch.export and prove parity with the model.
 
     torch.export is the successor of TorchScript; docs/torchscript.md compares both. The exported
@@ -36,4 +32,4 @@ def pt2(options: ExportOptions, dtype: str) -> None:
     """
     from gemma3_export.api.exporting import export_pt2
 
-    run_export(options, "pt2", dtype, partial(export_pt2, dtype=dtype))
+    run_export(options, "pt2", dtypes, " and ".join(dtypes), partial(export_pt2, dtype=dtypes))

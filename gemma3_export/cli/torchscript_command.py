@@ -6,9 +6,8 @@ from functools import partial
 
 import click
 
-from gemma3_export.cli.export_options import ExportOptions, export_options, run_export
+from gemma3_export.cli.export_options import ExportOptions, dtype_option, export_options, run_export
 from gemma3_export.cli.options import BUDGET, reject_if_given
-from gemma3_export.dtypes import dtype_choices
 
 __all__ = ["torchscript"]
 
@@ -23,12 +22,9 @@ Examples:
 
 @click.command(epilog=EPILOG)
 @export_options
-@click.option(
-    "--dtype",
-    type=click.Choice(dtype_choices("torchscript")),
-    default="fp32",
-    show_default=True,
-    help="fp16: rejected if the residual stream approaches its maximum; use bf16 instead. "
+@dtype_option(
+    "torchscript",
+    "fp16: rejected if the residual stream approaches its maximum; use bf16 instead. "
     "int8: weights in 8-bit blocks, computed in bf16.",
 )
 @click.option(
@@ -50,7 +46,11 @@ Examples:
     help="Do not repack matrices at load time, for torch builds without oneDNN.",
 )
 def torchscript(
-    options: ExportOptions, dtype: str, block_size: str, max_kld: float | None, no_prepack: bool
+    options: ExportOptions,
+    dtypes: tuple[str, ...],
+    block_size: str,
+    max_kld: float | None,
+    no_prepack: bool,
 ) -> None:
     """Export to TorchScript and prove parity with the model.
 
@@ -58,15 +58,16 @@ def torchscript(
     docs/torchscript.md explains the consequences. A TorchScript archive is executable code, so it
     is loaded only if its hash matches the manifest.
     """
-    if dtype != "int8":
-        reject_if_given("block_size", "--block-size", f"it applies to --dtype int8, not to {dtype}")
+    names = " and ".join(dtypes)
+    if "int8" not in dtypes:
+        reject_if_given("block_size", "--block-size", f"it applies to --dtype int8, not to {names}")
     from gemma3_export.api.exporting import export_torchscript
 
     export = partial(
         export_torchscript,
-        dtype=dtype,
+        dtype=dtypes,
         prepack=not no_prepack,
         block_size=int(block_size),
         max_kld=max_kld,
     )
-    run_export(options, "torchscript", dtype, export)
+    run_export(options, "torchscript", dtypes, names, export)

@@ -44,6 +44,11 @@ Examples:
     help="Which of the bundle's exports to check.",
 )
 @click.option(
+    "--variant",
+    metavar="NAME",
+    help="Which of several graphs to check, such as fp32, int8 or int4-fp16.  [default: all]",
+)
+@click.option(
     "--weights", metavar="SRC", help="Weights to compare with.  [default: those in the bundle]"
 )
 @adapter_option
@@ -64,6 +69,7 @@ Examples:
 def verify(
     bundle_path: Path,
     runtime: str,
+    variant: str | None,
     weights: str | None,
     adapter: str | None,
     against: str | None,
@@ -81,33 +87,45 @@ def verify(
     Verification checks the hash of every file, then compares logits and all cached keys and values
     in prefill, chunked prefill and cached decoding. Each error must stay below a small multiple of
     the reference's own rounding error, which is measured in the same run. The exit code is 1 if
-    parity fails.
+    parity fails, for several variants if it fails for any.
 
     On CUDA, the compared steps return all logits and therefore run without a captured CUDA graph.
     """
     from gemma3_export.api.verification import verify as verify_parity
     from gemma3_export.bundle import Bundle
 
-    bundle = Bundle(bundle_path)
-    _check_files(report_file, junit_file, html_file)
-    device, allowed = cuda.settle(device, runtime)
-    with ProgressBars() as progress:
-        report = verify_parity(
-            bundle,
-            runtime=runtime,
-            device=device,
-            cuda=allowed,
-            threads=threads,
-            weights=weights,
-            adapter=adapter,
-            against=against,
-            seed=seed,
-            progress=progress,
+    bundle = Bundle(bundle_path, variant)
+    files = (report_file, junit_file, html_file)
+    _check_files(*files)
+    several = bundle.variants(runtime) if variant is None else ()
+    if len(several) > 1 and (as_json or any(files)):
+        raise click.UsageError(
+            f"{bundle_path} has the variants {', '.join(several)}, and a report describes one; "
+            "choose it with --variant"
         )
-    name = bundle_path.resolve().name
-    _write_reports(report, name, report_file, junit_file, html_file)
-    _print_report(report, as_json=as_json)
-    if not report.passed:
+    device, allowed = cuda.settle(device, runtime)
+    failed = False
+    for checked in several if len(several) > 1 else (variant,):
+        with ProgressBars() as progress:
+            report = verify_parity(
+                bundle,
+                runtime=runtime,
+                variant=checked,
+                device=device,
+                cuda=allowed,
+                threads=threads,
+                weights=weights,
+                adapter=adapter,
+                against=against,
+                seed=seed,
+                progress=progress,
+            )
+        _write_reports(report, bundle_path.resolve().name, *files)
+        if len(several) > 1:
+            click.echo(f"variant {checked}:")
+        _print_report(report, as_json=as_json)
+        failed = failed or not report.passed
+    if failed:
         raise click.exceptions.Exit(FAILED)
 
 

@@ -46,15 +46,14 @@ def open_bundle_weights(
     """Open the weights of the graph for ``runtime``, or of any graph if there is none.
 
     Args:
-        bundle: the bundle.
-        runtime: the preferred runtime; None takes the first graph.
+        bundle: the bundle, seen through the variant whose weights to open.
+        runtime: the preferred runtime; None takes the first that has a graph.
         trust: load a torch archive whose hash differs from the manifest.
 
     Raises:
         InputError: the graph cannot be read or contradicts the config.
     """
-    runtimes = [graph.runtime for graph in bundle.manifest.graphs]
-    chosen = runtime if runtime in runtimes else runtimes[0]
+    chosen = runtime if runtime in bundle.runtimes else bundle.first_graph.runtime
     if chosen != "onnx":
         return ArchiveWeights(bundle, chosen, trust=trust)
     return OnnxWeights(bundle)

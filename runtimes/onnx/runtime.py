@@ -131,7 +131,9 @@ class OnnxRuntime:
     ) -> None:
         self.bundle = bundle if isinstance(bundle, Bundle) else Bundle(bundle)
         graph = self.bundle.graph("onnx")
-        self.bundle.check_quickly(in_full={graph.path, graph.windowed_path or graph.path})
+        self.bundle.check_quickly(
+            only_for=graph, in_full={graph.path, graph.windowed_path or graph.path}
+        )
         self.config: Gemma3Config = self.bundle.config
         self.device = device_for(graph, device)
         self.is_fused = graph.target == "ort"  # GroupQueryAttention extends its cache in place

@@ -84,7 +84,7 @@ class ArchiveRuntime:
         graph = bundle.graph(self.name)
         if not trust:
             require_untouched(bundle, graph.path)
-        bundle.check_quickly(except_for=[graph.path])
+        bundle.check_quickly(only_for=graph, except_for=[graph.path])
         self.config: Gemma3Config = bundle.config
         self.dtype = torch_dtype(graph.cache_dtype)
         self.compute_dtype = graph.cache_dtype

@@ -116,7 +116,7 @@ def test_an_int8_archive_is_measured(tmp_path: Path) -> None:
     )
     report = run_benchmark(bundle.path, options)
     size = report["candidates"]["torchscript"]["describe"]["bytes_per_token"]
-    assert size == (bundle.path / "torchscript" / "model.ts").stat().st_size
+    assert size == (bundle.path / "torchscript" / "model_quantized.ts").stat().st_size
     assert report["cases"][0]["candidates"]["torchscript"]["share_of_bandwidth"] > 0
 
 

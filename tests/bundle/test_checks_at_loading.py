@@ -13,7 +13,7 @@ import pytest
 import gemma3_export
 from gemma3_export.api.exporting import export_torchscript, open_weights
 from gemma3_export.api.opening import open_runtime
-from gemma3_export.bundle import FULLY_HASHED_BYTES, Bundle, write_manifest
+from gemma3_export.bundle import FORMAT_VERSION, FULLY_HASHED_BYTES, Bundle, write_manifest
 from gemma3_export.errors import InputError
 from tests.support.command_line import error_line, run_ok
 from tests.support.exported_bundles import edit_json
@@ -140,7 +140,7 @@ def test_a_bundle_of_format_1_still_opens_and_gets_samples_with_its_next_graph(
     flip(large / LARGE, 0)
     with open_weights(str(tiny_folder)) as source:
         export_torchscript(source, large, verify=False)
-    assert manifest_of(large)["format_version"] == 2
+    assert manifest_of(large)["format_version"] == FORMAT_VERSION
     assert Bundle(large).manifest.files[LARGE].sample_sha256 is not None
     (large / LARGE).write_bytes(b"short")
     assert f"{LARGE}: 5 bytes instead of {LARGE_BYTES}" in error_line("generate", large, *GENERATE)

@@ -18,6 +18,7 @@ from gemma3_export.api import verification as verifying
 from gemma3_export.bench import run as benchmark
 from gemma3_export.bench import worker as benchmark_worker
 from gemma3_export.bench.worker import RuntimeCandidate, open_candidate
+from gemma3_export.bundle import Bundle
 from gemma3_export.cli import command_line
 from gemma3_export.cli.options import CudaRequest, memory_size
 from gemma3_export.cuda import doctor
@@ -268,7 +269,7 @@ def test_a_real_fallback_generates_on_the_cpu(ort_bundle: Path) -> None:
 def test_bench_decodes_as_generate_does(ort_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It takes candidates from the device if there are any, and gets the same tokens."""
     prompt = np.array([[2, 5, 9, 3], [2, 8, 4, 7]])
-    candidate = open_candidate("onnx", ort_bundle, "cpu", 1)
+    candidate = open_candidate("onnx", Bundle(ort_bundle), "cpu", 1)
     assert isinstance(candidate, RuntimeCandidate)
     _, _, expected = candidate.run(prompt, 12)
     assert isinstance(candidate.runtime, OnnxRuntime)

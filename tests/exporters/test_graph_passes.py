@@ -62,7 +62,9 @@ def test_a_residual_add_and_its_norm_become_one_node() -> None:
 
 def test_a_layer_in_bfloat16_has_no_casts_and_one_split() -> None:
     """A GPU starts a kernel for each of these nodes, which is what a small model's step costs."""
-    graph = onnx.load(half_bundle("bf16") / "onnx" / "model.onnx", load_external_data=False).graph
+    graph = onnx.load(
+        half_bundle("bf16") / "onnx" / "model_bf16.onnx", load_external_data=False
+    ).graph
     made_at_load = {  # from weights alone; runtimes fold these nodes
         node.output[0]
         for node in graph.node
@@ -89,7 +91,9 @@ def test_a_layer_in_bfloat16_has_no_casts_and_one_split() -> None:
 def test_attention_in_bfloat16_takes_the_packed_projection_and_the_scales_of_its_head_norms() -> (
     None
 ):
-    graph = onnx.load(half_bundle("bf16") / "onnx" / "model.onnx", load_external_data=False).graph
+    graph = onnx.load(
+        half_bundle("bf16") / "onnx" / "model_bf16.onnx", load_external_data=False
+    ).graph
     makers = {name: node for node in graph.node for name in node.output}
     (node,) = (
         node

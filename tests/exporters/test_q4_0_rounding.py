@@ -141,9 +141,7 @@ def test_weights_on_the_grid_of_q4_0_are_recognized_and_keep_their_values(tmp_pa
     folder = write_qat_folder(tmp_path / "weights")
     writer = OnnxWriter(dtype="int4", calibration=PLAN, max_kld=0.02)
     with open_weights(str(folder)) as source:
-        result = export_bundle(
-            source, tmp_path / "int4", writer, verification=ParityCheck(runtime="onnx")
-        )
+        result = export_bundle(source, tmp_path / "int4", writer, verification=ParityCheck())
         assert result.verified
         graph = Bundle(tmp_path / "int4").graph("onnx")
         assert graph.calibration is not None

@@ -75,7 +75,7 @@ def test_all_matrices_are_quantized_and_the_tied_embedding_is_stored_once() -> N
     found = operators(bundle)
     assert "MatMul" not in found
     assert "Gemm" not in found
-    graph = onnx.load(bundle.file("onnx/model.onnx"), load_external_data=False).graph
+    graph = onnx.load(bundle.file("onnx/model_quantized.onnx"), load_external_data=False).graph
     weights = {tensor.name for tensor in graph.initializer if tensor.external_data}
     assert not any(
         node.op_type == "Gather" and not weights.isdisjoint(node.input) for node in graph.node
@@ -93,7 +93,7 @@ def test_the_file_holds_only_tensors_and_their_alignment() -> None:
         columns = shapes[recipe.names[0]][1] if recipe.blocks else 1
         wanted += recipe.blocks.size_bytes(rows, columns) if recipe.blocks else rows * 4
         tensors += 2 if recipe.blocks else 1
-    size = bundle.file("onnx/model.onnx_data").stat().st_size
+    size = bundle.file("onnx/model_quantized.onnx_data").stat().st_size
     assert wanted <= size <= wanted + 4096 * tensors
 
 
@@ -109,11 +109,11 @@ def test_a_changed_weight_in_the_file_is_found(change: str, tmp_path: Path) -> N
         "norm": "model.layers.1.pre_feedforward_layernorm.weight",
     }
     read = {name: right.read(name).clone() for name in dict(CONFIG.weight_shapes())}
-    graph = onnx.load(path / "onnx" / "model.onnx", load_external_data=False).graph
+    graph = onnx.load(path / "onnx" / "model_quantized.onnx", load_external_data=False).graph
     (tensor,) = [item for item in graph.initializer if item.name == names[change]]
     place = {entry.key: entry.value for entry in tensor.external_data}
     size = int(place["length"])
-    data = np.memmap(path / "onnx" / "model.onnx_data", mode="r+")
+    data = np.memmap(path / "onnx" / "model_quantized.onnx_data", mode="r+")
     part = data[int(place["offset"]) : int(place["offset"]) + size]
     if change == "code":
         part[: size // 8] ^= 16
@@ -167,9 +167,7 @@ def test_an_export_over_its_budget_names_the_divergence_and_leaves_no_output(
     writer = OnnxWriter(dtype="int8", block_size=16, max_kld=1e-9)
     message = r"^the weights diverge too far.* mean_kld is .* --max-kld, 1e-09 here: raise it"
     with pytest.raises(ParityError, match=message):
-        export_bundle(
-            RandomSource(CONFIG, 5), path, writer, verification=ParityCheck(runtime="onnx")
-        )
+        export_bundle(RandomSource(CONFIG, 5), path, writer, verification=ParityCheck())
     assert list(tmp_path.iterdir()) == []
 
 

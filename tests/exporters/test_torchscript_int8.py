@@ -52,7 +52,7 @@ def check(runtime: ArchiveRuntime, bundle: Bundle, full: RandomSource | None) ->
 def load_plainly(path: Path) -> Any:
     with torchscript():
         load: Any = torch.jit.load
-        return load(str(path / "torchscript" / "model.ts"))
+        return load(str(path / "torchscript" / "model_quantized.ts"))
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -89,7 +89,7 @@ def test_an_archive_is_about_a_quarter_of_one_in_float32() -> None:
     config = replace(VARIANTS["wide"], intermediate_size=128, head_dim=32)
     path = exported(TorchScriptWriter(dtype="int8", block_size=64), config, 5)
     float32 = config.num_parameters * 4
-    assert (path / "torchscript" / "model.ts").stat().st_size < 0.28 * float32
+    assert (path / "torchscript" / "model_quantized.ts").stat().st_size < 0.28 * float32
     # Only norms, frequencies, codes and scales, in memory too.
     tensors = {t.data_ptr(): t.nbytes for t in load_plainly(path).state_dict().values()}
     assert sum(tensors.values()) < 0.28 * float32

@@ -71,7 +71,7 @@ def fp16_bundle(is_tied: bool) -> Path:
 def test_an_overflowing_mlp_product_is_rejected_by_name_and_leaves_no_output(
     is_verified: bool, tmp_path: Path
 ) -> None:
-    verification = ParityCheck(runtime="onnx") if is_verified else None
+    verification = ParityCheck() if is_verified else None
     with pytest.raises(ParityError, match=r"mlp\.product in layer 1.*--dtype bf16") as caught:
         export_bundle(
             scaled(LOUD), tmp_path / "out", OnnxWriter(dtype="fp16"), verification=verification
@@ -101,9 +101,11 @@ def test_an_ordinary_fp16_export_passes_and_carries_its_ranges(tmp_path: Path) -
         RandomSource(config, 5),
         tmp_path / "out",
         OnnxWriter(dtype="fp16"),
-        verification=ParityCheck(runtime="onnx"),
+        verification=ParityCheck(),
     ).path
-    ranges = json.loads((path / PARITY).read_text(encoding="utf-8"))["onnx"]["ranges"]
+    ranges = json.loads((path / PARITY).read_text(encoding="utf-8"))["onnx/model_fp16.onnx"][
+        "ranges"
+    ]
     assert ranges["dtype"] == "float16"
     assert ranges["largest"] == 65504
     found = {(item["kind"], item["layer"]) for item in ranges["tensors"]}

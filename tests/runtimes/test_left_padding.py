@@ -173,7 +173,7 @@ def test_the_graph_of_our_own_runtime_and_graphs_in_half_precision_rotate_nothin
     for path, rotates in (
         (full / "model.onnx", True),
         (full / "model_windowed.onnx", False),
-        (half / "model.onnx", False),
+        (half / "model_bf16.onnx", False),
     ):
         graph = onnx.load(path, load_external_data=False).graph
         names = [item.name for item in (*graph.node, *graph.initializer)]
