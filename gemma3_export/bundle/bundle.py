@@ -115,7 +115,9 @@ class Bundle:
         """
         remedy = "choose another output, or pass --force to replace the whole bundle"
         if variant in self.variants(runtime):
-            raise InputError(f"{self.path} already has {variant} for {runtime}; {remedy}")
+            raise InputError(
+                f"{self.path} exists and already has {variant} for {runtime}; {remedy}"
+            )
         for graph in self.manifest.graphs:
             if path in graph_files(graph):  # before format 3, every variant was in model.onnx
                 raise InputError(

@@ -65,11 +65,11 @@ def test_manifest_with_an_impossible_value(copied_bundle, place, value, complain
         assert complaint in error_line(command, copied_bundle, *options)
 
 
-def test_two_graphs_for_one_runtime(copied_bundle):
+def test_two_graphs_of_one_variant(copied_bundle):
     path = copied_bundle / "manifest.json"
     graphs = json.loads(path.read_text(encoding="utf-8"))["graphs"]
     edit_json(path, graphs=graphs * 2)
-    assert "2 graphs for the runtime onnx" in error_line("inspect", copied_bundle)
+    assert "2 graphs called 'onnx fp32'" in error_line("inspect", copied_bundle)
 
 
 def replace_file(bundle: Path, name: str, data: bytes) -> None:
