@@ -26,6 +26,7 @@ from gemma3_export.bundle.manifest import (
     Graph,
     Manifest,
     WeightRecipe,
+    default_graph,
     read_manifest,
     sample_sha256_of,
     sha256_of,
@@ -39,7 +40,7 @@ from gemma3_export.bundle.signature import (
     TensorSpec,
     window_capacity,
 )
-from gemma3_export.bundle.variants import default_graph, graph_files, graph_stem, variant_name
+from gemma3_export.bundle.variants import graph_stem, variant_name
 
 __all__ = [
     "CODES",
@@ -71,7 +72,6 @@ __all__ = [
     "common_format",
     "default_graph",
     "generation_config_to_json",
-    "graph_files",
     "graph_stem",
     "read_manifest",
     "sample_sha256_of",

@@ -20,12 +20,12 @@ from gemma3_export.bundle.manifest import (
     FULLY_HASHED_BYTES,
     FileRecord,
     Graph,
+    default_graph,
     read_manifest,
     sample_sha256_of,
     sha256_of,
 )
 from gemma3_export.bundle.signature import Signature
-from gemma3_export.bundle.variants import default_graph, graph_files
 from gemma3_export.config import CONFIG_NAME, Gemma3Config, load_config
 from gemma3_export.dtypes import DEFAULT_MAX_KLD
 from gemma3_export.errors import InputError
@@ -40,7 +40,7 @@ class Bundle:
     Args:
         path: the folder.
         variant: which graph to use of a runtime that has several, such as ``int8``; None is the
-            default: see :func:`gemma3_export.bundle.variants.default_graph`.
+            default: see :func:`gemma3_export.bundle.manifest.default_graph`.
 
     Raises:
         InputError: the folder is not a bundle, is damaged or of a newer version, or has no such
@@ -119,7 +119,7 @@ class Bundle:
                 f"{self.path} exists and already has {variant} for {runtime}; {remedy}"
             )
         for graph in self.manifest.graphs:
-            if path in graph_files(graph):  # before format 3, every variant was in model.onnx
+            if path in graph.own_files:  # before format 3, every variant was in model.onnx
                 raise InputError(
                     f"{self.path} was made by an older version, which put its {graph.variant} "
                     f"graph in {path}, so {variant} cannot be added; {remedy}"
@@ -210,7 +210,7 @@ class Bundle:
     def _files_of_others(self, chosen: Graph | None = None) -> set[str]:
         """Return the files of graphs other than ``chosen``, or of other variants."""
         others = [
-            graph_files(graph)
+            graph.own_files
             for graph in self.manifest.graphs
             if (self.variant not in (None, graph.variant) if chosen is None else graph != chosen)
         ]

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, get_args
 
 from gemma3_export.bundle.block_format import BlockFormat
-from gemma3_export.bundle.variants import variant_name
+from gemma3_export.bundle.variants import DEFAULT_STEM, variant_name
 from gemma3_export.dtypes import DEFAULT_MAX_KLD, EXPORT_DTYPES, DType
 from gemma3_export.errors import InputError
 from gemma3_export.files import is_file, open_regular, to_path
@@ -34,6 +34,7 @@ __all__ = [
     "Graph",
     "Manifest",
     "WeightRecipe",
+    "default_graph",
     "read_manifest",
     "sample_sha256_of",
     "sha256_of",
@@ -102,6 +103,12 @@ class Graph:
             return variant_name(self.dtype)
         return variant_name(self.dtype, self.cache_dtype)
 
+    @property
+    def own_files(self) -> frozenset[str]:
+        """Return the relative paths of the files that the graph may have to itself."""
+        paths = [path for path in (self.path, self.windowed_path) if path is not None]
+        return frozenset(name for path in paths for name in (path, f"{path}_data"))
+
 
 @dataclass(kw_only=True, slots=True)
 class Manifest:
@@ -112,6 +119,16 @@ class Manifest:
     versions: dict[str, str]  # of the packages that made the bundle
     files: dict[str, FileRecord] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
+
+
+def default_graph(graphs: Sequence[Graph]) -> Graph:
+    """Return the graph of a runtime that runs if no variant is chosen.
+
+    That is the one in ``model.onnx`` (for torch archives ``model.ts`` or ``model.pt2``), otherwise
+    the one that was exported first.
+    """
+    named = (graph for graph in graphs if PurePosixPath(graph.path).stem == DEFAULT_STEM)
+    return next(named, graphs[0])
 
 
 def write_manifest(path: Path, manifest: Manifest, hashes: Mapping[str, str]) -> None:

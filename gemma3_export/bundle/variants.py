@@ -13,16 +13,9 @@ the dtype even if the folder has no other variant, so a variant that is added la
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import PurePosixPath
-from typing import TYPE_CHECKING
-
 from gemma3_export.dtypes import EXPORT_DTYPES, FLOAT_DTYPES, DType
 
-if TYPE_CHECKING:
-    from gemma3_export.bundle.manifest import Graph
-
-__all__ = ["default_graph", "graph_files", "graph_stem", "variant_name"]
+__all__ = ["DEFAULT_STEM", "graph_stem", "variant_name"]
 
 DEFAULT_STEM = "model"
 FULL_PRECISION: DType = "float32"
@@ -61,19 +54,3 @@ def _half_activations(dtype: str, activations: DType) -> str | None:
         return None
     names = {EXPORT_DTYPES[name].element: name for name in FLOAT_DTYPES}
     return names.get(activations)
-
-
-def default_graph(graphs: Sequence[Graph]) -> Graph:
-    """Return the graph that runs if no variant is chosen.
-
-    That is the one in ``model.onnx`` (for torch archives ``model.ts`` or ``model.pt2``), otherwise
-    the one that was exported first.
-    """
-    named = (graph for graph in graphs if PurePosixPath(graph.path).stem == DEFAULT_STEM)
-    return next(named, graphs[0])
-
-
-def graph_files(graph: Graph) -> frozenset[str]:
-    """Return the relative paths of the files that ``graph`` may have to itself."""
-    paths = [path for path in (graph.path, graph.windowed_path) if path is not None]
-    return frozenset(name for path in paths for name in (path, f"{path}_data"))
