@@ -21,9 +21,11 @@ import torch
 
 from gemma3_export import __version__
 from gemma3_export.bundle import (
+    DOCUMENTS,
     GENAI_CONFIG,
     MANIFEST,
     PARITY,
+    PLOT,
     Bundle,
     Graph,
     Manifest,
@@ -34,6 +36,7 @@ from gemma3_export.bundle import (
     write_manifest,
 )
 from gemma3_export.bundle.inspection import read_proofs
+from gemma3_export.bundle.model_card import write_documents
 from gemma3_export.config import TOKENIZER_NAME, Gemma3Config
 from gemma3_export.errors import Gemma3ExportError, InputError
 from gemma3_export.files import is_file
@@ -44,6 +47,7 @@ from gemma3_export.parity.activation_range import (
 )
 from gemma3_export.parity.options import HalfPrecision
 from gemma3_export.parity.report.model import HalfRanges
+from gemma3_export.parity.report.plot import render_plot
 from gemma3_export.progress import Progress, ignore_progress
 from gemma3_export.reference.weights import WeightSource
 from gemma3_export.staging import reject_existing, staged_directory, write_text_atomically
@@ -54,6 +58,7 @@ __all__ = [
     "GraphWriter",
     "Verification",
     "export_bundle",
+    "finish_bundle",
     "half_precision",
 ]
 
@@ -184,6 +189,7 @@ def export_bundle(
                 added[-1] = add_proof(folder, manifest, graph, proof)
                 seconds["parity"] += time.perf_counter() - started
                 started = time.perf_counter()
+        finish_bundle(folder, source.config, manifest)
     return ExportResult(
         path=output,
         graphs=tuple(added),
@@ -191,6 +197,26 @@ def export_bundle(
         size_bytes=sum(record.size_bytes for record in manifest.files.values()),
         seconds=dict(seconds),
     )
+
+
+def finish_bundle(folder: Path, config: Gemma3Config, manifest: Manifest) -> None:
+    """Write what follows from graphs and reports: the plot, missing documents and the manifest.
+
+    The manifest keeps the hash of a document that somebody edited as it was before.
+
+    Args:
+        folder: the bundle, with its graphs, ``parity.json`` and a first manifest.
+        config: the model.
+        manifest: as that first one, with the verdicts; receives the final list of files.
+    """
+    proofs = read_proofs(folder)
+    if plot := render_plot(proofs):
+        write_text_atomically(folder / PLOT, plot)
+    missing = [name for name in DOCUMENTS if not is_file(folder / name)]
+    hashes = known_hashes(manifest, PARITY, PLOT, *missing)
+    write_manifest(folder, manifest, hashes)
+    write_documents(folder, config, manifest, proofs)
+    write_manifest(folder, manifest, hashes)
 
 
 def checked_ranges(
@@ -279,6 +305,8 @@ def link_files(bundle: Bundle, folder: Path) -> None:
     """
     bundle.check_quickly()
     for relative in bundle.manifest.files:
+        if relative in DOCUMENTS and not bundle.is_edited(relative):
+            continue  # written again, for all graphs
         target = folder / relative
         target.parent.mkdir(parents=True, exist_ok=True)
         try:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from gemma3_export.api.model import Chat, Model, load
     from gemma3_export.api.opening import open_runtime
     from gemma3_export.api.options import GenerateOptions, LoadOptions
+    from gemma3_export.api.publishing import PushOptions, PushResult, push_to_hub
     from gemma3_export.api.verification import VerifyRequest, verify
     from gemma3_export.bundle import Bundle
     from gemma3_export.config import Gemma3Config
@@ -48,6 +49,8 @@ __all__ = [
     "OnnxOptions",
     "ParityError",
     "Pt2Options",
+    "PushOptions",
+    "PushResult",
     "TextStream",
     "Tokenizer",
     "TorchScriptOptions",
@@ -59,6 +62,7 @@ __all__ = [
     "load",
     "open_runtime",
     "open_weights",
+    "push_to_hub",
     "run_batch",
     "verify",
 ]
@@ -78,6 +82,8 @@ _HOMES = {
     "Model": "api.model",
     "OnnxOptions": "api.exporting",
     "Pt2Options": "api.exporting",
+    "PushOptions": "api.publishing",
+    "PushResult": "api.publishing",
     "TextStream": "api.stream",
     "Tokenizer": "tokenizer",
     "TorchScriptOptions": "api.exporting",
@@ -88,6 +94,7 @@ _HOMES = {
     "load": "api.model",
     "open_runtime": "api.opening",
     "open_weights": "api.exporting",
+    "push_to_hub": "api.publishing",
     "run_batch": "api.batch",
     "verify": "api.verification",
 }

@@ -16,6 +16,7 @@ import ctypes
 import errno
 import fnmatch
 import gc
+import hashlib
 import logging
 import os
 import shutil
@@ -23,14 +24,16 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from gemma3_export.errors import Gemma3ExportError, InputError
-from gemma3_export.files import is_file, to_path
+from gemma3_export.files import is_file, open_regular, to_path
 from gemma3_export.locks import exclusive
 from gemma3_export.records import read_json
 from gemma3_export.signals import uninterrupted
 
 __all__ = [
+    "DOCUMENTS",
     "check_disk_space",
     "check_writable",
     "foreign_files",
@@ -60,6 +63,8 @@ OWN_FOLDERS: tuple[tuple[str, tuple[str, ...]], ...] = (
 )
 PARTIAL_FILES = (".*.partial", "*/.*.partial")  # of a process that was killed while writing
 MANIFEST = "manifest.json"
+# The files of a bundle that readers may edit: model card, Git LFS patterns and license notice.
+DOCUMENTS = ("README.md", ".gitattributes", "NOTICE")
 RENAME_EXCHANGE = 2  # of renameat2(2)
 AT_FDCWD = -100
 logger = logging.getLogger(__name__)
@@ -121,9 +126,9 @@ def reject_existing(target: Path, *, force: bool) -> None:
         return
     if foreign := foreign_files(target):
         raise InputError(
-            f"{target} exists and was not created by this program (it contains "
-            f"{', '.join(foreign[:3])}), so it is not replaced even with --force; choose another "
-            "output"
+            f"{target} exists and was not created by this program, or was edited (it contains "
+            f"{', '.join(foreign[:3])}), so it is not replaced even with --force; choose "
+            "another output"
         )
     if not force:
         raise InputError(f"{target} exists and is not empty; pass --force to replace it")
@@ -143,7 +148,10 @@ def _current_folder() -> Path:
 
 
 def foreign_files(folder: Path) -> list[str]:
-    """Return the files of ``folder`` that no command of this program writes."""
+    """Return the files of ``folder`` that no command of this program writes.
+
+    A document of a bundle that somebody edited is one of them.
+    """
     files = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
     place = _place_of(folder).name  # inside a mount point
     found = [file.as_posix() for file in files if file.parts[0] != place]
@@ -152,7 +160,12 @@ def foreign_files(folder: Path) -> list[str]:
             manifest = read_json(folder / MANIFEST, remedy="delete it")
             if "format_version" in manifest:
                 own = {MANIFEST, "parity.json", *manifest["files"]}
-                return sorted(name for name in found if name not in own)
+                edited = [
+                    name
+                    for name in DOCUMENTS
+                    if name in found and name in own and _is_edited(folder, name, manifest)
+                ]
+                return sorted([name for name in found if name not in own] + edited)
     for marker, patterns in OWN_FOLDERS:
         if marker in found:
             return sorted(
@@ -163,6 +176,12 @@ def foreign_files(folder: Path) -> list[str]:
                 )
             )
     return sorted(found) or [folder.name]
+
+
+def _is_edited(folder: Path, name: str, manifest: dict[str, Any]) -> bool:
+    with open_regular(folder / name) as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    return bool(found != manifest["files"][name]["sha256"])
 
 
 def _place_of(target: Path) -> Path:

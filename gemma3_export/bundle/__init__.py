@@ -15,11 +15,16 @@ from gemma3_export.bundle.bundle import Bundle
 from gemma3_export.bundle.genai_config import GENAI_CONFIG, write_genai_config
 from gemma3_export.bundle.hf_metadata import generation_config_to_json, write_hf_metadata
 from gemma3_export.bundle.manifest import (
+    CARD,
+    DOCUMENTS,
     FORMAT_VERSION,
     FULLY_HASHED_BYTES,
+    GIT_ATTRIBUTES,
     MANIFEST,
+    NOTICE,
     ONNX_TARGETS,
     PARITY,
+    PLOT,
     RUNTIMES,
     BundleRuntime,
     FileRecord,
@@ -43,16 +48,21 @@ from gemma3_export.bundle.signature import (
 from gemma3_export.bundle.variants import graph_stem, variant_name
 
 __all__ = [
+    "CARD",
     "CODES",
+    "DOCUMENTS",
     "FORMAT_VERSION",
     "FULLY_HASHED_BYTES",
     "GENAI_CONFIG",
+    "GIT_ATTRIBUTES",
     "LOOKUP_SCALES",
     "MANIFEST",
     "MINIMUMS",
     "MODEL_PREFIX",
+    "NOTICE",
     "ONNX_TARGETS",
     "PARITY",
+    "PLOT",
     "RUNTIMES",
     "SCALES",
     "WINDOW_MARGIN",

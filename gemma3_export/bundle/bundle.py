@@ -7,6 +7,8 @@
     torchscript/model.ts  pt2/model.pt2
     manifest.json    format version, graphs, signature, origin and hashes of every file
     parity.json      the parity report of each verified graph, by the graph's path
+    parity.svg       a plot of these reports
+    README.md .gitattributes NOTICE    model card, Git LFS patterns and license notice: documents
 
 Reading a bundle needs neither torch nor ONNX Runtime.
 """
@@ -17,6 +19,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path, PurePosixPath
 
 from gemma3_export.bundle.manifest import (
+    DOCUMENTS,
     FULLY_HASHED_BYTES,
     FileRecord,
     Graph,
@@ -161,8 +164,13 @@ class Bundle:
         """Return the path of one file of the bundle."""
         return self.path.joinpath(*PurePosixPath(relative).parts)
 
+    def is_edited(self, document: str) -> bool:
+        """Return whether somebody changed a document since it was written; False if it is gone."""
+        record, file = self.manifest.files.get(document), self.file(document)
+        return is_file(file) and (record is None or sha256_of(file) != record.sha256)
+
     def check_files(self, only: Collection[str] | None = None) -> None:
-        """Compare sizes and SHA-256 hashes with the manifest.
+        """Compare sizes and SHA-256 hashes with the manifest, except those of documents.
 
         The files of variants other than the chosen one are left out, and may be missing.
 
@@ -221,7 +229,7 @@ class Bundle:
         found = {
             name: _file_problem(self.file(name), self.manifest.files[name], in_full=is_full)
             for name, is_full in in_full.items()
-            if name in self.manifest.files
+            if name in self.manifest.files and name not in DOCUMENTS
         }
         if problems := [f"{name}: {problem}" for name, problem in found.items() if problem]:
             raise InputError(

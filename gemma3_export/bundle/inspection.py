@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +23,13 @@ from gemma3_export.records import Count, read_json, to_record
 
 __all__ = [
     "CONTEXTS",
+    "ProofSummary",
     "cache_bytes_per_token",
     "inspect_bundle",
     "parity_line",
     "read_proofs",
     "rounding_line",
+    "summarize_proof",
 ]
 
 CONTEXTS = (2048, 8192, 32768)  # numbers of tokens to report cache sizes for
@@ -196,17 +198,85 @@ class _Metric:
 
 
 @dataclass(kw_only=True)
+class _Point:
+    kld: float | None
+    is_same_top1: bool
+
+
+@dataclass(kw_only=True)
 class _Case:
     positions: Count
     metrics: list[_Metric]
+    points: list[_Point] = field(default_factory=list)
+
+
+@dataclass(kw_only=True)
+class _Gate:
+    name: str
+    metrics: list[_Metric] = field(default_factory=list)
 
 
 @dataclass(kw_only=True)
 class _Report:
     passed: bool
     cases: list[_Case]
+    gates: list[_Gate] = field(default_factory=list)
     noise_floor_dtype: str = ""
     floor_dtype: str = ""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ProofSummary:
+    """The numbers of a parity report that a reader wants first.
+
+    Attributes:
+        passed: the verdict.
+        cases: how many ways of feeding tokens were compared.
+        positions: how many positions they have in total.
+        max_logit_error: the largest absolute error of a logit.
+        worst_ratio: the largest error of logits, keys and values, as a multiple of the noise floor.
+        noise_floor_dtype: the precision whose rounding is the noise floor.
+        same_top1: at how many positions the greedy token is that of the reference.
+        quality: distance of quantized weights from full precision by name of the metric:
+            ``mean_kld`` in nats per token, ``top1_agreement``, ``perplexity_ratio``. Otherwise the
+            three are those of rounding.
+    """
+
+    passed: bool
+    cases: int
+    positions: int
+    max_logit_error: float
+    worst_ratio: float
+    noise_floor_dtype: str
+    same_top1: int
+    quality: dict[str, float]
+
+
+def summarize_proof(report: Mapping[str, Any]) -> ProofSummary:
+    """Return the most important numbers of a report from ``parity.json``.
+
+    Raises:
+        InputError: ``report`` is not a parity report.
+    """
+    found = to_record(report, _Report, where=f"a report in {PARITY}", remedy=REMEDY, is_part=True)
+    metrics = [metric for case in found.cases for metric in case.metrics]
+    errors = (item.value or 0.0 for item in metrics if item.name == "logits_max_abs")
+    quality = (gate for gate in found.gates if gate.name == "quality")
+    return ProofSummary(
+        passed=found.passed,
+        cases=len(found.cases),
+        positions=sum(case.positions for case in found.cases),
+        max_logit_error=max(errors, default=0.0),
+        worst_ratio=max((item.ratio for item in metrics if "kld" not in item.name), default=0.0),
+        noise_floor_dtype=found.noise_floor_dtype or found.floor_dtype,
+        same_top1=sum(point.is_same_top1 for case in found.cases for point in case.points),
+        quality={
+            item.name: item.value
+            for gate in quality
+            for item in gate.metrics
+            if item.value is not None
+        },
+    )
 
 
 def parity_line(report: Mapping[str, Any]) -> str:
@@ -215,13 +285,10 @@ def parity_line(report: Mapping[str, Any]) -> str:
     Raises:
         InputError: ``report`` is not a parity report.
     """
-    found = to_record(report, _Report, where=f"a report in {PARITY}", remedy=REMEDY, is_part=True)
-    metrics = [metric for case in found.cases for metric in case.metrics]
-    worst = max((item.ratio for item in metrics if "kld" not in item.name), default=0.0)
-    errors = (item.value or 0.0 for item in metrics if item.name == "logits_max_abs")
+    found = summarize_proof(report)
     return (
-        f"{'passed' if found.passed else 'FAILED'}; {len(found.cases)} cases, "
-        f"{sum(case.positions for case in found.cases)} positions, largest logit error "
-        f"{max(errors, default=0.0):.2g}, worst error {worst:.2f} x the noise floor of "
-        f"{found.noise_floor_dtype or found.floor_dtype}"
+        f"{'passed' if found.passed else 'FAILED'}; {found.cases} cases, "
+        f"{found.positions} positions, largest logit error "
+        f"{found.max_logit_error:.2g}, worst error {found.worst_ratio:.2f} x the noise floor of "
+        f"{found.noise_floor_dtype}"
     )

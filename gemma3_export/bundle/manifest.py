@@ -20,14 +20,19 @@ from gemma3_export.dtypes import DEFAULT_MAX_KLD, EXPORT_DTYPES, DType
 from gemma3_export.errors import InputError
 from gemma3_export.files import is_file, open_regular, to_path
 from gemma3_export.records import Count, read_record
-from gemma3_export.staging import write_text_atomically
+from gemma3_export.staging import DOCUMENTS, write_text_atomically
 
 __all__ = [
+    "CARD",
+    "DOCUMENTS",
     "FORMAT_VERSION",
     "FULLY_HASHED_BYTES",
+    "GIT_ATTRIBUTES",
     "MANIFEST",
+    "NOTICE",
     "ONNX_TARGETS",
     "PARITY",
+    "PLOT",
     "RUNTIMES",
     "BundleRuntime",
     "FileRecord",
@@ -35,6 +40,7 @@ __all__ = [
     "Manifest",
     "WeightRecipe",
     "default_graph",
+    "manifest_to_json",
     "read_manifest",
     "sample_sha256_of",
     "sha256_of",
@@ -49,6 +55,8 @@ RUNTIMES: tuple[BundleRuntime, ...] = get_args(BundleRuntime)
 ONNX_TARGETS = ("ort", "portable")  # ONNX Runtime's fused kernels, or standard operators only
 MANIFEST = "manifest.json"
 PARITY = "parity.json"
+PLOT = "parity.svg"
+CARD, GIT_ATTRIBUTES, NOTICE = DOCUMENTS  # their hashes tell whether somebody edited them
 REMEDY = "export the bundle again"
 FULLY_HASHED_BYTES = 2**25  # up to here, such as tokenizers, loading hashes a file in full
 # The sample of a file: blocks at equal distances, the first at its start and the last at its end.
@@ -148,8 +156,12 @@ def write_manifest(path: Path, manifest: Manifest, hashes: Mapping[str, str]) ->
             size_bytes=size,
             sample_sha256=sample_sha256_of(file) if size > FULLY_HASHED_BYTES else None,
         )
-    text = json.dumps(asdict(manifest), indent=1, sort_keys=True) + "\n"
-    write_text_atomically(path / MANIFEST, text)
+    write_text_atomically(path / MANIFEST, manifest_to_json(manifest))
+
+
+def manifest_to_json(manifest: Manifest) -> str:
+    """Return the content of ``manifest.json``."""
+    return json.dumps(asdict(manifest), indent=1, sort_keys=True) + "\n"
 
 
 def sha256_of(path: Path) -> str:

@@ -34,6 +34,7 @@ COMMANDS = (
     "batch",
     "verify",
     "inspect",
+    "push",
     "bench",
     "doctor",
     "data",

@@ -21,7 +21,14 @@ from gemma3_export.config.hugging_face import (
     load_config,
     load_json_object,
 )
-from gemma3_export.config.presets import END_OF_TURN_ID, SIZES, TEXT_VOCAB_SIZE, Preset, preset
+from gemma3_export.config.presets import (
+    END_OF_TURN_ID,
+    SIZES,
+    TEXT_VOCAB_SIZE,
+    Preset,
+    preset,
+    preset_of,
+)
 
 __all__ = [
     "CONFIG_NAME",
@@ -46,4 +53,5 @@ __all__ = [
     "load_config",
     "load_json_object",
     "preset",
+    "preset_of",
 ]

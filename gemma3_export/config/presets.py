@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from gemma3_export.config.gemma3_config import Gemma3Config, default_layer_types
 from gemma3_export.errors import InputError
 
-__all__ = ["END_OF_TURN_ID", "SIZES", "TEXT_VOCAB_SIZE", "Preset", "preset"]
+__all__ = ["END_OF_TURN_ID", "SIZES", "TEXT_VOCAB_SIZE", "Preset", "preset", "preset_of"]
 
 TEXT_VOCAB_SIZE = 262_144
 END_OF_TURN_ID = 106
@@ -81,3 +81,28 @@ def preset(size: str) -> Preset:
     else:
         hub_id = "google/gemma-3-270m" if base == "270m" else f"google/gemma-3-{base}-pt"
     return Preset(size=size, hub_id=hub_id, config=config)
+
+
+# What weights must share with a published model to be derived from it; vocabularies and contexts
+# change in fine-tuning.
+SHAPE = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "layer_types",
+)
+
+
+def preset_of(config: Gemma3Config) -> Preset | None:
+    """Return the published model that has the shape of ``config``, None if there is none.
+
+    The instruction-tuned one is meant if the config stops at the end of a turn.
+    """
+    suffix = "-it" if END_OF_TURN_ID in config.eos_token_id else ""
+    for size, published in _CONFIGS.items():
+        if all(getattr(config, name) == getattr(published, name) for name in SHAPE):
+            return preset(size + suffix)
+    return None

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from gemma3_export.bundle.inspection import parity_line
+from gemma3_export.errors import InputError
 from gemma3_export.parity import (
     GroundTruth,
     ParityReport,
@@ -21,6 +22,7 @@ from gemma3_export.parity import (
     render_terminal,
     verify,
 )
+from gemma3_export.parity.report.plot import render_plot
 from gemma3_export.reference.loading import load_reference
 from gemma3_export.reference.runtime import ReferenceRuntime
 from gemma3_export.reference.weights import WeightSource
@@ -172,3 +174,28 @@ def test_the_last_line_says_which_numbers_failed_where_all_cases_pass(
         "FAIL  quality: mean_kld is 0.25 (limit 0.01) and top1_agreement is 0.5 (at least 0.93) "
         "(all 15 cases pass), "
     )
+
+
+def test_the_published_form_reads_back(passing: ParityReport) -> None:
+    data = json.loads(passing.to_json())
+    assert json.loads(ParityReport.from_json(data).to_json()) == data
+    with pytest.raises(InputError, match=r"positions is \"many\".*verify the bundle again"):
+        ParityReport.from_json(data | {"cases": [data["cases"][0] | {"positions": "many"}]})
+
+
+def test_the_plot_of_a_card_has_a_panel_for_each_report(passing: ParityReport) -> None:
+    data = json.loads(passing.to_json())
+    other = data | {"candidate": data["candidate"] | {"dtype": "int8 <b>"}}
+    old = json.loads(passing.to_json().replace("noise_floor", "floor")) | {"schema_version": 1}
+    plot = render_plot({"onnx/model.onnx": data, "onnx/model_quantized.onnx": other, "old": old})
+    assert plot is not None
+    root = ET.fromstring(plot)
+    titles = [e.text for e in root.iter() if e.get("class") == "title"]
+    assert titles == [
+        "reference float32 on cpu: logit error by position",
+        "reference int8 <b> on cpu: logit error by position",
+    ]
+    points = {point.position for case in passing.cases for point in case.points}
+    assert len([e for e in root.iter() if e.get("class") == "key"]) >= len(points) // 2
+    assert not re.search(r"<script|<image|@import|url\(|href", plot)
+    assert render_plot({"old": old}) is None

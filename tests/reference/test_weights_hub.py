@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlsplit
 
 import pytest
 import torch
@@ -19,114 +15,14 @@ from safetensors.torch import save_file
 from gemma3_export.errors import InputError, UnavailableError
 from gemma3_export.reference.weights import hub as hub_module
 from gemma3_export.reference.weights import open_weights
+from tests.support.hub_server import COMMIT, TOKEN, Hub, constants, served
 from tests.support.tiny_models import tiny_config, write_hf_folder
-
-constants = pytest.importorskip("huggingface_hub.constants")
-
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
-TOKEN = "hf_" + "x" * 34
-
-
-class Hub(ThreadingHTTPServer):
-    """A server of one repository, ``org/tiny``; ``gated`` and ``fails`` change its responses."""
-
-    daemon_threads = True
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.files: dict[str, bytes] = {}
-        self.revisions = {"main", "v2", COMMIT}
-        self.gated = False  # without TOKEN
-        self.status = 200
-        self.truncated = False
-        self.requests: list[tuple[str, str, str | None]] = []
-
-    @property
-    def endpoint(self) -> str:
-        return f"http://127.0.0.1:{self.server_address[1]}"
-
-
-class Handler(BaseHTTPRequestHandler):
-    server: Hub
-    protocol_version = "HTTP/1.1"
-
-    def log_message(self, *args: Any) -> None:
-        return
-
-    def do_HEAD(self) -> None:
-        self.do_GET()
-
-    def do_GET(self) -> None:
-        path = unquote(urlsplit(self.path).path)
-        token = self.headers.get("Authorization")
-        self.server.requests.append((self.command, path, token))
-        if self.server.status != 200:
-            return self.answer(self.server.status, b"{}")
-        if "org/tiny" not in path:
-            return self.answer(401, b"{}", {"X-Error-Code": "RepoNotFound"})
-        if self.server.gated and token != f"Bearer {TOKEN}" and "/resolve/" in path:
-            return self.answer(401, b"{}", {"X-Error-Code": "GatedRepo"})
-        if path.startswith("/api/models/org/tiny"):
-            return self.describe(path.removeprefix("/api/models/org/tiny").strip("/"))
-        revision, name = path.removeprefix("/org/tiny/resolve/").split("/", 1)
-        if revision not in self.server.revisions or name not in self.server.files:
-            return self.answer(404, b"{}", {"X-Error-Code": "EntryNotFound"})
-        data = self.server.files[name]
-        headers = {"X-Repo-Commit": COMMIT, "ETag": f'"{hashlib.sha1(data).hexdigest()}"'}
-        short = self.server.truncated and name.endswith("safetensors") and self.command == "GET"
-        return self.answer(200, data[: len(data) // 2] if short else data, headers, len(data))
-
-    def describe(self, path: str) -> None:
-        parts = path.split("/") if path else ["revision", "main"]
-        if parts[1] not in self.server.revisions:
-            return self.answer(404, b"{}", {"X-Error-Code": "RevisionNotFound"})
-        files = self.server.files
-        if parts[0] == "tree":
-            found: Any = [
-                {"type": "file", "path": n, "size": len(d), "oid": hashlib.sha1(d).hexdigest()}
-                for n, d in files.items()
-            ]
-        else:
-            siblings = [{"rfilename": name} for name in files]
-            found = {"id": "org/tiny", "sha": COMMIT, "siblings": siblings, "private": False}
-        headers = {"Content-Type": "application/json", "X-Repo-Commit": COMMIT}
-        return self.answer(200, json.dumps(found).encode(), headers)
-
-    def answer(
-        self,
-        status: int,
-        body: bytes,
-        headers: dict[str, str] | None = None,
-        length: int | None = None,
-    ) -> None:
-        self.send_response(status)
-        for key, value in (headers or {}).items():
-            self.send_header(key, value)
-        self.send_header("Content-Length", str(len(body) if length is None else length))
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(body)
-            if length is not None and length != len(body):
-                self.close_connection = True
 
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
-    server = Hub()
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    template = server.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
-    monkeypatch.setattr(constants, "ENDPOINT", server.endpoint)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.delenv("HF_TOKEN", raising=False)
-    monkeypatch.setattr("time.sleep", lambda seconds: None)  # between the client's retries
-    yield server
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with served(monkeypatch, tmp_path) as server:
+        yield server
 
 
 @pytest.fixture

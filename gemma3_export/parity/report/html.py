@@ -5,15 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
-from importlib import resources
 
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from gemma3_export.parity.report import charts
 from gemma3_export.parity.report.model import MetricResult, ParityReport
 from gemma3_export.parity.report.terminal import HEADER, case_row, describe_runtime, format_ratio
 
-__all__ = ["render_html"]
+__all__ = ["environment", "render_html"]
 
 TEMPLATE = "page.html.jinja"
 MAX_FAILURES = 24
@@ -26,12 +25,8 @@ def render_html(report: ParityReport, name: str = "") -> str:
         report: the result.
         name: the name of the bundle, for the heading.
     """
-    environment = Environment(
-        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined
-    )
-    environment.filters |= {"number": format_number, "runtime": describe_runtime}
-    source = resources.files(__package__).joinpath(TEMPLATE).read_text(encoding="utf-8")
-    return environment.from_string(source).render(
+    template = environment().get_template(TEMPLATE)
+    return template.render(
         report=report,
         name=name,
         weights=weights_of(report),
@@ -49,6 +44,19 @@ def render_html(report: ParityReport, name: str = "") -> str:
         | {name: f"{value:.1f} s" for name, value in report.seconds.items()},
         files=flatten({"source": report.source}) | report.files,
     )
+
+
+def environment() -> Environment:
+    """Return what renders the templates of this folder; text from a report is escaped."""
+    found = Environment(
+        loader=PackageLoader(__package__, "."),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=StrictUndefined,
+    )
+    found.filters |= {"number": format_number, "runtime": describe_runtime}
+    return found
 
 
 def weights_of(report: ParityReport) -> str:

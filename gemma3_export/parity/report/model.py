@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
 from gemma3_export.config import Gemma3Config
 from gemma3_export.parity.options import VerifyOptions
+from gemma3_export.records import to_record
 
 __all__ = [
     "SCHEMA_ID",
@@ -227,10 +229,10 @@ class ModelSummary:
 class ParityReport:
     """The complete result of one parity check."""
 
-    candidate: dict[str, object]  # the runtime's description of itself
-    baseline: dict[str, object]
+    candidate: dict[str, Any]  # the runtime's description of itself
+    baseline: dict[str, Any]
     model: ModelSummary
-    source: dict[str, object]
+    source: dict[str, Any]
     files: dict[str, str]  # SHA-256 of the bundle's files
     options: VerifyOptions
     versions: dict[str, str]
@@ -241,6 +243,17 @@ class ParityReport:
     created: str  # UTC, ISO 8601
     ranges: HalfRanges | None = None  # only for graphs in half precision
     seconds: dict[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> ParityReport:
+        """Return the report whose published form is ``data``, as ``parity.json`` holds it.
+
+        Raises:
+            InputError: it is damaged, of an earlier version, or has numbers that are not finite.
+        """
+        return to_record(
+            data, cls, where="a parity report", remedy="verify the bundle again", is_part=True
+        )
 
     @property
     def passed(self) -> bool:
