@@ -34,10 +34,11 @@ from gemma3_export.bundle import (
     write_genai_config,
     write_hf_metadata,
     write_manifest,
+    write_transformers_js_config,
 )
 from gemma3_export.bundle.inspection import read_proofs
 from gemma3_export.bundle.model_card import write_documents
-from gemma3_export.config import TOKENIZER_NAME, Gemma3Config
+from gemma3_export.config import CONFIG_NAME, TOKENIZER_NAME, Gemma3Config
 from gemma3_export.errors import Gemma3ExportError, InputError
 from gemma3_export.files import is_file
 from gemma3_export.parity.activation_range import (
@@ -333,10 +334,16 @@ def add_graph(
     """
     manifest.graphs = [*manifest.graphs, graph]
     if graph.runtime == "onnx":
-        default = default_graph([item for item in manifest.graphs if item.runtime == "onnx"])
-        generation = generation_config_to_json(source.config, source.generation_config())
-        write_genai_config(folder, source.config, default, generation)
-    write_manifest(folder, manifest, known_hashes(manifest, GENAI_CONFIG) | dict(hashes))
+        graphs = [item for item in manifest.graphs if item.runtime == "onnx"]
+        if graph.target == "web":
+            write_transformers_js_config(folder, graphs)
+        # onnxruntime-genai does not feed num_logits_to_keep.
+        openable = [item for item in graphs if not item.requires_num_logits]
+        if openable:
+            generation = generation_config_to_json(source.config, source.generation_config())
+            write_genai_config(folder, source.config, default_graph(openable), generation)
+    unchanged = known_hashes(manifest, GENAI_CONFIG, CONFIG_NAME)
+    write_manifest(folder, manifest, unchanged | dict(hashes))
 
 
 def add_proof(folder: Path, manifest: Manifest, graph: Graph, proof: str) -> Graph:

@@ -11,11 +11,12 @@ from dataclasses import dataclass, field
 import onnx_ir as ir
 import onnx_ir.passes.common as common
 
-from gemma3_export.bundle import ONNX_TARGETS, Signature
+from gemma3_export.bundle import FUSED_TARGETS, ONNX_TARGETS, Signature
 from gemma3_export.config import Gemma3Config
 from gemma3_export.dtypes import EXPORT_DTYPES, DType, dtype_choices
 from gemma3_export.exporters.onnx.fused_norms import FuseBfloat16Norms, FuseNorms
 from gemma3_export.exporters.onnx.graph_cleanup import DeclareSignature, DropTracedShapes, Simplify
+from gemma3_export.exporters.onnx.integer_products import IntegerProducts
 from gemma3_export.exporters.onnx.left_padding import AcceptLeftPadding, ExpectRightPadding
 from gemma3_export.exporters.onnx.quantize_weights import QuantizedShape, QuantizeWeights
 from gemma3_export.exporters.onnx.screened_head import ScreenHead
@@ -39,7 +40,11 @@ class GraphPlan:
     @property
     def signature(self) -> Signature:
         """The inputs and outputs of ``model.onnx``."""
-        return Signature.of(self.config, cache_dtype=self.cache_dtype)
+        return Signature.of(
+            self.config,
+            cache_dtype=self.cache_dtype,
+            requires_num_logits=self.target == "web",
+        )
 
     @property
     def sliding_window_signature(self) -> Signature:
@@ -66,7 +71,7 @@ class PassRow:
         return plan.target in self.targets and plan.dtype in self.dtypes and self.condition(plan)
 
 
-ALL, FUSED = ONNX_TARGETS, ("ort",)
+ALL, FUSED, ORT, WEB = ONNX_TARGETS, FUSED_TARGETS, ("ort",), ("web",)
 ANY = dtype_choices("onnx")
 BLOCKS = tuple(name for name in ANY if EXPORT_DTYPES[name].is_quantized)
 FLOAT_HEAD = ("fp32", "keep")  # a GGUF file may keep its head in float32
@@ -95,18 +100,19 @@ MODEL_PASSES = (
         lambda plan: AcceptLeftPadding(), FUSED, ANY, lambda plan: plan.cache_dtype == "float32"
     ),
     PassRow(lambda plan: DeclareSignature(plan.signature), ALL, ANY),
-    PassRow(lambda plan: QuantizeWeights(plan.quantized), FUSED, BLOCKS),
+    PassRow(lambda plan: QuantizeWeights(plan.quantized), ORT, BLOCKS),
+    PassRow(lambda plan: QuantizeWeights(plan.quantized, IntegerProducts), WEB, BLOCKS),
 )
 
 # From model.onnx to model_windowed.onnx.
 SLIDING_WINDOW_PASSES = (
     PassRow(
-        lambda plan: ExpectRightPadding(), FUSED, ANY, lambda plan: plan.cache_dtype == "float32"
+        lambda plan: ExpectRightPadding(), ORT, ANY, lambda plan: plan.cache_dtype == "float32"
     ),
-    PassRow(lambda plan: UseSlidingWindowCache(), FUSED, ANY),
-    PassRow(lambda plan: FuseNorms(), FUSED, ANY),
-    PassRow(lambda plan: ScreenHead(plan.config), FUSED, FLOAT_HEAD, lambda plan: plan.is_screened),
-    PassRow(lambda plan: DeclareSignature(plan.sliding_window_signature), FUSED, ANY),
+    PassRow(lambda plan: UseSlidingWindowCache(), ORT, ANY),
+    PassRow(lambda plan: FuseNorms(), ORT, ANY),
+    PassRow(lambda plan: ScreenHead(plan.config), ORT, FLOAT_HEAD, lambda plan: plan.is_screened),
+    PassRow(lambda plan: DeclareSignature(plan.sliding_window_signature), ORT, ANY),
 )
 
 

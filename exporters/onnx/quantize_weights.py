@@ -1,8 +1,9 @@
-"""A graph pass that replaces float matrices with blocks of integers.
+"""A graph pass that replaces float matrices with integers.
 
 Quantizing after the trace lets one model definition serve every format, and lets every matrix have
-a format of its own: ``MatMul`` and ``Gemm`` become ``MatMulNBits``, and the embedding's ``Gather``
-becomes ``GatherBlockQuantized``. The tied embedding remains one tensor.
+a format of its own. :class:`BlockProducts` turns ``MatMul`` and ``Gemm`` into ``MatMulNBits``, and
+the embedding's ``Gather`` into ``GatherBlockQuantized``; for browsers, see
+:mod:`gemma3_export.exporters.onnx.integer_products`. The tied embedding remains one tensor.
 
 With half-precision activations the scales are half precision too, and the kernels use their inputs
 as they are; rounding inputs to int8 is a CPU technique. Block minimums, and the terms computed from
@@ -31,7 +32,14 @@ from gemma3_export.config import Gemma3Config
 from gemma3_export.dtypes import ELEMENT_TYPES, DType
 from gemma3_export.exporters.quantize.quantizers import Quantizer
 
-__all__ = ["QuantizeWeights", "QuantizedShape", "quantized_recipes", "quantized_shapes"]
+__all__ = [
+    "BlockProducts",
+    "MatrixNodes",
+    "QuantizeWeights",
+    "QuantizedShape",
+    "quantized_recipes",
+    "quantized_shapes",
+]
 
 DOMAIN = "com.microsoft"
 FLOAT = ir.DataType.FLOAT
@@ -86,6 +94,11 @@ def quantized_recipes(
     }
 
 
+def make_attribute(name: str, value: int | Sequence[int]) -> ir.Attr:
+    """Return an integer attribute, or one with several integers."""
+    return ir.AttrInt64(name, value) if isinstance(value, int) else ir.AttrInt64s(name, value)
+
+
 class QuantizeWeights(ir.passes.InPlacePass):
     """Pass that rewrites every use of the given matrices to read blocks of integers.
 
@@ -93,17 +106,20 @@ class QuantizeWeights(ir.passes.InPlacePass):
 
     Args:
         matrices: initializer name to its new format and shape.
+        kind: the nodes to use.
     """
 
-    def __init__(self, matrices: Mapping[str, QuantizedShape]) -> None:
-        self.matrices = matrices
+    def __init__(
+        self, matrices: Mapping[str, QuantizedShape], kind: type[MatrixNodes] | None = None
+    ) -> None:
+        self.matrices, self.kind = matrices, kind or BlockProducts
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Replace each ``MatMul``, ``Gemm`` and ``Gather`` of the matrices."""
         graph = model.graph
         for name, shape in self.matrices.items():
             value = graph.initializers[name]
-            matrix = _Matrix(graph, name, shape)
+            matrix = self.kind(graph, name, shape)
             for node, _ in tuple(value.uses()):
                 if node.op_type == "Gather":
                     matrix.replace_lookup(node)
@@ -114,7 +130,7 @@ class QuantizeWeights(ir.passes.InPlacePass):
         return ir.passes.PassResult(model, bool(self.matrices))
 
 
-class _Matrix:
+class MatrixNodes:
     """The initializers of one quantized matrix, and the nodes that read it."""
 
     def __init__(self, graph: ir.Graph, name: str, shape: QuantizedShape) -> None:
@@ -124,9 +140,10 @@ class _Matrix:
         self.scale_type = ir.DataType(ELEMENT_TYPES[shape.format.scale_type].onnx)
         self.tensors: dict[str, ir.Value] = {}
         for key, tensor in block_tensors(name, shape.format, shape.rows, shape.columns).items():
-            self.tensors[key] = self._initializer(tensor)
+            self.tensors[key] = self.initializer(tensor)
 
-    def _initializer(self, tensor: StoredTensor) -> ir.Value:
+    def initializer(self, tensor: StoredTensor) -> ir.Value:
+        """Add an initializer without a value."""
         value = ir.Value(
             name=tensor.name,
             type=ir.TensorType(ir.DataType(ELEMENT_TYPES[tensor.dtype].onnx)),
@@ -134,6 +151,63 @@ class _Matrix:
         )
         self.graph.initializers[tensor.name] = value
         return value
+
+    def replace_product(self, old: ir.Node) -> None:
+        """Replace ``MatMul(x, W)`` [B, T, K] or ``Gemm(x, W)`` [R, K]."""
+        raise NotImplementedError
+
+    def replace_lookup(self, old: ir.Node) -> None:
+        """Replace ``Gather(W, ids)``."""
+        raise NotImplementedError
+
+    def insert(
+        self,
+        before: ir.Node,
+        domain: str,
+        op_type: str,
+        inputs: Sequence[ir.Value | None],
+        attributes: Mapping[str, int | Sequence[int]] | None = None,
+        kind: ir.DataType | None = None,  # None: the type of the node that is replaced
+        role: str = "",  # distinguishes two nodes of one operator
+    ) -> ir.Value:
+        """Insert a node; return its output."""
+        while inputs and inputs[-1] is None:
+            inputs = inputs[:-1]
+        node = ir.Node(
+            domain,
+            op_type,
+            inputs,
+            [make_attribute(name, value) for name, value in (attributes or {}).items()],
+            num_outputs=1,
+            name=f"{before.name}.{role}{op_type}",
+        )
+        output = node.outputs[0]
+        output.name = f"{before.outputs[0].name}.{role}{op_type}"
+        output.type = before.outputs[0].type if kind is None else ir.TensorType(kind)
+        self.graph.insert_before(before, node)
+        return output
+
+    def integers(self, node: ir.Node, role: str, values: Sequence[int]) -> ir.Value:
+        """Return an initializer [N] int64, added on first use."""
+        name = f"{self.name}.{node.op_type}.{role}"
+        if name not in self.graph.initializers:
+            tensor = ir.tensor(list(values), dtype=ir.DataType.INT64, name=name)
+            self.graph.initializers[name] = ir.Value(
+                name=name,
+                const_value=tensor,
+                type=ir.TensorType(ir.DataType.INT64),
+                shape=ir.Shape((len(values),)),
+            )
+        return self.graph.initializers[name]
+
+    def take_over(self, old: ir.Node, new: ir.Value) -> None:
+        """Give the readers of ``old`` the value ``new``, and remove ``old``."""
+        old.outputs[0].replace_all_uses_with(new)
+        self.graph.remove(old, safe=True)
+
+
+class BlockProducts(MatrixNodes):
+    """Products with blocks, in operators of ONNX Runtime; activations are rounded in blocks too."""
 
     def replace_product(self, old: ir.Node) -> None:
         """Replace ``MatMul(x, W)`` or ``Gemm(x, W)`` with ``MatMulNBits``.
@@ -150,13 +224,13 @@ class _Matrix:
             "block_size": self.format.block_size,
             "accuracy_level": INT8_ACTIVATIONS if self.is_float32 else PLAIN_ACTIVATIONS,
         }
-        product = self._insert(old, DOMAIN, "MatMulNBits", inputs, attributes)
+        product = self.insert(old, DOMAIN, "MatMulNBits", inputs, attributes)
         if self.format.has_minimum:
             sums = self._block_sums(old, self._to_float32(old, x, "input"))
             inputs = [sums, self.tensors[MINIMUMS]]
-            offset = self._insert(old, DOMAIN, "FusedMatMul", inputs, {"transB": 1}, FLOAT)
+            offset = self.insert(old, DOMAIN, "FusedMatMul", inputs, {"transB": 1}, FLOAT)
             product = self._subtract(old, product, offset)
-        self._take_over(old, product)
+        self.take_over(old, product)
 
     def replace_lookup(self, old: ir.Node) -> None:
         """Replace ``Gather(W, ids)`` with ``GatherBlockQuantized``."""
@@ -165,7 +239,7 @@ class _Matrix:
         scales = self.tensors[SCALES]
         assert scales.shape is not None
         shape = (*scales.shape.numpy(), 1)
-        alias = self._initializer(
+        alias = self.initializer(
             StoredTensor(f"{self.name}.{LOOKUP_SCALES}", shape, self.format.scale_type)
         )
         attributes = {
@@ -176,20 +250,20 @@ class _Matrix:
         }
         assert ZERO_POINTS not in self.tensors, "lookup tables are widened to 8 bits first"
         inputs = [self.tensors[CODES], ids, alias]
-        found = self._insert(old, DOMAIN, "GatherBlockQuantized", inputs, attributes)
+        found = self.insert(old, DOMAIN, "GatherBlockQuantized", inputs, attributes)
         if self.format.has_minimum:
             inputs = [self.tensors[MINIMUMS], ids]
-            low = self._insert(old, "", "Gather", inputs, {"axis": 0}, FLOAT)
-            axis = self._integers(old, "axis", [-1])
-            low = self._insert(old, "", "Unsqueeze", [low, axis], kind=FLOAT)
+            low = self.insert(old, "", "Gather", inputs, {"axis": 0}, FLOAT)
+            axis = self.integers(old, "axis", [-1])
+            low = self.insert(old, "", "Unsqueeze", [low, axis], kind=FLOAT)
             found = self._subtract(old, found, low)
-        row = self._integers(old, "row", [0, 0, self.columns])
-        self._take_over(old, self._insert(old, "", "Reshape", [found, row]))
+        row = self.integers(old, "row", [0, 0, self.columns])
+        self.take_over(old, self.insert(old, "", "Reshape", [found, row]))
 
     def _subtract(self, old: ir.Node, value: ir.Value, offset: ir.Value) -> ir.Value:
         """Return ``value - offset``, computed in float32, in the type of ``value``."""
         wide = self._to_float32(old, value, "minuend")
-        difference = self._insert(old, "", "Sub", [wide, offset], kind=FLOAT)
+        difference = self.insert(old, "", "Sub", [wide, offset], kind=FLOAT)
         if self.is_float32:
             return difference
         return self._cast(old, difference, self.scale_type, "difference")
@@ -198,56 +272,14 @@ class _Matrix:
         return value if self.is_float32 else self._cast(old, value, FLOAT, role)
 
     def _cast(self, old: ir.Node, value: ir.Value, kind: ir.DataType, role: str) -> ir.Value:
-        return self._insert(old, "", "Cast", [value], {"to": kind.value}, kind, role)
+        return self.insert(old, "", "Cast", [value], {"to": kind.value}, kind, role)
 
     def _block_sums(self, old: ir.Node, x: ir.Value) -> ir.Value:
         """Return the sum of each block, [..., K] to [..., G]: the factors of the minimums."""
         blocks = [0, 0, -1, self.format.block_size]  # Gemm's input has two axes, MatMul's three
         if old.op_type == "Gemm":
             del blocks[0]
-        target = self._integers(old, "blocks", blocks)
-        split = self._insert(old, "", "Reshape", [x, target], kind=FLOAT)
-        axis = self._integers(old, "axis", [-1])
-        return self._insert(old, "", "ReduceSum", [split, axis], {"keepdims": 0}, FLOAT)
-
-    def _insert(
-        self,
-        before: ir.Node,
-        domain: str,
-        op_type: str,
-        inputs: Sequence[ir.Value | None],
-        attributes: Mapping[str, int] | None = None,
-        kind: ir.DataType | None = None,  # None: the type of the node that is replaced
-        role: str = "",  # distinguishes two nodes of one operator
-    ) -> ir.Value:
-        while inputs and inputs[-1] is None:
-            inputs = inputs[:-1]
-        node = ir.Node(
-            domain,
-            op_type,
-            inputs,
-            [ir.AttrInt64(name, value) for name, value in (attributes or {}).items()],
-            num_outputs=1,
-            name=f"{before.name}.{role}{op_type}",
-        )
-        output = node.outputs[0]
-        output.name = f"{before.outputs[0].name}.{role}{op_type}"
-        output.type = before.outputs[0].type if kind is None else ir.TensorType(kind)
-        self.graph.insert_before(before, node)
-        return output
-
-    def _integers(self, node: ir.Node, role: str, values: Sequence[int]) -> ir.Value:
-        name = f"{self.name}.{node.op_type}.{role}"
-        if name not in self.graph.initializers:
-            tensor = ir.tensor(list(values), dtype=ir.DataType.INT64, name=name)
-            self.graph.initializers[name] = ir.Value(
-                name=name,
-                const_value=tensor,
-                type=ir.TensorType(ir.DataType.INT64),
-                shape=ir.Shape((len(values),)),
-            )
-        return self.graph.initializers[name]
-
-    def _take_over(self, old: ir.Node, new: ir.Value) -> None:
-        old.outputs[0].replace_all_uses_with(new)
-        self.graph.remove(old, safe=True)
+        target = self.integers(old, "blocks", blocks)
+        split = self.insert(old, "", "Reshape", [x, target], kind=FLOAT)
+        axis = self.integers(old, "axis", [-1])
+        return self.insert(old, "", "ReduceSum", [split, axis], {"keepdims": 0}, FLOAT)

@@ -26,7 +26,11 @@ from gemma3_export.exporters.packed_projections import weight_recipes
 __all__ = ["OPSET_VERSION", "TARGETS", "has_wide_residual", "trace_onnx"]
 
 OPSET_VERSION = 23  # the first with Attention and RMSNormalization
-TARGETS: dict[str, type[PortableGemma3]] = {"ort": FusedGemma3, "portable": PortableGemma3}
+TARGETS: dict[str, type[PortableGemma3]] = {
+    "ort": FusedGemma3,
+    "portable": PortableGemma3,
+    "web": FusedGemma3,
+}
 
 
 def trace_onnx(
@@ -38,7 +42,8 @@ def trace_onnx(
 
     Args:
         config: the whole model.
-        target: ``ort`` for ONNX Runtime's fused kernels, ``portable`` for standard operators.
+        target: ``ort`` or ``web`` for ONNX Runtime's fused kernels, ``portable`` for standard
+            operators.
         dtype: element type of matrices, attention and the activations between them.
 
     Returns:

@@ -12,6 +12,8 @@ from typing import ClassVar
 import onnx_ir as ir
 
 from gemma3_export.bundle import (
+    FUSED_TARGETS,
+    WEB_DTYPES,
     BlockFormat,
     Graph,
     WeightRecipe,
@@ -34,6 +36,7 @@ from gemma3_export.dtypes import (
 from gemma3_export.errors import InputError
 from gemma3_export.exporters.bundle_writer import half_precision
 from gemma3_export.exporters.onnx.external_data import OnWrite, write_external_data
+from gemma3_export.exporters.onnx.integer_products import rotated_rows
 from gemma3_export.exporters.onnx.passes import (
     MODEL_PASSES,
     SLIDING_WINDOW_PASSES,
@@ -68,6 +71,8 @@ from gemma3_export.tokenizer import Tokenizer, load_tokenizer
 
 __all__ = ["OnnxWriter"]
 
+# Export dtypes of targets that do not support all of them.
+TARGET_DTYPES = {"portable": ("fp32",), "web": tuple(WEB_DTYPES)}
 ATTENTION_MULTIPLE = 8  # of a head's size, in GroupQueryAttention
 
 
@@ -76,10 +81,12 @@ class OnnxWriter:
     """A :class:`gemma3_export.exporters.bundle_writer.GraphWriter` for ONNX.
 
     Args:
-        target: ``ort`` for ONNX Runtime's fused kernels, ``portable`` for standard operators.
+        target: ``ort`` for ONNX Runtime's fused kernels, ``portable`` for standard operators,
+            ``web`` for what transformers.js and onnxruntime-web run fast.
         dtype: one of :func:`gemma3_export.dtypes.dtype_choices` for ``onnx``.
         activations: compute type of a quantized graph: ``fp32``, ``bf16`` or ``fp16``.
-        block_size: columns of a quantized matrix that share a scale.
+        block_size: columns of a quantized matrix that share a scale; target ``web`` has one scale
+            per row.
         max_kld: largest divergence from full precision at which the export passes, in mean nats
             per token; defaults to that of ``dtype``.
         calibration: the text for 4-bit weights.
@@ -109,14 +116,26 @@ class OnnxWriter:
         require_max_kld(self.budget)
         if self.target not in TARGETS:
             raise InputError(f"unknown target {self.target!r}; choose {' or '.join(TARGETS)}")
-        if self.target != "ort" and self.dtype != "fp32":
+        supported = TARGET_DTYPES.get(self.target, (self.dtype,))
+        if self.dtype not in supported:
             raise InputError(
-                f"target {self.target} supports fp32 only; omit --target to export in {self.dtype}"
+                f"target {self.target} supports {' and '.join(supported)} only, not "
+                f"{self.dtype}; choose another dtype or target"
             )
         if self.activations not in FLOAT_DTYPES:
             raise InputError(
                 f"activations {self.activations!r} are not supported; choose "
                 f"{', '.join(FLOAT_DTYPES)}"
+            )
+        if self.target == "web" and self.block_size != OnnxWriter.block_size:
+            raise InputError(
+                f"block_size is {self.block_size}, but target web has one scale per row; omit "
+                "--block-size"
+            )
+        if self.activations != "fp32" and self.target == "web":
+            raise InputError(
+                f"target web computes in fp32; omit --activations {self.activations}, or choose "
+                "another target"
             )
         if self.activations != "fp32" and not self.is_quantized:
             quantized = (n for n in dtype_choices(self.runtime) if EXPORT_DTYPES[n].is_quantized)
@@ -201,7 +220,7 @@ class OnnxWriter:
             return self._write(source, folder, quantizer, progress)
 
     def _check_shapes(self, config: Gemma3Config) -> None:
-        if self.target == "ort" and config.head_dim % ATTENTION_MULTIPLE:
+        if self.target in FUSED_TARGETS and config.head_dim % ATTENTION_MULTIPLE:
             raise InputError(
                 f"head_dim is {config.head_dim}, but ONNX Runtime's fused attention takes "
                 f"multiples of {ATTENTION_MULTIPLE}; use --target portable (fp32), or export to "
@@ -301,7 +320,13 @@ class OnnxWriter:
         if self.dtype == "keep":
             return GgufRepacker(source=source)
         if self.dtype == "int8":
-            formats = dict.fromkeys(matrix_names(source.config), self._format(bits=8))
+            shapes = dict(source.config.weight_shapes())
+            formats = {
+                name: rotated_rows(name, shapes[name][1])
+                if self.target == "web"
+                else self._format(bits=8)
+                for name in matrix_names(source.config)
+            }
             return RoundToNearest(source=source, formats=formats)
         if EXPORT_DTYPES[self.dtype].is_calibrated:
             formats = dict.fromkeys(matrix_names(source.config), self._format(bits=4))

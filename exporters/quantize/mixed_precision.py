@@ -188,9 +188,8 @@ class LoadableMatrices(Protocol):
 
 def measure_quantized(matrices: LoadableMatrices, meter: DivergenceMeter) -> float:
     """Return the divergence with all matrices quantized and activations rounded as by kernels."""
-    rounded = {name: item.block_size for name, item in matrices.formats.items()}
     weights = ((name, matrices.load(name).dequantize()) for name in matrices.formats)
-    return meter.measure(weights, rounded)
+    return meter.measure(weights, matrices.formats)
 
 
 @dataclass(kw_only=True)
@@ -249,13 +248,13 @@ class DivergenceMeter:
 
     @torch.no_grad()
     def measure(
-        self, weights: Iterable[tuple[str, Tensor]], activation_blocks: Mapping[str, int]
+        self, weights: Iterable[tuple[str, Tensor]], activation_blocks: Mapping[str, BlockFormat]
     ) -> float:
         """Return the divergence, in nats per token, with other ``weights``.
 
         Args:
             weights: canonical names and values; an iterator, so that not all need be in memory.
-            activation_blocks: block sizes of matrices whose inputs are rounded to int8 too, as by
+            activation_blocks: formats of matrices whose inputs are rounded to int8 too, as by
                 the kernels.
         """
         before: dict[str, Tensor] = {}
@@ -269,7 +268,9 @@ class DivergenceMeter:
             for name, weight in before.items():
                 self.model.get_parameter(name).copy_(weight)
 
-    def _divergence(self, changed: Iterable[str], activation_blocks: Mapping[str, int]) -> float:
+    def _divergence(
+        self, changed: Iterable[str], activation_blocks: Mapping[str, BlockFormat]
+    ) -> float:
         first = 0 if activation_blocks else min(map(layer_of, changed), default=0)
         x = self.states[first] if first else self.model.model.embed_tokens(self.ids)
         rounding = ActivationRounding(self.model, activation_blocks)

@@ -100,7 +100,8 @@ class OnnxOptions(ExportOptions):
     """Options of an ONNX export.
 
     Args:
-        target: ``ort`` for ONNX Runtime's fused kernels, ``portable`` for standard operators.
+        target: ``ort`` for ONNX Runtime's fused kernels, ``portable`` for standard operators,
+            ``web`` for browsers.
         activations: element type that a quantized graph computes in: ``fp32`` for the CPU,
             ``bf16`` or ``fp16`` for CUDA.
         block_size: inputs of an ``int8`` or ``int4`` matrix that share a scale; for ``mixed``, the

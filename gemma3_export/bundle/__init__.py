@@ -19,6 +19,7 @@ from gemma3_export.bundle.manifest import (
     DOCUMENTS,
     FORMAT_VERSION,
     FULLY_HASHED_BYTES,
+    FUSED_TARGETS,
     GIT_ATTRIBUTES,
     MANIFEST,
     NOTICE,
@@ -45,6 +46,7 @@ from gemma3_export.bundle.signature import (
     TensorSpec,
     window_capacity,
 )
+from gemma3_export.bundle.transformers_js import WEB_DTYPES, write_transformers_js_config
 from gemma3_export.bundle.variants import graph_stem, variant_name
 
 __all__ = [
@@ -53,6 +55,7 @@ __all__ = [
     "DOCUMENTS",
     "FORMAT_VERSION",
     "FULLY_HASHED_BYTES",
+    "FUSED_TARGETS",
     "GENAI_CONFIG",
     "GIT_ATTRIBUTES",
     "LOOKUP_SCALES",
@@ -65,6 +68,7 @@ __all__ = [
     "PLOT",
     "RUNTIMES",
     "SCALES",
+    "WEB_DTYPES",
     "WINDOW_MARGIN",
     "ZERO_POINTS",
     "Axis",
@@ -91,4 +95,5 @@ __all__ = [
     "write_genai_config",
     "write_hf_metadata",
     "write_manifest",
+    "write_transformers_js_config",
 ]

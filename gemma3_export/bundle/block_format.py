@@ -6,6 +6,7 @@ A weight is ``scale * (code - zero_point) - minimum``. The layout is that of ONN
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from gemma3_export.dtypes import ELEMENT_TYPES, DType
@@ -26,6 +27,7 @@ __all__ = [
 CODES, SCALES, MINIMUMS, ZERO_POINTS = "codes", "scales", "minimums", "zero_points"
 LOOKUP_SCALES = "lookup_scales"  # the scales in the shape that GatherBlockQuantized reads
 BITS = (4, 8)
+MAX_ROTATION = 32  # KLD 0.0054 on the 270M; 64 gives 0.0049 at twice the cost, none 0.03
 MINIMUM_BYTES = 4  # always float32
 
 
@@ -38,6 +40,8 @@ class BlockFormat:
         block_size: consecutive inputs that share a scale: a power of two from 16 to 256.
         has_minimum: each block also has a float to subtract (GGUF's K types).
         scale_type: element type of the scales; kernels require that of the activations.
+        rotation: consecutive inputs that a Hadamard matrix mixes before rounding, a power of two;
+            1 mixes none. A rotated matrix has one scale per row: ``block_size`` is K.
 
     Raises:
         InputError: another number of bits or block size.
@@ -47,17 +51,40 @@ class BlockFormat:
     block_size: int
     has_minimum: bool = False
     scale_type: DType = "float32"
+    rotation: int = 1
 
     def __post_init__(self) -> None:
         if self.bits not in BITS:
             raise InputError(f"{self.bits}-bit weights are not supported; choose 4 or 8")
         size = self.block_size
+        if self.is_rotated:
+            if self.bits != 8 or self.has_minimum or size % self.rotation:
+                raise InputError(
+                    f"rows of {size} {self.bits}-bit weights cannot be rotated in blocks of "
+                    f"{self.rotation}; export the bundle again"
+                )
+            return
         if not 16 <= size <= 256 or size & (size - 1):
             raise InputError(f"block size {size} is not supported; choose 16, 32, 64, 128 or 256")
 
     def __str__(self) -> str:
+        if self.is_rotated:
+            return f"int{self.bits} rows, rotated by {self.rotation}"
         scales = "" if self.scale_type == "float32" else f" {self.scale_type}"
         return f"int{self.bits} b{self.block_size}{' min' if self.has_minimum else ''}{scales}"
+
+    @classmethod
+    def rotated_rows(cls, columns: int) -> BlockFormat:
+        """Return the 8-bit format with one scale per row of ``columns`` inputs, rotated.
+
+        Without the rotation, single large inputs would take most of the range of a row.
+        """
+        return cls(bits=8, block_size=columns, rotation=math.gcd(columns, MAX_ROTATION))
+
+    @property
+    def is_rotated(self) -> bool:
+        """True if inputs are mixed before rounding."""
+        return self.rotation > 1
 
     @property
     def zero_point(self) -> int:
@@ -96,6 +123,8 @@ def common_format(formats: list[BlockFormat]) -> BlockFormat:
     Matrices that are packed into one product share a format: wider codes represent narrower ones,
     and small blocks repeat the scale of a large one.
     """
+    if len(set(formats)) == 1:
+        return formats[0]
     return BlockFormat(
         bits=max(item.bits for item in formats),
         block_size=min(item.block_size for item in formats),
@@ -120,7 +149,9 @@ def block_tensors(
     ``lookup_scales`` is not among them: it shares the bytes of ``scales``.
     """
     blocks = columns // block_format.block_size
-    codes = (rows, blocks, block_format.block_size * block_format.bits // 8)
+    codes: tuple[int, ...] = (rows, blocks, block_format.block_size * block_format.bits // 8)
+    if block_format.is_rotated:
+        codes = (rows, columns)  # a matrix for MatMulInteger
     shapes: dict[str, tuple[tuple[int, ...], DType]] = {
         CODES: (codes, "uint8"),
         SCALES: ((rows, blocks), block_format.scale_type),

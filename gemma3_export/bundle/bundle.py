@@ -153,6 +153,7 @@ class Bundle:
             cache_dtype=graph.cache_dtype,
             is_windowed=is_windowed,
             is_screened=is_windowed and graph.is_screened,
+            requires_num_logits=graph.requires_num_logits,
         )
 
     def file_bytes(self, relative: str) -> int:

@@ -27,6 +27,7 @@ __all__ = [
     "DOCUMENTS",
     "FORMAT_VERSION",
     "FULLY_HASHED_BYTES",
+    "FUSED_TARGETS",
     "GIT_ATTRIBUTES",
     "MANIFEST",
     "NOTICE",
@@ -52,7 +53,9 @@ READABLE_VERSIONS = (1, 2, FORMAT_VERSION)
 # Backends that run a bundle. All but the reference have a graph of their own in it.
 BundleRuntime = Literal["onnx", "torchscript", "pt2", "reference"]
 RUNTIMES: tuple[BundleRuntime, ...] = get_args(BundleRuntime)
-ONNX_TARGETS = ("ort", "portable")  # ONNX Runtime's fused kernels, or standard operators only
+# ONNX Runtime's fused kernels, standard operators only, or what onnxruntime-web runs fast
+ONNX_TARGETS = ("ort", "portable", "web")
+FUSED_TARGETS = ("ort", "web")  # those with GroupQueryAttention, which extends a cache in place
 MANIFEST = "manifest.json"
 PARITY = "parity.json"
 PLOT = "parity.svg"
@@ -116,6 +119,16 @@ class Graph:
         """Return the relative paths of the files that the graph may have to itself."""
         paths = [path for path in (self.path, self.windowed_path) if path is not None]
         return frozenset(name for path in paths for name in (path, f"{path}_data"))
+
+    @property
+    def is_fused(self) -> bool:
+        """True if GroupQueryAttention extends the cache in place."""
+        return self.target in FUSED_TARGETS
+
+    @property
+    def requires_num_logits(self) -> bool:
+        """True if ``num_logits_to_keep`` is a scalar without a default."""
+        return self.target == "web"
 
 
 @dataclass(kw_only=True, slots=True)

@@ -68,6 +68,7 @@ class Signature:
         cache_dtype: DType = "float32",
         is_windowed: bool = False,
         is_screened: bool = False,
+        requires_num_logits: bool = False,
     ) -> Signature:
         """Return the signature of a decoder step of ``config``.
 
@@ -76,6 +77,8 @@ class Signature:
             cache_dtype: element type of keys and values.
             is_windowed: sliding layers have caches of fixed size: their window and a margin.
             is_screened: the head can return candidates instead of logits.
+            requires_num_logits: ``num_logits_to_keep`` is a scalar without a default, which is what
+                transformers.js looks for.
         """
 
         def cache(template: str, length: str) -> tuple[TensorSpec, ...]:
@@ -104,7 +107,10 @@ class Signature:
             past_keys=cache("past_key_values.{}.key", past),
             past_values=cache("past_key_values.{}.value", past),
             num_logits_to_keep=TensorSpec(
-                name="num_logits_to_keep", dtype="int64", axes=(1,), optional=True
+                name="num_logits_to_keep",
+                dtype="int64",
+                axes=() if requires_num_logits else (1,),
+                optional=not requires_num_logits,
             ),
             logits=TensorSpec(
                 name="logits",

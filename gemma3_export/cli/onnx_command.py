@@ -7,15 +7,16 @@ from pathlib import Path
 
 import click
 
-from gemma3_export.bundle import ONNX_TARGETS, variant_name
+from gemma3_export.bundle import ONNX_TARGETS, WEB_DTYPES, variant_name
 from gemma3_export.cli.export_options import ExportOptions, dtype_option, export_options, run_export
-from gemma3_export.cli.options import BUDGET, PATH, reject_if_given
+from gemma3_export.cli.options import BUDGET, PATH, is_given, reject_if_given
 from gemma3_export.dtypes import EXPORT_DTYPES, FLOAT_DTYPES, ROUNDINGS, element_type
 
 __all__ = ["onnx"]
 
 CALIBRATED = tuple(name for name, item in EXPORT_DTYPES.items() if item.is_calibrated)
 BLOCKED = tuple(name for name, item in EXPORT_DTYPES.items() if item.has_block_size)
+WEB = "web"
 EPILOG = """\b
 Examples:
   gemma3-export onnx --size 270m -o gemma-3-270m
@@ -26,6 +27,7 @@ Examples:
   gemma3-export onnx --size 270m --dtype mixed --max-kld 0.05 -o gemma-3-270m-mixed
   gemma3-export onnx --size 270m --dtype int8 --activations bf16 -o gemma-3-270m-cuda-int8
   gemma3-export onnx --weights model-Q4_K_M.gguf --dtype keep -o kept
+  gemma3-export onnx --size 270m --for web -o gemma-3-270m-web
   gemma3-export onnx --size 1b --random-weights 0 -o random-1b
 """
 
@@ -34,11 +36,18 @@ Examples:
 @export_options
 @click.option(
     "--target",
-    type=click.Choice(ONNX_TARGETS),
+    type=click.Choice([name for name in ONNX_TARGETS if name != WEB]),
     default="ort",
     show_default=True,
     help="ort: ONNX Runtime's fused kernels (CUDA: bf16 and fp16 only). portable: standard "
     "operators only (CUDA: fp32).",
+)
+@click.option(
+    "--for",
+    "consumer",
+    type=click.Choice((WEB,)),
+    help="web: graphs for browsers with transformers.js, in fp32 and int8 unless --dtype selects "
+    "one of them.",
 )
 @dtype_option(
     "onnx",
@@ -94,6 +103,7 @@ Examples:
 def onnx(
     options: ExportOptions,
     target: str,
+    consumer: str | None,
     dtypes: tuple[str, ...],
     activations: str,
     rounding: str,
@@ -108,6 +118,11 @@ def onnx(
     hash of every file, and the parity report. A failed or interrupted export leaves no partial
     output. With --size alone, the official weights are downloaded from the Hub.
     """
+    if consumer is not None:
+        reject_if_given("target", "--target", f"--for {consumer} selects the target")
+        target = consumer
+        dtypes = dtypes if is_given("dtypes") else tuple(WEB_DTYPES)
+        reject_if_given("block_size", "--block-size", f"--for {consumer} has one scale per row")
     names = " and ".join(dtypes)
     if calibration is not None and not any(dtype in CALIBRATED for dtype in dtypes):
         raise click.UsageError(

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 import torch
 
+from gemma3_export.bundle import BlockFormat
 from gemma3_export.parity.expected import ExpectedFromReference, with_greedy_tokens
 from gemma3_export.parity.noise_floor import NoiseFloor
 from gemma3_export.parity.options import HalfPrecision, VerifyOptions, noise_floor_dtype
@@ -96,6 +97,6 @@ class GroundTruth:
             has_wide_residual=half is not None and not half.holds_residual,
         )
 
-    def _values(self, model: Gemma3, blocks: Mapping[str, int]) -> ExpectedFromReference:
+    def _values(self, model: Gemma3, blocks: Mapping[str, BlockFormat]) -> ExpectedFromReference:
         rounding = ActivationRounding(model, blocks) if blocks else None
         return ExpectedFromReference(model, self.sequences, rounding)

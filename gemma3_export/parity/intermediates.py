@@ -228,6 +228,8 @@ class OnnxIntermediates:
             signature.attention_mask.name: np.ones((1, total), np.int64),
         }
         feeds |= {spec.name: value for spec, value in zip(signature.past, past, strict=True)}
+        if not signature.num_logits_to_keep.optional:
+            feeds[signature.num_logits_to_keep.name] = np.array(0)
         return run_graph(self.session, outputs, feeds)
 
 

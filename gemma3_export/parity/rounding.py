@@ -1,7 +1,8 @@
 """Reproduce the reduced-precision arithmetic of quantized and half-precision graphs.
 
 8-bit kernels: ONNX Runtime's ``MatMulNBits`` (``accuracy_level`` 4, on the CPU) also rounds its
-input, one block at a time, to ``round(127 x / max|x|)``. That costs more accuracy than any float32
+input, one block at a time, to ``round(127 x / max|x|)``; exports for browsers do so one row at a
+time, after a rotation. That costs more accuracy than any float32
 rounding. A quantized graph is therefore checked twice: with float products, as strictly as a
 float32 graph, which shows that the graph and its weights are correct; and as it is shipped, against
 a reference that rounds in the same way, which shows that the kernels are correct.
@@ -26,7 +27,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gemma3_export.bundle import BlockFormat
 from gemma3_export.reference.model import Gemma3
+from gemma3_export.reference.weights.block_matrix import rotate
 
 __all__ = [
     "ROUNDING_SHARE",
@@ -38,12 +41,12 @@ __all__ = [
 ROUNDING_SHARE = 0.2
 
 
-def round_to_int8(x: Tensor, block_size: int) -> Tensor:
-    """Return x [..., K] rounded to 255 levels in blocks of consecutive columns."""
-    blocks = x.reshape(*x.shape[:-1], -1, block_size)
+def round_to_int8(x: Tensor, weights: BlockFormat) -> Tensor:
+    """Return x [..., K] rounded to 255 levels, in blocks and rotated as ``weights`` are."""
+    blocks = rotate(x, weights.rotation).reshape(*x.shape[:-1], -1, weights.block_size)
     scales = blocks.abs().amax(-1, keepdim=True) / 127
     codes = torch.round(blocks / scales.where(scales > 0, 1.0))
-    return (codes * scales).reshape(x.shape)
+    return rotate((codes * scales).reshape(x.shape), weights.rotation)
 
 
 class ActivationRounding:
@@ -51,17 +54,17 @@ class ActivationRounding:
 
     Args:
         model: the model that receives the hooks.
-        block_sizes: block size by canonical weight name; a tied embedding refers to the head.
+        formats: format of the weights by canonical name; a tied embedding refers to the head.
     """
 
-    def __init__(self, model: Gemma3, block_sizes: Mapping[str, int]) -> None:
+    def __init__(self, model: Gemma3, formats: Mapping[str, BlockFormat]) -> None:
         self.is_enabled = False
         self._hooks = []
         head = model.config.head_name
-        for name, block_size in block_sizes.items():
+        for name, block_format in formats.items():
             module = model.head if name == head else model.get_submodule(name.rpartition(".")[0])
             if name == head or isinstance(module, nn.Linear):  # a lookup has no input to round
-                self._hooks.append(module.register_forward_pre_hook(self._hook(block_size)))
+                self._hooks.append(module.register_forward_pre_hook(self._hook(block_format)))
 
     def remove(self) -> None:
         """Remove the hooks from the model."""
@@ -77,11 +80,11 @@ class ActivationRounding:
         finally:
             self.is_enabled = False
 
-    def _hook(self, block_size: int) -> Any:
+    def _hook(self, block_format: BlockFormat) -> Any:
         def hook(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
             if not self.is_enabled:
                 return None
-            return (round_to_int8(inputs[0], block_size), *inputs[1:])
+            return (round_to_int8(inputs[0], block_format), *inputs[1:])
 
         return hook
 

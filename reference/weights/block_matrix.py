@@ -5,6 +5,7 @@ Shapes: N rows (outputs), K columns (inputs), G blocks of a row.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,7 +15,15 @@ from torch import Tensor
 from gemma3_export.bundle import BlockFormat
 from gemma3_export.dtypes import torch_dtype
 
-__all__ = ["BlockMatrix", "block_scales", "pack_codes", "quantize", "unpack_codes"]
+__all__ = [
+    "BlockMatrix",
+    "block_scales",
+    "hadamard",
+    "pack_codes",
+    "quantize",
+    "rotate",
+    "unpack_codes",
+]
 
 SHRINKS = 1.0 - 0.0125 * torch.arange(
     24
@@ -36,7 +45,7 @@ class BlockMatrix:
         weights = self.scales[..., None] * (blocks.to(torch.float32) - self.format.zero_point)
         if self.minimums is not None:
             weights -= self.minimums[..., None]
-        return weights.flatten(1)
+        return rotate(weights.flatten(1), self.format.rotation)
 
     def convert(self, wanted: BlockFormat) -> BlockMatrix:
         """Return the same weights in a format at least as wide; see ``common_format``."""
@@ -67,6 +76,28 @@ class BlockMatrix:
         )
 
 
+def rotate(x: Tensor, size: int) -> Tensor:
+    """Multiply each ``size`` consecutive columns of x [..., K] by a normalized Hadamard matrix.
+
+    The matrix is symmetric and orthogonal: a second call undoes the first, and the product of two
+    rotated matrices is that of the originals. Single large inputs are spread over all columns, so
+    that a row needs only one scale.
+    """
+    if size == 1:
+        return x
+    return (x.reshape(*x.shape[:-1], -1, size) @ hadamard(size).to(x)).reshape(x.shape)
+
+
+def hadamard(size: int) -> Tensor:
+    """Return the normalized Hadamard matrix [size, size] float64; ``size`` is a power of two."""
+    matrix = torch.ones(1, 1, dtype=torch.float64)
+    while len(matrix) < size:
+        matrix = torch.cat(
+            (torch.cat((matrix, matrix), dim=1), torch.cat((matrix, -matrix), dim=1))
+        )
+    return matrix / math.sqrt(size)
+
+
 def in_blocks(matrix: Tensor, block_format: BlockFormat) -> Tensor:
     """View [N, K] as [N, G, block]."""
     return matrix.view(matrix.shape[0], -1, block_format.block_size)
@@ -86,6 +117,7 @@ def quantize(
         block_format: a format without minimums.
         importance: weight of the error in each input, [K]; None weights all equally.
     """
+    weights = rotate(weights.float(), block_format.rotation)
     scales = block_scales(weights, block_format, importance)
     blocks = in_blocks(weights.float(), block_format)
     return BlockMatrix(block_format, codes_of(blocks, scales, block_format).flatten(1), scales)
@@ -94,7 +126,7 @@ def quantize(
 def block_scales(
     weights: Tensor, block_format: BlockFormat, importance: Tensor | None = None
 ) -> Tensor:
-    """Return the scales of ``weights``, [N, G]; see :func:`quantize`."""
+    """Return the scales of ``weights`` as they are rounded, [N, G]; see :func:`quantize`."""
     blocks = in_blocks(weights.float(), block_format)
     if block_format.bits == 8:
         return stored_scales(blocks.abs().amax(-1) / 127, block_format)

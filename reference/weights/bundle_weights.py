@@ -168,10 +168,10 @@ class OnnxWeights(BundleWeights):
         return OnnxTensor(value.const_value, is_transposed=recipe.transposed)
 
     @property
-    def activation_blocks(self) -> Mapping[str, int]:
+    def activation_blocks(self) -> Mapping[str, BlockFormat]:
         """See :class:`gemma3_export.reference.weights.WeightSource`."""
         return {
-            name: recipe.blocks.block_size
+            name: recipe.blocks
             for recipe in self.recipes.values()
             if recipe.blocks is not None and recipe.blocks.scale_type == "float32"
             for name in recipe.names

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from gemma3_export.bundle import BlockFormat
 from gemma3_export.config import EMBEDDING, HEAD
 from gemma3_export.errors import InputError
 from gemma3_export.gguf_file import GgufTensor
@@ -57,7 +58,7 @@ class ReducedSource(WeightSource):
         )
 
     @property
-    def activation_blocks(self) -> Mapping[str, int]:
+    def activation_blocks(self) -> Mapping[str, BlockFormat]:
         """See :attr:`WeightSource.activation_blocks`."""
         return self.base.activation_blocks
 

@@ -13,6 +13,7 @@ from typing import Any, Self
 
 import torch
 
+from gemma3_export.bundle import BlockFormat
 from gemma3_export.config import Gemma3Config
 from gemma3_export.errors import InputError
 from gemma3_export.gguf_file import GgufTensor
@@ -49,8 +50,8 @@ class WeightSource(ABC):
         return self.config.vocab_size
 
     @property
-    def activation_blocks(self) -> Mapping[str, int]:
-        """Block sizes of the matrices whose inputs kernels round to int8, by canonical name."""
+    def activation_blocks(self) -> Mapping[str, BlockFormat]:
+        """Formats of the matrices whose inputs kernels round to int8, by canonical name."""
         return {}
 
     @abstractmethod

@@ -9,6 +9,7 @@ float32: keys are not rounded after their rotation.
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ NOT_FLOAT = {"Shape", "Size", "ArgMax"}
 Q_NORM_WEIGHT, K_NORM_WEIGHT = 14, 15  # inputs of GroupQueryAttention
 WIDE = "__float32"
 EXACT = "__unrounded"
+FLOAT_BLOCK = 128  # of inputs, at most, when a whole row is read as blocks
 
 
 def upcast_to_float32(path: Path) -> bytes:
@@ -233,9 +235,81 @@ def without_activation_quantization(path: Path) -> bytes:
         InputError: the graph cannot be read.
     """
     model = read_graph(path)
+    import onnx
+
+    FloatProducts(onnx, model.graph).run()
     for node in model.graph.node:
         for attribute in node.attribute:
             if attribute.name == "accuracy_level":
                 attribute.i = 0
     serialized: bytes = model.SerializeToString()
     return serialized
+
+
+class FloatProducts:
+    """Replaces ``MatMulInteger`` of one graph in place: see the exporter's ``IntegerProducts``.
+
+    ``W @ Transpose(Cast(Round(x)))`` becomes ``Transpose(MatMulNBits(x, W))``, which reads the same
+    codes and leaves ``x`` as it is.
+    """
+
+    def __init__(self, onnx: Any, graph: Any) -> None:
+        self.onnx, self.graph = onnx, graph
+        self.producer = {name: node for node in graph.node for name in node.output}
+        self.weights = {tensor.name: tensor for tensor in graph.initializer}
+        self.nodes: list[Any] = []
+
+    def run(self) -> None:
+        """Rewrite every product."""
+        for node in self.graph.node:
+            if node.op_type == "MatMulInteger":
+                self._replace(node)
+            else:
+                self.nodes.append(node)
+        del self.graph.node[:]
+        self.graph.node.extend(self.nodes)
+        del self.graph.value_info[:]  # they describe the integers
+
+    def _replace(self, node: Any) -> None:
+        make, onnx = self.onnx.helper.make_node, self.onnx
+        codes, columns, _ = node.input
+        transposed = self.producer[columns]
+        rounded = self.producer[self.producer[transposed.input[0]].input[0]]
+        weight = self.weights[codes]
+        rows, inputs = weight.dims
+        block = math.gcd(inputs, FLOAT_BLOCK)
+        blocks, scales, product = (f"{codes}{part}" for part in (".blocks", ".ones", ".product"))
+        shared = next((t for t in self.graph.initializer if t.name == blocks), None)
+        if shared is None:  # the same bytes in another shape
+            shared = self.graph.initializer.add()
+            shared.CopyFrom(weight)
+            shared.name = blocks
+            shared.dims[:] = [rows, inputs // block, block]
+        shape = onnx.helper.make_tensor(
+            f"{scales}.shape", onnx.TensorProto.INT64, [2], [rows, inputs // block]
+        )
+        self.graph.initializer.append(shape)
+        one = onnx.helper.make_tensor("one", onnx.TensorProto.FLOAT, [1], [1.0])
+        attributes = {"K": inputs, "N": rows, "bits": 8, "block_size": block, "accuracy_level": 0}
+        self.nodes += [
+            make("ConstantOfShape", [shape.name], [scales], name=scales, value=one),
+            make(
+                "MatMulNBits",
+                [rounded.input[0], blocks, scales],
+                [product],
+                name=product,
+                domain="com.microsoft",
+                **attributes,
+            ),
+            make(
+                "Transpose",
+                [product],
+                list(node.output),
+                name=node.name,
+                perm=list(attribute(transposed, "perm").ints),
+            ),
+        ]
+        for reader in self.graph.node:  # of the product: no longer an integer
+            if reader.op_type == "Cast" and reader.input[0] == node.output[0]:
+                reader.op_type = "Identity"
+                del reader.attribute[:]

@@ -28,7 +28,7 @@ def device_for(graph: Graph, name: str) -> Device:
         UnavailableError: ONNX Runtime or the device is missing.
     """
     device = choose_device(name)
-    if device.kind != "cuda" or graph.target != "ort" or graph.cache_dtype != "float32":
+    if device.kind != "cuda" or not graph.is_fused or graph.cache_dtype != "float32":
         return device
     if name == "auto":
         return choose_device("cpu")
@@ -38,8 +38,8 @@ def device_for(graph: Graph, name: str) -> Device:
         else f"--dtype {graph.dtype} --activations bf16"
     )
     raise InputError(
-        f"this graph ({graph.dtype}, target ort) computes attention in float32, for which ONNX "
-        f"Runtime has no kernel on CUDA; export with {remedy}, or pass --device cpu"
+        f"this graph ({graph.dtype}, target {graph.target}) computes attention in float32, for "
+        f"which ONNX Runtime has no kernel on CUDA; export with {remedy}, or pass --device cpu"
     )
 
 

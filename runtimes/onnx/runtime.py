@@ -76,6 +76,8 @@ __all__ = ["OnnxRuntime"]
 logger = logging.getLogger(__name__)
 
 MAX_SCREENED_ROWS = 8  # larger batches share what a step reads, so screening saves nothing
+# Session option: 8-bit products without the saturation of x86 processors that lack VNNI.
+EXACT_PRODUCTS = "session.x64quantprecision"
 NO_PACKING = "session.disable_prepacking"  # session option: kernels use matrices as stored
 
 
@@ -136,7 +138,7 @@ class OnnxRuntime:
         )
         self.config: Gemma3Config = self.bundle.config
         self.device = device_for(graph, device)
-        self.is_fused = graph.target == "ort"  # GroupQueryAttention extends its cache in place
+        self.is_fused = graph.is_fused
         self.cuda = None
         if self.device.kind == "cuda":
             self.cuda = settle_capture(cuda or CudaOptions(), graph.target)
@@ -152,6 +154,8 @@ class OnnxRuntime:
             entries[WEIGHTS_FOLDER] = str(self.weights_folder)
         if shares_weights:
             entries[NO_PACKING] = "1"
+        if graph.target == "web":
+            entries[EXACT_PRODUCTS] = "1"
         self.session = open_session(
             self.graph, self.device, threads=threads, entries=entries, cuda=self.cuda
         )
@@ -255,6 +259,8 @@ class OnnxRuntime:
             signature.attention_mask.name: attention_mask,
             **{spec.name: zeros(empty, spec.dtype) for spec in signature.past},
         }
+        if not signature.num_logits_to_keep.optional:
+            feeds[signature.num_logits_to_keep.name] = np.array(0)
         names = [spec.name for spec in signature.outputs]
         logits, *present = map(as_float32, run_graph(self.session, names, feeds))
         return logits, present
@@ -387,11 +393,12 @@ class OnnxRuntime:
         return binding
 
     def _num_logits_value(self, count: int) -> Any:
-        """Return ``count`` as an OrtValue [1]; inputs with a default accept nothing else."""
+        """Return ``count`` as an OrtValue; inputs with a default accept no numpy array."""
         if count not in self._counts:
-            self._counts[count] = import_onnxruntime().OrtValue.ortvalue_from_numpy(
-                np.array([count], dtype=np.int64)
-            )
+            value = np.array(count, dtype=np.int64)
+            if self.signature.num_logits_to_keep.axes:
+                value = value[None]
+            self._counts[count] = import_onnxruntime().OrtValue.ortvalue_from_numpy(value)
         return self._counts[count]
 
 

@@ -7,8 +7,10 @@ import pickle
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
 from gemma3_export.bundle import Bundle
+from gemma3_export.cli.onnx_command import onnx
 from tests.support.command_line import RANDOM_EXPORT, error_line, run, run_ok, run_rejected
 from tests.support.exported_bundles import edit_json
 from tests.support.tiny_models import tiny_config, write_hf_folder
@@ -168,3 +170,27 @@ def test_truncated_weights_are_rejected(tmp_path, output, keep):
     assert "model.safetensors" in error_line(
         "onnx", "--weights", tmp_path / "weights", "-o", output
     )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "dtypes"),
+    [((), ("fp32", "int8")), (("--dtype", "int8"), ("int8",))],
+)
+def test_for_web_selects_target_and_dtypes(arguments, dtypes, monkeypatch):
+    requested = {}
+
+    def record(options, runtime, variants, description, export):
+        requested.update(export.keywords, variants=variants)
+
+    monkeypatch.setattr("gemma3_export.cli.onnx_command.run_export", record)
+    result = CliRunner().invoke(onnx, ["--size", "270m", "-o", "out", "--for", "web", *arguments])
+    assert result.exit_code == 0, result.output
+    assert (requested["target"], requested["dtype"]) == ("web", dtypes)
+    assert requested["variants"] == list(dtypes)
+
+
+@pytest.mark.parametrize("option", [("--target", "ort"), ("--block-size", "32")])
+def test_for_web_rejects_options_that_it_decides(option):
+    result = CliRunner().invoke(onnx, ["--size", "270m", "-o", "out", "--for", "web", *option])
+    assert result.exit_code == 2
+    assert f"{option[0]} would have no effect" in result.output
