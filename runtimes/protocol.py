@@ -69,6 +69,7 @@ class RuntimeInfo:
     quantizes_activations: bool = False  # products of quantized matrices round their inputs
     computed_in: str | None = None  # precision of the kernels, in words
     target: str | None = None  # export target of the graph
+    producer: str | None = None  # the other tool that made the graph
     cache: CacheKind | None = None
     has_screened_head: bool = False
     shares_weights: bool = False  # float matrices stay in the memory-mapped file
@@ -80,6 +81,7 @@ class RuntimeInfo:
         """Return what reports print; facts that do not apply are left out."""
         optional: dict[str, object] = {
             "target": self.target,
+            "made_by": self.producer,
             "cache": self.cache,
             "head": "screened" if self.has_screened_head else None,
             "weights": "shared" if self.shares_weights else None,
@@ -327,7 +329,8 @@ class PaddedBatches(Protocol):
             attention_mask: [B, T], 0 for padding.
 
         Returns:
-            Logits [B, T, V], and the present key and value [B, K, T, H] of each layer in turn.
+            Logits [B, T, V], and the present key and value [B, K, T, H] of each layer in turn, or
+            none if padding changes them although it changes no logits.
         """
 
 

@@ -4,6 +4,8 @@
 
     assert gemma3_export.verify("gemma-3-270m").passed
 
+A graph that another tool exported is held against weights by the same check.
+
 Importing this module imports nothing heavy; calling it needs the extra ``export``.
 """
 
@@ -27,11 +29,14 @@ from gemma3_export.api.options import (
     check_texts,
     merged,
 )
+from gemma3_export.api.other_graphs import file_hashes, find_graph, open_graph
 from gemma3_export.bundle import MANIFEST, RUNTIMES, Bundle
-from gemma3_export.config import CONFIG_NAME, load_config
+from gemma3_export.config import CONFIG_NAME, Gemma3Config, load_config
+from gemma3_export.dtypes import DEFAULT_MAX_KLD
 from gemma3_export.errors import InputError, ParityError, UnavailableError
 from gemma3_export.files import is_file, to_path
 from gemma3_export.limits import MAX_SEED, check_threads
+from gemma3_export.tokenizer import Tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
     from gemma3_export.bundle import Graph
@@ -53,7 +58,7 @@ class VerifyRequest:
     """A parity check to run.
 
     Args:
-        runtime: which runtime of the bundle to check.
+        runtime: which runtime of the bundle to check; a graph of another tool has ``onnx`` only.
         variant: which of its graphs, such as ``int8``; None is the default, or what an opened
             bundle uses.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
@@ -62,8 +67,10 @@ class VerifyRequest:
         cuda: what may be done on a GPU; ignored on the CPU.
         weights: the weights that the bundle was made from, as :func:`open_weights` takes or
             returns them; None takes those in the bundle, which leaves a quantized bundle without
-            gate B.
+            gate B. A graph of another tool needs them.
         adapter: the LoRA adapter that was merged into ``weights``, or into the base it names.
+        tokenizer: a tokenizer as :func:`gemma3_export.tokenizer.load_tokenizer` takes it, for the
+            cases with text; None takes that of the bundle, or else of the weights.
         against: another runtime of this bundle by its name, another bundle's folder,
             ``transformers`` (which gets the bundle's weights) or a Hugging Face folder; None is the
             reference in float64. Of a folder, tokenizer, templates and special tokens are compared
@@ -80,6 +87,7 @@ class VerifyRequest:
     cuda: CudaOptions | None = None
     weights: WeightSource | Path | str | None = None
     adapter: Path | str | None = None
+    tokenizer: Path | str | None = None
     against: Path | str | None = None
     seed: int = 0
     max_kld: float | None = None
@@ -90,9 +98,26 @@ class VerifyRequest:
         check_threads(self.threads)
         check_integers(self, 0, "seed", most=MAX_SEED)
         check_budget(self)
-        check_paths(self, "against", "adapter")
+        check_paths(self, "against", "adapter", "tokenizer")
         check_callables(self, "progress")
         check_cuda(self)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Subject:
+    """What is checked, and what it is checked with.
+
+    ``source`` has the weights that the candidate should have, dequantized where it is quantized,
+    and ``full_source`` those that it was quantized from.
+    """
+
+    path: Path
+    candidate: Runtime
+    source: WeightSource
+    full_source: WeightSource | None
+    tokenizer: Tokenizer | None
+    files: dict[str, str]  # SHA-256 by name
+    bundle: Bundle | None  # None: a graph of another tool
 
 
 def verify(
@@ -103,7 +128,8 @@ def verify(
     Every file of the bundle is hashed first.
 
     Args:
-        bundle: an opened bundle, or its folder.
+        bundle: an opened bundle, or its folder; or a graph that another tool exported: a ``.onnx``
+            file, or a folder with one. Such a graph is held against ``weights``.
         request: what to hold it against, and how.
         changes: fields of :class:`VerifyRequest`, such as ``against="transformers"``.
 
@@ -111,36 +137,116 @@ def verify(
         The report; ``passed`` is the verdict.
 
     Raises:
-        InputError: the bundle is not what was exported, the two are different models, or the budget
-            is not a positive number.
+        InputError: the bundle is not what was exported, the two are different models, the graph of
+            another tool cannot be fed, or the budget is not a positive number.
         UnavailableError: a package or the device is missing.
     """
     require_packages()
-    from gemma3_export.parity import VerifyOptions
-    from gemma3_export.parity.options import threads_for, torch_threads
-
     request = merged(VerifyRequest, request, changes)
-    if not isinstance(bundle, Bundle):
-        bundle = Bundle(bundle)
+    graph = None if isinstance(bundle, Bundle) else find_graph(bundle)
+    with ExitStack() as stack:
+        if graph is not None:
+            return _verify_graph(graph, request, stack)
+        return _verify_bundle(
+            bundle if isinstance(bundle, Bundle) else Bundle(bundle), request, stack
+        )
+
+
+def _verify_bundle(bundle: Bundle, request: VerifyRequest, stack: ExitStack) -> ParityReport:
     bundle = bundle.with_variant(request.variant)
     budget = bundle.max_kld(request.runtime) if request.max_kld is None else request.max_kld
-    options = VerifyOptions.for_budget(budget, seed=request.seed)
-    request = replace(request, threads=threads_for(bundle.config, request.threads))
+    options = _options(request, budget)
+    request = _with_threads(bundle.config, request, stack)
     bundle.check_files()
-    with ExitStack() as stack:
-        stack.enter_context(torch_threads(request.threads))
-        source = None
-        if request.weights is not None or request.adapter is not None:
-            source = stack.enter_context(opened_weights(request.weights, request.adapter))
-            source = _as_in_bundle(bundle, source)
-        candidate = open_runtime(
-            bundle,
-            request.runtime,
-            device=request.device,
-            threads=request.threads,
-            cuda=request.cuda,
+    source = None
+    if request.weights is not None or request.adapter is not None:
+        source = stack.enter_context(opened_weights(request.weights, request.adapter))
+        source = _as_in_bundle(bundle, source)
+    candidate = open_runtime(
+        bundle,
+        request.runtime,
+        device=request.device,
+        threads=request.threads,
+        cuda=request.cuda,
+    )
+    from gemma3_export.reference.weights.bundle_weights import open_bundle_weights
+
+    full_source = None
+    if source is None or bundle.is_quantized(request.runtime):  # such a graph has other weights
+        full_source, source = source, open_bundle_weights(bundle, request.runtime)
+    subject = Subject(
+        path=bundle.path,
+        candidate=candidate,
+        source=source,
+        full_source=full_source,
+        tokenizer=_tokenizer(request, bundle.config) or bundle_tokenizer(bundle),
+        files={name: record.sha256 for name, record in bundle.manifest.files.items()},
+        bundle=bundle,
+    )
+    return _compared(subject, request, options)
+
+
+def _verify_graph(path: Path, request: VerifyRequest, stack: ExitStack) -> ParityReport:
+    """Hold a graph that another tool exported against weights.
+
+    Raises:
+        InputError: there are no weights, or the graph cannot be fed.
+    """
+    if request.weights is None and request.adapter is None:
+        raise InputError(
+            f"{path} was not exported by this program, so nothing says what it should compute; "
+            "pass the weights that it was made from with --weights"
         )
-        return _compared(bundle, candidate, source, request, options)
+    if request.runtime != "onnx":
+        raise InputError(f"{path} is an ONNX graph, which the {request.runtime} runtime cannot run")
+    if request.variant is not None:
+        raise InputError(
+            f"{path} is one graph, so there is no variant {request.variant!r:.40} of it; give the "
+            "path of the graph to check"
+        )
+    options = _options(request, request.max_kld or DEFAULT_MAX_KLD)
+    source = stack.enter_context(opened_weights(request.weights, request.adapter))
+    request = _with_threads(source.config, request, stack)
+    tokenizer = _tokenizer(request, source.config)
+    if tokenizer is None and (file := source.tokenizer_file()) is not None:
+        tokenizer = load_tokenizer(file)
+        tokenizer.check_vocab_size(source.config.vocab_size)
+    candidate = open_graph(
+        path, source, device=request.device, threads=request.threads, cuda=request.cuda
+    )
+    subject = Subject(
+        path=path,
+        candidate=candidate,
+        source=source,
+        full_source=None,
+        tokenizer=tokenizer,
+        files=file_hashes(candidate),
+        bundle=None,
+    )
+    return _compared(subject, request, options)
+
+
+def _options(request: VerifyRequest, budget: float) -> VerifyOptions:
+    from gemma3_export.parity import VerifyOptions
+
+    return VerifyOptions.for_budget(budget, seed=request.seed)
+
+
+def _with_threads(config: Gemma3Config, request: VerifyRequest, stack: ExitStack) -> VerifyRequest:
+    """Return ``request`` with the number of threads, which torch uses until the stack is left."""
+    from gemma3_export.parity.options import threads_for, torch_threads
+
+    threads = threads_for(config, request.threads)
+    stack.enter_context(torch_threads(threads))
+    return replace(request, threads=threads)
+
+
+def _tokenizer(request: VerifyRequest, config: Gemma3Config) -> Tokenizer | None:
+    if request.tokenizer is None:
+        return None
+    tokenizer = load_tokenizer(request.tokenizer)
+    tokenizer.check_vocab_size(config.vocab_size)
+    return tokenizer
 
 
 def _as_in_bundle(bundle: Bundle, source: WeightSource) -> WeightSource:
@@ -179,52 +285,42 @@ def _check_vocabulary(bundle: Bundle, folder: Path) -> None:
         )
 
 
-def _compared(
-    bundle: Bundle,
-    candidate: Runtime,
-    source: WeightSource | None,
-    request: VerifyRequest,
-    options: VerifyOptions,
-) -> ParityReport:
-    """Return the report on ``candidate``; see :func:`verify`."""
+def _compared(subject: Subject, request: VerifyRequest, options: VerifyOptions) -> ParityReport:
+    """Return the report on ``subject``; see :func:`verify`."""
     from gemma3_export.parity import compare
     from gemma3_export.parity import verify as hold_against_reference
     from gemma3_export.parity.tokenizer_gate import tokenizer_gate
-    from gemma3_export.reference.weights.bundle_weights import open_bundle_weights
 
-    tokenizer = bundle_tokenizer(bundle)
-    full_source = None
-    if source is None or bundle.is_quantized(request.runtime):  # such a graph has other weights
-        full_source, source = source, open_bundle_weights(bundle, request.runtime)
-    files = {name: record.sha256 for name, record in bundle.manifest.files.items()}
+    bundle, source = subject.bundle, subject.source
     if request.against is None:
         return hold_against_reference(
-            candidate,
+            subject.candidate,
             source,
             options=options,
-            tokenizer=tokenizer,
-            full_source=full_source,
-            files=files,
+            tokenizer=subject.tokenizer,
+            full_source=subject.full_source,
+            files=subject.files,
             progress=request.progress,
         )
-    if request.against in RUNTIMES:
+    if bundle is not None and request.against in RUNTIMES:
         baseline = open_runtime(
             bundle, str(request.against), device=request.device, threads=request.threads
         )
     else:
-        _check_vocabulary(bundle, to_path(request.against, "against"))
+        if bundle is not None:
+            _check_vocabulary(bundle, to_path(request.against, "against"))
         baseline = open_baseline(request.against, source, request)
     report = compare(
-        candidate,
+        subject.candidate,
         baseline,
         source,
         options=options,
-        tokenizer=tokenizer,
-        files=files,
+        tokenizer=subject.tokenizer,
+        files=subject.files,
         progress=request.progress,
     )
     gate = None
-    if request.against not in (*RUNTIMES, TRANSFORMERS):
+    if bundle is not None and request.against not in (*RUNTIMES, TRANSFORMERS):
         gate = tokenizer_gate(bundle.path, Path(request.against))
     return report if gate is None else replace(report, gates=(*report.gates, gate))
 

@@ -31,11 +31,12 @@ Examples:
   gemma3-export verify gemma-3-270m --against transformers
   gemma3-export verify gemma-3-270m --runtime torchscript --against onnx
   gemma3-export verify portable-export --against ort-export --junit parity.xml
+  gemma3-export verify other-tool/model.onnx --weights google/gemma-3-270m
 """
 
 
 @click.command(epilog=EPILOG)
-@click.argument("bundle_path", metavar="DIR", type=PATH)
+@click.argument("path", metavar="DIR|GRAPH.onnx", type=PATH)
 @click.option(
     "--runtime",
     type=click.Choice(RUNTIMES),
@@ -53,6 +54,12 @@ Examples:
 )
 @adapter_option
 @click.option(
+    "--tokenizer",
+    metavar="TOK",
+    help="Tokenizer for the cases with text: tokenizer.json, its folder or a .gguf file.  "
+    "[default: that of the bundle, or of the weights]",
+)
+@click.option(
     "--against",
     metavar="OTHER",
     help="Compare with another runtime of this bundle, another bundle, transformers, or a Hugging "
@@ -67,11 +74,12 @@ Examples:
 @cuda_options
 @threads_option
 def verify(
-    bundle_path: Path,
+    path: Path,
     runtime: str,
     variant: str | None,
     weights: str | None,
     adapter: str | None,
+    tokenizer: str | None,
     against: str | None,
     report_file: Path | None,
     junit_file: Path | None,
@@ -82,25 +90,31 @@ def verify(
     cuda: CudaRequest,
     threads: int | None,
 ) -> None:
-    """Prove that a bundle matches the reference model.
+    """Prove that an export matches the reference model.
 
     Verification checks the hash of every file, then compares logits and all cached keys and values
     in prefill, chunked prefill and cached decoding. Each error must stay below a small multiple of
     the reference's own rounding error, which is measured in the same run. The exit code is 1 if
     parity fails, for several variants if it fails for any.
 
+    A graph that another tool exported, a .onnx file or a folder with one, is held against --weights
+    in the same way.
+
     On CUDA, the compared steps return all logits and therefore run without a captured CUDA graph.
     """
+    from gemma3_export.api.other_graphs import find_graph
     from gemma3_export.api.verification import verify as verify_parity
     from gemma3_export.bundle import Bundle
 
-    bundle = Bundle(bundle_path, variant)
+    bundle = path if find_graph(path) else Bundle(path, variant)
     files = (report_file, junit_file, html_file)
     _check_files(*files)
-    several = bundle.variants(runtime) if variant is None else ()
+    several: tuple[str, ...] = ()
+    if isinstance(bundle, Bundle) and variant is None:
+        several = tuple(bundle.variants(runtime))
     if len(several) > 1 and (as_json or any(files)):
         raise click.UsageError(
-            f"{bundle_path} has the variants {', '.join(several)}, and a report describes one; "
+            f"{path} has the variants {', '.join(several)}, and a report describes one; "
             "choose it with --variant"
         )
     device, allowed = cuda.settle(device, runtime)
@@ -116,11 +130,12 @@ def verify(
                 threads=threads,
                 weights=weights,
                 adapter=adapter,
+                tokenizer=tokenizer,
                 against=against,
                 seed=seed,
                 progress=progress,
             )
-        _write_reports(report, bundle_path.resolve().name, *files)
+        _write_reports(report, path.resolve().name, *files)
         if len(several) > 1:
             click.echo(f"variant {checked}:")
         _print_report(report, as_json=as_json)

@@ -246,6 +246,8 @@ def padded_batch(runtime: Runtime, *, sequences: Sequences) -> Iterator[Observat
             for key, value in zip(present[::2], present[1::2], strict=True)
         ]
         yield LogitObservation(row, np.arange(len(keep)), logits[index][keep], step=0)
+        if not present:
+            continue
         required = required_tokens(runtime.config, len(keep))
         yield CacheObservation(row, len(keep), layers, required)
 

@@ -15,7 +15,14 @@ from numpy.typing import NDArray
 from gemma3_export.dtypes import ELEMENT_TYPES
 from gemma3_export.runtimes.onnx.session import import_onnxruntime
 
-__all__ = ["ONNX_BFLOAT16", "as_float32", "bfloat16_to_float32", "run_graph", "zeros"]
+__all__ = [
+    "ONNX_BFLOAT16",
+    "as_float32",
+    "bfloat16_to_float32",
+    "from_float32",
+    "run_graph",
+    "zeros",
+]
 
 ONNX_BFLOAT16 = ELEMENT_TYPES["bfloat16"].onnx
 
@@ -27,6 +34,15 @@ def zeros(shape: Sequence[int], dtype: str) -> Any:
         bits = np.zeros(shape, np.uint16)
         return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(bits, ONNX_BFLOAT16)
     return ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, dtype))
+
+
+def from_float32(array: NDArray[np.float32], dtype: str) -> Any:
+    """Return an OrtValue of ``dtype`` on the CPU; its numbers must be exact in that type."""
+    ort = import_onnxruntime()
+    if dtype == "bfloat16":
+        bits = (np.ascontiguousarray(array).view(np.uint32) >> 16).astype(np.uint16)
+        return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(bits, ONNX_BFLOAT16)
+    return ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array, dtype))
 
 
 def run_graph(session: Any, outputs: Sequence[str], feeds: Mapping[str, Any]) -> list[Any]:

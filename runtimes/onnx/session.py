@@ -82,6 +82,7 @@ def open_session(
     threads: int | None = None,
     entries: Mapping[str, str] | None = None,
     cuda: CudaOptions | None = None,
+    remedy: str = "export the bundle again",
 ) -> onnxruntime.InferenceSession:
     """Load a graph onto ``device``.
 
@@ -92,6 +93,7 @@ def open_session(
         threads: intra-op threads; None lets ONNX Runtime choose.
         entries: session configuration entries.
         cuda: options for the CUDA provider; None for the defaults.
+        remedy: what to do about a graph that cannot be loaded.
 
     Raises:
         UnavailableError: CUDA fails to initialize.
@@ -123,7 +125,7 @@ def open_session(
             ) from error
         name = source if isinstance(source, Path) else "the rewritten graph"
         raise InputError(
-            f"ONNX Runtime cannot load {name}: {first_line(error)}; export the bundle again"
+            f"ONNX Runtime cannot load {name}: {first_line(error)}; {remedy}"
         ) from error
     if device.kind == "cuda" and session.get_providers()[0] != CUDA_PROVIDER:
         raise UnavailableError(

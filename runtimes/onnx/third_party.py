@@ -1,0 +1,326 @@
+"""Run a decoder graph that another tool made, behind the runtime protocol, to check it.
+
+The graph is fed as its own tool would feed it: whole prompts, chunks, single tokens over a growing
+or a preallocated cache, and batches. The cache is kept on the host, row by row, in float32 (which
+holds every smaller type exactly) and is laid out anew for each step. This is for comparison, not
+for speed.
+
+Shapes: B rows, T new tokens, P past tokens (with padding), K key-value heads, H head size, L held
+tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gemma3_export.config import Gemma3Config
+from gemma3_export.device import CudaOptions
+from gemma3_export.errors import Gemma3ExportError, InputError
+from gemma3_export.runtimes.onnx.graph_file import PRECISION, GraphFile, open_graph_file
+from gemma3_export.runtimes.onnx.graph_interface import GraphInterface, Role
+from gemma3_export.runtimes.onnx.ort_values import as_float32, from_float32, run_graph
+from gemma3_export.runtimes.onnx.session import (
+    choose_device,
+    first_line,
+    import_onnxruntime,
+    open_session,
+)
+from gemma3_export.runtimes.protocol import (
+    IntArray,
+    KVCache,
+    LayerKV,
+    Logits,
+    PaddingSide,
+    RuntimeInfo,
+    check_step,
+    check_truncation,
+    empty_lengths,
+)
+
+__all__ = ["ThirdPartyCache", "ThirdPartyRuntime"]
+
+FUSED_ATTENTION = "GroupQueryAttention"  # takes each row's length from the sum of its mask
+Tensor = NDArray[np.float32]
+
+
+class ThirdPartyCache:
+    """Keys and values of each row, as the graph returned them last."""
+
+    def __init__(self, config: Gemma3Config, batch_size: int, capacity: int, tensors: int) -> None:
+        self.lengths: IntArray = empty_lengths(config, batch_size, capacity)
+        self.capacity = capacity
+        empty = np.zeros((config.num_key_value_heads, 0, config.head_dim), np.float32)
+        # [K, L, H] each: the key and the value of each layer in turn
+        self.rows: list[list[Tensor]] = [[empty] * tensors for _ in range(batch_size)]
+
+    @property
+    def batch_size(self) -> int:
+        """Rows."""
+        return len(self.rows)
+
+    def read(self, row: int) -> list[LayerKV]:
+        """See :class:`gemma3_export.runtimes.protocol.KVCache`."""
+        return list(zip(self.rows[row][::2], self.rows[row][1::2], strict=True))
+
+    def truncate(self, row: int, length: int) -> None:
+        """See :class:`gemma3_export.runtimes.protocol.KVCache`."""
+        check_truncation(self, row, length)
+        held = int(self.lengths[row])
+        if any(tensor.shape[1] < held for tensor in self.rows[row]):
+            raise InputError(f"row {row} has evicted tokens, so it cannot be cut to {length}")
+        self.rows[row] = [tensor[:, :length] for tensor in self.rows[row]]
+        self.lengths[row] = length
+
+
+class ThirdPartyRuntime:
+    """An ``.onnx`` file of another tool behind :class:`gemma3_export.runtimes.protocol.Runtime`.
+
+    Args:
+        path: the file.
+        config: the model that it should be, from its weights.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+        threads: intra-op threads; None lets ONNX Runtime choose.
+        cuda: options for the CUDA provider; ignored on the CPU.
+
+    Raises:
+        InputError: the file is not a graph of this model that can be fed, or is quantized.
+        UnavailableError: a package or the device is missing.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        config: Gemma3Config,
+        *,
+        device: str = "auto",
+        threads: int | None = None,
+        cuda: CudaOptions | None = None,
+    ) -> None:
+        self.config = config
+        self.file: GraphFile = open_graph_file(path)
+        if quantized := self.file.quantized_operators:
+            raise InputError(
+                f"{path} is quantized (it has {', '.join(quantized)}): its tool's rounding is not "
+                "known here, so only graphs in fp32, fp16 and bf16 can be held against weights"
+            )
+        self.device = choose_device(device)
+        self.session = open_session(
+            path, self.device, threads=threads, cuda=cuda, remedy="export the model again"
+        )
+        self.interface = GraphInterface.of_session(self.session, config)
+        vocab_size = self.interface.vocab_size
+        if vocab_size is not None and vocab_size < config.vocab_size:
+            raise InputError(
+                f"{path} has logits for {vocab_size} tokens, and the weights have "
+                f"{config.vocab_size}; give the weights that it was made from"
+            )
+        self.is_fused = FUSED_ATTENTION in self.file.operators
+        precisions = {self.file.matrix_dtype, *(item.dtype for item in self.interface.cache)}
+        dtype = next(item for item in PRECISION if item in precisions)
+        self.info = RuntimeInfo(
+            name="onnx",
+            versions={"onnxruntime": import_onnxruntime().__version__},
+            producer=self.file.producer,
+            dtype=dtype,
+            compute_dtype=dtype,
+            device=self.device,
+            providers=tuple(self.session.get_providers()),
+            threads=threads,
+        )
+
+    @property
+    def padding_side(self) -> PaddingSide | None:
+        """See :class:`gemma3_export.runtimes.protocol.PaddedBatches`."""
+        if "attention_mask" not in self.interface.inputs:
+            return None
+        if self.is_fused:
+            return "right"
+        return None if self.interface.capacity else "left"
+
+    def new_cache(self, batch_size: int, capacity: int) -> KVCache:
+        """See :class:`gemma3_export.runtimes.protocol.Runtime`."""
+        return ThirdPartyCache(self.config, batch_size, capacity, len(self.interface.cache))
+
+    def step(
+        self, input_ids: IntArray, cache: KVCache, *, num_logits: int, row: int | None = None
+    ) -> Logits:
+        """See :class:`gemma3_export.runtimes.protocol.Runtime`.
+
+        Rows that the graph cannot take together, such as of different lengths without
+        ``position_ids``, run one by one.
+        """
+        assert isinstance(cache, ThirdPartyCache)
+        check_step(cache, input_ids, num_logits, row)
+        rows = [row] if row is not None else list(range(cache.batch_size))
+        keep = num_logits or input_ids.shape[1]
+        if self._runs_together(input_ids, cache, rows):
+            return self._step(input_ids, cache, rows, keep)
+        parts = [
+            self._step(input_ids[index : index + 1], cache, [row], keep)
+            for index, row in enumerate(rows)
+        ]
+        return np.concatenate(parts)
+
+    def _runs_together(self, input_ids: IntArray, cache: ThirdPartyCache, rows: list[int]) -> bool:
+        lengths = cache.lengths[rows]
+        inputs = self.interface.inputs
+        is_equal = bool((lengths == lengths[0]).all())
+        if self.is_fused:  # it takes several tokens after a past for one row at a time only
+            return input_ids.shape[1] == 1 or not lengths.any()
+        if self.interface.capacity or "cache_position" in inputs:
+            return is_equal
+        return is_equal or ("position_ids" in inputs and "attention_mask" in inputs)
+
+    def _step(
+        self, input_ids: IntArray, cache: ThirdPartyCache, rows: list[int], keep: int
+    ) -> Logits:
+        """Run rows together, and keep what the graph returns for each."""
+        new, lengths = input_ids.shape[1], cache.lengths[rows]
+        longest = int(lengths.max())
+        starts = np.zeros_like(lengths) if self._pads_right else longest - lengths
+        slots = np.arange(longest + new)
+        mask = (slots >= starts[:, None]) & (slots < (starts + lengths + new)[:, None])
+        positions = lengths[:, None] + np.arange(new)
+        past = [
+            self._joined([cache.rows[row][index] for row in rows])
+            for index in range(len(self.interface.cache))
+        ]
+        logits, present = self._run(input_ids, mask, positions, past, longest, keep)
+        for index, row in enumerate(rows):
+            cache.rows[row] = [
+                self._own(tensor, index, before, cache.rows[row][at].shape[1], new, at)
+                for at, (tensor, before) in enumerate(zip(present, past, strict=True))
+            ]
+        cache.lengths[rows] += new
+        return logits
+
+    @property
+    def _pads_right(self) -> bool:
+        """Whether shorter rows have their tokens at the start of the cache."""
+        return self.is_fused or self.interface.capacity is not None
+
+    def _joined(self, tensors: Sequence[Tensor]) -> Tensor:
+        """Return the rows' keys or values as one tensor [B, K, P, H], padded with zeros."""
+        heads, _, size = tensors[0].shape
+        held = max(tensor.shape[1] for tensor in tensors)
+        length = self.interface.capacity or held
+        if held > length:
+            raise InputError(
+                f"the graph's cache holds {length} tokens, and the check needs {held}; export it "
+                "with a longer one"
+            )
+        joined = np.zeros((len(tensors), heads, length, size), np.float32)
+        for row, tensor in zip(joined, tensors, strict=True):
+            start = 0 if self._pads_right else length - tensor.shape[1]
+            row[:, start : start + tensor.shape[1]] = tensor
+        return joined
+
+    def _own(
+        self, present: Tensor, index: int, past: Tensor, held: int, new: int, at: int
+    ) -> Tensor:
+        """Return one row's tokens [K, L, H] of a present tensor [B, K, ., H].
+
+        Raises:
+            Gemma3ExportError: the tensor is neither as long as the past and the new tokens, nor a
+                cache of fixed length, nor a sliding layer's window.
+        """
+        found = present.shape[2]
+        row: Tensor = present[index].copy()
+        if found == past.shape[2] + new or (self.is_fused and found >= held + new):
+            start = 0 if self._pads_right else past.shape[2] - held
+            return row[:, start : start + held + new]
+        if found == self.interface.capacity and held + new <= found:
+            return row[:, : held + new]
+        window = self.config.sliding_window - 1  # the next token belongs to its own window
+        if self.config.is_sliding(at // 2) and window <= found < past.shape[2] + new:
+            return row
+        raise Gemma3ExportError(
+            f"the graph's output {self.interface.cache[at].present} holds {found} tokens after "
+            f"{held} cached and {new} new ones, so it is not the cache of the next step"
+        )
+
+    def run_padded(
+        self, input_ids: IntArray, attention_mask: IntArray
+    ) -> tuple[Logits, list[Tensor]]:
+        """See :class:`gemma3_export.runtimes.protocol.PaddedBatches`.
+
+        The present tensors are left out if the graph rotates keys by their place in the batch
+        instead of their position, which changes all keys of a padded row and no logits.
+        """
+        positions = np.maximum(attention_mask.cumsum(axis=1) - 1, 0)
+        past = [
+            self._joined([tensor] * len(input_ids))
+            for tensor in ThirdPartyCache(self.config, 1, 1, len(self.interface.cache)).rows[0]
+        ]
+        logits, present = self._run(
+            input_ids, attention_mask != 0, positions, past, 0, input_ids.shape[1]
+        )
+        has_positions = self.is_fused or "position_ids" in self.interface.inputs
+        return logits, present if has_positions else []
+
+    def _run(
+        self,
+        input_ids: IntArray,
+        mask: NDArray[np.bool_],
+        positions: IntArray,
+        past: Sequence[Tensor],
+        first: int,
+        keep: int,
+    ) -> tuple[Logits, list[Tensor]]:
+        """Run the graph once.
+
+        Args:
+            input_ids: [B, T].
+            mask: [B, P + T], True for tokens.
+            positions: [B, T] of the new tokens.
+            past: [B, K, P, H] each.
+            first: place of the first new token in the cache.
+            keep: logits to return, of the last tokens.
+        """
+        new = input_ids.shape[1]
+        values: dict[Role, Any] = {
+            "input_ids": input_ids,
+            "attention_mask": self._as_declared(mask),
+            "position_ids": positions,
+            "cache_position": np.arange(first, first + new),
+            "num_logits": np.full(self._num_logits_shape, keep),
+        }
+        feeds = {
+            item.name: np.ascontiguousarray(values[role], item.dtype)
+            for role, item in self.interface.inputs.items()
+        }
+        for tensor, array in zip(self.interface.cache, past, strict=True):
+            feeds[tensor.past] = from_float32(array, tensor.dtype)
+        try:
+            found = run_graph(self.session, self.interface.outputs, feeds)
+        except Exception as error:  # ONNX Runtime's errors share no base class
+            raise Gemma3ExportError(
+                f"ONNX Runtime failed on a step of {new} tokens after {first} in "
+                f"{self.file.path}: {first_line(error)}"
+            ) from error
+        logits, *present = map(as_float32, found)
+        if logits.shape[:1] != input_ids.shape[:1] or logits.shape[1] < keep:
+            raise Gemma3ExportError(
+                f"{self.file.path} returned logits of the shape {list(logits.shape)} for a step of "
+                f"{list(input_ids.shape)} tokens, and {keep} of each row are needed; export it "
+                "with the logits of all tokens"
+            )
+        return logits[:, -keep:, : self.config.vocab_size], present
+
+    @property
+    def _num_logits_shape(self) -> tuple[int, ...]:
+        item = self.interface.inputs.get("num_logits")
+        return (1,) if item is not None and item.shape else ()
+
+    def _as_declared(self, mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
+        """Return the mask [B, P + T], extended with zeros if the graph declares its length."""
+        item = self.interface.inputs.get("attention_mask")
+        length = item.shape[1] if item is not None else None
+        if not isinstance(length, int) or length <= mask.shape[1]:
+            return mask
+        return np.pad(mask, ((0, 0), (0, length - mask.shape[1])))
