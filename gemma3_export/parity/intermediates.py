@@ -29,7 +29,9 @@ from gemma3_export.runtimes.onnx.session import WEIGHTS_FOLDER, import_onnxrunti
 from gemma3_export.runtimes.protocol import IntArray, Runtime
 
 __all__ = [
+    "ATTEND",
     "BLOCKS",
+    "ROTARY_KEY",
     "Intermediates",
     "OnnxIntermediates",
     "Place",

@@ -13,7 +13,9 @@ from gemma3_export.config import Gemma3Config
 from gemma3_export.parity.differences import compare_tensors
 from gemma3_export.parity.ground_truth import GroundTruth
 from gemma3_export.parity.intermediates import (
+    ATTEND,
     BLOCKS,
+    ROTARY_KEY,
     Intermediates,
     Place,
     open_intermediates,
@@ -44,6 +46,13 @@ EXPLANATIONS = {
     "head": "the output head: its matrix, or which rows it takes",
 }
 
+BETWEEN_LAYERS = (
+    "what layer {} returns, which is wrong at every position: its output projection, norms or "
+    "feed-forward; or the input norm of this layer, or its key and value projections"
+)
+HIDDEN_SCALE = "; or the scale of the embedding, which the norm of layer 0 hides"
+WINDOW_JUMP = 10.0  # growth of the error at the window's edge that says that the window is wrong
+
 
 def locate(
     candidate: Runtime, cases: Sequence[CaseResult], ground_truth: GroundTruth, limits: Limits
@@ -68,12 +77,24 @@ def locate(
             actual = run(ids[:first_new], ids[first_new:])
             found = first_bad_place(actual, exact, rounded, limits, first_new)
             needs_past = found is not None
-    place, position = found or (place_from_caches(failing), position)
-    explanation = explain(place, position, ground_truth.config)
+    text = None
+    if found is not None:
+        place, position = found
+    else:
+        place, position = place_from_caches(failing, bad)
+        if place.block == "input_layernorm" and place.layer:
+            text = BETWEEN_LAYERS.format(place.layer - 1) + HIDDEN_SCALE * (place.layer == 1)
+    explanation = explain(place, position, ground_truth.config, text)
     if found is None:
-        explanation += "; only the caches show an error"
+        explanation += "; inferred from the caches, as this graph exposes no values in between"
     if needs_past:
         explanation += "; without a cached past, the same tokens give correct results"
+    growth = growth_past_window(cases, ground_truth.config.sliding_window)
+    if position < ground_truth.config.sliding_window - 1 and growth > WINDOW_JUMP:
+        explanation += (
+            f"; from position {ground_truth.config.sliding_window} on, errors are {growth:.0f} "
+            "times larger, so check the sliding window too"
+        )
     return Divergence(
         case=failing.name,
         step=point.step,
@@ -84,6 +105,22 @@ def locate(
         explanation=explanation,
         needs_past=needs_past,
     )
+
+
+def growth_past_window(cases: Sequence[CaseResult], window: int) -> float:
+    """Return how much larger the error of the logits is past the window's edge than before it.
+
+    The first token that must not see the whole text is at position ``window``. Only cases that
+    compare both sides in one step are considered.
+    """
+    growth = 0.0
+    for case in cases:
+        if case.steps == 1 and not case.is_text:
+            before = [point.max_abs for point in case.points if point.position < window]
+            after = [point.max_abs for point in case.points if point.position >= window]
+            if before and after and max(before) > 0:
+                growth = max(growth, max(after) / max(before))
+    return growth
 
 
 def first_bad_point(case: CaseResult) -> int:
@@ -144,19 +181,39 @@ def in_order(intermediates: Intermediates) -> list[Place]:
     return sorted(intermediates, key=key)
 
 
-def place_from_caches(case: CaseResult) -> Place:
-    """Infer a place from the cached keys and values alone."""
-    bad = sorted((layer.layer, layer.kind) for layer in case.layers if not layer.passed)
+def place_from_caches(case: CaseResult, index: int) -> tuple[Place, int]:
+    """Infer a place and a position from the cached keys and values and the logits alone.
+
+    The keys and values of a layer show what the layer before it returned. The first token attends
+    to itself only, so its results do not depend on positions, masks or scales: if it is right and a
+    later one is wrong, so is the attention, or, with the keys alone, their rotation.
+
+    Args:
+        case: a case that failed.
+        index: of its first bad logits among the compared ones.
+    """
+    point = case.points[index]
+    bad = [layer for layer in case.layers if not layer.passed]
+    last = max((layer.layer for layer in case.layers), default=None)
     if not bad:
-        return Place(None, "head")
-    layer = bad[0][0]
-    kinds = {kind for index, kind in bad if index == layer}
-    return Place(layer, "self_attn.rotary" if kinds == {"key"} else "input_layernorm")
+        is_attention = last is not None and index > 0
+        return Place(last, ATTEND) if is_attention else Place(None, "head"), point.position
+    layer = min(item.layer for item in bad)
+    kinds = {item.kind for item in bad if item.layer == layer}
+    found = [item.first_bad_position for item in bad if item.layer == layer]
+    position = min((first for first in found if first is not None), default=point.position)
+    if kinds == {"key"}:
+        return Place(layer, ROTARY_KEY if position else "self_attn.k_norm"), position
+    if kinds == {"value"}:
+        return Place(layer, "self_attn.v_proj"), position
+    if layer and position:
+        return Place(layer - 1, ATTEND), position
+    return Place(layer, "input_layernorm"), position
 
 
-def explain(place: Place, position: int, config: Gemma3Config) -> str:
-    """Return a hint for whoever fixes the defect."""
-    text = EXPLANATIONS[place.block]
+def explain(place: Place, position: int, config: Gemma3Config, text: str | None = None) -> str:
+    """Return a hint for whoever fixes the defect; ``text`` replaces that of the block."""
+    text = text or EXPLANATIONS[place.block]
     if place.layer is None:
         return text
     kind = "sliding" if config.is_sliding(place.layer) else "full"

@@ -4,8 +4,9 @@ Every tool has names of its own for the same tensors:
 
     input_ids  attention_mask  position_ids  cache_position
     num_logits_to_keep  logits_to_keep
-    past_key_values.N.key  past_key_values_N_key  past_key_N  past_key_values_key_cache_N  ...
-    present.N.key  present_key_values.N.key  present_key_N  ...
+    past_key_values.N.key  past_key_values_N_key  past_key_N  input.cache.layers.N.keys  ...
+    present.N.key  present_key_values.N.key  present_key_N  output.cache.layers.N.keys  ...
+    input.cache.layers.N._sliding_window_tensor
 
 They are recognized by name, element type and shape. An input that is not recognized is an error, as
 it could not be fed rightly.
@@ -14,7 +15,7 @@ it could not be fed rightly.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -24,7 +25,9 @@ from gemma3_export.errors import InputError
 
 __all__ = ["CacheTensor", "GraphInput", "GraphInterface", "Role"]
 
-Role = Literal["input_ids", "attention_mask", "position_ids", "cache_position", "num_logits"]
+Role = Literal[
+    "input_ids", "attention_mask", "position_ids", "cache_position", "num_logits", "window"
+]
 NAMES: dict[str, Role] = {
     "input_ids": "input_ids",
     "attention_mask": "attention_mask",
@@ -39,7 +42,9 @@ RANKS: dict[Role, tuple[int, ...]] = {
     "position_ids": (2,),
     "cache_position": (1,),
     "num_logits": (0, 1),
+    "window": (0,),
 }
+WINDOW = re.compile(r"\.layers\.\d+\._sliding_window_tensor$")  # of a cache in transformers
 ORT_TYPES: dict[str, DType] = {item.ort_type: item.name for item in ELEMENT_TYPES.values()}
 # The types of token ids, masks and positions, and what numpy calls them.
 INDEX_TYPES = {"tensor(int64)": "int64", "tensor(int32)": "int32", "tensor(bool)": "bool"}
@@ -56,7 +61,6 @@ class GraphInput:
     role: Role
     dtype: str  # numpy's name
     shape: tuple[Any, ...]  # int: a fixed size
-    has_default: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,7 +77,7 @@ class CacheTensor:
 class GraphInterface:
     """The inputs and outputs of a decoder graph, by what they mean."""
 
-    inputs: Mapping[Role, GraphInput]
+    inputs: Sequence[GraphInput]  # all but the cache
     logits: str
     vocab_size: int | None  # None: not declared
     cache: tuple[CacheTensor, ...]  # key, then value, layer by layer
@@ -89,7 +93,7 @@ class GraphInterface:
         Raises:
             InputError: an input is unknown, or the graph does not have the shapes of ``config``.
         """
-        inputs: dict[Role, GraphInput] = {}
+        inputs: list[GraphInput] = []
         past: dict[tuple[int, int], Any] = {}
         for value in session.get_inputs():
             place = cache_place(value.name)
@@ -98,13 +102,11 @@ class GraphInterface:
                     raise unknown(value, f"it is the same as {past[place].name}")
                 past[place] = value
                 continue
-            found = recognized(value)
-            inputs[found.role] = found
+            inputs.append(recognized(value))
         for value in session.get_overridable_initializers():
             if value.name in NAMES:  # any other keeps its default
-                found = recognized(value, has_default=True)
-                inputs.setdefault(found.role, found)
-        if "input_ids" not in inputs:
+                inputs.append(recognized(value))
+        if "input_ids" not in [item.role for item in inputs]:
             names = ", ".join(value.name for value in session.get_inputs()[:6])
             raise InputError(
                 f"the graph has no input input_ids (it has: {names}); only graphs that embed the "
@@ -132,11 +134,15 @@ class GraphInterface:
             )
         vocab_size = logits.shape[-1]
         return cls(
-            inputs=inputs,
+            inputs=tuple(inputs),
             logits=logits.name,
             vocab_size=vocab_size if isinstance(vocab_size, int) else None,
             cache=tuple(cache),
         )
+
+    def input(self, role: Role) -> GraphInput | None:
+        """Return the input with a role, None if the graph has none."""
+        return next((item for item in self.inputs if item.role == role), None)
 
     @property
     def capacity(self) -> int | None:
@@ -149,13 +155,13 @@ class GraphInterface:
         return [self.logits, *(tensor.present for tensor in self.cache)]
 
 
-def recognized(value: Any, *, has_default: bool = False) -> GraphInput:
+def recognized(value: Any) -> GraphInput:
     """Return what an input that is not a cache means.
 
     Raises:
         InputError: its name, element type or shape is unknown.
     """
-    role = NAMES.get(value.name)
+    role = "window" if WINDOW.search(value.name) else NAMES.get(value.name)
     if role is None:
         raise unknown(value, "its name is not one that a decoder of Gemma 3 needs")
     if value.type not in INDEX_TYPES or (value.type == "tensor(bool)" and role != "attention_mask"):
@@ -167,7 +173,6 @@ def recognized(value: Any, *, has_default: bool = False) -> GraphInput:
         role=role,
         dtype=INDEX_TYPES[value.type],
         shape=tuple(value.shape),
-        has_default=has_default,
     )
 
 
@@ -252,4 +257,4 @@ def cache_tensor(past: Any, present: Any, config: Gemma3Config) -> CacheTensor:
 
 def _fits(axis: Any, size: int) -> bool:
     """Return whether an axis is declared as ``size``, or left open."""
-    return axis == size or not isinstance(axis, int)
+    return str(axis) == str(size) or not str(axis).isdigit()

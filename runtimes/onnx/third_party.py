@@ -22,7 +22,7 @@ from gemma3_export.config import Gemma3Config
 from gemma3_export.device import CudaOptions
 from gemma3_export.errors import Gemma3ExportError, InputError
 from gemma3_export.runtimes.onnx.graph_file import PRECISION, GraphFile, open_graph_file
-from gemma3_export.runtimes.onnx.graph_interface import GraphInterface, Role
+from gemma3_export.runtimes.onnx.graph_interface import GraphInput, GraphInterface, Role
 from gemma3_export.runtimes.onnx.ort_values import as_float32, from_float32, run_graph
 from gemma3_export.runtimes.onnx.session import (
     choose_device,
@@ -119,7 +119,15 @@ class ThirdPartyRuntime:
                 f"{path} has logits for {vocab_size} tokens, and the weights have "
                 f"{config.vocab_size}; give the weights that it was made from"
             )
+        roles = {item.role for item in self.interface.inputs}
+        self.has_positions = "position_ids" in roles
+        self.has_mask = "attention_mask" in roles
+        self.counts_cache = "cache_position" in roles  # one position for all rows
         self.is_fused = FUSED_ATTENTION in self.file.operators
+        # Tokens of shorter rows are at the start of the cache, not at its end.
+        self.pads_right = self.interface.capacity is not None or (
+            self.is_fused and not self.has_positions
+        )
         precisions = {self.file.matrix_dtype, *(item.dtype for item in self.interface.cache)}
         dtype = next(item for item in PRECISION if item in precisions)
         self.info = RuntimeInfo(
@@ -136,11 +144,14 @@ class ThirdPartyRuntime:
     @property
     def padding_side(self) -> PaddingSide | None:
         """See :class:`gemma3_export.runtimes.protocol.PaddedBatches`."""
-        if "attention_mask" not in self.interface.inputs:
+        if not self.has_mask or self.interface.capacity or self._takes_single_tokens:
             return None
-        if self.is_fused:
-            return "right"
-        return None if self.interface.capacity else "left"
+        return "right" if self.pads_right else "left"
+
+    @property
+    def _takes_single_tokens(self) -> bool:
+        tokens = self.interface.input("input_ids")
+        return tokens is not None and tokens.shape[1] == 1
 
     def new_cache(self, batch_size: int, capacity: int) -> KVCache:
         """See :class:`gemma3_export.runtimes.protocol.Runtime`."""
@@ -152,12 +163,18 @@ class ThirdPartyRuntime:
         """See :class:`gemma3_export.runtimes.protocol.Runtime`.
 
         Rows that the graph cannot take together, such as of different lengths without
-        ``position_ids``, run one by one.
+        ``position_ids``, run one by one, and so do the tokens of a graph that takes one at a time.
         """
         assert isinstance(cache, ThirdPartyCache)
         check_step(cache, input_ids, num_logits, row)
         rows = [row] if row is not None else list(range(cache.batch_size))
         keep = num_logits or input_ids.shape[1]
+        if self._takes_single_tokens and input_ids.shape[1] > 1:
+            steps = [
+                self.step(input_ids[:, index : index + 1], cache, num_logits=1, row=row)
+                for index in range(input_ids.shape[1])
+            ]
+            return np.concatenate(steps[-keep:], axis=1)
         if self._runs_together(input_ids, cache, rows):
             return self._step(input_ids, cache, rows, keep)
         parts = [
@@ -168,13 +185,13 @@ class ThirdPartyRuntime:
 
     def _runs_together(self, input_ids: IntArray, cache: ThirdPartyCache, rows: list[int]) -> bool:
         lengths = cache.lengths[rows]
-        inputs = self.interface.inputs
-        is_equal = bool((lengths == lengths[0]).all())
-        if self.is_fused:  # it takes several tokens after a past for one row at a time only
-            return input_ids.shape[1] == 1 or not lengths.any()
-        if self.interface.capacity or "cache_position" in inputs:
-            return is_equal
-        return is_equal or ("position_ids" in inputs and "attention_mask" in inputs)
+        if self.is_fused and input_ids.shape[1] > 1 and lengths.any():
+            return False  # it takes several tokens after a past for one row at a time only
+        if (lengths == lengths[0]).all():
+            return True
+        if self.interface.capacity or self.counts_cache or not self.has_mask:
+            return False
+        return self.has_positions or self.is_fused
 
     def _step(
         self, input_ids: IntArray, cache: ThirdPartyCache, rows: list[int], keep: int
@@ -182,7 +199,7 @@ class ThirdPartyRuntime:
         """Run rows together, and keep what the graph returns for each."""
         new, lengths = input_ids.shape[1], cache.lengths[rows]
         longest = int(lengths.max())
-        starts = np.zeros_like(lengths) if self._pads_right else longest - lengths
+        starts = np.zeros_like(lengths) if self.pads_right else longest - lengths
         slots = np.arange(longest + new)
         mask = (slots >= starts[:, None]) & (slots < (starts + lengths + new)[:, None])
         positions = lengths[:, None] + np.arange(new)
@@ -199,11 +216,6 @@ class ThirdPartyRuntime:
         cache.lengths[rows] += new
         return logits
 
-    @property
-    def _pads_right(self) -> bool:
-        """Whether shorter rows have their tokens at the start of the cache."""
-        return self.is_fused or self.interface.capacity is not None
-
     def _joined(self, tensors: Sequence[Tensor]) -> Tensor:
         """Return the rows' keys or values as one tensor [B, K, P, H], padded with zeros."""
         heads, _, size = tensors[0].shape
@@ -216,7 +228,7 @@ class ThirdPartyRuntime:
             )
         joined = np.zeros((len(tensors), heads, length, size), np.float32)
         for row, tensor in zip(joined, tensors, strict=True):
-            start = 0 if self._pads_right else length - tensor.shape[1]
+            start = 0 if self.pads_right else length - tensor.shape[1]
             row[:, start : start + tensor.shape[1]] = tensor
         return joined
 
@@ -231,8 +243,8 @@ class ThirdPartyRuntime:
         """
         found = present.shape[2]
         row: Tensor = present[index].copy()
-        if found == past.shape[2] + new or (self.is_fused and found >= held + new):
-            start = 0 if self._pads_right else past.shape[2] - held
+        if found == past.shape[2] + new:
+            start = 0 if self.pads_right else past.shape[2] - held
             return row[:, start : start + held + new]
         if found == self.interface.capacity and held + new <= found:
             return row[:, : held + new]
@@ -260,8 +272,7 @@ class ThirdPartyRuntime:
         logits, present = self._run(
             input_ids, attention_mask != 0, positions, past, 0, input_ids.shape[1]
         )
-        has_positions = self.is_fused or "position_ids" in self.interface.inputs
-        return logits, present if has_positions else []
+        return logits, present if self.has_positions or self.is_fused else []
 
     def _run(
         self,
@@ -285,15 +296,13 @@ class ThirdPartyRuntime:
         new = input_ids.shape[1]
         values: dict[Role, Any] = {
             "input_ids": input_ids,
-            "attention_mask": self._as_declared(mask),
+            "attention_mask": mask,
             "position_ids": positions,
             "cache_position": np.arange(first, first + new),
-            "num_logits": np.full(self._num_logits_shape, keep),
+            "num_logits": keep,
+            "window": self.config.sliding_window,
         }
-        feeds = {
-            item.name: np.ascontiguousarray(values[role], item.dtype)
-            for role, item in self.interface.inputs.items()
-        }
+        feeds = {item.name: _as_declared(values[item.role], item) for item in self.interface.inputs}
         for tensor, array in zip(self.interface.cache, past, strict=True):
             feeds[tensor.past] = from_float32(array, tensor.dtype)
         try:
@@ -312,15 +321,15 @@ class ThirdPartyRuntime:
             )
         return logits[:, -keep:, : self.config.vocab_size], present
 
-    @property
-    def _num_logits_shape(self) -> tuple[int, ...]:
-        item = self.interface.inputs.get("num_logits")
-        return (1,) if item is not None and item.shape else ()
 
-    def _as_declared(self, mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
-        """Return the mask [B, P + T], extended with zeros if the graph declares its length."""
-        item = self.interface.inputs.get("attention_mask")
-        length = item.shape[1] if item is not None else None
-        if not isinstance(length, int) or length <= mask.shape[1]:
-            return mask
-        return np.pad(mask, ((0, 0), (0, length - mask.shape[1])))
+def _as_declared(value: Any, item: GraphInput) -> NDArray[Any]:
+    """Return a value with the type and the rank that the graph declares.
+
+    A mask is extended with zeros if the graph declares its length.
+    """
+    array = np.asarray(value, item.dtype)
+    if item.role == "attention_mask" and isinstance(item.shape[1], int):
+        array = np.pad(array, ((0, 0), (0, max(0, item.shape[1] - array.shape[1]))))
+    if not array.ndim:
+        array = array.reshape((1,) * len(item.shape))
+    return np.ascontiguousarray(array) if array.ndim else array
