@@ -12,6 +12,7 @@ from xml.etree import ElementTree
 import pytest
 
 from gemma3_export.bundle import Bundle
+from gemma3_export.config import load_config
 from tests.support.command_line import error_line, run, run_ok
 from tests.support.exported_bundles import edit_json
 from tests.support.tiny_models import write_hf_folder
@@ -153,3 +154,46 @@ def test_a_newer_format_version_asks_for_an_upgrade(copied_bundle):
 def test_a_missing_folder_is_not_a_bundle(tmp_path):
     assert "nothing does not exist" in error_line("inspect", tmp_path / "nothing")
     assert "not a gemma3-export bundle" in error_line("inspect", tmp_path)
+
+
+@pytest.fixture
+def other_export(portable_bundle, tmp_path) -> Path:
+    """Return a folder with a graph of another tool, made from the weights of ``tiny_folder``."""
+    folder = tmp_path / "other"
+    shutil.copytree(portable_bundle / "onnx", folder)
+    return folder
+
+
+def test_verify_holds_a_graph_of_another_tool_against_weights(other_export, tiny_folder, tmp_path):
+    report = tmp_path / "report.json"
+    arguments = ("--weights", tiny_folder, "--report", report)
+    result = run_ok("verify", other_export, *arguments)
+    assert result.stdout.rstrip().splitlines()[-1].startswith("PASS")
+    found = json.loads(report.read_text(encoding="utf-8"))
+    assert sorted(found["files"]) == ["model.onnx", "model.onnx_data"]
+    assert sum(case["is_text"] for case in found["cases"]) == 5
+    write_hf_folder(tmp_path / "weights", load_config(tiny_folder), seed=9)
+    graph = other_export / "model.onnx"
+    result = run("verify", graph, "--weights", tmp_path / "weights", "--tokenizer", tiny_folder)
+    assert result.exit_code == 1
+    assert "first divergence: layer 0" in result.stdout
+
+
+def test_verify_needs_the_weights_of_a_graph_of_another_tool(other_export, tiny_folder):
+    graph = other_export / "model.onnx"
+    assert "pass the weights that it was made from with --weights" in error_line("verify", graph)
+    line = error_line("verify", graph, "--weights", tiny_folder, "--runtime", "pt2")
+    assert "which the pt2 runtime cannot run" in line
+    assert "does not exist" in error_line("verify", "none.onnx", "--weights", tiny_folder)
+
+
+def test_verify_asks_which_of_several_graphs(other_export, tiny_folder):
+    (other_export / "model.onnx").rename(other_export / "decode.onnx")
+    shutil.copy(other_export / "decode.onnx", other_export / "prefill.onnx")
+    line = error_line("verify", other_export, "--weights", tiny_folder)
+    assert "has several graphs (decode.onnx, prefill.onnx)" in line
+
+
+def test_verify_takes_a_bundle_without_its_manifest(copied_bundle, tiny_folder):
+    (copied_bundle / "manifest.json").unlink()
+    assert run_ok("verify", copied_bundle, "--weights", tiny_folder).stdout.count("\nPASS") == 1
