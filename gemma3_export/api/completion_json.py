@@ -22,6 +22,8 @@ def result_to_json(completion: Completion, tokenizer: Tokenizer | None) -> dict[
         "stop_reason": completion.stop_reason,
         "seed": completion.seed,
     }
+    if completion.is_complete is not None:
+        data["is_complete"] = completion.is_complete
     if any(token.logprob is not None for token in completion.tokens):
         data["logprobs"] = [_logprobs(token, tokenizer) for token in completion.tokens]
     return data

@@ -45,6 +45,7 @@ from gemma3_export.runtimes.generation.loop import (
 from gemma3_export.runtimes.generation.loop import generate as start_generation
 from gemma3_export.runtimes.generation.speculation import MAX_DRAFT_TOKENS
 from gemma3_export.runtimes.protocol import IntArray, Logits, Runtime
+from gemma3_export.runtimes.structured.constraint import ConstraintFactory, GrammarConstraint
 from gemma3_export.tokenizer import ChatMessage, FunctionCall, StreamingDecoder
 
 __all__ = ["Chat", "Model", "load"]
@@ -102,6 +103,11 @@ class Model:
             self._files.check_files()
         self.tokenizer = tokenizer_of(self._files)
         self._runtimes = ModelRuntimes(self._files, self.tokenizer, self.options)
+        self._constraints = (
+            None
+            if self.tokenizer is None
+            else ConstraintFactory(self.tokenizer, self.config.vocab_size)
+        )
 
     def __repr__(self) -> str:
         return f"Model({str(self.path)!r}, runtime={self.options.runtime!r})"
@@ -289,6 +295,7 @@ class Model:
             raise TypeError(f"kept_cache must be a KeptCache, not {kept_cache!r:.60}")
         token_ids = [self.encode(prompt, options) for prompt in prompts]
         stop_token_ids, stop_texts = self._stops(prompts, options)
+        constraint = self._constraint(options, stop_token_ids)
         runtime = self._runtimes.open_for(token_ids, options)
         draft_tokens = self._runtimes.draft_tokens(runtime, options)
         tokenizer = self.tokenizer
@@ -310,6 +317,7 @@ class Model:
             else lambda: StreamingDecoder(
                 tokenizer, skip_special_tokens=not options.show_special_tokens
             ),
+            constraint=constraint,
             drafter=self._runtimes.drafter(runtime, token_ids, options),
             prefix_cache=self._runtimes.prefix_cache(runtime, token_ids, options),
             kept_cache=kept_cache(runtime) if callable(kept_cache) else kept_cache,
@@ -347,6 +355,25 @@ class Model:
         """
         ends = self.tokenizer.chat.end_token_ids if is_chat and self.tokenizer else ()
         return tuple(dict.fromkeys((*self.config.eos_token_id, *ends)))
+
+    def _constraint(
+        self, options: GenerateOptions, stop_token_ids: Sequence[int]
+    ) -> Callable[[], GrammarConstraint] | None:
+        """Return a factory of constraints, one per prompt; None if any text may be generated.
+
+        Raises:
+            InputError: there is no tokenizer.
+        """
+        grammar = options.grammar
+        if grammar is None:
+            return None
+        if self.tokenizer is None or self._constraints is None:
+            raise InputError(
+                f"{self.path} has no tokenizer, so {grammar.option} cannot be enforced; export it "
+                "again with a tokenizer"
+            )
+        constraints = self._constraints
+        return lambda: constraints.new(grammar, stop_token_ids)
 
     def _stops(
         self, prompts: Sequence[Prompt], options: GenerateOptions

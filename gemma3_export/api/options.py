@@ -22,6 +22,7 @@ from gemma3_export.limits import (
     shown,
 )
 from gemma3_export.runtimes.generation.sampling import SamplingParams
+from gemma3_export.runtimes.structured.grammar import Grammar
 from gemma3_export.tokenizer.chat_format import ChatOptions
 
 __all__ = [
@@ -112,9 +113,13 @@ class GenerateOptions(SamplingParams):
         documents: documents with a title and a text, for conversations.
         chat_template: the name of one of the tokenizer's chat templates; None is the default one.
         template_variables: other variables of the chat template, such as ``enable_thinking``.
+        json_schema: generate JSON that validates against this schema: a mapping, or JSON text. The
+            text ends where the JSON does; ``is_complete`` of the result says whether it got there.
+        regex: generate a text that this regular expression matches as a whole.
 
     Raises:
-        InputError: a value is out of range.
+        InputError: a value is out of range; or a schema or regular expression cannot be enforced.
+        UnavailableError: there is one, and llguidance is not installed.
     """
 
     max_new_tokens: int = 128
@@ -130,6 +135,8 @@ class GenerateOptions(SamplingParams):
     documents: Sequence[Mapping[str, Any]] | None = None
     chat_template: str | None = None
     template_variables: Mapping[str, Any] | None = None
+    json_schema: Mapping[str, Any] | str | None = None
+    regex: str | None = None
 
     def __post_init__(self) -> None:
         SamplingParams.__post_init__(self)
@@ -156,6 +163,7 @@ class GenerateOptions(SamplingParams):
                 f"stop_tokens is {self.stop_tokens!r:.60}; it must be ids or names of tokens"
             )
         object.__setattr__(self, "stop_tokens", tuple(tokens))
+        self._check_grammar()
 
     @property
     def stop_texts(self) -> tuple[str, ...]:
@@ -168,6 +176,13 @@ class GenerateOptions(SamplingParams):
         tokens = self.stop_tokens
         return (tokens,) if isinstance(tokens, str | int) else tokens
 
+    @property
+    def grammar(self) -> Grammar | None:
+        """What the text must match, None if anything goes."""
+        if self.json_schema is not None:
+            return Grammar.of_json_schema(self.json_schema)
+        return None if self.regex is None else Grammar.of_regex(self.regex)
+
     def chat(self) -> ChatOptions:
         """Return what goes into a chat template besides the messages."""
         return ChatOptions(
@@ -176,6 +191,19 @@ class GenerateOptions(SamplingParams):
             template=self.chat_template,
             variables=self.template_variables or {},
         )
+
+    def _check_grammar(self) -> None:
+        """Check that a grammar can be enforced, and that nothing else ends or changes the text."""
+        if (grammar := self.grammar) is None:
+            return
+        if self.json_schema is not None and self.regex is not None:
+            raise InputError("json_schema and regex exclude each other; leave one of them out")
+        if self.stop_texts:
+            raise InputError(
+                f"stop would cut the text off before it matches {grammar.option}; leave stop out"
+            )
+        if self.tools:
+            raise InputError(f"{grammar.option} leaves no room for function calls; leave tools out")
 
     def sampling(self) -> SamplingParams:
         """Return the sampling parameters, with a seed drawn where none was given."""

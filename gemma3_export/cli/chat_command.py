@@ -50,8 +50,8 @@ def chat(
     from gemma3_export.api.options import GenerateOptions
     from gemma3_export.cli.conversation import Conversation
 
-    model = opening.open(bundle_path)
     options = GenerateOptions(chat_template=chat_template, **sampling)
+    model = opening.open(bundle_path)
     note_unused_seed(options.seed, is_greedy=options.is_greedy)
     note_variant_of(model)
     Conversation(model.chat(system, options), system).run()

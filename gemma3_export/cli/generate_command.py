@@ -40,6 +40,7 @@ Examples:
   gemma3-export generate DIR --prompt "One" --prompt "Two" --seed 7 --top-k 64 --json
   gemma3-export generate functiongemma --chat --tools tools.json --prompt "Weather?" --json
   gemma3-export generate run --prompt "Once"          # weights that are not exported
+  gemma3-export generate DIR --chat --prompt "Invent a user." --json-schema user.json
   cat letter.txt | gemma3-export generate DIR --prompt - --stop "Yours"
 """
 
@@ -186,7 +187,6 @@ def generate(
     from gemma3_export.cli.generate_output import printer_for
     from gemma3_export.cli.prompts import read_prompt, read_prompt_file, read_tools, to_prompts
 
-    model = opening.open(bundle_path, warm_up=warm_up)
     tools = None if tools_path is None else read_tools(tools_path)
     options = GenerateOptions(
         allow_control_tokens=not literal,
@@ -198,6 +198,7 @@ def generate(
         prefill_chunk=prefill_chunk,
         **sampling,
     )
+    model = opening.open(bundle_path, warm_up=warm_up)
     if converses:
         from gemma3_export.cli.conversation import Conversation
 

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import click
 
 from gemma3_export.api.completion_json import calls_to_json, result_to_json
+from gemma3_export.cli.generation_options import note_incomplete
 from gemma3_export.cli.prompts import Prompt
 from gemma3_export.runtimes.generation.loop import Completion, Event, TokenEvent
 from gemma3_export.tokenizer import Tokenizer
@@ -73,6 +74,7 @@ class TextPrinter:
         self.ended.update(range(len(self.prompts)))
         self._advance()
         click.echo(speed_line(completions, self.load_s), err=True)
+        note_incomplete(completions)
 
     def _advance(self) -> None:
         while self.current < len(self.prompts):

@@ -14,6 +14,7 @@ import click
 from gemma3_export.bundle import RUNTIMES
 from gemma3_export.cli.options import (
     REAL,
+    TEXT_PATH,
     THREADS,
     WHOLE,
     CudaRequest,
@@ -25,11 +26,13 @@ from gemma3_export.cli.options import (
 
 if TYPE_CHECKING:
     from gemma3_export.api.model import Model
+    from gemma3_export.runtimes.generation.loop import Completion
 
 __all__ = [
     "CHAT_MAX_NEW_TOKENS",
     "OpeningRequest",
     "chat_sampling_options",
+    "note_incomplete",
     "note_unused_seed",
     "note_variant_of",
     "opening_options",
@@ -93,6 +96,18 @@ SAMPLING = (
         "show_special_tokens",
         is_flag=True,
         help="Include special tokens that are generated in the text.",
+    ),
+    click.option(
+        "--json-schema",
+        type=TEXT_PATH,
+        callback=lambda context, parameter, path: None if path is None else read_schema(path),
+        metavar="FILE",
+        help="Generate JSON that validates against the JSON schema in this file.",
+    ),
+    click.option(
+        "--regex",
+        metavar="PATTERN",
+        help="Generate a text that this regular expression matches as a whole.",
     ),
 )
 OPENING = (
@@ -231,6 +246,29 @@ def _with_options(command: Command, options: Sequence[Callable[..., Any]]) -> Co
 def stop_tokens_of(tokens: Sequence[str]) -> tuple[int | str, ...]:
     """Return the values of ``--stop-token``: ids as integers, and names."""
     return tuple(int(token) if re.fullmatch(r"[0-9]{1,10}", token) else token for token in tokens)
+
+
+def read_schema(path: Path) -> str:
+    """Return the value of ``--json-schema``: the text of a file.
+
+    Raises:
+        InputError: it cannot be read, is too large, or is not UTF-8.
+    """
+    from gemma3_export.files import read_text
+    from gemma3_export.runtimes.structured.json_schema import MAX_SCHEMA_BYTES
+
+    return read_text(path, limit_bytes=MAX_SCHEMA_BYTES, or_pipe=True)
+
+
+def note_incomplete(completions: Sequence[Completion]) -> None:
+    """Say on stderr that texts were cut off before they match ``--json-schema`` or ``--regex``."""
+    if count := sum(completion.is_complete is False for completion in completions):
+        what = "the text is" if len(completions) == 1 else f"{count} texts are"
+        click.echo(
+            f"note: {what} incomplete, because generation ended before --json-schema or --regex "
+            "was matched; raise --max-new-tokens",
+            err=True,
+        )
 
 
 def note_unused_seed(seed: int | None, *, is_greedy: bool) -> None:

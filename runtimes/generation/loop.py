@@ -28,6 +28,7 @@ from gemma3_export.runtimes.generation.request import (
     RequestState,
     StopTexts,
     StreamingDecoder,
+    TokenConstraint,
     TokenEvent,
 )
 from gemma3_export.runtimes.generation.sampling import SamplingParams
@@ -52,6 +53,7 @@ __all__ = [
     "RequestState",
     "StopTexts",
     "StreamingDecoder",
+    "TokenConstraint",
     "TokenEvent",
     "generate",
 ]
@@ -194,6 +196,8 @@ class DecodingLoop:
     ) -> Sequence[Logits | Candidates] | None:
         """Return what the backend selected for each request; None if logits are needed."""
         if not isinstance(self.runtime, SelectsCandidates):
+            return None
+        if any(request.needs_all_logits for request in active):
             return None
         params = [request.params for request in active]
         chosen = self.runtime.step_candidates(self._newest(active), cache, params)
@@ -339,6 +343,7 @@ def generate(
     options: GenerationOptions,
     *,
     detokenize: Callable[[], StreamingDecoder] | None = None,
+    constraint: Callable[[], TokenConstraint] | None = None,
     drafter: Callable[[], Drafter] | None = None,
     prefix_cache: PrefixCache | None = None,
     kept_cache: KeptCache | None = None,
@@ -359,6 +364,7 @@ def generate(
             sampled as if it were alone.
         options: limits and stop conditions.
         detokenize: makes a fresh decoder per prompt; None leaves all text empty.
+        constraint: makes a fresh constraint per prompt; None allows every token.
         drafter: makes a fresh drafter per prompt, such as ``PromptLookup``, for speculative
             decoding; in float32 it changes the speed and, up to rounding, nothing else. Drafts are
             verified while only one prompt is still being continued.
@@ -396,6 +402,7 @@ def generate(
             else stop_token_ids,
             stop_texts=options.stop_texts,
             decoder=detokenize() if detokenize else None,
+            constraint=constraint() if constraint else None,
         )
         for index, (ids, params) in enumerate(
             zip(prompt_ids, _params_per_prompt(sampling, len(prompt_ids)), strict=True)
@@ -411,7 +418,7 @@ def generate(
         is_cancelled=_either(closing, cancel),
         prefill_progress=prefill_progress,
         speculations=[
-            Speculation(request, drafter(), longest_draft, _step_costs(runtime, request.params))
+            Speculation(request, drafter(), longest_draft, _step_costs(runtime, request))
             if drafter and longest_draft
             else None
             for request in requests
@@ -436,10 +443,12 @@ def _either(closing: threading.Event, cancel: Cancel | None) -> Callable[[], boo
     return lambda: closing.is_set() or is_set()
 
 
-def _step_costs(runtime: Runtime, params: SamplingParams) -> StepCosts:
+def _step_costs(runtime: Runtime, request: RequestState) -> StepCosts:
     """Return the costs of verifying drafts, which depend on whether plain steps use candidates."""
     chooses = isinstance(runtime, SelectsCandidates) and runtime.selects_candidates
-    return CANDIDATE_COSTS if chooses and candidates_needed(params) is not None else PLAIN_COSTS
+    if request.needs_all_logits or candidates_needed(request.params) is None:
+        return PLAIN_COSTS
+    return CANDIDATE_COSTS if chooses else PLAIN_COSTS
 
 
 def _check_prompts(

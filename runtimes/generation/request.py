@@ -13,6 +13,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+
 from gemma3_export.runtimes.generation.candidates import Candidates
 from gemma3_export.runtimes.generation.sampling import SampledToken, Sampler, SamplingParams
 from gemma3_export.runtimes.protocol import IntArray, Logits
@@ -23,6 +26,7 @@ __all__ = [
     "RequestState",
     "StopTexts",
     "StreamingDecoder",
+    "TokenConstraint",
     "TokenEvent",
 ]
 
@@ -37,6 +41,27 @@ class StreamingDecoder(Protocol):
 
     def flush(self) -> str:
         """Return the text that is still held back; no token follows."""
+
+
+class TokenConstraint(Protocol):
+    """Decides which tokens may follow in one request, such as those that a grammar allows."""
+
+    def begin(self) -> None:
+        """Start computing which tokens may come next, beside the step that computes logits."""
+
+    def allowed(self) -> NDArray[np.bool_]:
+        """Return which tokens [V] may come next; wait for them if necessary."""
+
+    def accept(self, token_id: int, /) -> None:
+        """Add the chosen token, one of those allowed."""
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the text may end here."""
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether the text must end here."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,6 +96,8 @@ class Completion:
     drafted_tokens: int = 0  # draft tokens that were verified (speculative decoding)
     accepted_tokens: int = 0  # of these, the correct ones: each saved a decode step
     reused_tokens: int = 0  # leading prompt tokens that came from a cache
+    # Whether the text satisfies its constraint, which it may not where it was cut off.
+    is_complete: bool | None = None  # None: there was no constraint
 
     @property
     def token_ids(self) -> tuple[int, ...]:
@@ -156,6 +183,7 @@ class RequestState:
         stop_token_ids: Iterable[int] = (),
         stop_texts: Sequence[str] = (),
         decoder: StreamingDecoder | None = None,
+        constraint: TokenConstraint | None = None,
     ) -> None:
         self.index = index
         self.prompt_ids = prompt_ids
@@ -169,6 +197,9 @@ class RequestState:
         self._stop_token_ids = frozenset(stop_token_ids)
         self._stop_texts = StopTexts(stop_texts)
         self._decoder = decoder or _NoText()
+        self._constraint = constraint
+        if constraint is not None:
+            constraint.begin()  # beside the prefill
         self._text = ""
         self._stop_reason: int | str | None = None
 
@@ -176,6 +207,11 @@ class RequestState:
     def params(self) -> SamplingParams:
         """The request's sampling parameters."""
         return self._sampler.params
+
+    @property
+    def needs_all_logits(self) -> bool:
+        """Whether a few of the largest logits do not suffice, because others may be allowed."""
+        return self._constraint is not None
 
     @property
     def fed_tokens(self) -> int:
@@ -190,17 +226,25 @@ class RequestState:
     def accept(self, logits: Logits | Candidates) -> TokenEvent:
         """Choose the next token from its logits [V], and end the request if it was the last."""
         assert self.finish_reason is None, "the request has ended"
+        constraint = self._constraint
         if isinstance(logits, Candidates):
+            assert constraint is None, "a constraint needs all logits"
             token = self._sampler.choose(logits.ids, logits.scores)
         else:
-            token = self._sampler.sample(logits)
+            allowed = None if constraint is None else constraint.allowed()
+            token = self._sampler.sample(logits, allowed)
         self.tokens.append(token)
+        if constraint is not None:
+            constraint.accept(token.token_id)
         text = self._read(token.token_id)
         self._text += text
+        if constraint is not None and self.finish_reason is None:
+            constraint.begin()
         return TokenEvent(request=self.index, token=token, text=text)
 
     def completion(self) -> Completion:
         """Return the result so far; a request that has not ended counts as cancelled."""
+        constraint = self._constraint
         return Completion(
             request=self.index,
             prompt_tokens=self.prompt_ids.size,
@@ -215,6 +259,7 @@ class RequestState:
             drafted_tokens=self.drafted_tokens,
             accepted_tokens=self.accepted_tokens,
             reused_tokens=self.reused_tokens,
+            is_complete=None if constraint is None else constraint.is_complete,
         )
 
     def _read(self, token_id: int) -> str:
@@ -223,7 +268,9 @@ class RequestState:
             self.finish_reason, self._stop_reason = "stop", token_id
             return self._end_text()
         text = self._stop_texts.push(self._decoder.push(token_id))
-        if len(self.tokens) >= self._max_new_tokens:
+        if self._constraint is not None and self._constraint.has_ended:
+            self.finish_reason = "stop"
+        elif len(self.tokens) >= self._max_new_tokens:
             self.finish_reason = "length"
             text += self._end_text()
         if self._stop_texts.matched is not None:
@@ -231,4 +278,7 @@ class RequestState:
         return text
 
     def _end_text(self) -> str:
-        return self._stop_texts.push(self._decoder.flush()) + self._stop_texts.flush()
+        held_back = self._decoder.flush()
+        if self._constraint is not None and not self._constraint.is_complete:
+            held_back = ""  # part of a character; the text stays a prefix of what is allowed
+        return self._stop_texts.push(held_back) + self._stop_texts.flush()

@@ -101,7 +101,8 @@ class SamplingParams:
 class SampledToken:
     """One sampled token, with log-probabilities if ``SamplingParams.logprobs`` is set.
 
-    They are those of the model, before penalty, temperature and filters.
+    They are those of the model, before penalty, temperature and filters, and before a constraint:
+    tokens that it does not allow count and are reported too.
     """
 
     token_id: int
@@ -143,11 +144,12 @@ class Sampler:
         self.position += 1
         return SampledToken(token_id=token_id)
 
-    def sample(self, logits: Scores) -> SampledToken:
+    def sample(self, logits: Scores, allowed: NDArray[np.bool_] | None = None) -> SampledToken:
         """Choose the next token.
 
         Args:
             logits: [V] float32, unchanged by the call; an entry of -inf bans its token.
+            allowed: [V] the tokens to choose from, before all filters; None is all of them.
 
         Raises:
             Gemma3ExportError: a logit is NaN or +inf, or every token is banned.
@@ -155,13 +157,18 @@ class Sampler:
         """
         if logits.ndim != 1:
             raise InputError(f"logits have shape {logits.shape}; give those of one position, [V]")
-        scores = self._penalize(logits)
+        scores, kept = self._penalize(logits), None
+        if allowed is not None:
+            _check_finite(logits.max())  # of the tokens that are not allowed, too
+            kept = np.flatnonzero(allowed)
+            scores = scores[kept]
         if self.params.is_greedy:
-            token_id = int(scores.argmax())  # the first of ties; NaN counts as the largest
-            _check_finite(scores[token_id])
+            index = int(scores.argmax())  # the first of ties; NaN counts as the largest
+            _check_finite(scores[index])
         else:
             ids, weights = select_candidates(scores, self.params)
-            token_id = int(ids[_draw(weights, self._uniform())])
+            index = int(ids[_draw(weights, self._uniform())])
+        token_id = index if kept is None else int(kept[index])
         self.position += 1
         if self._is_penalized and token_id not in self._seen:
             self._seen = np.append(self._seen, token_id)

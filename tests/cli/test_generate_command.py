@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 
 import pytest
 
@@ -215,3 +217,49 @@ def test_invalid_sampling_values_are_rejected(ort_bundle, option, value):
 )
 def test_invalid_options_are_rejected(ort_bundle, arguments):
     run_rejected("generate", ort_bundle, "--prompt", "a", *arguments)
+
+
+class TestGrammars:
+    """``--json-schema`` and ``--regex``, which ``chat`` and ``batch`` take as well."""
+
+    @pytest.fixture(autouse=True)
+    def library(self):
+        pytest.importorskip("llguidance", reason="run `make setup`")
+
+    def test_the_text_matches_and_a_cut_off_one_is_noted(self, ort_bundle):
+        arguments = ("generate", ort_bundle, "--prompt", "Say", "--regex", "[0-9]{4}x")
+        result = run_ok(*arguments, "--max-new-tokens", 20)
+        assert re.fullmatch("[0-9]{4}x\n", result.stdout)
+        assert "incomplete" not in result.stderr
+        result = run_ok(*arguments, "--max-new-tokens", 2)
+        assert "note: the text is incomplete" in result.stderr
+        (data,) = json_lines(run_ok(*arguments, "--max-new-tokens", 2, "--json"))
+        assert (data["is_complete"], data["finish_reason"]) == (False, "length")
+
+    def test_a_schema_is_read_from_a_file(self, ort_bundle, tmp_path):
+        (tmp_path / "schema.json").write_text('{"enum": ["fish", "Bär"]}', encoding="utf-8")
+        options = ("--json-schema", tmp_path / "schema.json", "--max-new-tokens", 30)
+        result = run_ok("generate", ort_bundle, "--prompt", "Say", *options)
+        assert json.loads(result.stdout) in ("fish", "Bär")
+        result = run_ok("chat", ort_bundle, *options, stdin="Say\n")
+        assert json.loads(result.stdout) in ("fish", "Bär")
+
+    @pytest.mark.parametrize(
+        ("option", "value", "problem"),
+        [("--regex", "(", "unclosed"), ("--json-schema", '{"uniqueItems": true}', "uniqueItems")],
+    )
+    @pytest.mark.parametrize("command", ["generate", "batch", "chat"])
+    def test_what_cannot_be_enforced_is_rejected_first(
+        self, tmp_path, command, option, value, problem
+    ):
+        """There is no bundle, and no prompt either: neither is looked at."""
+        if option == "--json-schema":
+            (tmp_path / "schema.json").write_text(value, encoding="utf-8")
+            value = tmp_path / "schema.json"
+        arguments = {
+            "generate": ("--prompt", "Say"),
+            "batch": (tmp_path / "in.jsonl", tmp_path / "out.jsonl"),
+            "chat": (),
+        }
+        missing = tmp_path / "missing"
+        assert problem in error_line(command, missing, *arguments[command], option, value)

@@ -141,6 +141,13 @@ def test_the_example_of_function_calls_runs(capsys):
     assert "declaration:get_weather{description:<escape>Get the weather.<escape>" in text
 
 
+def test_the_example_of_structured_output_runs(ort_bundle, capsys):
+    pytest.importorskip("llguidance", reason="run `make setup`")
+    document = "docs/structured-output.md"
+    run_example(example(document, "json_schema"), document, **{"gemma-3-270m-it": str(ort_bundle)})
+    assert capsys.readouterr().out.splitlines()[-1] in ("yes", "no")
+
+
 def test_the_example_with_onnxruntime_alone_writes_the_same_text(ort_bundle, capsys):
     code = example("docs/bundle.md", "onnxruntime.InferenceSession")
     run_example(code, "docs/bundle.md", **{"gemma-3-270m": str(ort_bundle)})
