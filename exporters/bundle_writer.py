@@ -37,6 +37,7 @@ from gemma3_export.bundle import (
     write_transformers_js_config,
 )
 from gemma3_export.bundle.inspection import read_proofs
+from gemma3_export.bundle.manifest import read_manifest
 from gemma3_export.bundle.model_card import write_documents
 from gemma3_export.config import CONFIG_NAME, TOKENIZER_NAME, Gemma3Config
 from gemma3_export.errors import Gemma3ExportError, InputError
@@ -61,6 +62,7 @@ __all__ = [
     "export_bundle",
     "finish_bundle",
     "half_precision",
+    "stamp_bundle",
 ]
 
 
@@ -198,6 +200,27 @@ def export_bundle(
         size_bytes=sum(record.size_bytes for record in manifest.files.values()),
         seconds=dict(seconds),
     )
+
+
+def stamp_bundle(bundle: Bundle, graph: Graph, proof: str) -> None:
+    """Give a graph of an existing bundle its proof; the folder is replaced in one step.
+
+    Args:
+        bundle: the bundle as it was proven.
+        graph: one of its graphs.
+        proof: the graph's parity report as JSON.
+
+    Raises:
+        InputError: another process changed the bundle meanwhile, or it must not be replaced.
+        Gemma3ExportError: the disk is full or not writable.
+    """
+    with staged_directory(bundle.path, force=True) as folder:
+        manifest = read_manifest(bundle.path)
+        if manifest != bundle.manifest:
+            raise InputError(f"{bundle.path} changed while it was checked; verify it again")
+        link_files(bundle, folder)
+        add_proof(folder, manifest, graph, proof)
+        finish_bundle(folder, bundle.config, manifest)
 
 
 def finish_bundle(folder: Path, config: Gemma3Config, manifest: Manifest) -> None:

@@ -24,6 +24,7 @@ from gemma3_export.api.options import (
     check_budget,
     check_callables,
     check_cuda,
+    check_flags,
     check_integers,
     check_paths,
     check_texts,
@@ -31,11 +32,13 @@ from gemma3_export.api.options import (
 )
 from gemma3_export.api.other_graphs import file_hashes, find_graph, open_graph
 from gemma3_export.bundle import MANIFEST, RUNTIMES, Bundle
+from gemma3_export.bundle.manifest import source_identity
 from gemma3_export.config import CONFIG_NAME, Gemma3Config, load_config
 from gemma3_export.dtypes import DEFAULT_MAX_KLD
 from gemma3_export.errors import InputError, ParityError, UnavailableError
 from gemma3_export.files import is_file, to_path
 from gemma3_export.limits import MAX_SEED, check_threads
+from gemma3_export.staging import reject_existing
 from gemma3_export.tokenizer import Tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
@@ -75,6 +78,8 @@ class VerifyRequest:
             ``transformers`` (which gets the bundle's weights) or a Hugging Face folder; None is the
             reference in float64. Of a folder, tokenizer, templates and special tokens are compared
             too.
+        stamp: add the report of a passing check to the bundle, which then counts as verified. The
+            proof is that of an export: on the CPU, against the weights that the manifest names.
         seed: of the random token ids.
         max_kld: gate B's budget, in mean nats per token; None is what the bundle was exported with.
         progress: callback that receives (stage, done, total).
@@ -89,6 +94,7 @@ class VerifyRequest:
     adapter: Path | str | None = None
     tokenizer: Path | str | None = None
     against: Path | str | None = None
+    stamp: bool = False
     seed: int = 0
     max_kld: float | None = None
     progress: Progress | None = None
@@ -99,6 +105,7 @@ class VerifyRequest:
         check_integers(self, 0, "seed", most=MAX_SEED)
         check_budget(self)
         check_paths(self, "against", "adapter", "tokenizer")
+        check_flags(self, "stamp")
         check_callables(self, "progress")
         check_cuda(self)
 
@@ -154,6 +161,8 @@ def verify(
 
 def _verify_bundle(bundle: Bundle, request: VerifyRequest, stack: ExitStack) -> ParityReport:
     bundle = bundle.with_variant(request.variant)
+    if request.stamp:
+        request = _stampable(bundle, request)
     budget = bundle.max_kld(request.runtime) if request.max_kld is None else request.max_kld
     options = _options(request, budget)
     request = _with_threads(bundle.config, request, stack)
@@ -162,6 +171,8 @@ def _verify_bundle(bundle: Bundle, request: VerifyRequest, stack: ExitStack) -> 
     if request.weights is not None or request.adapter is not None:
         source = stack.enter_context(opened_weights(request.weights, request.adapter))
         source = _as_in_bundle(bundle, source)
+        if request.stamp:
+            _require_source(bundle, source)
     candidate = open_runtime(
         bundle,
         request.runtime,
@@ -183,7 +194,51 @@ def _verify_bundle(bundle: Bundle, request: VerifyRequest, stack: ExitStack) -> 
         files={name: record.sha256 for name, record in bundle.manifest.files.items()},
         bundle=bundle,
     )
-    return _compared(subject, request, options)
+    report = _compared(subject, request, options)
+    if request.stamp and report.passed:
+        from gemma3_export.exporters.bundle_writer import stamp_bundle
+
+        stamp_bundle(bundle, bundle.graph(request.runtime), report.to_json())
+    return report
+
+
+def _stampable(bundle: Bundle, request: VerifyRequest) -> VerifyRequest:
+    """Return the request of the check that an export runs, before anything that takes long.
+
+    Raises:
+        InputError: the request is for another check, or the bundle cannot be replaced.
+    """
+    if request.weights is None and request.adapter is None:
+        raise InputError(
+            "a stamp is a proof against the weights that the bundle was made from; pass them with "
+            f"--weights (the manifest names {bundle.manifest.source.get('location', 'none')})"
+        )
+    if request.against is not None:
+        raise InputError("a stamp is a proof against the reference; leave out --against")
+    if request.device not in ("auto", "cpu"):
+        raise InputError(
+            f"a stamp is a proof on the CPU, as that of an export; leave out --device "
+            f"{request.device}"
+        )
+    if request.runtime == "reference":
+        raise InputError("the reference is what graphs are held against; choose another --runtime")
+    bundle.graph(request.runtime)
+    reject_existing(bundle.path.absolute(), force=True)
+    return replace(request, device="cpu")
+
+
+def _require_source(bundle: Bundle, source: WeightSource) -> None:
+    """Check that weights are those that a bundle was made from.
+
+    Raises:
+        InputError: their files have other hashes.
+    """
+    if source_identity(source.fingerprint()) != source_identity(bundle.manifest.source):
+        raise InputError(
+            f"{source.origin} has other files than the weights that {bundle.path} was made from "
+            f"({bundle.manifest.source.get('location')}), so it cannot prove it; pass those "
+            "weights, or leave out --stamp"
+        )
 
 
 def _verify_graph(path: Path, request: VerifyRequest, stack: ExitStack) -> ParityReport:
@@ -199,6 +254,8 @@ def _verify_graph(path: Path, request: VerifyRequest, stack: ExitStack) -> Parit
         )
     if request.runtime != "onnx":
         raise InputError(f"{path} is an ONNX graph, which the {request.runtime} runtime cannot run")
+    if request.stamp:
+        raise InputError(f"{path} is not a bundle, so it has no manifest to stamp")
     if request.variant is not None:
         raise InputError(
             f"{path} is one graph, so there is no variant {request.variant!r:.40} of it; give the "

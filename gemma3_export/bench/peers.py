@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from gemma3_export.bundle.manifest import source_identity
 from gemma3_export.errors import InputError, UnavailableError
 from gemma3_export.records import read_json, to_record
 
@@ -93,7 +94,7 @@ class InstalledPeer:
         Raises:
             InputError: the peer's model was made from other weights.
         """
-        if identity(self.made_from) != identity(source):
+        if source_identity(self.made_from) != source_identity(source):
             raise InputError(
                 f"{self.spec} was made from {self.made_from.get('location')} and the bundle from "
                 f"{source.get('location')}; make both from the same weights: "
@@ -177,9 +178,3 @@ def setup_command(spec: str, folder: Path) -> str:
     """Return the command that sets a peer up."""
     option = "" if folder == DEFAULT_FOLDER else f" --peers {folder}"
     return f"python -m benchmarks.peers {spec} --weights WEIGHTS{option}"
-
-
-def identity(source: Mapping[str, Any]) -> object:
-    """Return what two fingerprints of the same weights share: the hashes of the files."""
-    files = source.get("files")
-    return sorted(files.values()) if files else dict(source)

@@ -45,6 +45,7 @@ __all__ = [
     "read_manifest",
     "sample_sha256_of",
     "sha256_of",
+    "source_identity",
     "write_manifest",
 ]
 
@@ -175,6 +176,14 @@ def write_manifest(path: Path, manifest: Manifest, hashes: Mapping[str, str]) ->
 def manifest_to_json(manifest: Manifest) -> str:
     """Return the content of ``manifest.json``."""
     return json.dumps(asdict(manifest), indent=1, sort_keys=True) + "\n"
+
+
+def source_identity(source: Mapping[str, Any]) -> object:
+    """Return what fingerprints of the same weights share: hashes of files, and what was kept."""
+    files = source.get("files")
+    if not files:
+        return dict(source)
+    return sorted(files.values()), source.get("reduced_vocabulary")
 
 
 def sha256_of(path: Path) -> str:

@@ -31,6 +31,7 @@ Examples:
   gemma3-export verify gemma-3-270m --against transformers
   gemma3-export verify gemma-3-270m --runtime torchscript --against onnx
   gemma3-export verify portable-export --against ort-export --junit parity.xml
+  gemma3-export verify unproven --weights google/gemma-3-270m --stamp
   gemma3-export verify other-tool/model.onnx --weights google/gemma-3-270m
 """
 
@@ -65,6 +66,12 @@ Examples:
     help="Compare with another runtime of this bundle, another bundle, transformers, or a Hugging "
     "Face folder, including its tokenizer, chat templates and special tokens.",
 )
+@click.option(
+    "--stamp",
+    is_flag=True,
+    help="Add the report to the bundle if it passes, as an export does. Needs --weights, the "
+    "weights that the bundle was made from.",
+)
 @click.option("--report", "report_file", type=PATH, help="Write the report as JSON.")
 @click.option("--junit", "junit_file", type=PATH, help="Write the report as JUnit XML.")
 @click.option("--html", "html_file", type=PATH, help="Write the report as an HTML page.")
@@ -81,6 +88,7 @@ def verify(
     adapter: str | None,
     tokenizer: str | None,
     against: str | None,
+    stamp: bool,
     report_file: Path | None,
     junit_file: Path | None,
     html_file: Path | None,
@@ -132,6 +140,7 @@ def verify(
                 adapter=adapter,
                 tokenizer=tokenizer,
                 against=against,
+                stamp=stamp,
                 seed=seed,
                 progress=progress,
             )
