@@ -23,8 +23,10 @@ from benchmarks.common import (
     threads_option,
 )
 from gemma3_export.api.opening import open_runtime
-from gemma3_export.runtimes.generation.loop import Completion, GenerationOptions, generate
+from gemma3_export.runtimes.generation.generate import generate
 from gemma3_export.runtimes.generation.prefix_cache import PrefixCache
+from gemma3_export.runtimes.generation.prepare import GenerationOptions
+from gemma3_export.runtimes.generation.request import Completion
 from gemma3_export.runtimes.generation.sampling import SamplingParams
 from gemma3_export.runtimes.protocol import Runtime
 

@@ -42,7 +42,9 @@ from gemma3_export.api.model_files import bundle_tokenizer
 from gemma3_export.api.opening import open_runtime
 from gemma3_export.bench.machine import describe_machine
 from gemma3_export.bundle import Bundle
-from gemma3_export.runtimes.generation.loop import Completion, GenerationOptions, generate
+from gemma3_export.runtimes.generation.generate import generate
+from gemma3_export.runtimes.generation.prepare import GenerationOptions
+from gemma3_export.runtimes.generation.request import Completion
 from gemma3_export.runtimes.generation.sampling import SamplingParams
 from gemma3_export.runtimes.generation.speculation import MAX_DRAFT_TOKENS, PromptLookup
 from gemma3_export.runtimes.protocol import Runtime

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 import gemma3_export
 from benchmarks.common import bundle_argument, rounds_option, show_spread, threads_option
 from gemma3_export.api.model import Model
-from gemma3_export.runtimes.generation.loop import Completion
+from gemma3_export.runtimes.generation.request import Completion
 from gemma3_export.runtimes.structured.constraint import ConstraintFactory, GrammarConstraint
 from gemma3_export.runtimes.structured.grammar import Grammar
 

@@ -11,10 +11,19 @@ Importing this package imports neither torch nor ONNX Runtime.
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from gemma3_export.errors import Gemma3ExportError, InputError, ParityError, UnavailableError
+from gemma3_export.errors import (
+    EngineClosedError,
+    Gemma3ExportError,
+    InputError,
+    ParityError,
+    QueueFullError,
+    UnavailableError,
+)
 
 if TYPE_CHECKING:
     from gemma3_export.api.batch import BatchOptions, BatchSummary, run_batch
+    from gemma3_export.api.engine import Engine, EngineOptions, EngineStats
+    from gemma3_export.api.engine_stream import EngineStream
     from gemma3_export.api.exporting import (
         OnnxOptions,
         Pt2Options,
@@ -31,7 +40,7 @@ if TYPE_CHECKING:
     from gemma3_export.api.verification import VerifyRequest, verify
     from gemma3_export.bundle import Bundle
     from gemma3_export.config import Gemma3Config
-    from gemma3_export.runtimes.generation.loop import Completion
+    from gemma3_export.runtimes.generation.request import Completion
     from gemma3_export.tokenizer import Tokenizer
 
 __all__ = [
@@ -40,6 +49,11 @@ __all__ = [
     "Bundle",
     "Chat",
     "Completion",
+    "Engine",
+    "EngineClosedError",
+    "EngineOptions",
+    "EngineStats",
+    "EngineStream",
     "Gemma3Config",
     "Gemma3ExportError",
     "GenerateOptions",
@@ -51,6 +65,7 @@ __all__ = [
     "Pt2Options",
     "PushOptions",
     "PushResult",
+    "QueueFullError",
     "TextStream",
     "Tokenizer",
     "TorchScriptOptions",
@@ -75,7 +90,11 @@ _HOMES = {
     "BatchSummary": "api.batch",
     "Bundle": "bundle",
     "Chat": "api.model",
-    "Completion": "runtimes.generation.loop",
+    "Completion": "runtimes.generation.request",
+    "Engine": "api.engine",
+    "EngineOptions": "api.engine",
+    "EngineStats": "api.engine",
+    "EngineStream": "api.engine_stream",
     "Gemma3Config": "config",
     "GenerateOptions": "api.options",
     "LoadOptions": "api.options",

@@ -7,9 +7,11 @@ traceback and exits with ``exit_code``. Any other exception is a bug.
 from __future__ import annotations
 
 __all__ = [
+    "EngineClosedError",
     "Gemma3ExportError",
     "InputError",
     "ParityError",
+    "QueueFullError",
     "UnavailableError",
 ]
 
@@ -22,6 +24,14 @@ class Gemma3ExportError(Exception):
 
 class ParityError(Gemma3ExportError):
     """A runtime's results differ from those of the reference (exit code 1)."""
+
+
+class QueueFullError(Gemma3ExportError):
+    """Too many requests wait for an engine; one may succeed later (exit code 1)."""
+
+
+class EngineClosedError(Gemma3ExportError):
+    """A request to an engine that is closing, closed or broken (exit code 1)."""
 
 
 class InputError(Gemma3ExportError):

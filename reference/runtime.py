@@ -67,14 +67,13 @@ class ReferenceRuntime:
         return TorchCache(self.config, batch_size, capacity, dtype=self.dtype, device=self.device)
 
     @torch.inference_mode()
-    def step(
-        self, input_ids: IntArray, cache: KVCache, *, num_logits: int, row: int | None = None
-    ) -> Logits:
+    def step(self, input_ids: IntArray, cache: KVCache, *, num_logits: int, row: int = 0) -> Logits:
         """See :class:`gemma3_export.runtimes.protocol.Runtime`."""
         assert isinstance(cache, TorchCache)
         check_step(cache, input_ids, num_logits, row)
-        new = input_ids.shape[1]
-        mask, past = cache.prepare(new, row)
+        count, new = input_ids.shape
+        rows = slice(row, row + count)
+        mask, past = cache.prepare(new, rows)
         output = self.model(
             torch.from_numpy(input_ids).to(self.device),
             mask,
@@ -82,5 +81,5 @@ class ReferenceRuntime:
             num_logits_to_keep=num_logits,
         )
         present = [tensor for pair in output.past_key_values for tensor in pair]
-        cache.accept(present, new, row)
+        cache.accept(present, new, rows)
         return as_numpy(output.logits)

@@ -3,7 +3,8 @@
 The generation loop, the parity check and the benchmark see backends only through this module.
 Arrays that cross it are numpy; what stays on a device is internal to the backend.
 
-Shapes: B batch rows, T new tokens, V vocabulary, K key-value heads, L cached tokens, H head size.
+Shapes: B rows of a cache, R rows of a step, T new tokens, V vocabulary, K key-value heads, L cached
+tokens, H head size.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ __all__ = [
     "TransferableCache",
     "check_capacity",
     "check_export",
+    "check_rows",
     "check_segment",
     "check_step",
     "check_truncation",
@@ -135,9 +137,19 @@ class KVCache(Protocol):
     def truncate(self, row: int, length: int) -> None:
         """Drop all but the first ``length`` tokens of ``row``; the next step continues there.
 
+        A row can always be emptied (``length`` 0), and then serves another text: nothing of the
+        former one, not even a NaN, reaches it.
+
         Raises:
             InputError: the row holds fewer tokens, or a sliding-window cache has evicted tokens
                 that would be needed.
+        """
+
+    def swap(self, row: int, other: int) -> None:
+        """Exchange two rows bit by bit, lengths included.
+
+        Raises:
+            InputError: a row does not exist.
         """
 
 
@@ -159,18 +171,15 @@ class Runtime(Protocol):
             InputError: ``capacity`` exceeds ``config.max_position_embeddings``.
         """
 
-    def step(
-        self, input_ids: IntArray, cache: KVCache, *, num_logits: int, row: int | None = None
-    ) -> Logits:
+    def step(self, input_ids: IntArray, cache: KVCache, *, num_logits: int, row: int = 0) -> Logits:
         """Append tokens to the cache and return the logits of the last ``num_logits`` of them.
 
-        With ``row`` None, ``input_ids`` is [B, T]: every row takes T tokens after those it already
-        holds; rows may differ in length. With ``row`` given, ``input_ids`` is [1, T] and only that
-        row advances: prompts of different lengths are prefilled this way, in any number of chunks,
-        before batched decoding.
+        ``input_ids`` is [R, T]: the R rows from ``row`` on take T tokens each, after those that
+        they already hold; they may differ in length. The other rows neither change nor cost
+        anything, except on devices that always compute every row.
 
         Returns:
-            [rows, num_logits, V] float32; ``num_logits`` 0 means all T.
+            [R, num_logits, V] float32; ``num_logits`` 0 means all T.
 
         Raises:
             InputError: a row has no room for T more tokens, T is 0, or the arguments do not match
@@ -178,22 +187,19 @@ class Runtime(Protocol):
         """
 
 
-def check_step(
-    cache: KVCache, input_ids: IntArray, num_logits: int, row: int | None = None
-) -> None:
+def check_step(cache: KVCache, input_ids: IntArray, num_logits: int, row: int = 0) -> None:
     """Reject an invalid step, with the same message on every backend, before computing anything.
 
     Raises:
         InputError: see :meth:`Runtime.step`.
     """
-    rows = cache.batch_size if row is None else 1
-    if input_ids.ndim != 2 or len(input_ids) != rows:
+    if input_ids.ndim != 2 or not len(input_ids):
         raise InputError(
-            f"input_ids have the shape {list(input_ids.shape)}; this step takes [{rows}, T]: "
-            f"{'a row of tokens for each row of the cache' if row is None else 'one row'}"
+            f"input_ids have the shape {list(input_ids.shape)}; a step takes [R, T], T tokens for "
+            "each of R rows"
         )
-    new_tokens = input_ids.shape[1]
-    check_capacity(cache, new_tokens, row)
+    rows, new_tokens = input_ids.shape
+    check_capacity(cache, new_tokens, row, rows)
     if not 0 <= num_logits <= new_tokens:
         raise InputError(
             f"num_logits is {num_logits}; a step of {new_tokens} tokens has logits for 1 to "
@@ -201,25 +207,34 @@ def check_step(
         )
 
 
-def check_capacity(cache: KVCache, new_tokens: int, row: int | None = None) -> None:
+def check_capacity(cache: KVCache, new_tokens: int, row: int, rows: int = 1) -> None:
     """Reject tokens that would not fit, before computing anything.
 
     Raises:
-        InputError: there are none, the row does not exist, or it would exceed the capacity.
+        InputError: there are none, a row does not exist, or it would exceed the capacity.
     """
     if new_tokens < 1:
         raise InputError(f"cannot run a step of {new_tokens} tokens; give at least one")
-    if row is not None and not 0 <= row < cache.batch_size:
-        raise InputError(
-            f"row {row} does not exist: the cache has {cache.batch_size} rows, numbered from 0"
-        )
-    lengths = cache.lengths if row is None else cache.lengths[row : row + 1]
-    longest = int(lengths.max(initial=0))
+    check_rows(cache, row, row + rows - 1)
+    longest = int(cache.lengths[row : row + rows].max(initial=0))
     if longest + new_tokens > cache.capacity:
         raise InputError(
             f"the cache holds {longest} of {cache.capacity} tokens and has no room for "
             f"{new_tokens} more; ask for fewer new tokens or create a larger cache"
         )
+
+
+def check_rows(cache: KVCache, *rows: int) -> None:
+    """Reject rows that the cache does not have.
+
+    Raises:
+        InputError: one does not exist.
+    """
+    for row in rows:
+        if not 0 <= row < cache.batch_size:
+            raise InputError(
+                f"row {row} does not exist: the cache has {cache.batch_size} rows, numbered from 0"
+            )
 
 
 def check_truncation(cache: KVCache, row: int, length: int) -> None:
@@ -293,6 +308,9 @@ class TransferableCache(KVCache, Protocol):
     @property
     def kv_bytes_per_token(self) -> int:
         """Size of one token's keys and values."""
+
+    def tokens_within(self, size_bytes: int) -> int:
+        """Return how many tokens all rows together can hold in ``size_bytes`` of memory."""
 
     def export_tokens(self, row: int, start: int, stop: int) -> KVSegment:
         """Return a bitwise copy of the tokens [``start``, ``stop``) of ``row``, on the device.

@@ -23,7 +23,9 @@ from gemma3_export.progress import Progress
 from gemma3_export.reference.loading import load_reference
 from gemma3_export.reference.runtime import ReferenceRuntime
 from gemma3_export.reference.weights import WeightSource
-from gemma3_export.runtimes.generation.loop import GenerationOptions, TokenEvent, generate
+from gemma3_export.runtimes.generation.generate import generate
+from gemma3_export.runtimes.generation.prepare import GenerationOptions
+from gemma3_export.runtimes.generation.request import TokenEvent
 from gemma3_export.runtimes.generation.sampling import SamplingParams
 from gemma3_export.tokenizer import Tokenizer
 

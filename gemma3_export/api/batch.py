@@ -38,7 +38,7 @@ from gemma3_export.errors import InputError
 from gemma3_export.files import is_file, open_regular, to_path
 from gemma3_export.limits import shown
 from gemma3_export.progress import Progress, ignore_progress
-from gemma3_export.runtimes.generation.loop import Completion
+from gemma3_export.runtimes.generation.request import Completion
 from gemma3_export.staging import sole_writer
 from gemma3_export.tokenizer import ChatMessage, Tokenizer
 from gemma3_export.tokenizer.json_rows import (

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from gemma3_export.errors import InputError
-from gemma3_export.runtimes.generation.loop import Completion
+from gemma3_export.runtimes.generation.request import Completion
 from gemma3_export.runtimes.generation.sampling import SampledToken
 from gemma3_export.tokenizer import Tokenizer
 

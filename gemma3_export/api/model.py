@@ -15,6 +15,7 @@ import threading
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, overload
@@ -35,14 +36,18 @@ from gemma3_export.api.stream import TextStream
 from gemma3_export.bundle import Bundle
 from gemma3_export.config import Gemma3Config
 from gemma3_export.errors import InputError
+from gemma3_export.runtimes.generation.generate import Cancel, Generation
+from gemma3_export.runtimes.generation.generate import generate as start_generation
 from gemma3_export.runtimes.generation.kept_cache import KeptCache
-from gemma3_export.runtimes.generation.loop import (
-    Cancel,
-    Completion,
-    Generation,
+from gemma3_export.runtimes.generation.prefix_cache import PrefixCache
+from gemma3_export.runtimes.generation.prepare import (
     GenerationOptions,
+    check_prompts,
+    choose_capacity,
+    prepare_request,
 )
-from gemma3_export.runtimes.generation.loop import generate as start_generation
+from gemma3_export.runtimes.generation.request import Completion
+from gemma3_export.runtimes.generation.scheduler import ScheduledRequest
 from gemma3_export.runtimes.generation.speculation import MAX_DRAFT_TOKENS
 from gemma3_export.runtimes.protocol import IntArray, Logits, Runtime
 from gemma3_export.runtimes.structured.constraint import ConstraintFactory, GrammarConstraint
@@ -294,35 +299,68 @@ class Model:
         if not (kept_cache is None or isinstance(kept_cache, KeptCache) or callable(kept_cache)):
             raise TypeError(f"kept_cache must be a KeptCache, not {kept_cache!r:.60}")
         token_ids = [self.encode(prompt, options) for prompt in prompts]
-        stop_token_ids, stop_texts = self._stops(prompts, options)
-        constraint = self._constraint(options, stop_token_ids)
+        limits = self._limits(prompts, options)
+        constraint = self._constraint(options, limits.stop_token_ids or ())
         runtime = self._runtimes.open_for(token_ids, options)
-        draft_tokens = self._runtimes.draft_tokens(runtime, options)
-        tokenizer = self.tokenizer
         return start_generation(
             runtime,
             token_ids,
             options.sampling()
             if seeds is None
             else [replace(options.sampling(), seed=seed, request_index=0) for seed in seeds],
-            GenerationOptions(
-                max_new_tokens=options.max_new_tokens,
-                stop_token_ids=stop_token_ids,
-                stop_texts=stop_texts,
-                prefill_chunk=options.prefill_chunk,
-                max_draft_tokens=draft_tokens or MAX_DRAFT_TOKENS,
-            ),
-            detokenize=None
-            if tokenizer is None
-            else lambda: StreamingDecoder(
-                tokenizer, skip_special_tokens=not options.show_special_tokens
-            ),
+            self._with_drafts(limits, runtime, options),
+            detokenize=self._decoders(options),
             constraint=constraint,
             drafter=self._runtimes.drafter(runtime, token_ids, options),
             prefix_cache=self._runtimes.prefix_cache(runtime, token_ids, options),
             kept_cache=kept_cache(runtime) if callable(kept_cache) else kept_cache,
             cancel=cancel,
         )
+
+    def prepare(
+        self,
+        prompt: Prompt,
+        options: GenerateOptions,
+        runtime: Runtime,
+        *,
+        index: int,
+        capacity: int,
+        seed: int | None = None,
+    ) -> ScheduledRequest:
+        """Return a request for a generation loop that others share.
+
+        Args:
+            prompt: a text, token ids or a conversation.
+            options: how to sample, when to stop, and so on.
+            runtime: the runtime of the loop, one of this model.
+            index: identifies the request in its events.
+            capacity: tokens that a row of the loop's cache can hold.
+            seed: sample as if the prompt were alone, with this seed; None uses that of the options.
+
+        Raises:
+            InputError: as :meth:`generate`.
+        """
+        token_ids = self.encode(prompt, options)
+        limits = replace(self._limits([prompt], options), capacity=capacity)
+        (prompt_ids,) = check_prompts([token_ids], self.config)
+        choose_capacity([prompt_ids], limits, self.config)
+        constraint = self._constraint(options, limits.stop_token_ids or ())
+        params = options.sampling()
+        return prepare_request(
+            runtime,
+            index,
+            prompt_ids,
+            params if seed is None else replace(params, seed=seed, request_index=0),
+            self._with_drafts(limits, runtime, options),
+            capacity,
+            detokenize=self._decoders(options),
+            constraint=constraint,
+            drafter=self._runtimes.drafter(runtime, [token_ids], options),
+        )
+
+    def kept_prefixes(self, runtime: Runtime) -> PrefixCache | None:
+        """Return the prompt prefixes of ``runtime`` that are kept between calls, if any are."""
+        return self._runtimes.kept_prefixes(runtime)
 
     def encode(self, prompt: Prompt, options: GenerateOptions | None = None) -> list[int]:
         """Return the token ids of a prompt.
@@ -374,6 +412,30 @@ class Model:
             )
         constraints = self._constraints
         return lambda: constraints.new(grammar, stop_token_ids)
+
+    def _limits(self, prompts: Sequence[Prompt], options: GenerateOptions) -> GenerationOptions:
+        """Return limits and stops of a generation of ``prompts``."""
+        stop_token_ids, stop_texts = self._stops(prompts, options)
+        return GenerationOptions(
+            max_new_tokens=options.max_new_tokens,
+            stop_token_ids=stop_token_ids,
+            stop_texts=stop_texts,
+            prefill_chunk=options.prefill_chunk,
+        )
+
+    def _with_drafts(
+        self, limits: GenerationOptions, runtime: Runtime, options: GenerateOptions
+    ) -> GenerationOptions:
+        draft_tokens = self._runtimes.draft_tokens(runtime, options)
+        return replace(limits, max_draft_tokens=draft_tokens or MAX_DRAFT_TOKENS)
+
+    def _decoders(self, options: GenerateOptions) -> Callable[[], StreamingDecoder] | None:
+        """Return what makes the decoder of each prompt; None without a tokenizer."""
+        if self.tokenizer is None:
+            return None
+        return partial(
+            StreamingDecoder, self.tokenizer, skip_special_tokens=not options.show_special_tokens
+        )
 
     def _stops(
         self, prompts: Sequence[Prompt], options: GenerateOptions

@@ -107,16 +107,25 @@ class ModelRuntimes:
         self, runtime: Runtime, prompts: Sequence[list[int]], options: GenerateOptions
     ) -> PrefixCache | None:
         """Return the cache of prefixes to use; None if there is too little to share."""
-        granularity = options.prefill_chunk if _is_inexact(runtime) else MIN_SHARED_TOKENS
-        if size := self._options.kept_prefix_bytes:
-            with self._opening:
-                if self._prefixes is None or self._prefixes.runtime is not runtime:
-                    self._prefixes = PrefixCache(runtime, max_bytes=size, granularity=granularity)
-                return self._prefixes
-        fewest = max(granularity, MIN_SHARED_TOKENS)
+        if (kept := self.kept_prefixes(runtime)) is not None:
+            return kept
+        granularity = _granularity(runtime)
+        fewest = max(granularity or options.prefill_chunk, MIN_SHARED_TOKENS)
         if not options.prefix_cache_bytes or _evicts(runtime) or shared_length(prompts) < fewest:
             return None
         return PrefixCache(runtime, max_bytes=options.prefix_cache_bytes, granularity=granularity)
+
+    def kept_prefixes(self, runtime: Runtime) -> PrefixCache | None:
+        """Return the cache of prefixes that is kept between calls; None if none is."""
+        size = self._options.kept_prefix_bytes
+        if not size:
+            return None
+        with self._opening:
+            if self._prefixes is None or self._prefixes.runtime is not runtime:
+                self._prefixes = PrefixCache(
+                    runtime, max_bytes=size, granularity=_granularity(runtime)
+                )
+            return self._prefixes
 
     def _open(self, needs_every_token: bool) -> Runtime:
         """Open the runtime, again if its sliding-window caches evict tokens that are needed."""
@@ -178,6 +187,11 @@ class ModelRuntimes:
                 # Wrong drafts are removed from the cache as far back as they go.
                 self._drafts[path] = self._open_files(draft, sliding_window_cache=False)
             return self._drafts[path]
+
+
+def _granularity(runtime: Runtime) -> int | None:
+    """Return the granularity of prefix reuse; None is whole prefill chunks."""
+    return None if _is_inexact(runtime) else MIN_SHARED_TOKENS
 
 
 def _is_inexact(runtime: Runtime) -> bool:

@@ -8,16 +8,20 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
+
 from gemma3_export.api.model_files import AUTO, Weights, choose_runtime, open_files, require_torch
 from gemma3_export.api.options import LoadOptions
 from gemma3_export.bundle import RUNTIMES, Bundle
+from gemma3_export.config import Gemma3Config
 from gemma3_export.device import CudaOptions
 from gemma3_export.errors import InputError
-from gemma3_export.runtimes.generation.loop import GenerationOptions, generate
+from gemma3_export.runtimes.generation.generate import generate
+from gemma3_export.runtimes.generation.prepare import GenerationOptions
 from gemma3_export.runtimes.generation.sampling import SamplingParams
-from gemma3_export.runtimes.protocol import Runtime
+from gemma3_export.runtimes.protocol import IntArray, Runtime
 
-__all__ = ["open_runtime", "warm_up"]
+__all__ = ["open_runtime", "warm_up", "warm_up_prompt"]
 
 WARM_UP_PROMPT = 16  # tokens
 WARM_UP_STEPS = 4  # two warm up and capture a CUDA graph, and the next replay it
@@ -103,11 +107,16 @@ def warm_up(runtime: Runtime) -> None:
     First steps load kernels and libraries and allocate memory, which takes seconds on CUDA. There,
     decoding steps are also captured as a CUDA graph, if they may be. No result depends on it.
     """
-    room = runtime.config.max_position_embeddings
-    steps = min(WARM_UP_STEPS, room - 1)
-    prompt = [runtime.config.bos_token_id] * min(WARM_UP_PROMPT, room - steps)
-    options = GenerationOptions(max_new_tokens=1 + steps, stop_token_ids=())
+    prompt, new_tokens = warm_up_prompt(runtime.config)
+    options = GenerationOptions(max_new_tokens=new_tokens, stop_token_ids=())
     generate(runtime, [prompt], SamplingParams(), options).collect()
+
+
+def warm_up_prompt(config: Gemma3Config) -> tuple[IntArray, int]:
+    """Return a prompt [T] and a number of new tokens that suffice to warm up."""
+    room = config.max_position_embeddings
+    steps = min(WARM_UP_STEPS, room - 1)
+    return np.full(min(WARM_UP_PROMPT, room - steps), config.bos_token_id), 1 + steps
 
 
 def _open_reference(files: Bundle | Weights, device: str, threads: int | None) -> Runtime:

@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Self
 
-from gemma3_export.runtimes.generation.loop import Completion, Generation, TokenEvent
+from gemma3_export.runtimes.generation.generate import Generation
+from gemma3_export.runtimes.generation.request import Completion, TokenEvent
 
 __all__ = ["TextStream"]
 

@@ -29,7 +29,7 @@ from gemma3_export.cli.options import (
 
 if TYPE_CHECKING:
     from gemma3_export.cli.generate_output import Printer
-    from gemma3_export.runtimes.generation.loop import Generation
+    from gemma3_export.runtimes.generation.generate import Generation
 
 __all__ = ["generate"]
 

@@ -12,7 +12,8 @@ import click
 from gemma3_export.api.completion_json import calls_to_json, result_to_json
 from gemma3_export.cli.generation_options import note_incomplete
 from gemma3_export.cli.prompts import Prompt
-from gemma3_export.runtimes.generation.loop import Completion, Event, TokenEvent
+from gemma3_export.runtimes.generation.generate import Event
+from gemma3_export.runtimes.generation.request import Completion, TokenEvent
 from gemma3_export.tokenizer import Tokenizer
 
 __all__ = ["Printer", "completion_to_json", "printer_for", "speed_line"]

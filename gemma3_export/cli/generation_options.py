@@ -26,7 +26,7 @@ from gemma3_export.cli.options import (
 
 if TYPE_CHECKING:
     from gemma3_export.api.model import Model
-    from gemma3_export.runtimes.generation.loop import Completion
+    from gemma3_export.runtimes.generation.request import Completion
 
 __all__ = [
     "CHAT_MAX_NEW_TOKENS",

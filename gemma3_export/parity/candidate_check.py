@@ -72,6 +72,11 @@ class TwinCaches:
         self.plain.truncate(row, length)
         self.selecting.truncate(row, length)
 
+    def swap(self, row: int, other: int) -> None:
+        """See :class:`KVCache`."""
+        self.plain.swap(row, other)
+        self.selecting.swap(row, other)
+
 
 class CandidateLogits:
     """A :class:`Runtime` that returns the scores of selected candidates as logits.
@@ -97,14 +102,12 @@ class CandidateLogits:
         caches = (self.runtime.new_cache(batch_size, capacity) for _ in range(2))
         return TwinCaches(*caches)
 
-    def step(
-        self, input_ids: IntArray, cache: KVCache, *, num_logits: int, row: int | None = None
-    ) -> Logits:
+    def step(self, input_ids: IntArray, cache: KVCache, *, num_logits: int, row: int = 0) -> Logits:
         """See :class:`Runtime`."""
         assert isinstance(cache, TwinCaches)
         logits = self.runtime.step(input_ids, cache.plain, num_logits=num_logits, row=row)
         selected = None
-        if row is None and input_ids.shape[1] == 1:
+        if input_ids.shape == (cache.batch_size, 1):
             requests = [SamplingParams(top_k=self._top_k())] * len(input_ids)
             selected = self.selector.step_candidates(input_ids, cache.selecting, requests)
         if selected is None:

@@ -279,6 +279,10 @@ class PlanningCache:
         """Do nothing."""
         del row, length
 
+    def swap(self, row: int, other: int) -> None:
+        """Do nothing."""
+        del row, other
+
 
 class PlanningRuntime:
     """A :class:`gemma3_export.runtimes.protocol.Runtime` for dry runs, which computes nothing."""
@@ -294,9 +298,7 @@ class PlanningRuntime:
         """Return a cache that holds nothing."""
         return PlanningCache(batch_size, capacity)
 
-    def step(
-        self, input_ids: IntArray, cache: KVCache, *, num_logits: int, row: int | None = None
-    ) -> Logits:
+    def step(self, input_ids: IntArray, cache: KVCache, *, num_logits: int, row: int = 0) -> Logits:
         """Return logits with an empty vocabulary."""
         del cache, row
         rows, new = input_ids.shape

@@ -174,7 +174,7 @@ class TeacherForcing:
         rows = range(len(self.rows)) if row is None else [row]
         ids = [self.sequences[self.rows[r]].ids[self.fed[r] : self.fed[r] + count] for r in rows]
         logits = self.runtime.step(
-            np.ascontiguousarray(np.stack(ids)), self.cache, num_logits=keep, row=row
+            np.ascontiguousarray(np.stack(ids)), self.cache, num_logits=keep, row=row or 0
         )
         observations = []
         for index, r in enumerate(rows):

@@ -20,6 +20,7 @@ from gemma3_export.runtimes.protocol import (
     LayerKV,
     Logits,
     RuntimeInfo,
+    check_rows,
     check_step,
     check_truncation,
     empty_lengths,
@@ -54,6 +55,13 @@ class TransformersCache:
         check_truncation(self, row, length)
         self.caches[row].crop(length - int(self.lengths[row]))  # a negative length removes tokens
         self.lengths[row] = length
+
+    def swap(self, row: int, other: int) -> None:
+        """See :class:`gemma3_export.runtimes.protocol.KVCache`."""
+        check_rows(self, row, other)
+        caches = self.caches
+        caches[row], caches[other] = caches[other], caches[row]
+        self.lengths[[row, other]] = self.lengths[[other, row]]
 
 
 class TransformersRuntime:
@@ -117,16 +125,13 @@ class TransformersRuntime:
         return TransformersCache(caches, lengths, capacity)
 
     @torch.inference_mode()
-    def step(
-        self, input_ids: IntArray, cache: KVCache, *, num_logits: int, row: int | None = None
-    ) -> Logits:
+    def step(self, input_ids: IntArray, cache: KVCache, *, num_logits: int, row: int = 0) -> Logits:
         """See :class:`gemma3_export.runtimes.protocol.Runtime`."""
         assert isinstance(cache, TransformersCache)
         check_step(cache, input_ids, num_logits, row)
-        new = input_ids.shape[1]
-        rows = range(cache.batch_size) if row is None else [row]
+        count, new = input_ids.shape
         found = []
-        for index, r in enumerate(rows):
+        for index, r in enumerate(range(row, row + count)):
             output = self.model(
                 input_ids=torch.from_numpy(input_ids[index : index + 1]),
                 past_key_values=cache.caches[r],

@@ -54,7 +54,8 @@ from gemma3_export.reference.training.token_data import (
     TokenData,
     WindowSampler,
 )
-from gemma3_export.runtimes.generation.loop import GenerationOptions, generate
+from gemma3_export.runtimes.generation.generate import generate
+from gemma3_export.runtimes.generation.prepare import GenerationOptions
 from gemma3_export.runtimes.generation.sampling import SamplingParams
 from gemma3_export.signals import DeferredSignals
 from gemma3_export.tokenizer import StreamingDecoder, Tokenizer

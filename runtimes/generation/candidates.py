@@ -4,7 +4,7 @@ The logits of one token are 1 MB; greedy and top-k sampling look at a handful of
 are used only if the sampler is sure to choose the same token as from all logits:
 :func:`candidates_from_top_k` returns None if it is not.
 
-Shapes: V vocabulary, k fetched, C candidates.
+Shapes: R rows, V vocabulary, k fetched, C candidates.
 """
 
 from __future__ import annotations
@@ -51,14 +51,20 @@ class SelectsCandidates(Protocol):
         """Return True if this runtime, as loaded, ever selects candidates itself."""
 
     def step_candidates(
-        self, input_ids: IntArray, cache: KVCache, requests: Sequence[SamplingParams]
+        self,
+        input_ids: IntArray,
+        cache: KVCache,
+        requests: Sequence[SamplingParams],
+        *,
+        row: int = 0,
     ) -> Sequence[Logits | Candidates] | None:
         """Run a single-token step that fetches only the logits that decide the next tokens.
 
         Args:
-            input_ids: [B, 1].
-            cache: every row advances by one token.
-            requests: sampling parameters of the rows that matter.
+            input_ids: [R, 1].
+            cache: the R rows from ``row`` on advance by one token.
+            requests: sampling parameters of these rows.
+            row: the first of them.
 
         Returns:
             One entry per row: candidates, or all logits [V] if candidates do not suffice. None if
@@ -113,10 +119,10 @@ def candidates_per_row(
     """Return what decides each row's next token: candidates, or all logits [V].
 
     Args:
-        packed: [B, 2k + 1] values, largest first, their ids, and the sum of all logits.
+        packed: [R, 2k + 1] values, largest first, their ids, and the sum of all logits.
         fetched: k.
         needed: how many of them have to be complete.
-        fetch: fetches all logits [B, V] from the device, for rows that need them.
+        fetch: fetches all logits [R, V] from the device, for rows that need them.
     """
     found: list[Candidates | Logits] = []
     everything: Logits | None = None
@@ -135,8 +141,8 @@ def best_per_row(packed: Logits, fetch: Callable[[], Logits]) -> list[Candidates
     """Return each row's largest logit, or all logits [V] if some of the row are not finite.
 
     Args:
-        packed: [B, 3] the largest logit, its id (the first of equals), and the sum of all logits.
-        fetch: fetches all logits [B, V] from the device, for rows that need them.
+        packed: [R, 3] the largest logit, its id (the first of equals), and the sum of all logits.
+        fetch: fetches all logits [R, V] from the device, for rows that need them.
     """
     are_finite = np.isfinite(packed[:, 2])
     everything = None if are_finite.all() else fetch()

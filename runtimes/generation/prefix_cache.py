@@ -28,7 +28,7 @@ from gemma3_export.runtimes.protocol import (
     TransferableCache,
 )
 
-__all__ = ["PrefixCache"]
+__all__ = ["PrefixCache", "require_transferable"]
 
 
 @dataclass(eq=False, slots=True)

@@ -22,6 +22,7 @@ from gemma3_export.runtimes.protocol import IntArray, Logits
 
 __all__ = [
     "Completion",
+    "Failure",
     "FinishReason",
     "RequestState",
     "StopTexts",
@@ -90,7 +91,7 @@ class Completion:
     finish_reason: FinishReason
     stop_reason: int | str | None  # the token or text that stopped it
     seed: int | None  # reproduces the completion, with the request's index; None if greedy
-    time_to_first_token_s: float | None  # since the start of the whole batch
+    time_to_first_token_s: float | None  # since it was submitted, with all of its batch
     prefill_s: float  # in the backend, for this prompt, including copies of a reused prefix
     decode_s: float  # in backend and sampler, for all tokens after the first
     drafted_tokens: int = 0  # draft tokens that were verified (speculative decoding)
@@ -114,6 +115,14 @@ class Completion:
     def decode_tokens_per_s(self) -> float | None:
         """Tokens per second after the first; None with fewer than two."""
         return (len(self.tokens) - 1) / self.decode_s if self.decode_s else None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Failure:
+    """The end of a request whose sampler or decoder raised an error."""
+
+    request: int  # index of the prompt
+    error: Exception
 
 
 class StopTexts:
@@ -169,8 +178,8 @@ class _NoText:
 class RequestState:
     """One request's sampler, tokens and text so far, and the reason that it ended.
 
-    A batching server drives it as the generation loop does: it calls ``accept`` once for every
-    position whose logits it has computed, until ``finish_reason`` is set.
+    The generation loop calls ``accept`` once for every position whose logits it has computed, until
+    ``finish_reason`` is set.
     """
 
     def __init__(
@@ -217,6 +226,11 @@ class RequestState:
     def fed_tokens(self) -> int:
         """Tokens that the backend has seen once it has all but the newest one."""
         return self.prompt_ids.size + len(self.tokens) - 1
+
+    @property
+    def max_cached_tokens(self) -> int:
+        """The most tokens of the cache that the request can need; its last one is never fed."""
+        return self.prompt_ids.size + self._max_new_tokens - 1
 
     @property
     def remaining_tokens(self) -> int:

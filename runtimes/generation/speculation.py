@@ -142,7 +142,7 @@ class Speculation:
     def verified_logits(self) -> Logits | None:
         """Return the logits [V] after the request's newest token, if it is the next drafted one.
 
-        If it is not, the logits of the remaining draft are discarded.
+        If it is not, the rest of the draft is discarded.
         """
         token = self._request.tokens[-1].token_id
         if self._verified:
@@ -151,10 +151,14 @@ class Speculation:
                 self._accepted += 1
                 self._request.accepted_tokens += 1
                 return logits
-        self._verified.clear()
+        self.discard()
         self._budget.record(self._drafted, self._accepted)
         self._drafted = self._accepted = 0
         return None
+
+    def discard(self) -> None:
+        """Give up the rest of the draft, as when other requests join the request's steps."""
+        self._verified.clear()
 
     def draft(self) -> list[int]:
         """Return the draft to verify together with the newest token."""

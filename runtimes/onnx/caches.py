@@ -1,13 +1,13 @@
 """Key-value caches for ONNX graphs: in-place, dynamic and sliding-window.
 
-Shapes: B rows, K key-value heads, C capacity in tokens, L cached tokens, T new tokens, H head size.
+Shapes: B rows, R rows of a step, K key-value heads, C capacity in tokens, L cached tokens, T new
+tokens, H head size.
 """
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,12 +24,15 @@ from gemma3_export.runtimes.onnx.token_transfer import (
     HeadBuffer,
     TokenTransfer,
     allocate_cleared,
+    clear,
+    copier,
 )
 from gemma3_export.runtimes.protocol import (
     IntArray,
     KVSegment,
     LayerKV,
     check_export,
+    check_rows,
     check_segment,
     check_truncation,
     empty_lengths,
@@ -86,6 +89,10 @@ class OnnxCache(ABC):
         """See :class:`gemma3_export.runtimes.protocol.TransferableCache`."""
         return self.transfer.kv_bytes_per_token
 
+    def tokens_within(self, size_bytes: int) -> int:
+        """See :class:`gemma3_export.runtimes.protocol.TransferableCache`."""
+        return size_bytes // self.kv_bytes_per_token
+
     @abstractmethod
     def read(self, row: int) -> list[LayerKV]:
         """See :class:`gemma3_export.runtimes.protocol.KVCache`."""
@@ -95,18 +102,22 @@ class OnnxCache(ABC):
         """See :class:`gemma3_export.runtimes.protocol.KVCache`."""
 
     @abstractmethod
-    def attention_mask(self, new_tokens: int, row: int | None) -> IntArray:
-        """Return the mask [rows, S] of the tokens that the graph sees, new ones included."""
+    def swap(self, row: int, other: int) -> None:
+        """See :class:`gemma3_export.runtimes.protocol.KVCache`."""
 
     @abstractmethod
-    def binding(self, session: Any, row: int | None) -> Any:
-        """Return a binding of the past and present tensors of one row, or of all."""
-
-    def begin(self, new_tokens: int, row: int | None) -> None:  # noqa: B027 (most need nothing)
-        """Prepare a step of one row, or of all."""
+    def attention_mask(self, new_tokens: int, rows: range) -> IntArray:
+        """Return the mask [R, S] of the tokens that the graph sees, new ones included."""
 
     @abstractmethod
-    def advance(self, binding: Any, new_tokens: int, row: int | None) -> None:
+    def binding(self, session: Any, rows: range) -> Any:
+        """Return a binding of the past and present tensors of adjacent rows."""
+
+    def begin(self, new_tokens: int, rows: range) -> None:  # noqa: B027 (most need nothing)
+        """Prepare a step of adjacent rows."""
+
+    @abstractmethod
+    def advance(self, binding: Any, new_tokens: int, rows: range) -> None:
         """Take over what the graph wrote."""
 
 
@@ -133,7 +144,7 @@ class InPlaceCache(OnnxCache):
         ]
         self.arrays: list[np.ndarray[Any, Any]] = []  # the buffers' memory, on the CPU
         self.buffers = [self._allocate(shape) for shape in self.shapes]
-        self.bindings: dict[int | None, Any] = {}
+        self.bindings: dict[range, Any] = {}
 
     def tensor_capacity(self, index: int) -> int:
         """Return how many tokens one tensor of the cache can hold."""
@@ -155,44 +166,39 @@ class InPlaceCache(OnnxCache):
             return ort.OrtValue.ortvalue_from_numpy(self.arrays[-1])
         return allocate_cleared(shape, self.dtype, self.device)
 
-    def attention_mask(self, new_tokens: int, row: int | None) -> IntArray:
-        """Return a right-padded mask [rows, S], whose sums are the rows' lengths."""
-        lengths = self._rows(row) + new_tokens
+    def attention_mask(self, new_tokens: int, rows: range) -> IntArray:
+        """Return a right-padded mask [R, S], whose sums are the rows' lengths."""
+        lengths = self.lengths[rows.start : rows.stop] + new_tokens
         return (np.arange(lengths.max()) < lengths[:, None]).astype(np.int64)
 
-    def binding(self, session: Any, row: int | None) -> Any:
+    def binding(self, session: Any, rows: range) -> Any:
         """See :class:`OnnxCache`; the buffers never move, so bindings are reused."""
-        if row not in self.bindings:
-            self.bindings[row] = session.io_binding()
-            self.bind(self.bindings[row], row)
-        return self.bindings[row]
+        if rows not in self.bindings:
+            self.bindings[rows] = session.io_binding()
+            self.bind(self.bindings[rows], rows)
+        return self.bindings[rows]
 
-    def bind(self, binding: Any, row: int | None) -> None:
+    def bind(self, binding: Any, rows: range) -> None:
         """Bind the same memory as past and present."""
-        first, rows = (0, self.batch_size) if row is None else (row, 1)
         kind, index = self.device.kind, self.device.index
         for past, present, buffer, (_, *extents) in zip(
             self.signature.past, self.signature.present, self.buffers, self.shapes, strict=True
         ):
-            shape = [rows, *extents]
-            pointer = buffer.data_ptr() + first * self.dtype.itemsize * math.prod(extents)
+            shape = [len(rows), *extents]
+            pointer = buffer.data_ptr() + rows.start * self.dtype.itemsize * math.prod(extents)
             binding.bind_input(past.name, kind, index, self.element_type, shape, pointer)
             binding.bind_output(present.name, kind, index, self.element_type, shape, pointer)
 
-    def advance(self, binding: Any, new_tokens: int, row: int | None) -> None:
+    def advance(self, binding: Any, new_tokens: int, rows: range) -> None:
         """Count the tokens, which the graph has already written in place."""
         del binding
-        self._rows(row)[:] += new_tokens
+        self.lengths[rows.start : rows.stop] += new_tokens
 
     def read(self, row: int) -> list[LayerKV]:
-        """Return one (key, value) per layer, each [K, L, H] float32."""
-        return self._read(row, [int(self.lengths[row])] * len(self.buffers))
-
-    def _read(self, row: int, counts: Sequence[int]) -> list[LayerKV]:
-        """Return copies of the first ``counts`` tokens of each tensor."""
+        """Return one (key, value) per layer, [K, L, H] float32; of sliding layers the newest L."""
         tensors = [
-            self._as_float32(buffer.numpy()[row, :, :count])
-            for buffer, count in zip(self.buffers, counts, strict=True)
+            self._as_float32(buffer.numpy()[row, :, :held])
+            for buffer, (held,) in zip(self.buffers, self._held(row), strict=True)
         ]
         return list(zip(tensors[::2], tensors[1::2], strict=True))
 
@@ -202,9 +208,50 @@ class InPlaceCache(OnnxCache):
         return array.astype(np.float32, copy=True)
 
     def truncate(self, row: int, length: int) -> None:
-        """See :class:`gemma3_export.runtimes.protocol.KVCache`; nothing is moved."""
+        """See :class:`gemma3_export.runtimes.protocol.KVCache`; nothing is moved.
+
+        On the CPU, attention reads nothing beyond a row's last token, whatever is there.
+        """
         check_truncation(self, row, length)
         self.lengths[row] = length
+        if not length and self.device.kind != "cpu":
+            for buffer, size_bytes in zip(self.buffers, self._row_bytes(), strict=True):
+                clear(self.device, buffer.data_ptr() + row * size_bytes, size_bytes)
+
+    def swap(self, row: int, other: int) -> None:
+        """See :class:`gemma3_export.runtimes.protocol.KVCache`."""
+        check_rows(self, row, other)
+        if self.device.kind == "cpu":
+            for array, counts in zip(self.arrays, self._held(row, other), strict=True):
+                most = max(counts)
+                moved = array[row, :, :most].copy()
+                array[row, :, :most] = array[other, :, :most]
+                array[other, :, :most] = moved
+        else:
+            self._swap_on_device(row, other)
+        self.lengths[[row, other]] = self.lengths[[other, row]]
+
+    def _held(self, *rows: int) -> list[tuple[int, ...]]:
+        """Return how many tokens of each row each tensor holds."""
+        counts = tuple(int(self.lengths[row]) for row in rows)
+        return [counts] * len(self.buffers)
+
+    def _swap_on_device(self, row: int, other: int) -> None:
+        """Exchange whole rows, whose memory is contiguous, in one copy per tensor and direction."""
+        copy = copier(self.device)
+        for buffer, size_bytes, (_, *extents) in zip(
+            self.buffers, self._row_bytes(), self.shapes, strict=True
+        ):
+            first, second = (buffer.data_ptr() + at * size_bytes for at in (row, other))
+            moved = import_onnxruntime().OrtValue.ortvalue_from_shape_and_type(
+                [1, *extents], self.dtype, self.device.kind, self.device.index
+            )
+            copy(first, moved.data_ptr(), size_bytes)
+            copy(second, first, size_bytes)
+            copy(moved.data_ptr(), second, size_bytes)
+
+    def _row_bytes(self) -> list[int]:
+        return [self.dtype.itemsize * math.prod(extents) for _, *extents in self.shapes]
 
     def export_tokens(self, row: int, start: int, stop: int) -> KVSegment:
         """See :class:`gemma3_export.runtimes.protocol.TransferableCache`."""
@@ -218,20 +265,16 @@ class InPlaceCache(OnnxCache):
         self.lengths[row] += count
 
     def _head_buffers(self, row: int) -> list[HeadBuffer]:
-        row_bytes = self.dtype.itemsize * math.prod(self.shapes[0][1:])
-        offset = row * row_bytes
+        offset = row * self._row_bytes()[0]
         return [HeadBuffer(buffer.data_ptr() + offset, self.capacity) for buffer in self.buffers]
-
-    def _rows(self, row: int | None) -> IntArray:
-        return self.lengths if row is None else self.lengths[row : row + 1]
 
 
 class DynamicCache(OnnxCache):
     """Tensors that a portable graph returns longer by the new tokens; they stay on the device.
 
-    Rows are kept apart while they are prefilled one by one, and joined at the first batched step.
+    Rows are kept apart while they are prefilled one by one, and joined for steps of several rows.
     Shorter rows are then padded with a gap that the mask hides: positions count the ones of the
-    mask, so a gap shifts nothing.
+    mask, so a gap shifts nothing. Rows stay joined while the same rows are stepped.
     """
 
     def __init__(
@@ -244,80 +287,90 @@ class DynamicCache(OnnxCache):
     ) -> None:
         super().__init__(config, signature, device, batch_size, capacity)
         empty = np.zeros((1, config.num_key_value_heads, 0, config.head_dim), self.dtype)
-        self.rows: list[list[Any]] | None = [
+        self.rows: list[list[Any]] = [
             [self._to_device(empty) for _ in signature.past] for _ in range(batch_size)
         ]
+        self.joined_rows = range(0)  # their entries of ``rows`` are out of date
         self.joined: list[Any] = []
-        self.mask: IntArray = np.zeros((batch_size, 0), np.int64)  # of the joined rows
+        self.mask: IntArray = np.zeros((0, 0), np.int64)  # of the joined rows
 
-    def attention_mask(self, new_tokens: int, row: int | None) -> IntArray:
-        """Return the mask [rows, S], with zeros over the gaps of joined rows."""
-        if row is not None:
-            return np.ones((1, self.lengths[row] + new_tokens), np.int64)
-        self._join()
-        new = np.ones((self.batch_size, new_tokens), np.int64)
+    def attention_mask(self, new_tokens: int, rows: range) -> IntArray:
+        """Return the mask [R, S], with zeros over the gaps of joined rows."""
+        new = np.ones((len(rows), new_tokens), np.int64)
+        if len(rows) == 1:
+            return np.ones((1, self.lengths[rows.start] + new_tokens), np.int64)
+        self._join(rows)
         return np.concatenate((self.mask, new), axis=1)
 
-    def binding(self, session: Any, row: int | None) -> Any:
+    def binding(self, session: Any, rows: range) -> Any:
         """See :class:`OnnxCache`; ONNX Runtime allocates the present tensors."""
         binding = session.io_binding()
-        if row is None:
-            self._join()
+        if len(rows) > 1:
+            self._join(rows)
             past = self.joined
         else:
-            past = self._split()[row]
+            past = self._apart(rows.start)[rows.start]
         for spec, value in zip(self.signature.past, past, strict=True):
             binding.bind_ortvalue_input(spec.name, value)
         for spec in self.signature.present:
             binding.bind_output(spec.name, self.device.kind, self.device.index)
         return binding
 
-    def advance(self, binding: Any, new_tokens: int, row: int | None) -> None:
+    def advance(self, binding: Any, new_tokens: int, rows: range) -> None:
         """Keep the present tensors as the next past."""
         # outputs come in the order in which they were bound, the cache's first
         present = binding.get_outputs()[: len(self.signature.present)]
-        if row is None:
+        if len(rows) > 1:
             self.joined = present
-            new = np.ones((self.batch_size, new_tokens), np.int64)
+            new = np.ones((len(rows), new_tokens), np.int64)
             self.mask = np.concatenate((self.mask, new), axis=1)
-            self.lengths += new_tokens
-            return
-        assert self.rows is not None
-        self.rows[row] = present
-        self.lengths[row] += new_tokens
+        else:
+            self.rows[rows.start] = present
+        self.lengths[rows.start : rows.stop] += new_tokens
 
     def read(self, row: int) -> list[LayerKV]:
         """Return one (key, value) per layer, each [K, L, H] float32."""
-        if self.rows is not None:
+        if row not in self.joined_rows:
             tensors = [value.numpy()[0] for value in self.rows[row]]
         else:
-            keep = self.mask[row] != 0
-            tensors = [value.numpy()[row][:, keep] for value in self.joined]
+            index = self.joined_rows.index(row)
+            keep = self.mask[index] != 0
+            tensors = [value.numpy()[index][:, keep] for value in self.joined]
         tensors = [tensor.astype(np.float32, copy=True) for tensor in tensors]
         return list(zip(tensors[::2], tensors[1::2], strict=True))
 
     def truncate(self, row: int, length: int) -> None:
         """See :class:`gemma3_export.runtimes.protocol.KVCache`; a joined row gets a larger gap."""
         check_truncation(self, row, length)
-        if self.rows is None:
-            self.mask[row] &= self.mask[row].cumsum() <= length
+        if length and row in self.joined_rows:
+            mask = self.mask[self.joined_rows.index(row)]
+            mask &= mask.cumsum() <= length
         elif length < self.lengths[row]:
-            self.rows[row] = [
-                self._to_device(value.numpy()[:, :, :length].copy()) for value in self.rows[row]
+            rows = self._apart(row)
+            rows[row] = [
+                self._to_device(value.numpy()[:, :, :length].copy()) for value in rows[row]
             ]
         self.lengths[row] = length
+
+    def swap(self, row: int, other: int) -> None:
+        """See :class:`gemma3_export.runtimes.protocol.KVCache`; splits joined rows."""
+        check_rows(self, row, other)
+        self._apart(row)
+        rows = self._apart(other)
+        rows[row], rows[other] = rows[other], rows[row]
+        self.lengths[[row, other]] = self.lengths[[other, row]]
 
     def export_tokens(self, row: int, start: int, stop: int) -> KVSegment:
         """See :class:`gemma3_export.runtimes.protocol.TransferableCache`; splits joined rows."""
         check_export(self, row, start, stop)
         held = int(self.lengths[row])
-        sources = [HeadBuffer(value.data_ptr(), held) for value in self._split()[row]]
+        sources = [HeadBuffer(value.data_ptr(), held) for value in self._apart(row)[row]]
         return self.transfer.copy_out(sources, start, stop)
 
     def load_tokens(self, row: int, segment: KVSegment, count: int) -> None:
         """See :class:`gemma3_export.runtimes.protocol.TransferableCache`; splits joined rows."""
         check_segment(self, row, segment, count)
-        rows, held = self._split(), int(self.lengths[row])
+        rows, held = self._apart(row), int(self.lengths[row])
         longer = [self.transfer.allocate(held + count) for _ in segment.tensors]
         targets = [HeadBuffer(value.data_ptr(), held + count) for value in longer]
         for value, target in zip(rows[row], targets, strict=True):
@@ -326,31 +379,35 @@ class DynamicCache(OnnxCache):
         rows[row] = longer
         self.lengths[row] += count
 
-    def _split(self) -> list[list[Any]]:
-        """Separate joined rows again, without their gaps."""
-        if self.rows is None:
-            self.rows = [
-                [
-                    self._to_device(value.numpy()[row : row + 1, :, self.mask[row] != 0])
+    def _apart(self, row: int) -> list[list[Any]]:
+        """Return the tensors of each row, after splitting joined rows if ``row`` is one of them."""
+        if row in self.joined_rows:
+            for index, joined in enumerate(self.joined_rows):
+                keep = self.mask[index] != 0
+                self.rows[joined] = [
+                    self._to_device(value.numpy()[index : index + 1][:, :, keep])
                     for value in self.joined
                 ]
-                for row in range(self.batch_size)
-            ]
-            self.joined = []
+            self.joined_rows, self.joined = range(0), []
         return self.rows
 
-    def _join(self) -> None:
-        if self.rows is None:
+    def _join(self, rows: range) -> None:
+        if rows == self.joined_rows:
             return
-        longest = int(self.lengths.max())
-        self.mask = (np.arange(longest) < self.lengths[:, None]).astype(np.int64)
+        for row in rows:
+            self._apart(row)
+        lengths = self.lengths[rows.start : rows.stop]
+        longest = int(lengths.max())
+        self.mask = (np.arange(longest) < lengths[:, None]).astype(np.int64)
         for index in range(len(self.signature.past)):
             parts = []
-            for row, length in zip(self.rows, self.lengths, strict=True):
+            for row, length in zip(rows, lengths, strict=True):
                 gap = ((0, 0), (0, 0), (0, longest - int(length)), (0, 0))
-                parts.append(np.pad(row[index].numpy(), gap))
+                parts.append(np.pad(self.rows[row][index].numpy(), gap))
             self.joined.append(self._to_device(np.concatenate(parts)))
-        self.rows = None
+        for row in rows:
+            self.rows[row] = []
+        self.joined_rows = rows
 
     def _to_device(self, array: np.ndarray[Any, Any]) -> Any:
         ort = import_onnxruntime()
@@ -401,18 +458,30 @@ class SlidingWindowCache(InPlaceCache):
         """See :class:`InPlaceCache`."""
         return self.window_capacity if self.is_sliding[index] else self.capacity
 
+    def tokens_within(self, size_bytes: int) -> int:
+        """See :class:`InPlaceCache`; the windows of all rows are taken from it first."""
+        tensor_bytes = self.kv_bytes_per_token // len(self.is_sliding)
+        sliding = tensor_bytes * sum(self.is_sliding)
+        full = self.kv_bytes_per_token - sliding
+        left = max(0, size_bytes - sliding * self.window_capacity * self.batch_size)
+        return (
+            min(left // full, self.batch_size * self.capacity)
+            if full
+            else (self.batch_size * self.capacity if left else 0)
+        )
+
     def first_held(self, length: int) -> int:
         """Return the position of the oldest token in sliding layers of a row of ``length``."""
         over = length - self.window_capacity
         return 0 if over <= 0 else self.group * -(-over // self.group)
 
-    def begin(self, new_tokens: int, row: int | None) -> None:
+    def begin(self, new_tokens: int, rows: range) -> None:
         """Save what a step of several tokens will evict: a draft may be wrong."""
-        if row is None and self.batch_size > 1:
-            self.evicted.clear()
+        for row in rows:
+            self.evicted.pop(row, None)
+        if len(rows) > 1:
             return
-        row = row or 0
-        self.evicted.pop(row, None)
+        row = rows.start
         length = int(self.lengths[row])
         first, until = self.first_held(length), self.first_held(length + new_tokens)
         if first < until <= length and new_tokens > 1:
@@ -451,9 +520,16 @@ class SlidingWindowCache(InPlaceCache):
             both = np.concatenate((tensor[:, wanted - lost.first :], kept), axis=1)
             buffer[:, : both.shape[1]] = both
 
-    def read(self, row: int) -> list[LayerKV]:
-        """Return one (key, value) per layer, [K, L, H] float32; of sliding layers the newest L."""
-        length = int(self.lengths[row])
-        held = length - self.first_held(length)
-        counts = [held if sliding else length for sliding in self.is_sliding]
-        return self._read(row, counts)
+    def swap(self, row: int, other: int) -> None:
+        """See :class:`gemma3_export.runtimes.protocol.KVCache`; evicted tokens move along."""
+        super().swap(row, other)
+        moved = self.evicted.pop(row, None), self.evicted.pop(other, None)
+        for evicted, at in zip(moved, (other, row), strict=True):
+            if evicted is not None:
+                self.evicted[at] = evicted
+
+    def _held(self, *rows: int) -> list[tuple[int, ...]]:
+        """See :class:`InPlaceCache`."""
+        lengths = [int(self.lengths[row]) for row in rows]
+        sliding = tuple(length - self.first_held(length) for length in lengths)
+        return [sliding if is_sliding else tuple(lengths) for is_sliding in self.is_sliding]

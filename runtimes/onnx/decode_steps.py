@@ -4,7 +4,8 @@
 back; with a CUDA graph it is one launch. :class:`ScreenedDecodeSteps` is for graphs with a screened
 head on the CPU.
 
-Shapes: B rows, C capacity, V vocabulary, k candidates requested, N candidates found.
+Shapes: B rows of the cache, R rows of a step, C capacity, V vocabulary, k candidates requested, N
+candidates found.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from gemma3_export.runtimes.onnx.graphs import (
     SELECTION_GRAPH,
 )
 from gemma3_export.runtimes.onnx.session import import_onnxruntime, open_session
-from gemma3_export.runtimes.protocol import IntArray, Logits
+from gemma3_export.runtimes.protocol import IntArray, Logits, check_capacity
 
 __all__ = [
     "DeviceDecodeSteps",
@@ -132,7 +133,10 @@ class Step:
 
 
 class DeviceDecodeSteps:
-    """Decode steps of all rows of one cache, whose tensors stay on the device at fixed addresses.
+    """Decode steps of one cache, whose tensors stay on the device at fixed addresses.
+
+    A step computes every row of the cache. Rows that do not take part are fed a token at a position
+    beyond those that they hold, which the next token there overwrites.
 
     A greedy step leaves the device ready for the token that it selects: if that token comes back as
     the next input, nothing has to be moved there.
@@ -176,7 +180,7 @@ class DeviceDecodeSteps:
             },
             {signature.logits.name: self.logits},
         )
-        cache.bind(self.step.binding, None)
+        cache.bind(self.step.binding, range(rows))
         self.next_tokens = {"input_ids": self.ids, "attention_mask": self.mask}
         self.preparation = Step(
             helpers.preparation,
@@ -184,15 +188,20 @@ class DeviceDecodeSteps:
             {"state": self.states[0], "columns": self.columns},
             self.next_tokens,
         )
-        self.lengths: IntArray = np.zeros((rows, 1), np.int64)  # after the last step
+        self.active = range(rows)  # rows that took part in the last step
+        self.lengths: IntArray = np.zeros((rows, 1), np.int64)  # that the device has, after it
         self.prepared: IntArray | None = None  # the next step that the device is ready for
         self.greedy: tuple[list[Step], Any] | None = None
         self.selection: tuple[int, Step, Any] | None = None
 
-    def run(self, input_ids: IntArray, cache: InPlaceCache) -> None:
-        """Compute the logits that follow ``input_ids`` [B, 1]; they stay on the device."""
-        state = np.concatenate((input_ids, cache.lengths[:, None] + 1), axis=1)
-        if self.prepared is not None and np.array_equal(state, self.prepared):
+    def run(self, input_ids: IntArray, cache: InPlaceCache, rows: range) -> None:
+        """Compute the logits that follow ``input_ids`` [R, 1]; they stay on the device."""
+        check_capacity(cache, 1, 0, cache.batch_size)
+        state = np.zeros((cache.batch_size, 2), np.int64)
+        state[rows.start : rows.stop, :1] = input_ids
+        state[:, 1] = cache.lengths + 1
+        if self.prepared is not None and is_ready_for(self.prepared, state, rows, cache.capacity):
+            state = self.prepared
             self.current = 1 - self.current
         else:
             self.current = 0
@@ -200,12 +209,12 @@ class DeviceDecodeSteps:
             self.preparation.run()
         self.prepared = None
         self.step.run()
-        cache.advance(self.step.binding, 1, None)
-        self.lengths = state[:, 1:]
+        cache.advance(self.step.binding, 1, rows)
+        self.active, self.lengths = rows, state[:, 1:]
 
     def fetch(self) -> Logits:
-        """Return all logits [B, V] of the last step."""
-        logits: Logits = self.logits.numpy()[:, 0]
+        """Return all logits [R, V] of the last step."""
+        logits: Logits = self.logits.numpy()[self.active.start : self.active.stop, 0]
         return logits
 
     def candidates(self, needed: int) -> list[Candidates | Logits]:
@@ -215,12 +224,13 @@ class DeviceDecodeSteps:
             needed: how many of the largest logits have to be complete, ties with the last of them
                 included; of a single one, the first of equals is enough.
         """
+        first, end = self.active.start, self.active.stop
         if needed == 1:
             packed = self._select_best()
             self.prepared = np.concatenate((packed[:, 1:2].astype(np.int64), self.lengths + 1), 1)
-            return best_per_row(packed, self.fetch)
+            return best_per_row(packed[first:end], self.fetch)
         fetched = needed + SPARE_CANDIDATES
-        return candidates_per_row(self._select(fetched), fetched, needed, self.fetch)
+        return candidates_per_row(self._select(fetched)[first:end], fetched, needed, self.fetch)
 
     def _select_best(self) -> Logits:
         """Return [B, 3]: the largest logit, its id and the sum of all logits."""
@@ -265,6 +275,23 @@ class DeviceDecodeSteps:
         return Step(session, helpers.run_options(), inputs, {"packed": packed}), packed
 
 
+def is_ready_for(prepared: IntArray, state: IntArray, rows: range, capacity: int) -> bool:
+    """Return whether a device with the state ``prepared`` can run a step that needs ``state``.
+
+    Args:
+        prepared: [B, 2] the next token of each row, and the row's length with it.
+        state: [B, 2] the same, as the step needs it.
+        rows: rows that take part; others only have to keep what they hold.
+        capacity: C.
+    """
+    at, lengths = slice(rows.start, rows.stop), prepared[:, 1]
+    return bool(
+        np.array_equal(prepared[at], state[at])
+        and (lengths >= state[:, 1]).all()
+        and (lengths <= capacity).all()
+    )
+
+
 def block_width(vocab_size: int, count: int) -> int:
     """Return how many logits a block has, so that equal blocks fill the vocabulary.
 
@@ -281,7 +308,7 @@ def has_known_rounding() -> bool:
 
 
 class ScreenedDecodeSteps:
-    """Decode steps on the CPU that fetch candidates from a screened head instead of all logits.
+    """Decode steps of one cache on the CPU, with candidates from a screened head.
 
     :mod:`gemma3_export.exporters.onnx.screened_head` describes what the graph proves about them.
     If a model's logits are so close together that screening leaves too many candidates, it is
@@ -290,29 +317,40 @@ class ScreenedDecodeSteps:
     Args:
         session: the session of a graph with a screened head.
         signature: the interface of that graph.
-        cache: the cache, whose buffers never move; it must outlive the steps.
     """
 
-    def __init__(self, session: Any, signature: Signature, cache: InPlaceCache) -> None:
+    def __init__(self, session: Any, signature: Signature) -> None:
         assert signature.num_candidates is not None
         self.session, self.signature = session, signature
-        self.binding = session.io_binding()
-        self.bind_results()
-        cache.bind(self.binding, None)
-        self.bind_count(signature.num_logits_to_keep.name, 1)
-        self.count = 0
+        self.bindings: dict[range, Any] = {}
+        self.counts: dict[range, int] = {}  # candidates that each binding asks for
         self.pause = FIRST_PAUSE
         self.paused = 0  # steps left
 
-    def bind_results(self) -> None:
+    def binding(self, cache: InPlaceCache, rows: range, needed: int) -> Any:
+        """Return a binding of a step of ``rows`` that asks for ``needed`` candidates."""
+        signature = self.signature
+        if rows not in self.bindings:
+            self.bindings[rows] = binding = self.session.io_binding()
+            self.bind_results(binding)
+            cache.bind(binding, rows)
+            self.bind_count(binding, signature.num_logits_to_keep.name, 1)
+        binding = self.bindings[rows]
+        if self.counts.get(rows) != needed:
+            assert signature.num_candidates is not None
+            self.bind_count(binding, signature.num_candidates.name, needed)
+            self.counts[rows] = needed
+        return binding
+
+    def bind_results(self, binding: Any) -> None:
         """Let the graph allocate outputs whose size changes per step; they come first."""
         for spec in (self.signature.logits, *self.signature.candidates):
-            self.binding.bind_output(spec.name, "cpu")
+            binding.bind_output(spec.name, "cpu")
 
-    def bind_count(self, name: str, count: int) -> None:
+    def bind_count(self, binding: Any, name: str, count: int) -> None:
         """Bind an input that has a default, which only accepts OrtValues."""
         value = import_onnxruntime().OrtValue.ortvalue_from_numpy(np.array([count], np.int64))
-        self.binding.bind_ortvalue_input(name, value)
+        binding.bind_ortvalue_input(name, value)
 
     def is_paused(self) -> bool:
         """Return whether the next step should compute all logits; call once per step."""
@@ -320,34 +358,31 @@ class ScreenedDecodeSteps:
         return self.paused > 0
 
     def run(
-        self, input_ids: IntArray, cache: InPlaceCache, needed: int
+        self, input_ids: IntArray, cache: InPlaceCache, needed: int, rows: range
     ) -> list[Candidates | Logits]:
-        """Feed ``input_ids`` [B, 1]; return candidates per row, or all logits if too few.
+        """Feed ``input_ids`` [R, 1]; return candidates per row, or all logits if too few.
 
         Args:
             input_ids: the newest token of each row.
-            cache: the cache, which advances by one token.
+            cache: the cache, always the same one; its ``rows`` advance by one token.
             needed: how many of the largest logits have to be complete.
+            rows: adjacent rows.
         """
-        signature = self.signature
-        if needed != self.count:
-            assert signature.num_candidates is not None
-            self.bind_count(signature.num_candidates.name, needed)
-            self.count = needed
-        mask = cache.attention_mask(1, None)
-        self.binding.bind_cpu_input(signature.input_ids.name, np.ascontiguousarray(input_ids))
-        self.binding.bind_cpu_input(signature.attention_mask.name, mask)
-        self.bind_results()
-        cache.begin(1, None)
-        self.session.run_with_iobinding(self.binding)
-        cache.advance(self.binding, 1, None)
-        logits, rows, ids, scores = (value.numpy() for value in self.binding.get_outputs()[:4])
+        signature, binding = self.signature, self.binding(cache, rows, needed)
+        mask = cache.attention_mask(1, rows)
+        binding.bind_cpu_input(signature.input_ids.name, np.ascontiguousarray(input_ids))
+        binding.bind_cpu_input(signature.attention_mask.name, mask)
+        self.bind_results(binding)
+        cache.begin(1, rows)
+        self.session.run_with_iobinding(binding)
+        cache.advance(binding, 1, rows)
+        logits, places, ids, scores = (value.numpy() for value in binding.get_outputs()[:4])
         if len(scores):
             self.pause = FIRST_PAUSE
             vocab_size = logits.shape[-1]
             return [
-                complete(ids[rows == row], scores[rows == row], needed, vocab_size)
-                for row in range(cache.batch_size)
+                complete(ids[places == place], scores[places == place], needed, vocab_size)
+                for place in range(len(rows))
             ]
         self.paused = self.pause
         self.pause = min(2 * self.pause, LONGEST_PAUSE)

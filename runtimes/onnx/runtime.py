@@ -295,51 +295,56 @@ class OnnxRuntime:
             kind = SlidingWindowCache if self.uses_sliding_window_cache else InPlaceCache
         return kind(self.config, self.signature, self.device, batch_size, capacity)
 
-    def step(
-        self, input_ids: IntArray, cache: KVCache, *, num_logits: int, row: int | None = None
-    ) -> Logits:
+    def step(self, input_ids: IntArray, cache: KVCache, *, num_logits: int, row: int = 0) -> Logits:
         """See :class:`gemma3_export.runtimes.protocol.Runtime`."""
         assert isinstance(cache, OnnxCache)
         check_step(cache, input_ids, num_logits, row)
-        rows, new = input_ids.shape
-        if self.is_fused and row is None and rows > 1 and new > 1:
+        count, new = input_ids.shape
+        rows = range(row, row + count)
+        if self.is_fused and count > 1 and new > 1:
             # GroupQueryAttention takes several tokens after a past for one row at a time only.
             parts = [
-                self.step(input_ids[index : index + 1], cache, num_logits=num_logits, row=index)
-                for index in range(rows)
+                self.step(input_ids[index : index + 1], cache, num_logits=num_logits, row=each)
+                for index, each in enumerate(rows)
             ]
             return np.concatenate(parts)
-        logits = np.empty((rows, num_logits or new, self.config.vocab_size), np.float32)
-        cache.begin(new, row)
-        binding = self._bind(input_ids, cache, logits, row)
+        logits = np.empty((count, num_logits or new, self.config.vocab_size), np.float32)
+        cache.begin(new, rows)
+        binding = self._bind(input_ids, cache, logits, rows)
         with self._errors_explained(new, cache):
             self.session.run_with_iobinding(binding, self._options())
-        cache.advance(binding, new, row)
+        cache.advance(binding, new, rows)
         return logits
 
     def step_candidates(
-        self, input_ids: IntArray, cache: KVCache, requests: Sequence[SamplingParams]
+        self,
+        input_ids: IntArray,
+        cache: KVCache,
+        requests: Sequence[SamplingParams],
+        *,
+        row: int = 0,
     ) -> Sequence[Logits | Candidates] | None:
         """See :class:`gemma3_export.runtimes.generation.candidates.SelectsCandidates`."""
         needed = batch_candidates_needed(requests, self.config.vocab_size)
         if needed is None or not isinstance(cache, InPlaceCache):
             return None
-        check_capacity(cache, 1)
+        rows = range(row, row + len(input_ids))
+        check_capacity(cache, 1, row, len(rows))
         if self.decodes_on_device:
             steps = self.decode_steps(cache)
             with self._errors_explained(1, cache):
-                steps.run(input_ids, cache)
+                steps.run(input_ids, cache, rows)
                 return steps.candidates(needed)
-        if not self.info.has_screened_head or cache.batch_size > MAX_SCREENED_ROWS:
+        if not self.info.has_screened_head or len(rows) > MAX_SCREENED_ROWS:
             return None
         screened = self._screened_steps.get(cache)
         if screened is None:
-            screened = ScreenedDecodeSteps(self.session, self.signature, cache)
+            screened = ScreenedDecodeSteps(self.session, self.signature)
             self._screened_steps[cache] = screened
         if screened.is_paused():
             return None
         with self._errors_explained(1, cache):
-            return screened.run(input_ids, cache, needed)
+            return screened.run(input_ids, cache, needed, rows)
 
     def decode_steps(self, cache: InPlaceCache) -> DeviceDecodeSteps:
         """Return the decode steps of ``cache``, created on first use."""
@@ -378,10 +383,10 @@ class OnnxRuntime:
             options.add_run_config_entry(GRAPH_ID, str(graph_id))
         return options
 
-    def _bind(self, input_ids: IntArray, cache: OnnxCache, logits: Logits, row: int | None) -> Any:
+    def _bind(self, input_ids: IntArray, cache: OnnxCache, logits: Logits, rows: range) -> Any:
         signature = self.signature
-        mask = cache.attention_mask(input_ids.shape[1], row)
-        binding = cache.binding(self.session, row)
+        mask = cache.attention_mask(input_ids.shape[1], rows)
+        binding = cache.binding(self.session, rows)
         binding.bind_cpu_input(signature.input_ids.name, np.ascontiguousarray(input_ids))
         binding.bind_cpu_input(signature.attention_mask.name, mask)
         binding.bind_ortvalue_input(

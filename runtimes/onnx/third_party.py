@@ -37,6 +37,7 @@ from gemma3_export.runtimes.protocol import (
     Logits,
     PaddingSide,
     RuntimeInfo,
+    check_rows,
     check_step,
     check_truncation,
     empty_lengths,
@@ -71,10 +72,16 @@ class ThirdPartyCache:
         """See :class:`gemma3_export.runtimes.protocol.KVCache`."""
         check_truncation(self, row, length)
         held = int(self.lengths[row])
-        if any(tensor.shape[1] < held for tensor in self.rows[row]):
+        if length and any(tensor.shape[1] < held for tensor in self.rows[row]):
             raise InputError(f"row {row} has evicted tokens, so it cannot be cut to {length}")
         self.rows[row] = [tensor[:, :length] for tensor in self.rows[row]]
         self.lengths[row] = length
+
+    def swap(self, row: int, other: int) -> None:
+        """See :class:`gemma3_export.runtimes.protocol.KVCache`."""
+        check_rows(self, row, other)
+        self.rows[row], self.rows[other] = self.rows[other], self.rows[row]
+        self.lengths[[row, other]] = self.lengths[[other, row]]
 
 
 class ThirdPartyRuntime:
@@ -157,9 +164,7 @@ class ThirdPartyRuntime:
         """See :class:`gemma3_export.runtimes.protocol.Runtime`."""
         return ThirdPartyCache(self.config, batch_size, capacity, len(self.interface.cache))
 
-    def step(
-        self, input_ids: IntArray, cache: KVCache, *, num_logits: int, row: int | None = None
-    ) -> Logits:
+    def step(self, input_ids: IntArray, cache: KVCache, *, num_logits: int, row: int = 0) -> Logits:
         """See :class:`gemma3_export.runtimes.protocol.Runtime`.
 
         Rows that the graph cannot take together, such as of different lengths without
@@ -167,7 +172,7 @@ class ThirdPartyRuntime:
         """
         assert isinstance(cache, ThirdPartyCache)
         check_step(cache, input_ids, num_logits, row)
-        rows = [row] if row is not None else list(range(cache.batch_size))
+        rows = list(range(row, row + len(input_ids)))
         keep = num_logits or input_ids.shape[1]
         if self._takes_single_tokens and input_ids.shape[1] > 1:
             steps = [
@@ -178,8 +183,8 @@ class ThirdPartyRuntime:
         if self._runs_together(input_ids, cache, rows):
             return self._step(input_ids, cache, rows, keep)
         parts = [
-            self._step(input_ids[index : index + 1], cache, [row], keep)
-            for index, row in enumerate(rows)
+            self._step(input_ids[index : index + 1], cache, [each], keep)
+            for index, each in enumerate(rows)
         ]
         return np.concatenate(parts)
 

@@ -18,7 +18,7 @@ from gemma3_export.runtimes.onnx.graphs import COPY_GRAPH
 from gemma3_export.runtimes.onnx.session import import_onnxruntime, open_session
 from gemma3_export.runtimes.protocol import KVSegment, describe_layout
 
-__all__ = ["HeadBuffer", "TokenTransfer", "allocate_cleared", "copy_tokens"]
+__all__ = ["HeadBuffer", "TokenTransfer", "allocate_cleared", "clear", "copier", "copy_tokens"]
 
 ZEROS_BYTES = 2**22  # device memory that clearing copies from
 
@@ -76,11 +76,15 @@ def allocate_cleared(shape: Sequence[int], dtype: np.dtype[Any], device: Device)
     value = import_onnxruntime().OrtValue.ortvalue_from_shape_and_type(
         list(shape), dtype, device.kind, device.index
     )
-    zeros, copy = zeros_on(device), copier(device)
-    size_bytes = math.prod(shape) * dtype.itemsize
-    for start in range(0, size_bytes, ZEROS_BYTES):
-        copy(zeros.data_ptr(), value.data_ptr() + start, min(ZEROS_BYTES, size_bytes - start))
+    clear(device, value.data_ptr(), math.prod(shape) * dtype.itemsize)
     return value
+
+
+def clear(device: Device, address: int, size_bytes: int) -> None:
+    """Write zeros to memory on ``device``."""
+    zeros, copy = zeros_on(device), copier(device)
+    for start in range(0, size_bytes, ZEROS_BYTES):
+        copy(zeros.data_ptr(), address + start, min(ZEROS_BYTES, size_bytes - start))
 
 
 @functools.cache

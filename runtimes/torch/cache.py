@@ -1,6 +1,7 @@
 """The preallocated key-value cache of the torch backends.
 
-Shapes: B rows, K key-value heads, C capacity in tokens, L cached tokens, T new tokens, H head size.
+Shapes: B rows, R rows of a step, K key-value heads, C capacity in tokens, L cached tokens, T new
+tokens, H head size.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from gemma3_export.runtimes.protocol import (
     KVSegment,
     LayerKV,
     check_export,
+    check_rows,
     check_segment,
     check_truncation,
     describe_layout,
@@ -51,15 +53,15 @@ class TorchCache:
         ]
         self.filled = np.zeros((batch_size, capacity), dtype=bool)
         self.ends: IntArray = np.zeros(batch_size, dtype=np.int64)  # after each row's last token
+        self.written: IntArray = np.zeros(batch_size, dtype=np.int64)  # the rest is zeros
 
     @property
     def batch_size(self) -> int:
         """Rows."""
         return len(self.lengths)
 
-    def prepare(self, new_tokens: int, row: int | None) -> tuple[Tensor, list[Tensor]]:
-        """Return the mask [rows, S] and past tensors [rows, K, S - T, H] of the next step."""
-        rows = self._rows(row)
+    def prepare(self, new_tokens: int, rows: slice) -> tuple[Tensor, list[Tensor]]:
+        """Return the mask [R, S] and past tensors [R, K, S - T, H] of the next step."""
         if int(self.ends[rows].max()) + new_tokens > self.capacity:
             self.close_gaps()
         start = int(self.ends[rows].max())
@@ -68,9 +70,8 @@ class TorchCache:
         past = [buffer[rows, :, :start] for buffer in self.buffers]
         return to_device(mask.astype(np.int64), self.buffers[0].device), past
 
-    def accept(self, present: list[Tensor], new_tokens: int, row: int | None) -> None:
-        """Store the new tokens of the present tensors [rows, K, S, H] that a step returned."""
-        rows = self._rows(row)
+    def accept(self, present: list[Tensor], new_tokens: int, rows: slice) -> None:
+        """Store the new tokens of the present tensors [R, K, S, H] that a step returned."""
         start = int(self.ends[rows].max())
         stop = start + new_tokens
         for buffer, tensor in zip(self.buffers, present, strict=True):
@@ -78,6 +79,7 @@ class TorchCache:
         self.filled[rows, start:stop] = True
         self.ends[rows] = stop
         self.lengths[rows] += new_tokens
+        self.written[rows] = np.maximum(self.written[rows], stop)
 
     def read(self, row: int) -> list[LayerKV]:
         """Return one (key, value) per layer, each [K, L, H], without gaps."""
@@ -88,13 +90,31 @@ class TorchCache:
         return list(zip(tensors[::2], tensors[1::2], strict=True))
 
     def truncate(self, row: int, length: int) -> None:
-        """See :class:`gemma3_export.runtimes.protocol.KVCache`; nothing is moved."""
+        """See :class:`gemma3_export.runtimes.protocol.KVCache`; nothing is moved.
+
+        Attention multiplies what the mask hides by zero, which leaves NaN where it was NaN, so an
+        empty row is filled with zeros.
+        """
         check_truncation(self, row, length)
+        if not length:
+            for buffer in self.buffers:
+                buffer[row, :, : self.written[row]] = 0
+            self.written[row] = 0
         kept = np.flatnonzero(self.filled[row])[:length]
         self.filled[row] = False
         self.filled[row, kept] = True
         self.ends[row] = kept[-1] + 1 if length else 0
         self.lengths[row] = length
+
+    def swap(self, row: int, other: int) -> None:
+        """See :class:`gemma3_export.runtimes.protocol.KVCache`."""
+        check_rows(self, row, other)
+        pair, reverse = [row, other], [other, row]
+        most = int(self.written[pair].max())
+        for buffer in self.buffers:
+            buffer[pair, :, :most] = buffer[reverse, :, :most]
+        for array in (self.filled, self.ends, self.lengths, self.written):
+            array[pair] = array[reverse]
 
     @property
     def layout(self) -> str:
@@ -109,6 +129,10 @@ class TorchCache:
     def kv_bytes_per_token(self) -> int:
         """See :class:`gemma3_export.runtimes.protocol.TransferableCache`."""
         return sum(buffer[0, :, 0].nbytes for buffer in self.buffers)
+
+    def tokens_within(self, size_bytes: int) -> int:
+        """See :class:`gemma3_export.runtimes.protocol.TransferableCache`."""
+        return size_bytes // self.kv_bytes_per_token
 
     def export_tokens(self, row: int, start: int, stop: int) -> KVSegment:
         """See :class:`gemma3_export.runtimes.protocol.TransferableCache`."""
@@ -133,15 +157,18 @@ class TorchCache:
         self.filled[row, start:stop] = True
         self.ends[row] = stop
         self.lengths[row] += count
+        self.written[row] = max(self.written[row], stop)
 
-    def _rows(self, row: int | None) -> slice:
-        return slice(0, self.batch_size) if row is None else slice(row, row + 1)
+    def append_one_each(self, rows: range) -> None:
+        """Count one more token per row of ``rows``, written after its last one.
 
-    def append_one_each(self) -> None:
-        """Count one more token per row, written after its last one."""
-        self.filled[np.arange(self.batch_size), self.ends] = True
-        self.ends += 1
-        self.lengths += 1
+        The other rows have been written there too.
+        """
+        self.written = np.maximum(self.written, self.ends + 1)
+        for row in rows:
+            self.filled[row, self.ends[row]] = True
+            self.ends[row] += 1
+            self.lengths[row] += 1
 
     def close_gaps(self) -> None:
         """Move every row's tokens to [0, its length)."""

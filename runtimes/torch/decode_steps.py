@@ -6,7 +6,8 @@ mask, so this shifts nothing. The new keys and values are then moved from the en
 position. Constant shapes save work in the allocator and the graph executor, and let a CUDA graph
 capture the whole step.
 
-Shapes: B rows, K key-value heads, C capacity, H head size, V vocabulary, k candidates.
+Shapes: B rows of the cache, R rows of a step, K key-value heads, C capacity, H head size, V
+vocabulary, k candidates.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 
 from gemma3_export.runtimes.generation.candidates import Candidates, candidates_per_row
-from gemma3_export.runtimes.protocol import IntArray, Logits
+from gemma3_export.runtimes.protocol import IntArray, Logits, check_capacity
 from gemma3_export.runtimes.torch.cache import TorchCache
 from gemma3_export.runtimes.torch.tensors import as_numpy
 
@@ -29,7 +30,7 @@ WARM_UPS = 3  # libraries allocate and load kernels in first calls, which must n
 
 
 class TorchDecodeSteps:
-    """Decode steps of all rows of one cache.
+    """Decode steps of one cache. They compute every row, at a position that it does not hold yet.
 
     Args:
         module: the archive's step function.
@@ -47,19 +48,24 @@ class TorchDecodeSteps:
         self.columns = torch.arange(cache.capacity, device=device)
         self.one = torch.ones((rows, 1), dtype=torch.int64, device=device)
         self.logits: Tensor | None = None
+        self.active = range(rows)  # rows that took part in the last step
         self.step: Callable[[], None] = self.compute
         self.captures = captures
 
-    def run(self, input_ids: IntArray, cache: TorchCache) -> None:
-        """Compute the logits that follow ``input_ids`` [B, 1]; they stay on the device."""
+    def run(self, input_ids: IntArray, cache: TorchCache, rows: range) -> None:
+        """Compute the logits that follow ``input_ids`` [R, 1]; they stay on the device."""
+        check_capacity(cache, 1, 0, cache.batch_size)
         cache.close_gaps()
-        state = np.concatenate((input_ids, cache.lengths[:, None]), axis=1)
+        state = np.zeros((cache.batch_size, 2), np.int64)
+        state[rows.start : rows.stop, :1] = input_ids
+        state[:, 1] = cache.lengths
         self.staged.copy_(torch.from_numpy(state))
         self.state.copy_(self.staged, non_blocking=True)
         if self.captures:
             self.step, self.captures = captured(self.compute, self.state.device), False
         self.step()
-        cache.append_one_each()
+        cache.append_one_each(rows)
+        self.active = rows
 
     def compute(self) -> None:
         """Run the part of a step that is on the device; it is idempotent."""
@@ -82,13 +88,14 @@ class TorchDecodeSteps:
         assert self.logits is not None
         values, ids = self.logits.topk(fetched)
         total = self.logits.sum(-1, keepdim=True)
-        packed = torch.cat((values, ids.to(values.dtype), total), dim=-1)  # [B, 2k + 1]
-        return candidates_per_row(as_numpy(packed), fetched, needed, self.fetch)
+        packed = as_numpy(torch.cat((values, ids.to(values.dtype), total), dim=-1))  # [B, 2k + 1]
+        taking_part = packed[self.active.start : self.active.stop]
+        return candidates_per_row(taking_part, fetched, needed, self.fetch)
 
     def fetch(self) -> Logits:
-        """Return all logits [B, V] of the last step."""
+        """Return all logits [R, V] of the last step."""
         assert self.logits is not None
-        return as_numpy(self.logits)
+        return as_numpy(self.logits[self.active.start : self.active.stop])
 
 
 def captured(compute: Callable[[], None], device: torch.device) -> Callable[[], None]:

@@ -168,18 +168,17 @@ class ArchiveRuntime:
         return TorchCache(self.config, batch_size, capacity, dtype=self.dtype, device=self.device)
 
     @torch.inference_mode()
-    def step(
-        self, input_ids: IntArray, cache: KVCache, *, num_logits: int, row: int | None = None
-    ) -> Logits:
+    def step(self, input_ids: IntArray, cache: KVCache, *, num_logits: int, row: int = 0) -> Logits:
         """See :class:`gemma3_export.runtimes.protocol.Runtime`."""
         assert isinstance(cache, TorchCache)
         check_step(cache, input_ids, num_logits, row)
-        new = input_ids.shape[1]
-        mask, past = cache.prepare(new, row)
+        count, new = input_ids.shape
+        rows = slice(row, row + count)
+        mask, past = cache.prepare(new, rows)
         ids = to_device(input_ids, self.device)
         with self._errors_explained(new, cache):
             logits, *present = self.module(ids, mask, past, self.num_logits_tensor(num_logits))
-        cache.accept(present, new, row)
+        cache.accept(present, new, rows)
         return as_numpy(logits)
 
     @property
@@ -189,17 +188,23 @@ class ArchiveRuntime:
 
     @torch.inference_mode()
     def step_candidates(
-        self, input_ids: IntArray, cache: KVCache, requests: Sequence[SamplingParams]
+        self,
+        input_ids: IntArray,
+        cache: KVCache,
+        requests: Sequence[SamplingParams],
+        *,
+        row: int = 0,
     ) -> Sequence[Logits | Candidates] | None:
         """See :class:`gemma3_export.runtimes.generation.candidates.SelectsCandidates`."""
         needed = batch_candidates_needed(requests, self.config.vocab_size)
         if needed is None or not self.decodes_on_device:
             return None
-        check_capacity(cache, 1)
         assert isinstance(cache, TorchCache)
+        rows = range(row, row + len(input_ids))
+        check_capacity(cache, 1, row, len(rows))
         steps = self.decode_steps(cache)
         with self._errors_explained(1, cache):
-            steps.run(input_ids, cache)
+            steps.run(input_ids, cache, rows)
         return steps.candidates(needed + SPARE_CANDIDATES, needed)
 
     def decode_steps(self, cache: TorchCache) -> TorchDecodeSteps:

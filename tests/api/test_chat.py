@@ -249,7 +249,7 @@ class TestKeptCache:
                 return runtime.new_cache(batch_size, capacity)
 
             def step(
-                self, input_ids: IntArray, cache: KVCache, *, num_logits: int, row: int | None
+                self, input_ids: IntArray, cache: KVCache, *, num_logits: int, row: int = 0
             ) -> Logits:
                 self.steps += 1
                 logits = runtime.step(input_ids, cache, num_logits=num_logits, row=row)

@@ -79,8 +79,8 @@ def test_candidates_give_the_text_that_all_logits_give(
     fetched = []
     original = OnnxRuntime.step_candidates
 
-    def observed(self: OnnxRuntime, *arguments: Any) -> Any:
-        fetched.append(original(self, *arguments))
+    def observed(self: OnnxRuntime, *arguments: Any, **row: Any) -> Any:
+        fetched.append(original(self, *arguments, **row))
         return fetched[-1]
 
     monkeypatch.setattr(OnnxRuntime, "step_candidates", observed)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from gemma3_export.errors import Gemma3ExportError, InputError
-from gemma3_export.runtimes.generation.loop import Completion, StopTexts, TokenEvent
+from gemma3_export.runtimes.generation.request import Completion, StopTexts, TokenEvent
 from gemma3_export.runtimes.generation.sampling import SamplingParams, report_logprobs
 from tests.support.fake_runtime import FAKE_CONFIG, ByteDecoder, FakeRuntime, ScriptedRuntime
 from tests.support.generation import generate
@@ -71,7 +71,7 @@ class TestLoop:
         runtime = FakeRuntime()
         generate(runtime, PROMPTS[:2], GREEDY, max_new_tokens=3, prefill_chunk=2).collect()
         prefill = [((1, 2), 0), ((1, 2), 0), ((1, 1), 0), ((1, 1), 1)]
-        assert runtime.calls == [*prefill, ((2, 1), None), ((2, 1), None)]
+        assert runtime.calls == [*prefill, ((2, 1), 0), ((2, 1), 0)]
 
     def test_rows_that_end_early_leave_the_others_alone(self):
         scripts = {2: b"abc\x01", 3: b"d\x07", 4: b"efghij\x01", 5: b"\x01"}

@@ -68,7 +68,7 @@ def random_ids(rows: int, length: int, seed: int = 2) -> IntArray:
 
 
 def run_chunks(
-    runtime: Runtime, cache: KVCache, ids: IntArray, chunks: list[int], row: int | None = None
+    runtime: Runtime, cache: KVCache, ids: IntArray, chunks: list[int], row: int = 0
 ) -> Logits:
     parts = np.split(ids, np.cumsum(chunks)[:-1], axis=1)
     steps = [runtime.step(part, cache, num_logits=0, row=row) for part in parts]
@@ -429,8 +429,9 @@ def test_a_cache_that_does_not_fit_into_memory_is_a_clear_error(copied: Path) ->
         ((1, 3), {"num_logits": 1, "row": -1}, "row -1 .* the cache has 2"),
         ((2, 3), {"num_logits": -1}, "num_logits is -1"),
         ((2, 3), {"num_logits": 4}, "num_logits is 4; a step of 3 tokens"),
-        ((1, 3), {"num_logits": 1}, r"shape \[1, 3\]; this step takes \[2, T\]"),
-        ((2, 3), {"num_logits": 1, "row": 0}, r"shape \[2, 3\]; this step takes \[1, T\]"),
+        ((0, 3), {"num_logits": 1}, r"shape \[0, 3\]; a step takes \[R, T\]"),
+        ((3, 3), {"num_logits": 1}, "row 2 .* the cache has 2"),
+        ((2, 3), {"num_logits": 1, "row": 1}, "row 2 .* the cache has 2"),
         ((3,), {"num_logits": 1}, r"shape \[3\]"),
     ],
 )

@@ -19,8 +19,8 @@ from gemma3_export.errors import InputError
 from gemma3_export.exporters.torch.torchscript import TorchScriptWriter
 from gemma3_export.reference.loading import load_reference
 from gemma3_export.reference.runtime import ReferenceRuntime
-from gemma3_export.runtimes.generation.loop import Completion
 from gemma3_export.runtimes.generation.prefix_cache import PrefixCache
+from gemma3_export.runtimes.generation.request import Completion
 from gemma3_export.runtimes.generation.sampling import SamplingParams
 from gemma3_export.runtimes.generation.speculation import PromptLookup
 from gemma3_export.runtimes.onnx.runtime import OnnxRuntime

@@ -12,7 +12,7 @@ import pytest
 from gemma3_export.bundle import Bundle
 from gemma3_export.errors import InputError
 from gemma3_export.parity import VerifyOptions, verify
-from gemma3_export.runtimes.generation.loop import Completion
+from gemma3_export.runtimes.generation.request import Completion
 from gemma3_export.runtimes.generation.sampling import SamplingParams
 from gemma3_export.runtimes.generation.speculation import Drafter, PromptLookup
 from gemma3_export.runtimes.onnx.caches import SlidingWindowCache

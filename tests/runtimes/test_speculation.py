@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from gemma3_export.errors import InputError
-from gemma3_export.runtimes.generation.loop import Completion, Event
+from gemma3_export.runtimes.generation.generate import Event
+from gemma3_export.runtimes.generation.request import Completion
 from gemma3_export.runtimes.generation.sampling import SamplingParams
 from gemma3_export.runtimes.generation.speculation import (
     ALLOWANCE,

@@ -21,7 +21,9 @@ import onnxruntime
 from gemma3_export.cuda.stub import COUNTERS
 from gemma3_export.device import CudaOptions
 from gemma3_export.runtimes.generation import candidates
-from gemma3_export.runtimes.generation.loop import GenerationOptions, TokenEvent, generate
+from gemma3_export.runtimes.generation.generate import generate
+from gemma3_export.runtimes.generation.prepare import GenerationOptions
+from gemma3_export.runtimes.generation.request import TokenEvent
 from gemma3_export.runtimes.generation.sampling import SamplingParams
 from gemma3_export.runtimes.onnx import runtime as onnx_runtime
 from gemma3_export.runtimes.onnx.session import choose_device

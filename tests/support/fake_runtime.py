@@ -21,6 +21,7 @@ from gemma3_export.runtimes.protocol import (
     RuntimeInfo,
     check_capacity,
     check_export,
+    check_rows,
     check_segment,
     check_truncation,
 )
@@ -55,6 +56,11 @@ class FakeCache:
         check_truncation(self, row, length)
         del self.histories[row][length:]
 
+    def swap(self, row: int, other: int) -> None:
+        check_rows(self, row, other)
+        rows = self.histories
+        rows[row], rows[other] = rows[other], rows[row]
+
     @property
     def layout(self) -> str:
         return "tokens"
@@ -62,6 +68,9 @@ class FakeCache:
     @property
     def kv_bytes_per_token(self) -> int:
         return 8
+
+    def tokens_within(self, size_bytes: int) -> int:
+        return size_bytes // self.kv_bytes_per_token
 
     def export_tokens(self, row: int, start: int, stop: int) -> KVSegment:
         check_export(self, row, start, stop)
@@ -80,7 +89,7 @@ class FakeRuntime:
 
     def __init__(self, config: Gemma3Config = FAKE_CONFIG) -> None:
         self._config = config
-        self.calls: list[tuple[tuple[int, ...], int | None]] = []  # shape of input_ids, and row
+        self.calls: list[tuple[tuple[int, ...], int]] = []  # shape of input_ids, and first row
         self.cache: FakeCache | None = None
 
     @property
@@ -99,13 +108,12 @@ class FakeRuntime:
         return self.cache
 
     def step(
-        self, input_ids: IntArray, cache: FakeCache, *, num_logits: int, row: int | None = None
+        self, input_ids: IntArray, cache: FakeCache, *, num_logits: int, row: int = 0
     ) -> Logits:
-        rows = range(cache.batch_size) if row is None else [row]
         assert input_ids.dtype == np.int64
-        assert input_ids.shape[0] == len(rows)
-        assert input_ids.shape[1] > 0
-        check_capacity(cache, input_ids.shape[1], row)
+        count, new_tokens = input_ids.shape
+        rows = range(row, row + count)
+        check_capacity(cache, new_tokens, row, count)
         self.calls.append((input_ids.shape, row))
         logits = []
         for index, ids in zip(rows, input_ids, strict=True):

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
 
-from gemma3_export.runtimes.generation.loop import Generation, GenerationOptions
-from gemma3_export.runtimes.generation.loop import generate as start
+from gemma3_export.runtimes.generation.generate import Generation
+from gemma3_export.runtimes.generation.generate import generate as start
+from gemma3_export.runtimes.generation.prepare import GenerationOptions
 from gemma3_export.runtimes.protocol import Runtime
 
 OPTIONS = {field.name for field in fields(GenerationOptions)}
