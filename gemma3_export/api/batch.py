@@ -1,4 +1,4 @@
-"""Generate for every row of a JSONL file, in batches, and continue where an earlier run ended.
+"""Generate for every row of a file, in batches, and continue where an earlier run ended.
 
     from gemma3_export import BatchOptions, GenerateOptions, load, run_batch
 
@@ -20,10 +20,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from io import BufferedReader
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import IO, Any, Literal, get_args
 
 import numpy as np
 
+from gemma3_export.api.batch_files import check_packages, file_format, open_rows
 from gemma3_export.api.batch_results import BatchHeader, UnfinishedResults
 from gemma3_export.api.completion_json import calls_to_json, result_to_json
 from gemma3_export.api.model import Model
@@ -149,7 +150,7 @@ def run_batch(
     *,
     progress: Progress = ignore_progress,
 ) -> BatchSummary:
-    """Generate for each row of ``source``, and write one JSON object per row to ``target``.
+    """Generate for each row of ``source``, and write one result per row to ``target``.
 
     A row has ``messages``, ``prompt`` (a text, or messages) or ``text``, and may have ``tools``,
     ``chat_template_kwargs`` and ``id``. If the run is interrupted, the finished rows stay beside
@@ -160,16 +161,18 @@ def run_batch(
 
     Args:
         model: the model.
-        source: a JSONL file.
-        target: the output; it appears when it is complete.
+        source: a JSONL, CSV or Parquet file; the ending of its name decides.
+        target: the output, in one of the same formats; it appears when it is complete.
         options: how to sample, when to stop, and so on. Text prompts may spell control tokens as
             ``allow_control_tokens`` says.
         batch: how to read the rows and write the results.
         progress: called with the number of finished rows.
 
     Raises:
-        InputError: a row is malformed or does not fit, and ``batch.on_error`` is ``stop``; the
-            target exists; or the finished rows of an earlier run are of another one.
+        InputError: a row is malformed or does not fit, and ``batch.on_error`` is ``stop``; a table
+            is damaged; the target exists; or the finished rows of an earlier run are of another
+            one.
+        UnavailableError: a file is Parquet, and pyarrow is missing.
         Gemma3ExportError: writing failed.
     """
     options, batch = options or GenerateOptions(), batch or BatchOptions()
@@ -177,27 +180,28 @@ def run_batch(
     reader = _Reader(model, options, batch)
     resolve_stops(options, model.tokenizer, model.config.vocab_size)
     _check_target(source, target, force=batch.force)
-    with open_regular(source) as file, sole_writer(target, f"writing {target}") as place:
-        header = _header(model, file, options, batch)
-        rows, failures = reader.plan(file, source, progress)
-        with UnfinishedResults(
-            place,
-            target,
-            header,
-            is_seed_given=options.seed is not None,
-            rows=len(rows) + len(failures),
-            restart=batch.restart,
-        ) as results:
-            earlier = len(results)
-            for index, error in failures.items():
-                if index not in results:
-                    results.add(index, error)
-            run = _Run(model, options, batch, reader, results, progress)
-            new_tokens = run.generate(
-                file, source, [row for row in rows if row.index not in results]
-            )
-            _check_target(source, target, force=batch.force)
-            results.publish()
+    check_packages(source, target)
+    with open_regular(source) as given, sole_writer(target, f"writing {target}") as place:
+        header = _header(model, given, options, batch)
+        with open_rows(given, source, place, batch.column) as file:
+            rows, failures = reader.plan(file, source, progress)
+            with UnfinishedResults(
+                place,
+                target,
+                header,
+                is_seed_given=options.seed is not None,
+                rows=len(rows) + len(failures),
+                restart=batch.restart,
+            ) as results:
+                earlier = len(results)
+                for index, error in failures.items():
+                    if index not in results:
+                        results.add(index, error)
+                run = _Run(model, options, batch, reader, results, progress)
+                left = [row for row in rows if row.index not in results]
+                new_tokens = run.generate(file, source, left)
+                _check_target(source, target, force=batch.force)
+                results.publish()
     return BatchSummary(
         rows=len(rows) + len(failures),
         earlier=earlier,
@@ -268,7 +272,7 @@ class _Reader:
         self._model, self._options, self._batch = model, options, batch
 
     def plan(
-        self, file: BufferedReader, path: Path, progress: Progress
+        self, file: IO[bytes], path: Path, progress: Progress
     ) -> tuple[list[_Row], dict[int, dict[str, Any]]]:
         """Read all rows once; return those to generate, and the errors of the others by index.
 
@@ -278,7 +282,8 @@ class _Reader:
         rows, failures = [], {}
         size = os.fstat(file.fileno()).st_size
         file.seek(0)
-        for index, line in enumerate(read_lines(file, path)):
+        unit = ":" if file_format(path) == "jsonl" else " row "
+        for index, line in enumerate(read_lines(file, path, unit)):
             progress("reading rows", line.offset, size)
             try:
                 request = self.request(line)
@@ -299,10 +304,11 @@ class _Reader:
                     )
                 )
         if not rows and not failures:
-            raise InputError(f"{path} has no rows; write one JSON object per line")
+            how = "; write one JSON object per line" if unit == ":" else ""
+            raise InputError(f"{path} has no rows{how}")
         return rows, failures
 
-    def again(self, file: BufferedReader, path: Path, row: _Row) -> _Request:
+    def again(self, file: IO[bytes], path: Path, row: _Row) -> _Request:
         """Read a planned row again.
 
         Raises:
@@ -393,7 +399,7 @@ class _Run:
     results: UnfinishedResults
     progress: Progress
 
-    def generate(self, file: BufferedReader, path: Path, rows: Sequence[_Row]) -> int:
+    def generate(self, file: IO[bytes], path: Path, rows: Sequence[_Row]) -> int:
         """Generate ``rows`` and add their results; return the number of new tokens.
 
         The longest come first: if memory does not suffice, that shows at once.

@@ -2,6 +2,7 @@
 
     .OUT.partial/results.jsonl    a header, then one line per finished row, in order of completion
     .OUT.partial/sorted.jsonl     the same lines in order of the input, which becomes OUT
+    .OUT.partial/table            the same as CSV or Parquet, if OUT is one
 
 A line is complete if it ends with a newline. What a killed process left after the last newline is
 cut off, so no line is lost, and none is written twice.
@@ -16,13 +17,14 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Self
 
+from gemma3_export.api.batch_files import file_format, write_table
 from gemma3_export.errors import Gemma3ExportError, InputError
 from gemma3_export.records import to_record
 from gemma3_export.signals import uninterrupted
 
 __all__ = ["BatchHeader", "UnfinishedResults"]
 
-RESULTS, SORTED = "results.jsonl", "sorted.jsonl"
+RESULTS, SORTED, TABLE = "results.jsonl", "sorted.jsonl", "table"
 FORMAT_VERSION = 1
 WORDS = {
     "input_sha256": "another input",
@@ -133,6 +135,8 @@ class UnfinishedResults:
     def publish(self) -> None:
         """Write all results in the order of the rows to the target, and remove the files here.
 
+        The ending of the target's name decides whether they become JSONL or a table.
+
         Raises:
             Gemma3ExportError: they cannot be written; they are kept for another try.
         """
@@ -146,6 +150,10 @@ class UnfinishedResults:
                     file.write(self._file.read(length))
                 file.flush()
                 os.fsync(file.fileno())
+            if (kind := file_format(self._target)) != "jsonl":
+                table = self.path.with_name(TABLE)
+                write_table(ordered, table, kind)
+                table.replace(ordered)
             with uninterrupted():
                 ordered.replace(self._target)
                 self._file.close()  # Windows removes no open file

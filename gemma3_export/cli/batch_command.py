@@ -24,14 +24,15 @@ EPILOG = """\b
 Examples:
   gemma3-export batch gemma-3-270m-it questions.jsonl answers.jsonl
   gemma3-export batch gemma-3-270m texts.jsonl out.jsonl --max-new-tokens 32 --batch-size 16
+  gemma3-export batch DIR in.csv out.parquet --column question --chat
   gemma3-export batch DIR in.jsonl out.jsonl --chat --system "Be brief." --on-error record
 """
 
 
 @click.command(epilog=EPILOG)
 @click.argument("bundle_path", metavar="DIR", type=PATH)
-@click.argument("source", metavar="IN.jsonl", type=TEXT_PATH)
-@click.argument("target", metavar="OUT.jsonl", type=TEXT_PATH)
+@click.argument("source", metavar="IN", type=TEXT_PATH)
+@click.argument("target", metavar="OUT", type=TEXT_PATH)
 @click.option(
     "--column",
     metavar="NAME",
@@ -84,7 +85,7 @@ Examples:
     help="A row that is malformed or too long: stop before generating anything, or record an "
     "object with the error in its place.",
 )
-@click.option("--force", is_flag=True, help="Replace OUT.jsonl if it exists.")
+@click.option("--force", is_flag=True, help="Replace OUT if it exists.")
 @click.option(
     "--restart", is_flag=True, help="Discard the rows that an interrupted run has finished."
 )
@@ -106,12 +107,13 @@ def batch(
     opening: OpeningRequest,
     **sampling: Any,
 ) -> None:
-    """Generate for every row of a JSONL file. Greedy unless a temperature or a filter is given.
+    """Generate for every row of a JSONL, CSV or Parquet file.
 
-    A row has messages, prompt (a text, or messages) or text, and may have tools and an id. One
-    JSON object per row goes to OUT.jsonl, in the order of the input, once all are finished. Rows of
-    similar length run together. After an interruption, the same command continues with the rows
-    that are not finished.
+    Greedy unless a temperature or a filter is given. A row has messages, prompt (a text, or
+    messages) or text, and may have tools and an id. One result per row goes to OUT, in the order of
+    the input, once all are finished. Files that end in .csv or .parquet have that format, and
+    others are JSONL. Rows of similar length run together. After an interruption, the same command
+    continues with the rows that are not finished.
     """
     if system is not None and not chat:
         raise click.UsageError("--system needs --chat")

@@ -53,9 +53,9 @@ def push(
     allow_unproven: bool,
     dry_run: bool,
 ) -> None:
-    """Upload a bundle to the Hugging Face Hub, with a model card.
+    """Upload a bundle to the Hugging Face Hub.
 
-    Every file is checked against the manifest before the upload and after it. README.md is written
+    Every file is checked before the upload and after it. The model card, README.md, is written
     for the repository, unless you edited it. After an interruption, the same command continues.
     """
     from gemma3_export.api.publishing import PushOptions, push_to_hub

@@ -8,17 +8,19 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from io import BufferedReader
 from pathlib import Path
-from typing import Any, cast
+from typing import IO, Any, cast
 
 from gemma3_export.errors import InputError
 from gemma3_export.tokenizer.chat import ChatMessage
 
 __all__ = [
     "COMPLETION",
+    "MAX_LINE_BYTES",
+    "MEDIA",
     "MESSAGES",
     "PROMPT",
+    "SHAREGPT",
     "TEXT",
     "Line",
     "checked_messages",
@@ -72,12 +74,13 @@ class Line:
         return row
 
 
-def read_lines(file: BufferedReader, path: Path) -> Iterator[Line]:
+def read_lines(file: IO[bytes], path: Path, unit: str = ":") -> Iterator[Line]:
     """Yield each line of a JSONL file that is not blank, without a byte order mark.
 
     Args:
         file: open for reading, at its start.
         path: its name, for messages.
+        unit: what goes between name and number there; ``" row "`` for the rows of a table.
 
     Raises:
         InputError: a line is too long.
@@ -85,7 +88,7 @@ def read_lines(file: BufferedReader, path: Path) -> Iterator[Line]:
     number = offset = 0
     while line := file.readline(MAX_LINE_BYTES + 1):
         number += 1
-        where = f"{path}:{number}"
+        where = f"{path}{unit}{number}"
         if len(line) > MAX_LINE_BYTES:
             raise InputError(
                 f"{where} is longer than {MAX_LINE_BYTES:,} bytes; write one object per line"
