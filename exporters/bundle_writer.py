@@ -174,9 +174,12 @@ def export_bundle(
             write_hf_metadata(folder, source.config, tokenizer, source.generation_config())
         else:
             link_files(existing, folder)
+        report("hashing the source", 0, 1)
+        fingerprint = source.fingerprint()
+        report("hashing the source", 1, 1)
         manifest = Manifest(
             graphs=[] if existing is None else existing.manifest.graphs,
-            source=source.fingerprint(),
+            source=fingerprint,
             versions=package_versions(),
             files={} if existing is None else existing.manifest.files,
         )

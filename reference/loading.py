@@ -89,6 +89,9 @@ class LayerwiseForward:
         source: canonical weights.
         batches: token ids [B, T] without padding.
         lookup: returns unscaled embeddings of token ids; None reads them from ``source``.
+        dtype: dtype to convert the weights to.
+        copies: a pass that goes through the layers one step ahead, whose loaded weights are copied;
+            None reads them from ``source``.
     """
 
     def __init__(
@@ -96,16 +99,19 @@ class LayerwiseForward:
         source: WeightSource,
         batches: Sequence[Tensor],
         lookup: EmbeddingLookup | None = None,
+        *,
+        dtype: torch.dtype = torch.float32,
+        copies: LayerwiseForward | None = None,
     ) -> None:
-        self.source = source
+        self.source, self.dtype, self.copies = source, dtype, copies
         with torch.device("meta"):
-            self.model = Gemma3(source.config)
+            self.model = Gemma3(source.config).to(dtype)
         self.contexts = [self.model.layer_contexts(ids, None, None) for ids in batches]
         self.states = [self._embed(lookup or self._read_rows, ids) for ids in batches]
         self._current = 0
 
     def layers(self) -> Iterator[tuple[int, DecoderLayer]]:
-        """Yield each layer, loaded in float32, with its index; free it afterwards.
+        """Yield each loaded layer with its index; free it afterwards.
 
         Raises:
             InputError: a weight holds NaN or infinity, or the source cannot be read.
@@ -113,7 +119,7 @@ class LayerwiseForward:
         for index, layer in enumerate(self.model.model.layers):
             assert isinstance(layer, DecoderLayer)
             self._current = index
-            yield index, load_module(layer, f"model.layers.{index}.", self.source)
+            yield index, self._load(layer, f"model.layers.{index}.")
             layer.to("meta")
 
     def context(self, batch: int) -> LayerContext:
@@ -135,12 +141,22 @@ class LayerwiseForward:
         Raises:
             InputError: a weight holds NaN or infinity, or the source cannot be read.
         """
-        return load_module(self.model.model.norm, "model.norm.", self.source)
+        return self._load(self.model.model.norm, "model.norm.")
+
+    @torch.no_grad()
+    def _load(self, module: Module, prefix: str) -> Module:
+        if self.copies is None:
+            return load_module(module, prefix, self.source, self.dtype)
+        module = module.to_empty(device="cpu").eval().requires_grad_(False)
+        originals = self.copies.model.get_submodule(prefix.removesuffix("."))
+        for parameter, original in zip(module.parameters(), originals.parameters(), strict=True):
+            parameter.copy_(original)
+        return module
 
     def _embed(self, lookup: EmbeddingLookup, ids: Tensor) -> Tensor:
         """Embed [B, T] token ids, looking up each distinct id once."""
         unique, places = torch.unique(ids, return_inverse=True)
-        table = ScaledEmbedding(len(unique), self.source.config.hidden_size)
+        table = ScaledEmbedding(len(unique), self.source.config.hidden_size).to(self.dtype)
         with torch.no_grad():
             table.weight.copy_(lookup(unique))
             embedded: Tensor = table(places)

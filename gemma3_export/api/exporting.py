@@ -63,7 +63,7 @@ class ExportOptions:
         verify: check parity; otherwise the manifest says that the graph is unproven.
         force: replace an existing folder that this program made.
         threads: intra-op threads of torch and ONNX Runtime; None is all cores, or 1 for models
-            with fewer than 20 million parameters.
+            whose largest matrix has fewer than 4 million elements.
         progress: callback that receives (stage, done, total).
     """
 

@@ -38,6 +38,7 @@ from gemma3_export.dtypes import DEFAULT_MAX_KLD
 from gemma3_export.errors import InputError, ParityError, UnavailableError
 from gemma3_export.files import is_file, to_path
 from gemma3_export.limits import MAX_SEED, check_threads
+from gemma3_export.progress import Progress, ignore_progress
 from gemma3_export.staging import reject_existing
 from gemma3_export.tokenizer import Tokenizer, load_tokenizer
 
@@ -46,7 +47,6 @@ if TYPE_CHECKING:
     from gemma3_export.device import CudaOptions
     from gemma3_export.parity import ParityReport, VerifyOptions
     from gemma3_export.parity.report.model import HalfRanges
-    from gemma3_export.progress import Progress
     from gemma3_export.reference.weights import WeightSource
     from gemma3_export.runtimes.protocol import Runtime
 
@@ -66,7 +66,7 @@ class VerifyRequest:
             bundle uses.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         threads: intra-op threads of torch and ONNX Runtime; None is all cores, or 1 for models
-            with fewer than 20 million parameters.
+            whose largest matrix has fewer than 4 million elements.
         cuda: what may be done on a GPU; ignored on the CPU.
         weights: the weights that the bundle was made from, as :func:`open_weights` takes or
             returns them; None takes those in the bundle, which leaves a quantized bundle without
@@ -166,13 +166,15 @@ def _verify_bundle(bundle: Bundle, request: VerifyRequest, stack: ExitStack) -> 
     budget = bundle.max_kld(request.runtime) if request.max_kld is None else request.max_kld
     options = _options(request, budget)
     request = _with_threads(bundle.config, request, stack)
-    bundle.check_files()
+    progress = request.progress or ignore_progress
+    bundle.check_files(progress=progress)
     source = None
     if request.weights is not None or request.adapter is not None:
         source = stack.enter_context(opened_weights(request.weights, request.adapter))
         source = _as_in_bundle(bundle, source)
         if request.stamp:
             _require_source(bundle, source)
+    progress("opening the runtime", 0, 1)
     candidate = open_runtime(
         bundle,
         request.runtime,
@@ -180,6 +182,7 @@ def _verify_bundle(bundle: Bundle, request: VerifyRequest, stack: ExitStack) -> 
         threads=request.threads,
         cuda=request.cuda,
     )
+    progress("opening the runtime", 1, 1)
     from gemma3_export.reference.weights.bundle_weights import open_bundle_weights
 
     full_source = None
@@ -409,9 +412,13 @@ class ParityCheck:
         bundle = Bundle(folder, graph.variant)
         is_quantized = bundle.is_quantized(runtime)
         threads = threads_for(bundle.config, self.threads)
+        progress = self.progress or ignore_progress
         with torch_threads(threads):
+            progress("opening the runtime", 0, 1)
+            candidate = open_runtime(bundle, runtime, device="cpu", threads=threads)
+            progress("opening the runtime", 1, 1)
             report = verify(
-                open_runtime(bundle, runtime, device="cpu", threads=threads),
+                candidate,
                 open_bundle_weights(bundle, runtime) if is_quantized else source,
                 options=VerifyOptions.for_budget(graph.max_kld),
                 full_source=source if is_quantized else None,

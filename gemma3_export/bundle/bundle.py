@@ -15,7 +15,7 @@ Reading a bundle needs neither torch nor ONNX Runtime.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path, PurePosixPath
 
 from gemma3_export.bundle.manifest import (
@@ -33,6 +33,7 @@ from gemma3_export.config import CONFIG_NAME, Gemma3Config, load_config
 from gemma3_export.dtypes import DEFAULT_MAX_KLD
 from gemma3_export.errors import InputError
 from gemma3_export.files import is_file, to_path
+from gemma3_export.progress import Progress, ignore_progress
 
 __all__ = ["Bundle"]
 
@@ -170,20 +171,23 @@ class Bundle:
         record, file = self.manifest.files.get(document), self.file(document)
         return is_file(file) and (record is None or sha256_of(file) != record.sha256)
 
-    def check_files(self, only: Collection[str] | None = None) -> None:
+    def check_files(
+        self, only: Collection[str] | None = None, progress: Progress = ignore_progress
+    ) -> None:
         """Compare sizes and SHA-256 hashes with the manifest, except those of documents.
 
         The files of variants other than the chosen one are left out, and may be missing.
 
         Args:
             only: relative paths to check; None means all.
+            progress: called with the stage and the bytes that are hashed.
 
         Raises:
             InputError: files are missing or differ; the message lists all of them.
         """
         skipped = self._files_of_others()
         names = [name for name in self.manifest.files if name not in skipped]
-        self._check(dict.fromkeys(names if only is None else only, True))
+        self._check(dict.fromkeys(names if only is None else only, True), progress)
 
     def check_quickly(
         self,
@@ -225,12 +229,24 @@ class Bundle:
         ]
         return set().union(*others)
 
-    def _check(self, in_full: Mapping[str, bool]) -> None:
+    def _check(self, in_full: Mapping[str, bool], progress: Progress = ignore_progress) -> None:
         """Check files, and those with a true value in full."""
-        found = {
-            name: _file_problem(self.file(name), self.manifest.files[name], in_full=is_full)
-            for name, is_full in in_full.items()
+        records = {
+            name: self.manifest.files[name]
+            for name in in_full
             if name in self.manifest.files and name not in DOCUMENTS
+        }
+        total = sum(record.size_bytes for name, record in records.items() if in_full[name])
+        done = 0
+
+        def advance(size_bytes: int) -> None:
+            nonlocal done
+            done += size_bytes
+            progress("hashing the bundle", min(done, total), total)
+
+        found = {
+            name: _file_problem(self.file(name), record, advance if in_full[name] else None)
+            for name, record in records.items()
         }
         if problems := [f"{name}: {problem}" for name, problem in found.items() if problem]:
             raise InputError(
@@ -239,14 +255,17 @@ class Bundle:
             )
 
 
-def _file_problem(path: Path, record: FileRecord, *, in_full: bool) -> str | None:
+def _file_problem(
+    path: Path, record: FileRecord, on_bytes: Callable[[int], None] | None
+) -> str | None:
+    """Return what differs, or None; the file is hashed in full if ``on_bytes`` is given."""
     if not is_file(path):
         return "missing"
     size = path.stat().st_size
     if size != record.size_bytes:
         return f"{size} bytes instead of {record.size_bytes}"
-    if in_full:
-        return "SHA-256 differs" if sha256_of(path) != record.sha256 else None
+    if on_bytes is not None:
+        return "SHA-256 differs" if sha256_of(path, on_bytes) != record.sha256 else None
     if record.sample_sha256 is not None and sample_sha256_of(path) != record.sample_sha256:
         return "SHA-256 of a sample differs"
     return None

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, get_args
@@ -63,6 +63,7 @@ PLOT = "parity.svg"
 CARD, GIT_ATTRIBUTES, NOTICE = DOCUMENTS  # their hashes tell whether somebody edited them
 REMEDY = "export the bundle again"
 FULLY_HASHED_BYTES = 2**25  # up to here, such as tokenizers, loading hashes a file in full
+HASH_BYTES = 2**20  # read at a time
 # The sample of a file: blocks at equal distances, the first at its start and the last at its end.
 # Part of the format: other numbers need another format version.
 SAMPLE_BLOCKS = 64
@@ -186,10 +187,15 @@ def source_identity(source: Mapping[str, Any]) -> object:
     return sorted(files.values()), source.get("reduced_vocabulary")
 
 
-def sha256_of(path: Path) -> str:
-    """Return the hexadecimal SHA-256 of a file."""
+def sha256_of(path: Path, on_bytes: Callable[[int], None] | None = None) -> str:
+    """Return the hexadecimal SHA-256 of a file; ``on_bytes`` gets the size of each part of it."""
+    digest = hashlib.sha256()
     with open_regular(path) as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while block := file.read(HASH_BYTES):
+            digest.update(block)
+            if on_bytes is not None:
+                on_bytes(len(block))
+    return digest.hexdigest()
 
 
 def sample_sha256_of(path: Path) -> str:

@@ -19,6 +19,7 @@ from gemma3_export.cli.options import (
     note_variant,
     variant_option,
 )
+from gemma3_export.cli.styles import styled
 
 __all__ = ["bench"]
 
@@ -147,4 +148,4 @@ def bench(
         from gemma3_export.bench.report import speed_plot
 
         write_text_atomically(plot, speed_plot(found))
-    click.echo(text if as_json else "\n".join(table_lines(found)))
+    click.echo(text if as_json else styled("\n".join(table_lines(found))))

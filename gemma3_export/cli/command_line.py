@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 import click
 
 from gemma3_export import __version__
+from gemma3_export.cli.styles import styled, use_color
 from gemma3_export.errors import Gemma3ExportError, InputError
 from gemma3_export.limits import shown
 from gemma3_export.signals import install_signal_handlers, interrupt_exit_code
@@ -89,7 +90,7 @@ class CommandLine(click.Group):
         except Gemma3ExportError as error:
             if ctx.params.get("debug"):
                 traceback.print_exc()
-            click.echo(f"error: {_one_line(str(error))}", err=True)
+            click.echo(styled(f"error: {_one_line(str(error))}"), err=True)
             ctx.exit(error.exit_code)
         except KeyboardInterrupt as interruption:
             click.echo("interrupted", err=True)
@@ -144,7 +145,8 @@ def _explain(error: OSError | MemoryError) -> int:
         what, remedy = f"cannot use {error.filename}", "check its path, permissions and disk"
         code = 1 if error.errno in DISK_ERRORS else InputError.exit_code
     with suppress(OSError):  # stderr may be full too
-        click.echo(f"error: {what}: {getattr(error, 'strerror', '') or error}; {remedy}", err=True)
+        reason = getattr(error, "strerror", "") or error
+        click.echo(styled(f"error: {what}: {reason}; {remedy}"), err=True)
     return code
 
 
@@ -176,6 +178,7 @@ def _open_missing_streams() -> None:
 @click.option("--debug", is_flag=True, help="Show the traceback of errors.")
 def command_line(debug: bool) -> None:
     """Export Gemma 3 to ONNX or TorchScript, prove the export, and generate text from it."""
+    click.get_current_context().color = use_color()
     try:
         Path.cwd()
     except OSError as error:

@@ -16,6 +16,7 @@ from gemma3_export.cli.options import (
     integer,
     reject_if_given,
 )
+from gemma3_export.cli.styles import styled
 from gemma3_export.limits import BELOW_1, check_number
 from gemma3_export.progress import ProgressBars
 from gemma3_export.reference.training.options import LOSS_ON, LossOn
@@ -128,7 +129,7 @@ def data(
     reject_existing(output, force=force)
     source = _open_source(paths, dataset, column, limit)
     for line in source.warnings:
-        click.echo(f"warning: {line}", err=True)
+        click.echo(styled(f"warning: {line}"), err=True)
     if not source.has_rows:
         reason = (
             "it applies to messages, and to prompt and completion, in .jsonl files or a dataset"
@@ -144,7 +145,7 @@ def data(
             parse_special_tokens=parse_special_tokens,
             force=force,
             progress=progress,
-            warn=lambda line: click.echo(f"warning: {line}", err=True),
+            warn=lambda line: click.echo(styled(f"warning: {line}"), err=True),
         )
     train, held = meta.tokens["train"], meta.tokens["validation"]
     click.echo(

@@ -7,6 +7,7 @@ import json
 import click
 
 from gemma3_export.bundle import RUNTIMES
+from gemma3_export.cli.styles import styled
 from gemma3_export.errors import UnavailableError
 
 __all__ = ["doctor"]
@@ -45,7 +46,9 @@ def doctor(device: str, runtime: str, as_json: bool) -> None:
 
     report = examine(device, runtime)
     click.echo(
-        json.dumps(report.to_json(), indent=1) if as_json else "\n".join(doctor_lines(report))
+        json.dumps(report.to_json(), indent=1)
+        if as_json
+        else styled("\n".join(doctor_lines(report)))
     )
     if not report.is_usable:
         click.get_current_context().exit(UnavailableError.exit_code)

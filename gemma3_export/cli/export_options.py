@@ -23,6 +23,7 @@ from gemma3_export.cli.options import (
     threads_option,
     tokenizer_option,
 )
+from gemma3_export.cli.styles import styled
 from gemma3_export.config import TOKENIZER_NAME
 from gemma3_export.dtypes import dtype_choices
 from gemma3_export.files import is_file
@@ -219,11 +220,13 @@ def print_summary(result: ExportResult, description: str, vocabulary: str = "") 
         for graph in result.graphs:
             label = "parity" if is_one else f"parity of {graph.variant}"
             took = f" ({result.seconds['parity']:.1f} s)" if graph == result.graphs[-1] else ""
-            click.echo(f"{label}: {parity_line(proofs[graph.path])}{took}")
+            click.echo(styled(f"{label}: {parity_line(proofs[graph.path])}{took}"))
     else:
         click.echo(
-            "parity: NOT CHECKED (--no-verify). Nothing proves that this bundle computes what the "
-            f"model computes; to check it: gemma3-export verify {path}{first}"
+            styled(
+                "parity: NOT CHECKED (--no-verify). Nothing proves that this bundle computes what "
+                f"the model computes; to check it: gemma3-export verify {path}{first}"
+            )
         )
     if is_file(path / TOKENIZER_NAME):
         click.echo(f'next: gemma3-export generate {path}{first} --prompt "The sea is"')

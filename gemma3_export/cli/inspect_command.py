@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from gemma3_export.cli.options import PATH, note_variant, variant_option
+from gemma3_export.cli.styles import styled
 from gemma3_export.errors import Gemma3ExportError
 
 __all__ = ["inspect"]
@@ -83,4 +84,4 @@ def inspect(
 
 def show(facts: dict[str, Any], lines: Iterable[str], *, as_json: bool) -> None:
     """Print one JSON object, or lines for people."""
-    click.echo(json.dumps(facts, indent=1) if as_json else "\n".join(lines))
+    click.echo(json.dumps(facts, indent=1) if as_json else styled("\n".join(lines)))

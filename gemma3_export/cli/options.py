@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
+from gemma3_export.cli.styles import styled
 from gemma3_export.dtypes import require_max_kld
 from gemma3_export.errors import InputError
 from gemma3_export.files import to_path
@@ -130,8 +131,8 @@ threads_option = click.option(
     "--threads",
     type=THREADS,
     metavar="N",
-    help="Intra-op threads of torch and ONNX Runtime.  [default: all cores; 1 for models with "
-    "fewer than 20M parameters]",
+    help="Intra-op threads of torch and ONNX Runtime.  [default: all cores; 1 for models "
+    "whose largest matrix has fewer than 4M elements]",
 )
 adapter_option = click.option(
     "--adapter",
@@ -277,8 +278,10 @@ def usable_device(device: str, runtime: str) -> str:
     if device != "auto" or has_gpu:
         problem = next(problem for problem in report.problems if problem.blocks)
         click.echo(
-            f"warning: {report.facts.device} cannot be used, so this runs on the CPU "
-            f"(--cpu-fallback): {problem.what}; fix: {problem.fix}",
+            styled(
+                f"warning: {report.facts.device} cannot be used, so this runs on the CPU "
+                f"(--cpu-fallback): {problem.what}; fix: {problem.fix}"
+            ),
             err=True,
         )
     return "cpu"

@@ -16,6 +16,7 @@ from gemma3_export.cli.options import (
     cuda_options,
     threads_option,
 )
+from gemma3_export.cli.styles import styled
 from gemma3_export.progress import ProgressBars
 
 if TYPE_CHECKING:
@@ -190,4 +191,4 @@ def _write_reports(
 def _print_report(report: ParityReport, *, as_json: bool) -> None:
     from gemma3_export.parity import render_terminal
 
-    click.echo(report.to_json() if as_json else render_terminal(report), nl=False)
+    click.echo(report.to_json() if as_json else styled(render_terminal(report)), nl=False)

@@ -85,26 +85,31 @@ def measure_ranges(
     meter = RangeMeter(half)
     config = source.config
     batches = [torch.from_numpy(sequence.ids)[None] for sequence in sequences]
+    stage = "measuring the activation range"
+    tokens = sum(len(sequence.ids) for sequence in sequences)
+    done, total = 0, tokens * (config.num_hidden_layers + 1)  # the head counts as a layer
     forward = LayerwiseForward(source, batches)
     for index, layer in forward.layers():
-        progress("measuring the activation range", index, config.num_hidden_layers + 1)
         meter.layer = index
         meter.attach(layer)
         for row, sequence in enumerate(sequences):
+            progress(stage, done, total)
             meter.sequence = sequence.name
             states, (key, _) = forward.step(row)
             meter.record(ROTARY_KEY, key[0].transpose(0, 1))
             meter.record_residual(states)
+            done += len(sequence.ids)
         for name, parameter in layer.named_parameters():
             meter.record_weight(f"model.layers.{index}.{name}", parameter)
+    progress(stage, done, total)
     meter.layer = None
     norm = forward.final_norm()
     measure_head(source, [norm(states)[0] for states in forward.states], sequences, meter)
-    progress("measuring the activation range", 1, 1)
+    progress(stage, total, total)
     return HalfRanges(
         dtype=str(half.dtype).removeprefix("torch."),
         largest=meter.largest,
-        tokens=sum(len(sequence.ids) for sequence in sequences),
+        tokens=tokens,
         tensors=tuple(meter.tensors.values()),
         weights=tuple(meter.weights),
     )

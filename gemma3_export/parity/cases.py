@@ -41,6 +41,7 @@ __all__ = [
     "Case",
     "cases_for",
     "needed_positions",
+    "work_of",
 ]
 
 LONG = 0  # index of the long random sequence
@@ -49,6 +50,7 @@ KEPT = 8  # logits kept from a long prefill
 KEPT_AT_EDGE = 24  # logits kept from the chunk that crosses the window's edge
 KEEP_ALL_BYTES = 32 * 2**20  # a step keeps all its logits if they fit into this
 BATCH_STEPS = 8
+STEP_WORK = 32  # a step reads all weights, which takes about as long as prefilling 32 tokens
 
 Sequences = Sequence[TokenSequence]
 
@@ -293,6 +295,7 @@ class PlanningRuntime:
 
     def __init__(self, config: Gemma3Config) -> None:
         self.config = config
+        self.work = 0  # of the steps so far
 
     def new_cache(self, batch_size: int, capacity: int) -> KVCache:
         """Return a cache that holds nothing."""
@@ -302,6 +305,7 @@ class PlanningRuntime:
         """Return logits with an empty vocabulary."""
         del cache, row
         rows, new = input_ids.shape
+        self.work += STEP_WORK + rows * new
         return np.zeros((rows, num_logits or new, 0), np.float32)
 
 
@@ -321,3 +325,11 @@ def needed_positions(
             if isinstance(item, LogitObservation):
                 needed.setdefault(item.sequence, set()).update(item.positions.tolist())
     return needed
+
+
+def work_of(config: Gemma3Config, case: Case, sequences: Sequence[TokenSequence]) -> list[int]:
+    """Return the work up to each observation of a case, in tokens, from a dry run."""
+    if case.padded_sequences:
+        return [STEP_WORK + sum(len(sequences[index].ids) for index in case.padded_sequences)]
+    runtime = PlanningRuntime(config)
+    return [runtime.work for _ in case.run(runtime)]

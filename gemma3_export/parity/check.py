@@ -21,7 +21,11 @@ from gemma3_export.parity.activation_range import (
 )
 from gemma3_export.parity.cases import Case, cases_for, needed_positions
 from gemma3_export.parity.differences import LogitDifference
-from gemma3_export.parity.expected import ExpectedFromReference, ExpectedFromRuntime, ExpectedValues
+from gemma3_export.parity.expected import (
+    ExpectedFromRuntime,
+    ExpectedValues,
+    FullPrecisionLogits,
+)
 from gemma3_export.parity.graph_variants import (
     candidate_variant,
     float32_matmul_variant,
@@ -29,7 +33,7 @@ from gemma3_export.parity.graph_variants import (
     run_variant,
 )
 from gemma3_export.parity.ground_truth import GroundTruth
-from gemma3_export.parity.judge import Criteria, Limits, judge_case
+from gemma3_export.parity.judge import Criteria, Limits, judge_cases
 from gemma3_export.parity.locate import locate
 from gemma3_export.parity.options import HalfPrecision, VerifyOptions
 from gemma3_export.parity.quality import compare_with_full_precision, judge_quality, run_sequences
@@ -43,7 +47,6 @@ from gemma3_export.parity.report.model import (
 )
 from gemma3_export.parity.sequences import held_out_sequences
 from gemma3_export.progress import Progress, ignore_progress
-from gemma3_export.reference.loading import load_reference
 from gemma3_export.reference.weights import WeightSource
 from gemma3_export.runtimes.protocol import Runtime
 from gemma3_export.tokenizer import Tokenizer
@@ -172,14 +175,20 @@ class Check:
         tokenizer: Tokenizer | None,
     ) -> ParityReport:
         """Run every part of the check and return the report."""
-        with self._stage("computing expected values", "expected values"):
+        with self._timed("expected values"):
             if ground_truth is None:
                 ground_truth = GroundTruth.for_runtime(
-                    self.candidate, self.source, options=options, tokenizer=tokenizer
+                    self.candidate,
+                    self.source,
+                    options=options,
+                    tokenizer=tokenizer,
+                    progress=self.progress,
                 )
             config, options = ground_truth.config, ground_truth.options
             cases = cases_for(self.candidate, config, ground_truth.sequences, options)
-            expected = self._expected(ground_truth, cases)
+            needed = needed_positions(self.candidate.config, cases, ground_truth.sequences)
+            ground_truth.prepare(needed)
+            expected = self._expected(ground_truth, needed)
         factor = options.factor * (1 if self.baseline is None else 2)
         limits = Limits(factor=factor, epsilon=torch.finfo(ground_truth.dtype).eps)
         criteria = Criteria(expected, ground_truth.noise_floor, limits)
@@ -192,41 +201,38 @@ class Check:
         gates = self._gates(ground_truth)
         return self._report(ground_truth, gates, divergence)
 
-    def _expected(self, ground_truth: GroundTruth, cases: Sequence[Case]) -> ExpectedValues:
+    def _expected(self, ground_truth: GroundTruth, needed: dict[int, set[int]]) -> ExpectedValues:
         if self.baseline is None:
             return ground_truth.expected
-        needed = needed_positions(self.candidate.config, cases, ground_truth.sequences)
         return ExpectedFromRuntime(self.baseline, ground_truth.sequences, needed)
 
     def _run_cases(
         self, cases: Sequence[Case], criteria: Criteria, tokenizer: Tokenizer | None
     ) -> None:
         """Judge every case, then measure the quality of the weights on text where possible."""
-        full = None if self.full_source is None else load_reference(self.full_source)
-        sequences = criteria.noise_floor.sequences
+        full, sequences = self.full_source, criteria.noise_floor.sequences
         full_values = None
         if full is not None and tokenizer is None:
-            full_values = ExpectedFromReference(full, sequences)
+            full_values = FullPrecisionLogits(full, sequences, self.progress)
         has_text = any(case.is_text for case in cases)
-        for index, case in enumerate(cases):
-            self.progress(f"comparing {case.name}", index, len(cases))
-            with self._timed(f"case {case.name}"):
-                result, compared = judge_case(case, self.candidate, criteria)
-                self.cases.append(result)
-                if case.is_text or not has_text:
-                    self.quality += [
-                        part.error
-                        if full_values is None
-                        else compare_with_full_precision(part.observation, full_values, sequences)
-                        for part in compared
-                    ]
-        self.progress("comparing", len(cases), len(cases))
+        started = time.perf_counter()
+        judged = judge_cases(cases, self.candidate, criteria, self.progress)
+        for case, (result, compared) in zip(cases, judged, strict=True):
+            self.cases.append(result)
+            if case.is_text or not has_text:
+                self.quality += [
+                    part.error
+                    if full_values is None
+                    else compare_with_full_precision(part.observation, full_values, sequences)
+                    for part in compared
+                ]
+            self.seconds[f"case {case.name}"] = time.perf_counter() - started
+            started = time.perf_counter()
         if full is not None and tokenizer is not None:
             with self._timed("held-out text"):
                 texts = held_out_sequences(tokenizer, self.candidate.config.max_position_embeddings)
-                self.quality = run_sequences(
-                    self.candidate, ExpectedFromReference(full, texts), texts, self.progress
-                )
+                full_values = FullPrecisionLogits(full, texts, self.progress)
+                self.quality = run_sequences(self.candidate, full_values, texts, self.progress)
 
     def _run_variants(self, ground_truth: GroundTruth, limits: Limits) -> None:
         variants = {"float32 matmul": float32_matmul_variant}

@@ -5,7 +5,7 @@ Shapes: P compared positions, V vocabulary, K key-value heads, S tokens, H head 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -14,17 +14,18 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 __all__ = [
-    "BLOCK",
     "FloatArray",
+    "LogitComparison",
     "LogitDifference",
     "TensorDifference",
     "compare_logits",
     "compare_tensors",
+    "vocabulary_blocks",
 ]
 
 FloatArray = NDArray[np.float64]
 BoolArray = NDArray[np.bool_]
-BLOCK = 32  # positions per block: a temporary takes 64 MB for the official vocabulary
+BLOCK_ELEMENTS = 2**20  # logits per block: a temporary takes 8 MB
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,42 +76,89 @@ def compare_logits(expected: Tensor, actual: Tensor, next_ids: Sequence[int]) ->
         actual: [P, V] floating point.
         next_ids: [P] the token that follows each position, or -1 at the end of the sequence.
     """
-    parts = [
-        _compare_block(
-            expected[start : start + BLOCK].double(),
-            actual[start : start + BLOCK].double(),
-            next_ids[start:],
+    comparison = LogitComparison(next_ids)
+    for ids in vocabulary_blocks(*expected.shape):
+        comparison.add(ids.start, expected[:, ids], actual[:, ids])
+    return comparison.result()
+
+
+def vocabulary_blocks(positions: int, size: int) -> Iterator[slice]:
+    """Yield slices of ``size`` vocabulary rows, so small that temporaries stay in the cache."""
+    step = max(1, BLOCK_ELEMENTS // positions)
+    return (slice(start, min(start + step, size)) for start in range(0, size, step))
+
+
+class LogitComparison:
+    """Compare the logits of P positions, one block of the vocabulary after the other.
+
+    Sums over exp(logit) are relative to the largest expected logit so far.
+
+    Args:
+        next_ids: [P] the token that follows each position, or -1 at the end of the sequence.
+    """
+
+    def __init__(self, next_ids: Sequence[int]) -> None:
+        self.next_ids = torch.tensor(list(next_ids))
+        zero = torch.zeros(len(self.next_ids), dtype=torch.float64)
+        self.size = 0
+        self.max_abs, self.square, self.scale = zero.clone(), zero.clone(), zero.clone()
+        self.mass, self.growth, self.excess = zero.clone(), zero.clone(), zero.clone()
+        self.next_expected, self.next_delta = zero.clone(), zero.clone()
+        self.top2 = torch.full((len(zero), 2), -torch.inf, dtype=torch.float64)
+        self.best, self.actual_best = self.top2[:, 0], self.top2[:, 0]
+        self.best_id, self.actual_best_id = torch.zeros(2, len(zero), dtype=torch.int64)
+
+    def add(self, first_id: int, expected: Tensor, actual: Tensor) -> None:
+        """Add the logits [P, v] of consecutive tokens from ``first_id`` on."""
+        expected, actual = expected.double(), actual.double()
+        delta = actual - expected
+        self.size += expected.shape[1]
+        self.max_abs = torch.maximum(self.max_abs, delta.abs().amax(-1))
+        self.square += delta.square().sum(-1)
+        self.scale = torch.maximum(self.scale, expected.abs().amax(-1))
+        before = self.best
+        self.best, self.best_id = _better(expected, first_id, before, self.best_id)
+        self.actual_best, self.actual_best_id = _better(
+            actual, first_id, self.actual_best, self.actual_best_id
         )
-        for start in range(0, expected.shape[0], BLOCK)
-    ]
-    return LogitDifference.join(parts)
+        top2 = expected.topk(min(2, expected.shape[1]), dim=-1).values
+        self.top2 = torch.cat((self.top2, top2), 1).topk(2, dim=-1).values
+        fade = (before - self.best).exp()
+        p, growth = (expected - self.best[:, None]).exp_(), torch.expm1(delta)
+        self.mass = self.mass * fade + p.sum(-1)
+        self.growth = self.growth * fade + (p * growth).sum(-1)
+        self.excess = self.excess * fade + (p * (growth - delta)).sum(-1)
+        is_here = (self.next_ids >= first_id) & (self.next_ids < first_id + expected.shape[1])
+        index = (self.next_ids - first_id).clamp(0, expected.shape[1] - 1)[:, None]
+        self.next_expected += expected.gather(1, index)[:, 0].where(is_here, 0.0)
+        self.next_delta += delta.gather(1, index)[:, 0].where(is_here, 0.0)
+
+    def result(self) -> LogitDifference:
+        """Return the differences over everything that was added."""
+        mean_growth = self.growth / self.mass
+        # log(sum p e^d) - sum p d, arranged to avoid cancellation for tiny deltas.
+        kld = (torch.log1p(mean_growth) - mean_growth) + self.excess / self.mass
+        nll_expected = self.best + self.mass.log() - self.next_expected
+        nll = nll_expected - self.next_delta + torch.log1p(mean_growth)
+        is_end = self.next_ids < 0
+        return LogitDifference(
+            max_abs=finite(self.max_abs),
+            mean_square=finite(self.square / self.size),
+            # Rounding can make the divergence of equal distributions slightly negative.
+            kld=finite(kld.clamp(min=0)),
+            scale=self.scale.numpy(),
+            margin=(self.top2[:, 0] - self.top2[:, 1]).numpy(),
+            is_same_top1=(self.actual_best_id == self.best_id).numpy(),
+            nll_expected=nll_expected.masked_fill(is_end, torch.nan).numpy(),
+            nll=nll.masked_fill(is_end, torch.nan).numpy(),
+        )
 
 
-def _compare_block(expected: Tensor, actual: Tensor, next_ids: Sequence[int]) -> LogitDifference:
-    delta = actual - expected
-    p = expected.softmax(-1)
-    growth = torch.expm1(delta)
-    mean_growth = (p * growth).sum(-1)
-    # log(sum p e^d) - sum p d, arranged to avoid cancellation for tiny deltas.
-    kld = (torch.log1p(mean_growth) - mean_growth) + (p * growth.sub_(delta)).sum(-1)
-    best = expected.topk(2, dim=-1)
-    ids = torch.tensor(list(next_ids[: expected.shape[0]]))[:, None]
-    index = ids.clamp(min=0)
-    nll_expected = -p.gather(1, index).log()
-    nll = nll_expected - delta.gather(1, index) + torch.log1p(mean_growth)[:, None]
-    is_end = ids < 0
-    nan = float("nan")
-    return LogitDifference(
-        max_abs=finite(delta.abs().amax(-1)),
-        mean_square=finite(delta.square().mean(-1)),
-        # Rounding can make the divergence of equal distributions slightly negative.
-        kld=finite(kld.clamp(min=0)),
-        scale=expected.abs().amax(-1).numpy(),
-        margin=(best.values[:, 0] - best.values[:, 1]).numpy(),
-        is_same_top1=(actual.argmax(-1) == best.indices[:, 0]).numpy(),
-        nll_expected=nll_expected.masked_fill(is_end, nan)[:, 0].numpy(),
-        nll=nll.masked_fill(is_end, nan)[:, 0].numpy(),
-    )
+def _better(block: Tensor, first_id: int, best: Tensor, best_id: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the larger of the best logit so far and that of ``block``, and its token id."""
+    value, index = block.max(-1)
+    is_better = (value > best) | value.isnan()
+    return value.where(is_better, best), (index + first_id).where(is_better, best_id)
 
 
 def compare_tensors(expected: Tensor, actual: Tensor) -> TensorDifference:

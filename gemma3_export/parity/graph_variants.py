@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from gemma3_export.parity.candidate_check import with_candidates
 from gemma3_export.parity.cases import Case, cases_for
 from gemma3_export.parity.ground_truth import GroundTruth
-from gemma3_export.parity.judge import Criteria, Limits, judge_case
+from gemma3_export.parity.judge import Criteria, Limits, judge_cases
 from gemma3_export.parity.report.model import CaseResult
 from gemma3_export.progress import Progress
 from gemma3_export.runtimes.protocol import CacheVariants, Float32MatMul, Runtime
@@ -103,9 +103,10 @@ def _cases(runtime: Runtime, ground_truth: GroundTruth) -> list[Case]:
 def run_variant(variant: GraphVariant, progress: Progress) -> list[CaseResult]:
     """Run and judge the cases of a variant."""
     results = []
-    for index, case in enumerate(variant.cases):
-        progress(f"comparing {case.name}, {variant.description}", index, len(variant.cases))
-        result, _ = judge_case(case, variant.runtime, variant.criteria)
+    judged = judge_cases(
+        variant.cases, variant.runtime, variant.criteria, progress, variant.description
+    )
+    for case, (result, _) in zip(variant.cases, judged, strict=True):
         name, title = f"{variant.prefix}-{case.name}", f"{case.title}, {variant.description}"
         results.append(replace(result, name=name, title=title))
     return results

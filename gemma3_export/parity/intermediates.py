@@ -10,7 +10,8 @@ Shapes: T new tokens, C any number of features.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from gemma3_export.errors import UnavailableError
+from gemma3_export.parity.reference_pair import ReferencePair, head_blocks
 from gemma3_export.reference.model import Gemma3, KeyValue
 from gemma3_export.reference.runtime import ReferenceRuntime
 from gemma3_export.runtimes.onnx.graph_rewrites import read_graph
@@ -36,7 +38,7 @@ __all__ = [
     "OnnxIntermediates",
     "Place",
     "open_intermediates",
-    "reference_intermediates",
+    "pair_intermediates",
 ]
 
 
@@ -48,9 +50,11 @@ class Place:
     block: str
 
 
-Intermediates = dict[Place, Tensor]  # each [T, C], in any order
+# Each [T, C], in any order; that of the head holds the last HEAD_TOKENS tokens at most.
+Intermediates = dict[Place, Tensor]
 IntermediatesOfStep = Callable[[IntArray, IntArray], Intermediates]  # (past ids, new ids)
 
+HEAD_TOKENS = 16  # a token's logits take 2 MB in float64
 # The blocks of a layer in order of computation. All but two are modules of the reference.
 ROTARY_KEY, ATTEND = "self_attn.rotary", "self_attn.attend"
 BLOCKS = (
@@ -71,31 +75,75 @@ BLOCKS = (
 
 
 @torch.inference_mode()
-def reference_intermediates(
+def pair_intermediates(pair: ReferencePair) -> tuple[Intermediates, Intermediates]:
+    """Run a pair over its first batch and return the output of every block, exact and rounded."""
+    found: tuple[Intermediates, Intermediates] = ({}, {})
+    for into, forward in zip(found, pair.passes, strict=True):
+        into[Place(None, "embed_tokens")] = flat(forward.states[0][0])
+    for index in pair.layers():
+        for into, forward in zip(found, pair.passes, strict=True):
+            with exposed(into, {index: forward.model.model.layers[index]}):
+                _, (key, _) = forward.step(0)
+            into[Place(index, ROTARY_KEY)] = flat(key[0].transpose(0, 1))
+    parts: tuple[list[Tensor], list[Tensor]] = ([], [])
+    normed = [states[0] for states in pair.normed()]
+    for into, states in zip(found, normed, strict=True):
+        into[Place(None, "norm")] = flat(states)
+    for _, weight in head_blocks(pair.source, HEAD_TOKENS):
+        for logits, forward, states in zip(parts, pair.passes, normed, strict=True):
+            logits.append(forward.model.head(states[-HEAD_TOKENS:], weight.to(forward.dtype)))
+    for into, logits in zip(found, parts, strict=True):
+        into[Place(None, "head")] = torch.cat(logits, dim=-1)
+    return found
+
+
+@torch.inference_mode()
+def model_intermediates(
     model: Gemma3, ids: IntArray, past: list[KeyValue] | None = None
 ) -> Intermediates:
-    """Run one forward pass over ids [T] and return the output of every block."""
+    """Run one forward pass of a whole model over ids [T] and return the output of every block."""
     found: Intermediates = {}
-    handles = [
-        module.register_forward_hook(partial(_keep_output, found, Place(layer, block)))
-        for layer, block, module in _places(model)
-    ]
-    handles += [
-        layer.self_attn.o_proj.register_forward_pre_hook(
-            partial(_keep_input, found, Place(index, ATTEND))
+    outer = {"embed_tokens": model.model.embed_tokens, "norm": model.model.norm}
+    with exposed(found, dict(enumerate(model.model.layers)), outer):
+        output = model(
+            torch.from_numpy(ids)[None].to(model.head_weight.device),
+            None,
+            past,
+            num_logits_to_keep=min(HEAD_TOKENS, len(ids)),
         )
-        for index, layer in enumerate(_layers(model))
-        if isinstance(layer.self_attn.o_proj, nn.Module)
-    ]
-    try:
-        output = model(torch.from_numpy(ids)[None].to(model.head_weight.device), None, past)
-    finally:
-        for handle in handles:
-            handle.remove()
     for index, (key, _) in enumerate(output.past_key_values):
         found[Place(index, ROTARY_KEY)] = flat(key[0, :, -len(ids) :].transpose(0, 1))
     found[Place(None, "head")] = output.logits[0].cpu()
     return found
+
+
+@contextmanager
+def exposed(
+    found: Intermediates,
+    layers: Mapping[int, nn.Module],
+    outer: Mapping[str, nn.Module] | None = None,
+) -> Iterator[None]:
+    """Record the outputs of the blocks of ``layers``, and of modules outside them."""
+    handles = [
+        module.register_forward_hook(partial(_keep_output, found, Place(None, block)))
+        for block, module in (outer or {}).items()
+    ]
+    for index, layer in layers.items():
+        modules = dict(layer.named_modules())
+        handles += [
+            modules[block].register_forward_hook(partial(_keep_output, found, Place(index, block)))
+            for block in BLOCKS
+            if block in modules
+        ]
+        projection = modules.get("self_attn.o_proj")
+        if projection is not None:
+            hook = partial(_keep_input, found, Place(index, ATTEND))
+            handles.append(projection.register_forward_pre_hook(hook))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def open_intermediates(runtime: Runtime) -> IntermediatesOfStep | None:
@@ -113,22 +161,7 @@ def _reference_step(model: Gemma3, before: IntArray, new: IntArray) -> Intermedi
     if len(before):
         ids = torch.from_numpy(before)[None].to(model.head_weight.device)
         past = model(ids, None, None, num_logits_to_keep=1).past_key_values
-    return reference_intermediates(model, new, past)
-
-
-def _layers(model: Gemma3) -> list[Any]:
-    return list(model.model.layers)
-
-
-def _places(model: Gemma3) -> list[tuple[int | None, str, nn.Module]]:
-    places: list[tuple[int | None, str, nn.Module]] = [
-        (None, "embed_tokens", model.model.embed_tokens),
-        (None, "norm", model.model.norm),
-    ]
-    for index, layer in enumerate(_layers(model)):
-        modules = dict(layer.named_modules())
-        places += [(index, block, modules[block]) for block in BLOCKS if block in modules]
-    return places
+    return model_intermediates(model, new, past)
 
 
 def _keep_output(
@@ -220,7 +253,7 @@ class OnnxIntermediates:
         for layer, name in enumerate(keys):
             key = found[name][0][:, len(before) : len(before) + count]
             values[Place(layer, ROTARY_KEY)] = flat(torch.from_numpy(key).transpose(0, 1))
-        values[Place(None, "head")] = torch.from_numpy(found[logits][0])
+        values[Place(None, "head")] = torch.from_numpy(found[logits][0])[-HEAD_TOKENS:]
         return values
 
     def _run(self, outputs: list[str], ids: IntArray, past: list[Any], total: int) -> list[Any]:

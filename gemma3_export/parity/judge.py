@@ -15,13 +15,13 @@ largest expected number.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
-from gemma3_export.parity.cases import Case, needed_positions
+from gemma3_export.parity.cases import Case, needed_positions, work_of
 from gemma3_export.parity.differences import (
     LogitDifference,
     TensorDifference,
@@ -32,9 +32,10 @@ from gemma3_export.parity.expected import ExpectedValues
 from gemma3_export.parity.noise_floor import NoiseFloor, next_ids
 from gemma3_export.parity.report.model import CaseResult, LayerResult, MetricResult, PointResult
 from gemma3_export.parity.sequences import CacheObservation, LogitObservation
+from gemma3_export.progress import Progress
 from gemma3_export.runtimes.protocol import Runtime
 
-__all__ = ["ComparedLogits", "Criteria", "Limits", "judge_case"]
+__all__ = ["ComparedLogits", "Criteria", "Limits", "judge_cases"]
 
 GUARD_ULPS = 2.0
 KLD_GUARD = 1e-13  # nats; cancellation leaves this much of zero in float64
@@ -92,13 +93,48 @@ class Comparisons:
     caches: dict[tuple[int, str], list[ComparedTensor]] = field(default_factory=dict)
 
 
+def judge_cases(
+    cases: Sequence[Case],
+    runtime: Runtime,
+    criteria: Criteria,
+    progress: Progress,
+    description: str = "",
+) -> Iterator[tuple[CaseResult, list[ComparedLogits]]]:
+    """Run the cases and yield the result of each.
+
+    Args:
+        cases: the cases to run.
+        runtime: the runtime under test.
+        criteria: what its results are judged by.
+        progress: called with the stage and how much of the work of all cases is done.
+        description: what distinguishes the runtime, for the stage.
+    """
+    sequences = criteria.noise_floor.sequences
+    plans = [work_of(runtime.config, case, sequences) for case in cases]
+    done, total = 0, sum(plan[-1] for plan in plans)
+    for case, plan in zip(cases, plans, strict=True):
+        stage = f"comparing {case.name}{description and ', '}{description}"
+
+        def advance(
+            observations: int, stage: str = stage, plan: list[int] = plan, before: int = done
+        ) -> None:
+            step = min(observations, len(plan)) - 1
+            progress(stage, before + (plan[step] if observations else 0), total)
+
+        yield judge_case(case, runtime, criteria, advance)
+        done += plan[-1]
+    progress("comparing", total, total)
+
+
 def judge_case(
-    case: Case, runtime: Runtime, criteria: Criteria
+    case: Case, runtime: Runtime, criteria: Criteria, advance: Callable[[int], None]
 ) -> tuple[CaseResult, list[ComparedLogits]]:
-    """Run a case and compare its observations as they arrive."""
+    """Run a case and compare its observations as they arrive; ``advance`` gets their number."""
+    advance(0)
     _prefetch_noise_floor(case, runtime, criteria.noise_floor)
     comparisons = Comparisons()
-    for item in case.run(runtime):
+    for number, item in enumerate(case.run(runtime), start=1):
+        advance(number)
         if isinstance(item, LogitObservation):
             comparisons.logits.append(compare_observation(item, criteria))
         else:

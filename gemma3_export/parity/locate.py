@@ -8,6 +8,7 @@ exceeds its own noise floor holds the defect; later blocks only pass the error o
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from gemma3_export.config import Gemma3Config
 from gemma3_export.parity.differences import compare_tensors
@@ -19,7 +20,7 @@ from gemma3_export.parity.intermediates import (
     Intermediates,
     Place,
     open_intermediates,
-    reference_intermediates,
+    pair_intermediates,
 )
 from gemma3_export.parity.judge import Limits
 from gemma3_export.parity.report.model import CaseResult, Divergence
@@ -65,9 +66,10 @@ def locate(
     point = failing.points[bad]
     position, first_new = point.position, first_new_position(failing, bad)
     names = [item.name for item in ground_truth.sequences]
-    ids = ground_truth.sequences[names.index(point.sequence)].ids[: position + 1]
-    exact = reference_intermediates(ground_truth.exact, ids)
-    rounded = reference_intermediates(ground_truth.rounded, ids)
+    sequence = ground_truth.sequences[names.index(point.sequence)]
+    prefix = replace(sequence, ids=sequence.ids[: position + 1])
+    exact, rounded = pair_intermediates(ground_truth.pair([prefix]))
+    ids = prefix.ids
     run = open_intermediates(candidate)
     found: tuple[Place, int] | None = None
     needs_past = False
@@ -155,17 +157,21 @@ def first_bad_place(
     for place in in_order(actual):
         if place not in exact or place not in rounded:
             continue
-        expected, noisy = exact[place][first_new:], rounded[place][first_new:]
-        if actual[place].shape != expected.shape:
-            return place, first_new
-        error = compare_tensors(expected, actual[place])
+        value = actual[place]
+        total = len(exact[Place(None, "embed_tokens")])
+        # The head's output holds the last tokens only.
+        start = max(first_new, total - len(exact[place]))
+        expected, noisy = exact[place][start - total :], rounded[place][start - total :]
+        if value.shape != expected.shape:
+            return place, start
+        error = compare_tensors(expected, value)
         noise = compare_tensors(expected, noisy)
         # A single token can have an unusually low noise floor, so the whole sequence counts too.
         whole = compare_tensors(exact[place], rounded[place])
         limit = limits.error(max(noise.max_abs.max(), whole.max_abs.max()), noise.scale)
         bad = (error.max_abs > limit).nonzero()[0]
         if len(bad):
-            return place, first_new + int(bad[0])
+            return place, start + int(bad[0])
     return None
 
 

@@ -16,7 +16,6 @@ from gemma3_export.limits import MAX_SEED, check_integer, check_threads
 from gemma3_export.runtimes.protocol import RuntimeInfo
 
 __all__ = [
-    "SMALL_PARAMETERS",
     "HalfPrecision",
     "VerifyOptions",
     "noise_floor_dtype",
@@ -24,7 +23,7 @@ __all__ = [
     "torch_threads",
 ]
 
-SMALL_PARAMETERS = 20_000_000  # smaller models do not run faster on a second thread
+SMALL_MATRIX = 4_000_000  # elements; smaller products do not run faster on a second thread
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -108,14 +107,15 @@ def threads_for(config: Gemma3Config, threads: int | None) -> int | None:
 
     Args:
         config: the model.
-        threads: the requested number; None selects one for small models and all cores for others
-            (again None).
+        threads: the requested number; None selects one if even the largest matrix, usually the
+            head, is small, and otherwise all cores (again None).
 
     Raises:
         InputError: ``threads`` is less than 1, or more than a few times the processors.
     """
     check_threads(threads)
-    if threads is None and config.num_parameters < SMALL_PARAMETERS:
+    largest = max(math.prod(shape) for _, shape in config.weight_shapes())
+    if threads is None and largest < SMALL_MATRIX:
         return 1
     return threads
 

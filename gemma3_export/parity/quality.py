@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from gemma3_export.parity.differences import LogitDifference, compare_logits
-from gemma3_export.parity.expected import ExpectedValues
+from gemma3_export.parity.expected import ExpectedLogits
 from gemma3_export.parity.noise_floor import next_ids
 from gemma3_export.parity.options import VerifyOptions
 from gemma3_export.parity.report.model import GateResult, MetricResult
@@ -28,27 +28,29 @@ CHUNK = 32  # tokens per step; all their logits are compared
 
 def run_sequences(
     candidate: Runtime,
-    full: ExpectedValues,
+    full: ExpectedLogits,
     sequences: Sequence[TokenSequence],
     progress: Progress,
 ) -> list[LogitDifference]:
     """Run the candidate over ``sequences`` and compare every position with full precision."""
     stage = "comparing with full precision"
     differences = []
+    done, total = 0, sum(len(sequence.ids) for sequence in sequences)
     for index, sequence in enumerate(sequences):
-        progress(stage, index, len(sequences))
         feed = TeacherForcing(candidate, sequences, [index])
         while left := len(sequence.ids) - feed.fed[0]:
+            progress(stage, done, total)
+            count = min(left, CHUNK)
             differences += [
-                compare_with_full_precision(item, full, sequences)
-                for item in feed.step(min(left, CHUNK))
+                compare_with_full_precision(item, full, sequences) for item in feed.step(count)
             ]
-    progress(stage, len(sequences), len(sequences))
+            done += count
+    progress(stage, total, total)
     return differences
 
 
 def compare_with_full_precision(
-    item: LogitObservation, full: ExpectedValues, sequences: Sequence[TokenSequence]
+    item: LogitObservation, full: ExpectedLogits, sequences: Sequence[TokenSequence]
 ) -> LogitDifference:
     """Compare the logits of one step with the full-precision model."""
     return compare_logits(

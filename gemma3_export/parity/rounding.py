@@ -98,8 +98,8 @@ def widen_residual(model: Gemma3) -> None:
             if name.startswith("post_"):  # these norms feed the residual addition
                 module.register_forward_pre_hook(_widen_input)
             elif isinstance(module, nn.Linear):
-                module.register_forward_pre_hook(_narrow_input(module.weight))
-    model.head.register_forward_pre_hook(_narrow_input(model.head_weight))
+                module.register_forward_pre_hook(_narrow_input(module.weight.dtype))
+    model.head.register_forward_pre_hook(_narrow_input(model.head_weight.dtype))
 
 
 def _widen_output(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
@@ -112,9 +112,9 @@ def _widen_input(module: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
     return (inputs[0].float(),)
 
 
-def _narrow_input(weight: Tensor) -> Any:
+def _narrow_input(dtype: torch.dtype) -> Any:
     def narrow(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         del module
-        return (inputs[0].to(weight.dtype), *inputs[1:])
+        return (inputs[0].to(dtype), *inputs[1:])
 
     return narrow

@@ -7,7 +7,6 @@ the run resumes from the one before it.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import random
@@ -20,8 +19,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from gemma3_export.bundle import sha256_of
 from gemma3_export.errors import Gemma3ExportError, InputError
-from gemma3_export.files import check_regular, is_file, open_regular
+from gemma3_export.files import check_regular, is_file
 from gemma3_export.records import Count, read_record
 from gemma3_export.staging import write_text_atomically
 
@@ -36,7 +36,6 @@ __all__ = [
 
 FOLDER = "checkpoints"
 CHECKPOINT = re.compile(r"step-(\d{8}|[1-9]\d{8,17})\.pt")
-HASH_BYTES = 2**20
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,7 +62,7 @@ def save_checkpoint(run: Path, step: int, state: dict[str, Any], *, keep: int) -
             torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())
-        record = _Record(step=step, size_bytes=partial.stat().st_size, sha256=_sha256(partial))
+        record = _Record(step=step, size_bytes=partial.stat().st_size, sha256=sha256_of(partial))
         _record_of(path).unlink(missing_ok=True)
         partial.replace(path)
         write_text_atomically(_record_of(path), json.dumps(asdict(record)) + "\n")
@@ -143,7 +142,7 @@ def _load(path: Path) -> dict[str, Any]:
         size, expected = check_regular(path), record.size_bytes
         if size != expected:
             raise InputError(f"checkpoint {path.name} is truncated: {size} of {expected} bytes")
-        if _sha256(path) != record.sha256:
+        if sha256_of(path) != record.sha256:
             raise InputError(f"checkpoint {path.name} is damaged: its checksum does not match")
         state = torch.load(path, map_location="cpu", weights_only=True)
     except InputError:
@@ -156,11 +155,3 @@ def _load(path: Path) -> dict[str, Any]:
 
 def _record_of(path: Path) -> Path:
     return path.with_suffix(".json")
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open_regular(path) as file:
-        while block := file.read(HASH_BYTES):
-            digest.update(block)
-    return digest.hexdigest()

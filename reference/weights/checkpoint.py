@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import re
 from collections.abc import Iterable, Mapping
@@ -12,6 +11,7 @@ from typing import Any
 
 import torch
 
+from gemma3_export.bundle import sha256_of
 from gemma3_export.config import (
     EMBEDDING,
     GENERATION_CONFIG_NAME,
@@ -23,7 +23,6 @@ from gemma3_export.config import (
 )
 from gemma3_export.dtypes import FLOAT_DTYPES, torch_dtype
 from gemma3_export.errors import InputError
-from gemma3_export.files import open_regular
 from gemma3_export.gguf_file import GgufTensor
 from gemma3_export.reference.weights.source import WeightSource
 from gemma3_export.reference.weights.stores import GgufStore, TensorStore
@@ -39,7 +38,6 @@ __all__ = [
 READABLE_DTYPES = tuple(map(torch_dtype, FLOAT_DTYPES))
 MAX_LISTED = 10
 COMPARE_BYTES = 16 * 2**20
-HASH_BYTES = 2**20
 USUAL_PADDING_ROWS = 256  # trainers pad the embedding to a multiple of up to 256 rows
 OTHER_WEIGHTS = "pass the config of these weights (--config), the right --size, or other weights"
 logger = logging.getLogger(__name__)
@@ -250,14 +248,10 @@ def _summary(kind: str, items: list[str]) -> str:
 
 
 def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
     try:
-        with open_regular(path) as file:
-            while block := file.read(HASH_BYTES):
-                digest.update(block)
+        return sha256_of(path)
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
-    return digest.hexdigest()
 
 
 # Names: from those that checkpoints use to the canonical names of Gemma3Config.weight_shapes

@@ -28,20 +28,20 @@ BEFORE = 3
 def seen(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[tuple[int, int | None]]]:
     """The threads of PyTorch and of the runtime, for every runtime that is checked."""
     found: set[tuple[int, int | None]] = set()
-    open_runtime, judge_case = verifying.open_runtime, check.judge_case
+    open_runtime, judge_cases = verifying.open_runtime, check.judge_cases
 
     def spy(*arguments: Any, **options: Any) -> Any:
         runtime = open_runtime(*arguments, **options)
         requested[0] = options["threads"]
         return runtime
 
-    def spied_case(*arguments: Any, **options: Any) -> Any:
+    def spied_cases(*arguments: Any, **options: Any) -> Any:
         found.add((torch.get_num_threads(), requested[0]))
-        return judge_case(*arguments, **options)
+        return judge_cases(*arguments, **options)
 
     requested: list[int | None] = [None]
     monkeypatch.setattr(verifying, "open_runtime", spy)
-    monkeypatch.setattr(check, "judge_case", spied_case)
+    monkeypatch.setattr(check, "judge_cases", spied_cases)
     threads = torch.get_num_threads()
     torch.set_num_threads(BEFORE)
     yield found
@@ -91,6 +91,9 @@ def test_verify_uses_one_thread_for_a_small_model(
 def test_large_models_get_all_cores() -> None:
     assert threads_for(preset("270m").config, None) is None
     assert threads_for(preset("270m").config, 4) == 4
+    wide = tiny_config(vocab_size=262_144)  # few parameters, but a head that is worth two threads
+    assert wide.num_parameters < 20_000_000
+    assert threads_for(wide, None) is None
     before = torch.get_num_threads()
     with torch_threads(None):
         assert torch.get_num_threads() == before
