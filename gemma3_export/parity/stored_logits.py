@@ -35,7 +35,7 @@ class StoredLogits:
         self.vocab_size = vocab_size
         self.dtype = dtype
         self.rows: dict[PositionKey, int] = {}
-        self._file = tempfile.SpooledTemporaryFile(max_size=MEMORY_BYTES)  # noqa: SIM115 (kept)
+        self._file = tempfile.SpooledTemporaryFile()  # noqa: SIM115 (kept)
 
     def __contains__(self, key: PositionKey) -> bool:
         return key in self.rows
@@ -48,6 +48,9 @@ class StoredLogits:
         """Reserve a row for each key; :meth:`write` fills it."""
         for key in keys:
             self.rows[key] = len(self.rows)
+        # Before the first write: one near the end would fill memory up to there.
+        if len(self.rows) * self.vocab_size * self.dtype.itemsize > MEMORY_BYTES:
+            self._file.rollover()
 
     def write(self, keys: Sequence[PositionKey], first_id: int, logits: Tensor) -> None:
         """Write the logits [P, v] of consecutive tokens from ``first_id`` on.
