@@ -3,6 +3,8 @@
 VENV := .venv
 CUDA_VENV := .venv-cuda
 LINT_VENV := .venv-lint
+SITE_VENV := .venv-site
+RELEASE_VENV := .venv-release
 GPU_VENV := .venv-gpu
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
@@ -18,6 +20,9 @@ ROOMS := build/rooms
 PEERS ?= optimum-onnx onnxruntime-genai:fp32 onnxruntime-genai:int4 llama.cpp:Q8_0 llama.cpp:Q4_0 \
 	openvino:int8
 AGAINST = --against transformers $(addprefix --against ,$(PEERS))
+# The address of the repository, for links on PyPI and on the site; without it they become text.
+REPOSITORY_URL ?=
+export REPOSITORY_URL
 # The browser that renders the picture in the README.
 CHROMIUM ?= chromium
 # More arguments for pip, such as an index with CPU wheels of torch (see CONTRIBUTING.md).
@@ -27,7 +32,7 @@ PYTEST_ARGS ?=
 PYTEST_PARALLEL := -n logical --maxprocesses 4 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help setup weights tokenizer demo demo-270m train-demo test test-full test-faults test-cuda gpu placement lint lint-systems lint-docker docs picture \
+.PHONY: help setup weights tokenizer demo demo-270m train-demo test test-full test-faults test-cuda gpu placement lint lint-systems lint-docker docs site picture packages \
 	bench bench-peers bench-cuda bench-cuda-short peers clean
 
 help: ## List the targets
@@ -149,6 +154,21 @@ $(CUDA_VENV)/.installed: pyproject.toml constraints.txt | $(INSTALLED)
 
 docs: $(INSTALLED) ## Regenerate docs/cli.md from --help
 	$(BIN)/python docs/generate_cli.py
+
+site: $(SITE_VENV)/.installed ## Build the documentation site in build/site; broken links fail
+	NO_MKDOCS_2_WARNING=1 $(SITE_VENV)/bin/mkdocs build --strict --quiet
+	@echo "build/site/index.html"
+
+packages: $(RELEASE_VENV)/.installed ## Build wheel and sdist in dist/; try every extra in a new environment
+	$(RELEASE_VENV)/bin/python release/build.py dist $(addprefix --url ,$(REPOSITORY_URL))
+	$(RELEASE_VENV)/bin/python release/check_extras.py dist --pip-args "$(PIP_ARGS)"
+
+# The dependency group docs or release alone, without the package.
+.venv-%/.installed: pyproject.toml constraints.txt | $(INSTALLED)
+	$(BIN)/python -m venv $(@D)
+	$(BIN)/python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['dependency-groups']['$(subst site,docs,$*)'], sep='\n')" > $(@D)/requirements.txt
+	$(@D)/bin/python -m pip install --quiet $(PIP_ARGS) -c constraints.txt -r $(@D)/requirements.txt
+	@touch $@
 
 picture: $(INSTALLED) ## Regenerate docs/parity.png, the picture in the README (needs Chromium)
 	$(BIN)/gemma3-export onnx --weights demo -o build/picture --force --no-verify

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from gemma3_export.api.opening import open_runtime
     from gemma3_export.api.options import GenerateOptions, LoadOptions
     from gemma3_export.api.publishing import PushOptions, PushResult, push_to_hub
+    from gemma3_export.api.stream import TextStream
     from gemma3_export.api.verification import VerifyRequest, verify
     from gemma3_export.bundle import Bundle
     from gemma3_export.config import Gemma3Config

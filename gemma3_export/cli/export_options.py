@@ -149,6 +149,10 @@ def run_export(
         description: dtypes and target, for the summary.
         export: an export function of the API.
     """
+    from gemma3_export.api.verification import require_packages
+
+    require_packages()  # before what imports torch
+
     from gemma3_export.api.exporting import open_weights
     from gemma3_export.reference.weights.reduced_vocabulary import reduce_vocabulary
     from gemma3_export.tokenizer import load_tokenizer

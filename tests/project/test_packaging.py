@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -118,6 +119,45 @@ def test_thin_modules_import_no_torch(module):
         [sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True
     )
     assert not {"torch", "transformers", "onnx", "onnxruntime", "ray"} & set(done.stdout.split())
+
+
+WITHOUT_EXTRAS = """
+import json, sys
+for name in ("torch", "onnx", "onnx_ir", "onnxscript", "onnxruntime", "tiktoken", "gguf"):
+    sys.modules[name] = None
+from click.testing import CliRunner
+from gemma3_export.cli import command_line
+results = [CliRunner().invoke(command_line, line) for line in json.loads(sys.argv[1])]
+print(json.dumps([(result.exit_code, result.output) for result in results]))
+"""
+
+
+def test_commands_name_the_extra_that_they_need(ort_bundle, tmp_path):
+    out = tmp_path / "out"
+    extras = {
+        ("onnx", "--weights", "demo", "-o", out): "export",
+        ("torchscript", "--weights", "demo", "-o", out): "export",
+        ("pt2", "--weights", "demo", "-o", out): "export",
+        ("to-hf", "--weights", "demo", "-o", out): "export",
+        ("verify", ort_bundle): "export",
+        ("generate", ort_bundle, "--prompt", "sea"): "cpu",
+        ("bench", ort_bundle, "--prompt-tokens", 4, "--new-tokens", 4): "cpu",
+        ("data", __file__, "-o", out, "--tokenizer", "tiktoken:gpt2"): "tiktoken",
+        ("train", out, "-o", tmp_path / "run"): "train",
+    }
+    commands = json.dumps([[str(word) for word in words] for words in extras])
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_EXTRAS, commands],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    results = json.loads(done.stdout)
+    for (words, extra), (code, output) in zip(extras.items(), results, strict=True):
+        assert code == 3, (words, output)
+        assert f'pip install "gemma3-export[{extra}' in output.replace("'", '"'), (words, output)
+    assert sorted(path.name for path in tmp_path.iterdir()) == []
 
 
 def test_no_module_is_named_after_a_dependency():
