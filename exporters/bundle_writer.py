@@ -164,7 +164,8 @@ def export_bundle(
     }
     if any(ranges.values()):
         seconds["activation range"] += time.perf_counter() - started
-    with staged_directory(output, force=force or existing is not None) as folder:
+    keeps = () if existing is None else DOCUMENTS
+    with staged_directory(output, force=force or existing is not None, keeps=keeps) as folder:
         started = time.perf_counter()
         if existing is not None:  # again, now that no other process can add to it
             existing = extendable_bundle(output, writers, source, tokenizer)
@@ -217,7 +218,7 @@ def stamp_bundle(bundle: Bundle, graph: Graph, proof: str) -> None:
         InputError: another process changed the bundle meanwhile, or it must not be replaced.
         Gemma3ExportError: the disk is full or not writable.
     """
-    with staged_directory(bundle.path, force=True) as folder:
+    with staged_directory(bundle.path, force=True, keeps=DOCUMENTS) as folder:
         manifest = read_manifest(bundle.path)
         if manifest != bundle.manifest:
             raise InputError(f"{bundle.path} changed while it was checked; verify it again")

@@ -21,7 +21,7 @@ import logging
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -71,12 +71,15 @@ logger = logging.getLogger(__name__)
 
 
 @contextmanager
-def staged_directory(target: Path | str, *, force: bool = False) -> Iterator[Path]:
+def staged_directory(
+    target: Path | str, *, force: bool = False, keeps: Collection[str] = ()
+) -> Iterator[Path]:
     """Yield an empty folder, and rename it to ``target`` if the block succeeds.
 
     Args:
         target: the folder to create. An empty mount point is filled instead, manifest last.
         force: replace an existing folder that this program made.
+        keeps: documents that the new content has from the old one, so they may have been edited.
 
     Raises:
         InputError: ``target`` must not be replaced, also because files appeared in it meanwhile
@@ -84,13 +87,13 @@ def staged_directory(target: Path | str, *, force: bool = False) -> Iterator[Pat
         Gemma3ExportError: writing failed, for example because the disk is full.
     """
     target = to_path(target, "the output").absolute()
-    reject_existing(target, force=force)
+    reject_existing(target, force=force, keeps=keeps)
     with sole_writer(target, f"writing {target}") as place:
         content = place / "content"
         try:
             content.mkdir()
             yield content
-            reject_existing(target, force=force)
+            reject_existing(target, force=force, keeps=keeps)
             publish(content, target)
         except OSError as error:
             raise Gemma3ExportError(
@@ -99,12 +102,13 @@ def staged_directory(target: Path | str, *, force: bool = False) -> Iterator[Pat
             ) from error
 
 
-def reject_existing(target: Path, *, force: bool) -> None:
+def reject_existing(target: Path, *, force: bool, keeps: Collection[str] = ()) -> None:
     """Raise an error if ``target`` must not be created or replaced.
 
     Args:
         target: the folder to create.
         force: whether a folder that this program made may be replaced.
+        keeps: see :func:`staged_directory`.
 
     Raises:
         InputError: ``target`` is not a folder, is not empty and ``force`` is false, contains files
@@ -124,7 +128,7 @@ def reject_existing(target: Path, *, force: bool) -> None:
     names = sorted(path.name for path in target.iterdir() if path.name != place)
     if not names:
         return
-    if foreign := foreign_files(target):
+    if foreign := [name for name in foreign_files(target) if name not in keeps]:
         raise InputError(
             f"{target} exists and was not created by this program, or was edited (it contains "
             f"{', '.join(foreign[:3])}), so it is not replaced even with --force; choose "

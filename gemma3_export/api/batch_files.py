@@ -43,13 +43,14 @@ TOOLS, VARIABLES, ID = "tools", "chat_template_kwargs", "id"
 JSON_COLUMNS = (MESSAGES, TOOLS, VARIABLES)  # where a string is the JSON of the value
 PROMPTS = (MESSAGES, PROMPT, TEXT, SHAREGPT)
 ROWS_AT_ONCE = 256  # rows of a Parquet file that are in memory
-# The columns of results in the order of a table; others occur only if a row has them.
+# The columns of results in the order of a table, before others; ALWAYS are in every table.
 COLUMNS = (
     "index",
     ID,
     "text",
     "finish_reason",
     "stop_reason",
+    "is_complete",
     "prompt_tokens",
     "token_ids",
     "seed",
@@ -274,8 +275,7 @@ def write_table(results: Path, target: Path, kind: FileFormat) -> None:
         names |= row.keys()
         if ID in row:
             id_types.add(_id_type(row[ID]))
-    columns = [name for name in COLUMNS if name in names]
-    assert names <= set(COLUMNS), names
+    columns = [name for name in COLUMNS if name in names] + sorted(names - {*COLUMNS})
     if kind == "csv":
         _write_csv(results, target, columns)
     else:
@@ -327,6 +327,7 @@ def _write_parquet(results: Path, target: Path, columns: list[str], id_types: se
     is_plain_id = id_types in ({int}, {str})
     kinds = {
         "index": number,
+        "is_complete": pyarrow.bool_(),
         ID: number if id_types == {int} else text,
         "prompt_tokens": number,
         "token_ids": pyarrow.list_(number),
@@ -343,8 +344,9 @@ def _write_parquet(results: Path, target: Path, columns: list[str], id_types: se
             else value
             for key, value in row.items()
         }
-        if row.get("stop_reason") is not None:
-            found["stop_reason"] = json.dumps(row["stop_reason"])
+        for name in ("stop_reason", *(row.keys() - {*COLUMNS})):
+            if row.get(name) is not None:
+                found[name] = json.dumps(row[name])
         if ID in row and not is_plain_id:
             found[ID] = json.dumps(row[ID])
         if row.get("function_calls") is not None:

@@ -30,6 +30,7 @@ from gemma3_export.bundle.manifest import (
     Manifest,
     default_graph,
 )
+from gemma3_export.bundle.transformers_js import WEB_DTYPES
 from gemma3_export.bundle.variants import DEFAULT_STEM
 from gemma3_export.config import TOKENIZER_NAME, Gemma3Config, preset_of
 from gemma3_export.dtypes import EXPORT_DTYPES
@@ -69,8 +70,7 @@ PURPOSES = {
 }
 QUALITY = {"mean_kld", "top1_agreement", "perplexity_ratio"}
 NUMPY_DTYPES = ("float32", "float16")  # cache types that numpy has
-# What transformers.js calls the files that it finds under these names; others by their suffix.
-JAVASCRIPT_DTYPES = {"": "fp32", "quantized": "q8"}
+FULL_GRAPH = f"onnx/{DEFAULT_STEM}.onnx"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -165,7 +165,7 @@ def render_card(
         is_chat=has_tokenizer and _is_chat(config),
         onnx=onnx,
         has_genai=GENAI_CONFIG in files,
-        javascript=_javascript_dtype(graphs) if repo_id else None,
+        javascript=_javascript_options(graphs) if repo_id else None,
         has_torchscript="torchscript" in runtimes,
     )
     return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
@@ -305,14 +305,13 @@ def _right_padded(manifest: Manifest) -> str:
     )
 
 
-def _javascript_dtype(graphs: Sequence[_CardGraph]) -> str | None:
-    """Return the dtype with which transformers.js loads a graph that its kernels can run."""
-    full = [graph for graph in graphs if graph.runtime == "onnx" and not graph.is_quantized]
-    for graph in [graph for graph in graphs if graph.target == "web"] + full:
-        stem = PurePosixPath(graph.path).stem
-        suffix = stem.removeprefix(DEFAULT_STEM).removeprefix("_")
-        if graph.target == "web" or graph.cache_dtype == "float32":
-            return JAVASCRIPT_DTYPES.get(suffix, suffix)
+def _javascript_options(graphs: Sequence[_CardGraph]) -> str | None:
+    """Return the options with which transformers.js loads a graph that its kernels can run."""
+    for graph in graphs:
+        if graph.target == "web":
+            return f'{{ dtype: "{WEB_DTYPES[graph.dtype]}" }}'
+    if any(graph.path == FULL_GRAPH and graph.dtype == "fp32" for graph in graphs):
+        return f'{{ dtype: "{WEB_DTYPES["fp32"]}", use_external_data_format: true }}'
     return None
 
 

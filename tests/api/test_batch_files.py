@@ -273,6 +273,17 @@ def test_columns_do_not_depend_on_the_first_row(tmp_path: Path) -> None:
     assert third.startswith("0,a,stop,106,2,")
 
 
+def test_results_of_later_versions_have_a_place(tmp_path: Path) -> None:
+    row = RESULT | {"is_complete": True, "zeal": {"a": [1]}}
+    (found,) = parquet.read_table(table_of([row], tmp_path / "out.parquet")).to_pylist()
+    assert found["is_complete"] is True
+    assert found["zeal"] == '{"a": [1]}'
+    header, line, _ = table_of([row], tmp_path / "out.csv").read_text().split("\n")
+    assert header.endswith(",seed,zeal")
+    assert line.endswith(',"{""a"": [1]}"')
+    assert ",true,2," in line
+
+
 def test_parquet_without_pyarrow_is_explained(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

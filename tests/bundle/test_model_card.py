@@ -23,10 +23,11 @@ from gemma3_export.bundle import (
     Graph,
     Manifest,
 )
+from gemma3_export.bundle.inspection import read_proofs
 from gemma3_export.bundle.model_card import GEMMA_NOTICE, documents_of, render_card
 from gemma3_export.config import Gemma3Config, preset
 from gemma3_export.errors import InputError
-from gemma3_export.exporters.bundle_writer import finish_bundle, link_files
+from gemma3_export.exporters.bundle_writer import stamp_bundle
 from gemma3_export.staging import staged_directory
 from tests.support.command_line import run_ok
 from tests.support.tiny_models import tiny_config
@@ -120,29 +121,25 @@ class TestDocumentsOfAnExport:
         run_ok("inspect", bundle, "--check")
         gemma3_export.load(bundle, check=True)
 
-    def test_an_edited_card_survives_another_graph_and_others_are_written_again(
-        self, bundle: Path, tmp_path: Path
+    def test_an_edited_card_survives_a_new_proof_and_others_are_written_again(
+        self, bundle: Path
     ) -> None:
         (bundle / CARD).write_text("mine")
         (bundle / GIT_ATTRIBUTES).unlink()
-        folder = tmp_path / "staged"
-        folder.mkdir()
-        old = Bundle(bundle)
-        link_files(old, folder)
-        described = old.manifest
-        described.graphs = [replace(graph, verified=False) for graph in described.graphs]
-        finish_bundle(folder, old.config, described)
-        assert (folder / CARD).read_text() == "mine"
-        assert (folder / GIT_ATTRIBUTES).is_file()
-        assert Bundle(folder).is_edited(CARD), "and it is known that it was edited"
+        found = Bundle(bundle)
+        proof = json.dumps(read_proofs(bundle)["onnx/model.onnx"] | REPORT)
+        stamp_bundle(found, found.graph("onnx"), proof)
+        assert (bundle / CARD).read_text() == "mine"
+        assert (bundle / GIT_ATTRIBUTES).is_file()
+        assert Bundle(bundle).is_edited(CARD), "and it is known that it was edited"
 
         (bundle / CARD).unlink()
-        again = tmp_path / "again"
-        again.mkdir()
-        link_files(Bundle(bundle), again)
-        finish_bundle(again, old.config, described)
-        assert "**not checked**" in (again / CARD).read_text(encoding="utf-8")
-        assert not Bundle(again).is_edited(CARD)
+        found = Bundle(bundle)
+        stamp_bundle(found, found.graph("onnx"), proof)
+        assert "| 1 | 2 | 0.062 |" in (bundle / CARD).read_text(encoding="utf-8")
+        assert not Bundle(bundle).is_edited(CARD)
+        stamp_bundle(Bundle(bundle), found.graph("onnx"), proof)
+        assert not Bundle(bundle).is_edited(CARD)
 
     def test_force_does_not_replace_an_edited_card(self, bundle: Path) -> None:
         (bundle / CARD).write_text("mine")
@@ -236,6 +233,12 @@ class TestWhatTheCardSays:
             "onnxruntime-genai",
             "transformers.js",
         ]
+        assert '"me/tiny", { dtype: "fp32", use_external_data_format: true });' in everything
+        web = replace(GRAPH, path="onnx/model_quantized.onnx", target="web")
+        text = card(tiny_config(), manifest(web, names=names[:1]), repo_id="me/tiny")
+        headings = re.findall("^### (.*)$", text, flags=re.MULTILINE)
+        assert headings == ["gemma3-export", "transformers.js"]
+        assert '"me/tiny", { dtype: "q8" });' in text
         half = card(tiny_config(), manifest(replace(GRAPH, cache_dtype="bfloat16"), names=names))
         headings = re.findall("^### (.*)$", half, flags=re.MULTILINE)
         assert headings == ["gemma3-export", "onnxruntime-genai"]
