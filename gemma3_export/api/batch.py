@@ -176,6 +176,8 @@ def run_batch(
         Gemma3ExportError: writing failed.
     """
     options, batch = options or GenerateOptions(), batch or BatchOptions()
+    if options.tool_choice is not None:
+        raise InputError("tool_choice is not supported in batches, whose rows have their own tools")
     source, target = to_path(source, "the input"), to_path(target, "the output").absolute()
     reader = _Reader(model, options, batch)
     resolve_stops(options, model.tokenizer, model.config.vocab_size)

@@ -51,6 +51,7 @@ from gemma3_export.runtimes.generation.scheduler import ScheduledRequest
 from gemma3_export.runtimes.generation.speculation import MAX_DRAFT_TOKENS
 from gemma3_export.runtimes.protocol import IntArray, Logits, Runtime
 from gemma3_export.runtimes.structured.constraint import ConstraintFactory, GrammarConstraint
+from gemma3_export.runtimes.structured.function_calls import CallTokens, function_call_grammar
 from gemma3_export.tokenizer import ChatMessage, FunctionCall, StreamingDecoder
 
 __all__ = ["Chat", "Model", "load"]
@@ -400,16 +401,22 @@ class Model:
         """Return a factory of constraints, one per prompt; None if any text may be generated.
 
         Raises:
-            InputError: there is no tokenizer.
+            InputError: there is no tokenizer; or it is not FunctionGemma's, and functions are to be
+                called.
         """
         grammar = options.grammar
-        if grammar is None:
+        if grammar is None and options.tool_choice is None:
             return None
         if self.tokenizer is None or self._constraints is None:
+            what = "tool_choice" if grammar is None else grammar.option
             raise InputError(
-                f"{self.path} has no tokenizer, so {grammar.option} cannot be enforced; export it "
-                "again with a tokenizer"
+                f"{self.path} has no tokenizer, so {what} cannot be enforced; export it again with "
+                "a tokenizer"
             )
+        if grammar is None:
+            assert options.tool_choice is not None
+            tokens = CallTokens(*self.tokenizer.chat.call_token_ids())
+            grammar = function_call_grammar(options.tools, options.tool_choice, tokens)
         constraints = self._constraints
         return lambda: constraints.new(grammar, stop_token_ids)
 

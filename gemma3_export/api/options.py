@@ -22,6 +22,7 @@ from gemma3_export.limits import (
     shown,
 )
 from gemma3_export.runtimes.generation.sampling import SamplingParams
+from gemma3_export.runtimes.structured.function_calls import check_tool_choice
 from gemma3_export.runtimes.structured.grammar import Grammar
 from gemma3_export.tokenizer.chat_format import ChatOptions
 
@@ -116,6 +117,9 @@ class GenerateOptions(SamplingParams):
         json_schema: generate JSON that validates against this schema: a mapping, or JSON text. The
             text ends where the JSON does; ``is_complete`` of the result says whether it got there.
         regex: generate a text that this regular expression matches as a whole.
+        tool_choice: bind function calls to the schemas of ``tools``, for FunctionGemma: ``auto`` is
+            text or calls, ``required`` at least one call, ``none`` only text, and the name of a
+            function one call of it. None leaves the answer to the model, unchecked.
 
     Raises:
         InputError: a value is out of range; or a schema or regular expression cannot be enforced.
@@ -137,11 +141,12 @@ class GenerateOptions(SamplingParams):
     template_variables: Mapping[str, Any] | None = None
     json_schema: Mapping[str, Any] | str | None = None
     regex: str | None = None
+    tool_choice: str | None = None
 
     def __post_init__(self) -> None:
         SamplingParams.__post_init__(self)
         check_flags(self, "allow_control_tokens", "show_special_tokens")
-        check_texts(self, "chat_template")
+        check_texts(self, "chat_template", "tool_choice")
         _check(self, ("tools", "documents"), is_list_of_objects, "a list of JSON objects")
         _check(self, ("template_variables",), is_object, "a mapping with string keys")
         check_integers(self, 1, "max_new_tokens", "prefill_chunk")
@@ -194,6 +199,10 @@ class GenerateOptions(SamplingParams):
 
     def _check_grammar(self) -> None:
         """Check that a grammar can be enforced, and that nothing else ends or changes the text."""
+        if self.tool_choice is not None:
+            check_tool_choice(self.tools, self.tool_choice)
+            if self.stop_texts:
+                raise InputError("stop would cut function calls off; leave stop or tool_choice out")
         if (grammar := self.grammar) is None:
             return
         if self.json_schema is not None and self.regex is not None:

@@ -82,6 +82,11 @@ Examples:
     help="JSON list of schemas of the functions that the model may call (requires --chat).",
 )
 @click.option(
+    "--tool-choice",
+    metavar="CHOICE",
+    help="Bind calls to the schemas of --tools: auto, required, none or a function's name.",
+)
+@click.option(
     "--chat-template",
     metavar="NAME",
     help="Which of the bundle's chat templates to use (requires --chat).",
@@ -148,6 +153,7 @@ def generate(
     chat: bool,
     system: str | None,
     tools_path: Path | None,
+    tool_choice: str | None,
     chat_template: str | None,
     literal: bool,
     prompt_lookup: int | None,
@@ -180,6 +186,8 @@ def generate(
     ):
         if value is not None and not (chat or converses):
             raise click.UsageError(f"{option} needs --chat")
+    if tool_choice is not None and tools_path is None:
+        raise click.UsageError("--tool-choice needs --tools")
     if sampling["logprobs"] is not None and not as_json:
         raise click.UsageError("--logprobs needs --json")
 
@@ -191,6 +199,7 @@ def generate(
     options = GenerateOptions(
         allow_control_tokens=not literal,
         tools=tools,
+        tool_choice=tool_choice,
         chat_template=chat_template,
         prompt_lookup=prompt_lookup,
         draft_model=draft_path,

@@ -145,6 +145,20 @@ class ChatFormat:
             for token in CALL_TOKENS
         )
 
+    def call_token_ids(self) -> tuple[int, ...]:
+        """Return the ids of the tokens that start a call, end it, and surround a text in it.
+
+        Raises:
+            InputError: the model does not call functions as FunctionGemma does.
+        """
+        if not self.calls_functions:
+            raise InputError(
+                "only FunctionGemma's calls can be bound to schemas, and this model's template "
+                f"writes no {CALL_TOKENS[0]}; leave tool_choice out"
+            )
+        ids = (self._tokenizer.token_id(token) for token in CALL_TOKENS)
+        return tuple(token_id for token_id in ids if token_id is not None)
+
     def opening(
         self, system: str | None, tools: Sequence[Mapping[str, Any]] | None
     ) -> list[ChatMessage]:

@@ -1,8 +1,8 @@
 """Constrain the tokens of a request to a grammar, with masks computed beside the model's steps.
 
 llguidance sees each token as the bytes that decoding yields for it, so the text of the accepted
-tokens is exactly the text that the grammar matched. Control tokens have no bytes for it, nor do
-padding rows of the vocabulary, so neither is ever part of the text.
+tokens is exactly the text that the grammar matched. Control tokens are no text for it: a grammar
+allows them only by their ids. Padding rows of the vocabulary are never allowed.
 
 Shapes: V vocabulary.
 """
@@ -71,12 +71,11 @@ class _Words:
     def __init__(self, tokenizer: Tokenizer, vocab_size: int) -> None:
         control = tokenizer.control_token_ids
         self.tokens = [
-            b"" if token_id in control else _text_bytes(tokenizer.token_bytes(token_id))
-            for token_id in range(vocab_size)
+            _text_bytes(tokenizer.token_bytes(token_id)) for token_id in range(vocab_size)
         ]
         self.tokens.append(b"<end of text>")
         self.eos_token_id = vocab_size
-        self.special_token_ids = [vocab_size]
+        self.special_token_ids = [*sorted(i for i in control if i < vocab_size), vocab_size]
         self._tokenizer = tokenizer
         self._byte_ids = {
             token[0]: token_id for token_id, token in enumerate(self.tokens) if len(token) == 1

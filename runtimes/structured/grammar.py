@@ -20,7 +20,13 @@ from gemma3_export.runtimes.structured.json_schema import check_json_schema
 if TYPE_CHECKING:
     from types import ModuleType
 
-__all__ = ["MAX_REGEX_CHARACTERS", "Grammar", "import_llguidance", "parser_limits"]
+__all__ = [
+    "MAX_REGEX_CHARACTERS",
+    "Grammar",
+    "check_source",
+    "import_llguidance",
+    "parser_limits",
+]
 
 MAX_REGEX_CHARACTERS = 2**14
 TRIED_BYTES = 16
@@ -41,7 +47,7 @@ class Grammar:
     """A checked grammar.
 
     Attributes:
-        option: what it comes from, for messages: ``json_schema`` or ``regex``.
+        option: what it comes from, for messages, such as ``json_schema``.
         source: what llguidance reads.
     """
 
@@ -91,7 +97,8 @@ def import_llguidance() -> ModuleType:
         import llguidance
     except ImportError as error:
         raise UnavailableError(
-            "json_schema and regex need llguidance; run: pip install 'gemma3-export[structured]'"
+            "json_schema, regex and tool_choice need llguidance; run: pip install "
+            "'gemma3-export[structured]'"
         ) from error
     module: ModuleType = llguidance
     return module
@@ -121,6 +128,21 @@ def _regex_grammar(pattern: str) -> Grammar:
     return _tried(Grammar("regex", import_llguidance().LLMatcher.grammar_from_regex(pattern)))
 
 
+def check_source(grammar: Grammar) -> None:
+    """Check that llguidance takes a grammar, whose token ids must be below 256.
+
+    Raises:
+        InputError: it does not.
+        UnavailableError: it is not installed.
+    """
+    library = import_llguidance()
+    is_error, messages = library.LLMatcher.validate_grammar_with_warnings(
+        grammar.source, library.LLTokenizer("byte"), limits=parser_limits()
+    )
+    if is_error or messages:  # a warning is about something that is not enforced
+        raise _unusable(grammar.option, messages[0])
+
+
 def _tried(grammar: Grammar) -> Grammar:
     """Return ``grammar`` if a few bytes can be generated from it.
 
@@ -128,12 +150,8 @@ def _tried(grammar: Grammar) -> Grammar:
         InputError: llguidance rejects it, nothing matches, or a limit is reached.
     """
     library = import_llguidance()
+    check_source(grammar)
     tokenizer = library.LLTokenizer("byte")
-    is_error, messages = library.LLMatcher.validate_grammar_with_warnings(
-        grammar.source, tokenizer, limits=parser_limits()
-    )
-    if is_error or messages:  # a warning is about something that is not enforced
-        raise _unusable(grammar.option, messages[0])
     matcher = library.LLMatcher(tokenizer, grammar.source, log_level=0, limits=parser_limits())
     for _ in range(TRIED_BYTES):
         bits = np.frombuffer(matcher.compute_bitmask(), np.uint8)

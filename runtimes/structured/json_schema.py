@@ -17,7 +17,7 @@ import msgspec
 from gemma3_export.errors import InputError
 from gemma3_export.limits import MAX_COUNT, check_integer, check_number, shown
 
-__all__ = ["MAX_SCHEMA_BYTES", "check_json_schema"]
+__all__ = ["ANNOTATIONS", "MAX_SCHEMA_BYTES", "check_json_schema"]
 
 MAX_SCHEMA_BYTES = 2**20
 MAX_DEPTH = 64  # objects and lists within each other
@@ -71,6 +71,7 @@ def check_json_schema(schema: Any) -> str:
             f"json_schema is {shown(schema)}; it must be a mapping, or JSON text of an object"
         )
     _check(schema, "$", is_root=True)
+    _check_exclusive_bounds(schema)
     try:
         text = json.dumps(schema, ensure_ascii=False, allow_nan=False, default=dict)
         size = len(text.encode())
@@ -200,6 +201,41 @@ def _check_min_properties(schema: Mapping[str, Any], where: str) -> None:
             f"minProperties {schema['minProperties']}",
             "cannot be enforced; list as many names in required",
         )
+
+
+def _check_exclusive_bounds(schema: Mapping[str, Any]) -> None:
+    """Check that no whole number is excluded less than 1 from the opposite bound.
+
+    llguidance 1.9 takes the 0 in exclusiveMinimum 0 with maximum 0.5. Where it merges schemas, the
+    two bounds may come from different ones.
+    """
+    schemas = list(_all_schemas(schema))
+    merging = {"anyOf", "oneOf", "$ref"}
+    merges = any(
+        "allOf" in one or (merging & one.keys() and set(BOUNDS) & one.keys()) for one in schemas
+    )
+    for group in [schemas] if merges else [[one] for one in schemas]:
+        for excluded, opposites in (
+            ("exclusiveMinimum", ("maximum", "exclusiveMaximum")),
+            ("exclusiveMaximum", ("minimum", "exclusiveMinimum")),
+        ):
+            near = [one[key] for one in group for key in opposites if key in one]
+            for one in group:
+                bound = one.get(excluded, 0.5)
+                if bound != int(bound) or one.get("type") == "integer":
+                    continue
+                if any(abs(other - bound) < 1 for other in near):
+                    raise InputError(
+                        f"json_schema: {excluded} {bound} cannot be enforced with the opposite "
+                        "bound so close; use the type integer, or a bound that is included"
+                    )
+
+
+def _all_schemas(schema: Any) -> Iterator[Mapping[str, Any]]:
+    if isinstance(schema, Mapping):
+        yield schema
+        for child, _ in _schemas_in(schema, ""):
+            yield from _all_schemas(child)
 
 
 def _are_texts(value: Any) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from typing import Any
@@ -134,6 +135,33 @@ class TestSchemas:
         assert json.loads(written) == text
 
 
+@pytest.mark.parametrize("kind", ["number", "integer"])
+def test_numbers_are_within_their_bounds(kind: str) -> None:
+    """llguidance takes a few that are not; those schemas are rejected."""
+    library = pytest.importorskip("llguidance")
+    parts = [(whole, rest) for whole in ("0", "1", "2", "10") for rest in ("", ".0", ".01", ".5")]
+    texts = [sign + whole + rest for sign in ("", "-") for whole, rest in parts]
+    bounds = (-1.5, -1, -0.5, 0, 0.5, 1, 1.5, 10)
+    lowers = [(key, value) for key in ("minimum", "exclusiveMinimum") for value in bounds]
+    uppers = [(key, value) for key in ("maximum", "exclusiveMaximum") for value in bounds]
+    tokenizer, tried = library.LLTokenizer("byte"), 0
+    for lower, upper in itertools.product(lowers, uppers):
+        schema = {"type": kind, **dict((lower, upper))}
+        try:
+            grammar = Grammar.of_json_schema(schema)
+        except InputError:
+            continue
+        matcher = library.LLMatcher(tokenizer, grammar.source, log_level=0)
+        validator = jsonschema.Draft202012Validator(schema)
+        for text in texts:
+            reader = matcher.deep_copy()
+            data = list(text.encode())
+            if reader.try_consume_tokens(data) == len(data) and reader.is_accepting():
+                tried += 1
+                assert validator.is_valid(json.loads(text)), (schema, text)
+    assert tried > 100
+
+
 def accept_text(constraint: GrammarConstraint, tokenizer: Tokenizer, text: str) -> None:
     for token_id in tokenizer.encode_ordinary(text):
         assert constraint.allowed()[token_id] or constraint.accept(token_id) is None
@@ -234,6 +262,8 @@ class TestRejectedSchemas:
             ({"type": "integer", "minimum": 2**60}, "minimum.*2\\*\\*53"),
             ({"const": [{"id": 10**20}]}, "const.*2\\*\\*53"),
             ({"type": "object", "minProperties": 2}, "minProperties 2"),
+            ({"exclusiveMinimum": 0, "maximum": 0.5}, "exclusiveMinimum 0 .* so close"),
+            ({"allOf": [{"exclusiveMaximum": 2}, {"minimum": 1.5}]}, "exclusiveMaximum 2"),
             ({"type": "string", "minLength": -1}, "minLength.*-1"),
             ({"type": "integer", "minimum": 5, "maximum": 2}, "Unsatisfiable"),
             ({"type": "intger"}, "Invalid type"),
