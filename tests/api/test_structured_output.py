@@ -18,6 +18,7 @@ from gemma3_export.runtimes.generation.sampling import Sampler, SamplingParams
 from gemma3_export.runtimes.onnx.runtime import OnnxRuntime
 from gemma3_export.runtimes.structured.constraint import ConstraintFactory, GrammarConstraint
 from gemma3_export.runtimes.structured.grammar import Grammar
+from tests.support.chat_templates import WEATHER, chat_bundle
 from tests.support.exported_bundles import exported_bundle
 from tests.support.fake_runtime import FakeRuntime
 from tests.support.generation import generate
@@ -263,3 +264,65 @@ def test_nan_logits_are_noticed_although_their_tokens_are_not_allowed() -> None:
 def test_a_schema_may_have_no_limit_on_its_text(model: Model) -> None:
     done = model.generate("Say", json_schema=PERSON, max_new_tokens=40, temperature=1.0, seed=1)
     assert done.text.lstrip()[:1] in ("", "{")
+
+
+LIGHT = {
+    "type": "function",
+    "function": {
+        "name": "set_light",
+        "parameters": {
+            "type": "object",
+            "properties": {
+                "room": {"enum": ["kitchen", "hall"]},
+                "percent": {"type": "integer", "minimum": 0, "maximum": 100},
+            },
+            "required": ["room", "percent"],
+        },
+    },
+}
+
+
+class TestFunctionCalls:
+    """``tool_choice``, on a model with FunctionGemma's template and random weights."""
+
+    @pytest.fixture(scope="class")
+    def caller(self) -> Model:
+        return gemma3_export.load(chat_bundle("functiongemma"), device="cpu", threads=1)
+
+    def test_a_chat_calls_the_function_and_goes_on(self, caller: Model) -> None:
+        chat = caller.chat(tools=[WEATHER, LIGHT], tool_choice="set_light", max_new_tokens=80)
+        done = chat.send("More light!")
+        assert done.finish_reason == "stop"
+        (call,) = chat.calls
+        assert call.name == "set_light"
+        check(json.dumps(call.arguments), LIGHT["function"]["parameters"])
+        answer = chat.respond({"ok": True}, tool_choice="none", max_new_tokens=5)
+        assert "call:" not in answer.text
+        assert chat.calls == []
+
+    @pytest.mark.parametrize("sampling", [{}, {"temperature": 3.0, "seed": 2}], ids=str)
+    def test_a_call_can_be_required(self, caller: Model, sampling: Any) -> None:
+        options = {"tools": [LIGHT], "tool_choice": "required", "max_new_tokens": 120, **sampling}
+        done = caller.generate([{"role": "user", "content": "More light!"}], **options)
+        tokenizer = caller.tokenizer
+        assert tokenizer is not None
+        ids = done.token_ids
+        end = tokenizer.token_id("<end_function_call>")
+        last = max(at for at, token_id in enumerate(ids) if token_id == end)
+        text, calls = tokenizer.chat.read_answer(ids[: last + 1])
+        assert text == ""
+        for call in calls:
+            check(json.dumps(call.arguments), LIGHT["function"]["parameters"])
+
+    def test_only_functiongemma_can_be_bound(self, model: Model) -> None:
+        with pytest.raises(InputError, match="only FunctionGemma's calls can be bound"):
+            model.generate("Say", tools=[LIGHT], tool_choice="required")
+
+    def test_a_choice_needs_tools_and_no_stop(self, model: Model, tmp_path: Path) -> None:
+        with pytest.raises(InputError, match="1 to 128 tools"):
+            GenerateOptions(tool_choice="auto")
+        with pytest.raises(InputError, match="leave stop or tool_choice out"):
+            GenerateOptions(tools=[LIGHT], tool_choice="auto", stop="x")
+        options = GenerateOptions(tools=[LIGHT], tool_choice="auto")
+        with pytest.raises(InputError, match="batches"):
+            run_batch(model, tmp_path / "in.jsonl", tmp_path / "out.jsonl", options)

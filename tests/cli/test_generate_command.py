@@ -10,6 +10,7 @@ import pytest
 
 from gemma3_export.bundle import Bundle
 from gemma3_export.tokenizer import Tokenizer
+from tests.support.chat_templates import chat_bundle
 from tests.support.command_line import (
     TIMEOUT_S,
     error_line,
@@ -243,6 +244,22 @@ class TestGrammars:
         assert json.loads(result.stdout) in ("fish", "Bär")
         result = run_ok("chat", ort_bundle, *options, stdin="Say\n")
         assert json.loads(result.stdout) in ("fish", "Bär")
+
+    def test_function_calls_are_bound_to_their_schemas(self, tmp_path):
+        parameters = {"properties": {"on": {"type": "boolean"}}, "required": ["on"]}
+        tool = {"type": "function", "function": {"name": "light", "parameters": parameters}}
+        (tmp_path / "tools.json").write_text(json.dumps([tool]), encoding="utf-8")
+        result = run_ok(
+            *("generate", chat_bundle("functiongemma"), "--chat", "--prompt", "Say", "--json"),
+            *("--tools", tmp_path / "tools.json", "--tool-choice", "light"),
+        )
+        (data,) = json_lines(result)
+        ((call,),) = (data["function_calls"],)
+        assert call["name"] == "light"
+        assert call["arguments"]["on"] in (True, False)
+        assert "--tool-choice needs --tools" in run_rejected(
+            "generate", tmp_path, "--prompt", "Say", "--tool-choice", "auto"
+        )
 
     @pytest.mark.parametrize(
         ("option", "value", "problem"),

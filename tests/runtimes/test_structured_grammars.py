@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
+from decimal import Decimal
 from typing import Any
 
 import numpy as np
@@ -83,7 +84,9 @@ def gemma_writer() -> Writer:
 
 
 def check_json(text: str, schema: Any) -> None:
-    jsonschema.Draft202012Validator(schema).validate(json.loads(text))
+    """Validate in decimals: to floats, 67.1 is not a multiple of 0.1."""
+    decimal = json.loads(json.dumps(schema), parse_float=Decimal)
+    jsonschema.Draft202012Validator(decimal).validate(json.loads(text, parse_float=Decimal))
 
 
 class TestSchemas:
