@@ -18,6 +18,7 @@ from gemma3_export.exporters.onnx.fused_norms import FuseBfloat16Norms, FuseNorm
 from gemma3_export.exporters.onnx.graph_cleanup import DeclareSignature, DropTracedShapes, Simplify
 from gemma3_export.exporters.onnx.integer_products import IntegerProducts
 from gemma3_export.exporters.onnx.left_padding import AcceptLeftPadding, ExpectRightPadding
+from gemma3_export.exporters.onnx.minimum_version import RejectLongWindows
 from gemma3_export.exporters.onnx.quantize_weights import QuantizedShape, QuantizeWeights
 from gemma3_export.exporters.onnx.screened_head import ScreenHead
 from gemma3_export.exporters.onnx.sliding_window import UseSlidingWindowCache
@@ -99,6 +100,8 @@ MODEL_PASSES = (
     PassRow(
         lambda plan: AcceptLeftPadding(), FUSED, ANY, lambda plan: plan.cache_dtype == "float32"
     ),
+    # Graphs in half precision are for CUDA, where this package needs newer releases anyway.
+    PassRow(lambda plan: RejectLongWindows(), ORT, ANY, lambda plan: plan.cache_dtype == "float32"),
     PassRow(lambda plan: DeclareSignature(plan.signature), ALL, ANY),
     PassRow(lambda plan: QuantizeWeights(plan.quantized), ORT, BLOCKS),
     PassRow(lambda plan: QuantizeWeights(plan.quantized, IntegerProducts), WEB, BLOCKS),

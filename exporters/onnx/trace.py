@@ -34,7 +34,10 @@ TARGETS: dict[str, type[PortableGemma3]] = {
 
 
 def trace_onnx(
-    config: Gemma3Config, target: str, dtype: torch.dtype = torch.float32
+    config: Gemma3Config,
+    target: str,
+    dtype: torch.dtype = torch.float32,
+    opset: int = OPSET_VERSION,
 ) -> tuple[ir.Model, dict[str, WeightRecipe]]:
     """Trace one decoder step of a model with one layer of each type of ``config``.
 
@@ -45,6 +48,7 @@ def trace_onnx(
         target: ``ort`` or ``web`` for ONNX Runtime's fused kernels, ``portable`` for standard
             operators.
         dtype: element type of matrices, attention and the activations between them.
+        opset: version of the operator set to trace to.
 
     Returns:
         The graph, whose weights are initializers without a value, and the recipe of every stored
@@ -67,7 +71,7 @@ def trace_onnx(
         program = torch.onnx.export(
             exported,
             dynamo=True,
-            opset_version=OPSET_VERSION,
+            opset_version=opset,
             optimize=False,
             verbose=False,
             input_names=[spec.name for spec in signature.inputs],

@@ -37,6 +37,7 @@ from gemma3_export.errors import InputError
 from gemma3_export.exporters.bundle_writer import half_precision
 from gemma3_export.exporters.onnx.external_data import OnWrite, write_external_data
 from gemma3_export.exporters.onnx.integer_products import rotated_rows
+from gemma3_export.exporters.onnx.minimum_version import DECOMPOSED_OPSET, minimum_onnxruntime
 from gemma3_export.exporters.onnx.passes import (
     MODEL_PASSES,
     SLIDING_WINDOW_PASSES,
@@ -46,7 +47,12 @@ from gemma3_export.exporters.onnx.passes import (
 from gemma3_export.exporters.onnx.quantize_weights import quantized_recipes, quantized_shapes
 from gemma3_export.exporters.onnx.screened_head import screen_bytes, should_screen, write_screen
 from gemma3_export.exporters.onnx.sliding_window import has_sliding_layers
-from gemma3_export.exporters.onnx.trace import TARGETS, has_wide_residual, trace_onnx
+from gemma3_export.exporters.onnx.trace import (
+    OPSET_VERSION,
+    TARGETS,
+    has_wide_residual,
+    trace_onnx,
+)
 from gemma3_export.exporters.quantize.calibration import CalibrationOptions
 from gemma3_export.exporters.quantize.gptq_quantizer import GptqQuantizer, check_formats
 from gemma3_export.exporters.quantize.mixed_precision import quantize_mixed
@@ -94,6 +100,8 @@ class OnnxWriter:
             checkpoints that were trained for it.
         screen: store an 8-bit copy of the head, so that greedy and top-k decoding reads a quarter
             of the bytes (target ``ort`` in fp32, on the CPU); by default, if the head is large.
+        opset: 21 makes a ``portable`` graph for runtimes without opset 23, such as ONNX Runtime
+            1.18; attention and norms become several nodes.
 
     Raises:
         InputError: unknown target or dtype, options that exclude each other, or an impossible
@@ -109,6 +117,7 @@ class OnnxWriter:
     calibration: CalibrationOptions = field(default_factory=CalibrationOptions)
     rounding: str = "auto"
     screen: bool | None = None
+    opset: int | None = None
 
     def __post_init__(self) -> None:
         export_dtype(self.dtype, self.runtime)
@@ -126,6 +135,15 @@ class OnnxWriter:
             raise InputError(
                 f"activations {self.activations!r} are not supported; choose "
                 f"{', '.join(FLOAT_DTYPES)}"
+            )
+        if self.opset is not None and (
+            self.target != "portable" or self.opset not in (DECOMPOSED_OPSET, OPSET_VERSION)
+        ):
+            raise InputError(
+                f"opset {self.opset} is not supported for target {self.target}; with --target "
+                f"portable, choose {DECOMPOSED_OPSET} or {OPSET_VERSION}. (Fused attention needs "
+                "ONNX Runtime 1.24 or newer, because the window of older releases is one token "
+                "longer.)"
             )
         if self.target == "web" and self.block_size != OnnxWriter.block_size:
             raise InputError(
@@ -233,7 +251,7 @@ class OnnxWriter:
         config = source.config
         progress("tracing", 0, 1)
         dtype = torch_dtype(self.element)
-        model, recipes = trace_onnx(config, self.target, dtype)
+        model, recipes = trace_onnx(config, self.target, dtype, self.opset or OPSET_VERSION)
         plan = self._plan(config, recipes, quantizer)
         apply_passes(MODEL_PASSES, model, plan)
         recipes = quantized_recipes(recipes, plan.quantized)
@@ -261,6 +279,7 @@ class OnnxWriter:
             on_write=count,
         )
         ir.save(model, path)
+        min_onnxruntime = minimum_onnxruntime(model)
         hashes = {data: digest}
         windowed: Path | None = None
         if self.target == "ort" and has_sliding_layers(config):
@@ -278,6 +297,7 @@ class OnnxWriter:
             is_screened=plan.is_screened,
             max_kld=self.budget,
             calibration=quantizer.calibration if quantizer else None,
+            min_onnxruntime=min_onnxruntime,
         )
         return graph, {file.relative_to(folder).as_posix(): sha for file, sha in hashes.items()}
 

@@ -114,6 +114,8 @@ class OnnxOptions(ExportOptions):
             or ``auto``, which recognizes weights that were trained for ``q4_0``.
         screen: also store the head of an ``fp32`` export for ``ort`` in 8 bits, so that greedy and
             top-k decoding on the CPU reads a quarter of it; None is wherever that pays.
+        opset: version of the standard operator set of a ``portable`` graph: 21 for runtimes without
+            opset 23, such as ONNX Runtime 1.18; None is 23.
     """
 
     target: str = "ort"
@@ -123,11 +125,12 @@ class OnnxOptions(ExportOptions):
     calibration: Path | str | None = None
     rounding: str = "auto"
     screen: bool | None = None
+    opset: int | None = None
 
     def __post_init__(self) -> None:
         ExportOptions.__post_init__(self)
         check_texts(self, "target", "activations", "rounding")
-        check_integers(self, 1, "block_size")
+        check_integers(self, 1, "block_size", "opset")
         check_budget(self)
         check_paths(self, "calibration")
         check_flags(self, "screen")
@@ -245,6 +248,7 @@ def export_onnx(
             calibration=calibration,
             rounding=item.rounding,
             screen=item.screen,
+            opset=item.opset,
         )
         for dtype in chosen.dtypes
         for item in [_for_one_of_several(chosen, dtype)]

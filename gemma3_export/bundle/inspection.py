@@ -73,6 +73,7 @@ def _describe_graph(bundle: Bundle, graph: Graph) -> dict[str, Any]:
         "windowed_path": graph.windowed_path,
         "screen_bytes": screen_bytes(bundle, graph),
         "verified": graph.verified,
+        "min_onnxruntime": graph.min_onnxruntime,
         "calibration": graph.calibration,
         "cache_dtype": graph.cache_dtype,
         "cache_bytes_per_token": per_token,

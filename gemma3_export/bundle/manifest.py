@@ -108,6 +108,7 @@ class Graph:
     max_kld: float = DEFAULT_MAX_KLD  # divergence budget of the parity check, mean nats per token
     calibration: dict[str, Any] | None = None  # the text that quantization used
     verified: bool = False  # parity.json holds this graph's report
+    min_onnxruntime: str | None = None  # oldest release that runs path; None: not recorded
 
     @property
     def variant(self) -> str:

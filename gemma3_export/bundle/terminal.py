@@ -73,7 +73,11 @@ def graph_lines(graph: Mapping[str, Any]) -> Iterator[str]:
         opsets = ", ".join(f"{domain} {version}" for domain, version in graph["opsets"].items())
         total = sum(graph["operators"].values())
         counts = ", ".join(f"{name} {count}" for name, count in graph["operators"].items())
-        yield f"  opsets: {opsets}"
+        yield f"  opsets: {opsets}" + (
+            f"; ONNX Runtime {graph['min_onnxruntime']} or newer"
+            if graph["min_onnxruntime"]
+            else ""
+        )
         yield f"  {total} nodes: {counts}"
     yield f"  cache: {graph['cache_bytes_per_token']:,} bytes per token" + "".join(
         f"; {int(tokens):,} tokens {size / 1e6:,.1f} MB"

@@ -88,6 +88,12 @@ Examples:
     "[default: on if the head is large]",
 )
 @click.option(
+    "--opset",
+    type=click.Choice(("21", "23")),
+    help="ONNX operator set of --target portable. 21: for ONNX Runtime 1.18 to 1.22 and other "
+    "runtimes without opset 23; attention and norms become several nodes.  [default: 23]",
+)
+@click.option(
     "--max-kld",
     type=BUDGET,
     help="Fail if the mean KL divergence from full precision exceeds this many nats per token. "
@@ -111,6 +117,7 @@ def onnx(
     max_kld: float | None,
     calibration: Path | None,
     screen: bool | None,
+    opset: str | None,
 ) -> None:
     """Export to ONNX and prove parity with the model.
 
@@ -148,6 +155,7 @@ def onnx(
         max_kld=max_kld,
         calibration=calibration,
         screen=screen,
+        opset=None if opset is None else int(opset),
     )
     half = "" if activations == "fp32" else f" with {activations} activations"
     variants = [variant_name(dtype, element_type(activations).name) for dtype in dtypes]

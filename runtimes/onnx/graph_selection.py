@@ -10,6 +10,7 @@ from gemma3_export.runtimes.onnx.session import choose_device, import_onnxruntim
 __all__ = [
     "device_for",
     "require_shareable_weights",
+    "require_version",
     "sliding_window_problem",
     "use_sliding_window_cache",
 ]
@@ -41,6 +42,32 @@ def device_for(graph: Graph, name: str) -> Device:
         f"this graph ({graph.dtype}, target {graph.target}) computes attention in float32, for "
         f"which ONNX Runtime has no kernel on CUDA; export with {remedy}, or pass --device cpu"
     )
+
+
+def require_version(graph: Graph) -> None:
+    """Reject an ONNX Runtime that cannot run ``graph``, or would run it wrongly.
+
+    Raises:
+        InputError: it is older than the manifest demands.
+    """
+    needed, version = graph.min_onnxruntime, import_onnxruntime().__version__
+    if needed is not None and release(version) < release(needed):
+        raise InputError(
+            f"{graph.path} needs onnxruntime {needed} or newer, and this is {version}; run: pip "
+            f'install "onnxruntime>={needed}"'
+        )
+
+
+def release(version: str) -> tuple[int, ...]:
+    """Return the first two numbers of a version such as ``1.24.1``.
+
+    Raises:
+        InputError: it is not a version.
+    """
+    try:
+        return tuple(int(part) for part in version.split(".")[:2])
+    except ValueError:
+        raise InputError(f"{version!r:.40} is not a version; export the bundle again") from None
 
 
 def use_sliding_window_cache(bundle: Bundle, device: Device, wanted: bool | None) -> bool:
@@ -78,7 +105,7 @@ def sliding_window_problem(bundle: Bundle, device: Device) -> str | None:
     if device.kind != "cpu":
         return "they run on the CPU only; pass --device cpu"
     version = import_onnxruntime().__version__
-    if tuple(int(part) for part in version.split(".")[:2]) < SLIDING_WINDOW_SINCE:
+    if release(version) < SLIDING_WINDOW_SINCE:
         needed = ".".join(map(str, SLIDING_WINDOW_SINCE))
         return f"they need onnxruntime {needed} and this is {version}; upgrade it"
     return None

@@ -49,6 +49,7 @@ from gemma3_export.runtimes.onnx.graph_rewrites import (
 from gemma3_export.runtimes.onnx.graph_selection import (
     device_for,
     require_shareable_weights,
+    require_version,
     sliding_window_problem,
     use_sliding_window_cache,
 )
@@ -136,6 +137,7 @@ class OnnxRuntime:
         self.bundle.check_quickly(
             only_for=graph, in_full={graph.path, graph.windowed_path or graph.path}
         )
+        require_version(graph)
         self.config: Gemma3Config = self.bundle.config
         self.device = device_for(graph, device)
         self.is_fused = graph.is_fused
