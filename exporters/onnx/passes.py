@@ -14,7 +14,11 @@ import onnx_ir.passes.common as common
 from gemma3_export.bundle import FUSED_TARGETS, ONNX_TARGETS, Signature
 from gemma3_export.config import Gemma3Config
 from gemma3_export.dtypes import EXPORT_DTYPES, DType, dtype_choices
-from gemma3_export.exporters.onnx.fused_norms import FuseBfloat16Norms, FuseNorms
+from gemma3_export.exporters.onnx.fused_norms import (
+    FuseBfloat16Norms,
+    FuseNorms,
+    FuseResidualNorms,
+)
 from gemma3_export.exporters.onnx.graph_cleanup import DeclareSignature, DropTracedShapes, Simplify
 from gemma3_export.exporters.onnx.integer_products import IntegerProducts
 from gemma3_export.exporters.onnx.left_padding import AcceptLeftPadding, ExpectRightPadding
@@ -95,6 +99,9 @@ MODEL_PASSES = (
     PassRow(lambda plan: StackLayers(plan.config, plan.signature), ALL, ANY),
     PassRow(
         lambda plan: FuseBfloat16Norms(), FUSED, ANY, lambda plan: plan.cache_dtype == "bfloat16"
+    ),
+    PassRow(
+        lambda plan: FuseResidualNorms(), ORT, BLOCKS, lambda plan: plan.cache_dtype == "float32"
     ),
     # Graphs in half precision are for CUDA, where each of its nodes is a kernel in every step.
     PassRow(
