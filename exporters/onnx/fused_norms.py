@@ -50,8 +50,8 @@ class FuseResidualNorms(ir.passes.InPlacePass):
 
     Quantized products amplify the rounding in which this differs from separate nodes, by as much as
     0.66 in the logits of the int8 270M. ``model.onnx`` therefore has these nodes as well if it is
-    quantized, and computes the same bits as ``model_windowed.onnx``. (Fusing the norms of heads
-    changes no bit.)
+    quantized, and computes the same bits as ``model_windowed.onnx`` within the window. (Fusing
+    the norms of heads changes no bit.)
     """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
