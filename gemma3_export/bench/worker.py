@@ -159,7 +159,7 @@ def opener(request: dict[str, Any]) -> Load:
         return lambda: open_full_precision(request["weights"], threads)
     cuda = CudaOptions(**request["cuda"]) if "cuda" in request else None
     return lambda: open_candidate(
-        name, Bundle(request["bundle"], request["variant"]), request["device"], threads, cuda
+        name, Bundle(request["bundle"], request.get("variant")), request["device"], threads, cuda
     )
 
 

@@ -11,7 +11,7 @@ import onnxruntime as ort
 import pytest
 import torch
 
-from gemma3_export.bundle import Signature
+from gemma3_export.bundle import Bundle, Signature
 from gemma3_export.exporters.onnx.writer import OnnxWriter
 from gemma3_export.runtimes.protocol import IntArray, Logits
 from tests.support.exported_bundles import TARGETS, exported, exported_bundle, source_of
@@ -32,8 +32,8 @@ LENGTHS = {
 def opened(bundle: Path) -> ort.InferenceSession:
     options = ort.SessionOptions()
     options.log_severity_level = 4  # failures are expected below
-    path = str(bundle / "onnx" / "model.onnx")
-    return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    path = Bundle(bundle).file(Bundle(bundle).graph("onnx").path)
+    return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
 def empty_past(rows: int) -> dict[str, np.ndarray]:
