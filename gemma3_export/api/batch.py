@@ -1,13 +1,13 @@
-"""Generate for every row of a file, in batches, and continue where an earlier run ended.
+"""Generate for every row of a file, and continue where an earlier run ended.
 
     from gemma3_export import BatchOptions, GenerateOptions, load, run_batch
 
     model = load("gemma-3-270m-it")
     run_batch(model, "in.jsonl", "out.jsonl", GenerateOptions(max_new_tokens=64))
 
-Rows are sorted by length, so that those of a batch end their prompts together, and written in the
-order of the input. A row's result depends on the row, the options and the seed, and (up to
-rounding) not on the batch that it is in.
+A row starts as soon as another has ended, the longest first, and results are written in the order
+of the input. A row's result depends on the row, the options and the seed, and (up to rounding) not
+on the rows that run beside it.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from gemma3_export.api.batch_files import check_packages, file_format, open_rows
 from gemma3_export.api.batch_results import BatchHeader, UnfinishedResults
 from gemma3_export.api.completion_json import calls_to_json, result_to_json
 from gemma3_export.api.model import Model
+from gemma3_export.api.model_runtimes import MIN_SHARED_TOKENS
 from gemma3_export.api.options import (
     GenerateOptions,
     check_flags,
@@ -39,7 +40,10 @@ from gemma3_export.errors import InputError
 from gemma3_export.files import is_file, open_regular, to_path
 from gemma3_export.limits import shown
 from gemma3_export.progress import Progress, ignore_progress
+from gemma3_export.runtimes.generation.generate import generate_each
+from gemma3_export.runtimes.generation.loop import GenerationLoop
 from gemma3_export.runtimes.generation.request import Completion
+from gemma3_export.runtimes.generation.scheduler import ScheduledRequest
 from gemma3_export.staging import sole_writer
 from gemma3_export.tokenizer import ChatMessage, Tokenizer
 from gemma3_export.tokenizer.json_rows import (
@@ -68,7 +72,7 @@ class BatchOptions:
     """Options of :func:`run_batch`.
 
     Args:
-        batch_size: how many rows to generate at once.
+        batch_size: how many rows to generate at once; another starts as soon as one has ended.
         column: the column of the prompt; None is the one of messages, prompt and text that a row
             has.
         chat: make each prompt that is a text a user message.
@@ -128,7 +132,6 @@ class _Row:
     size: int  # of its line, in bytes
     checksum: int
     tokens: int
-    is_chat: bool
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -257,6 +260,29 @@ def row_seed(seed: int, index: int) -> int:
     return (high << 32 | low) & ((1 << SEED_BITS) - 1)
 
 
+class _Prefixes:
+    """Notices whether prompts share a prefix, without keeping the prompts.
+
+    Args:
+        sizes: lengths of prefixes to compare.
+    """
+
+    def __init__(self, sizes: set[int]) -> None:
+        self._sizes = sorted(sizes)
+        self._seen: set[int] = set()
+        self.samples: list[list[int]] = []  # twice the longest prefix that two prompts share
+
+    def add(self, token_ids: Sequence[int]) -> None:
+        """Compare a prompt with the earlier ones."""
+        for size in self._sizes:
+            prefix = list(token_ids[:size])
+            key = hash((size, *prefix))
+            is_longest = not self.samples or size > len(self.samples[0])
+            if len(prefix) == size and key in self._seen and is_longest:
+                self.samples = [prefix, prefix]
+            self._seen.add(key)
+
+
 class _Reader:
     """Reads rows as the model takes them.
 
@@ -272,6 +298,7 @@ class _Reader:
             )
         self.tokenizer: Tokenizer = model.tokenizer
         self._model, self._options, self._batch = model, options, batch
+        self.prefixes = _Prefixes({MIN_SHARED_TOKENS, options.prefill_chunk})
 
     def plan(
         self, file: IO[bytes], path: Path, progress: Progress
@@ -302,9 +329,9 @@ class _Reader:
                         len(line.data),
                         zlib.crc32(line.data),
                         len(request.token_ids),
-                        request.is_chat,
                     )
                 )
+                self.prefixes.add(request.token_ids)
         if not rows and not failures:
             how = "; write one JSON object per line" if unit == ":" else ""
             raise InputError(f"{path} has no rows{how}")
@@ -409,35 +436,56 @@ class _Run:
         done = total = len(self.results)
         total += len(rows)
         new_tokens = 0
-        if rows:
-            self.progress("generating rows", done, total)
-        for some in _batches(rows, self.batch.batch_size):
-            requests = [self.reader.again(file, path, row) for row in some]
-            generation = self.model.start(
-                [request.token_ids for request in requests],
-                self._options_for(requests[0]),
-                seeds=self._seeds(some),
-            )
-            for event in generation:
-                if isinstance(event, Completion):
-                    row, request = some[event.request], requests[event.request]
-                    self.results.add(row.index, self._result(event, request))
-                    new_tokens += len(event.tokens)
-                    done += 1
-                    self.progress("generating rows", done, total)
-            self.results.flush_to_disk()
+        if not rows:
+            return 0
+        self.progress("generating rows", done, total)
+        order = sorted(rows, key=lambda row: (-row.tokens, row.index))
+        context = self.model.config.max_position_embeddings
+        loop = self.model.new_loop(
+            self.reader.prefixes.samples,
+            self.options,
+            rows=min(self.batch.batch_size, len(rows)),
+            row_tokens=min(order[0].tokens + self.options.max_new_tokens, context),
+        )
+        running: dict[int, _Request] = {}
+        for event in generate_each(loop, self._prepared(order, running, loop, file, path)):
+            if isinstance(event, Completion):
+                request = running.pop(event.request)
+                self.results.add(event.request, self._result(event, request))
+                new_tokens += len(event.tokens)
+                done += 1
+                self.progress("generating rows", done, total)
+                if done % self.batch.batch_size == 0 or done == total:
+                    self.results.flush_to_disk()
         return new_tokens
 
+    def _prepared(
+        self,
+        rows: Sequence[_Row],
+        running: dict[int, _Request],
+        loop: GenerationLoop,
+        file: IO[bytes],
+        path: Path,
+    ) -> Iterator[ScheduledRequest]:
+        """Yield the rows as requests, and remember them by index while they run."""
+        seed = self.results.header.seed
+        for row in rows:
+            request = running[row.index] = self.reader.again(file, path, row)
+            yield self.model.prepare(
+                request.token_ids,
+                self._options_for(request),
+                loop.runtime,
+                index=row.index,
+                capacity=loop.cache.capacity,
+                seed=None if seed is None else row_seed(seed, row.index),
+            )
+
     def _options_for(self, request: _Request) -> GenerateOptions:
-        """Return the options of a batch; conversations also end where an answer does."""
+        """Return the options of a row; conversations also end where an answer does."""
         if not request.is_chat:
             return self.options
         ends = self.reader.tokenizer.chat.end_token_ids
         return replace(self.options, stop_tokens=(*self.options.stop_token_names, *ends))
-
-    def _seeds(self, rows: Sequence[_Row]) -> list[int] | None:
-        seed = self.results.header.seed
-        return None if seed is None else [row_seed(seed, row.index) for row in rows]
 
     def _result(self, completion: Completion, request: _Request) -> dict[str, Any]:
         named = {} if request.id is None else {"id": request.id}
@@ -446,12 +494,3 @@ class _Run:
         if request.has_tools:
             result |= calls_to_json(completion, tokenizer)
         return result
-
-
-def _batches(rows: Sequence[_Row], size: int) -> Iterator[Sequence[_Row]]:
-    """Yield rows of about the same length together; conversations and texts stop differently."""
-    for is_chat in (True, False):
-        kind = [row for row in rows if row.is_chat == is_chat]
-        kind.sort(key=lambda row: (-row.tokens, row.index))
-        for start in range(0, len(kind), size):
-            yield kind[start : start + size]

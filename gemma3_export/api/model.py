@@ -39,6 +39,7 @@ from gemma3_export.errors import InputError
 from gemma3_export.runtimes.generation.generate import Cancel, Generation
 from gemma3_export.runtimes.generation.generate import generate as start_generation
 from gemma3_export.runtimes.generation.kept_cache import KeptCache
+from gemma3_export.runtimes.generation.loop import GenerationLoop
 from gemma3_export.runtimes.generation.prefix_cache import PrefixCache
 from gemma3_export.runtimes.generation.prepare import (
     GenerationOptions,
@@ -357,6 +358,27 @@ class Model:
             detokenize=self._decoders(options),
             constraint=constraint,
             drafter=self._runtimes.drafter(runtime, [token_ids], options),
+        )
+
+    def new_loop(
+        self, samples: Sequence[list[int]], options: GenerateOptions, *, rows: int, row_tokens: int
+    ) -> GenerationLoop:
+        """Return a loop for requests that are prepared one after the other.
+
+        Args:
+            samples: the token ids of some prompts; if they share a prefix, so may the requests.
+            options: of all requests.
+            rows: requests that run at once.
+            row_tokens: tokens of prompt and answer that one can hold.
+
+        Raises:
+            InputError: ``row_tokens`` exceeds the model's context; or as :meth:`open`.
+        """
+        runtime = self._runtimes.open_for(samples, options)
+        return GenerationLoop(
+            runtime,
+            runtime.new_cache(rows, row_tokens),
+            prefix_cache=self._runtimes.prefix_cache(runtime, samples, options),
         )
 
     def kept_prefixes(self, runtime: Runtime) -> PrefixCache | None:

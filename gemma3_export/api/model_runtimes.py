@@ -28,7 +28,7 @@ from gemma3_export.runtimes.generation.speculation import (
 from gemma3_export.runtimes.protocol import CacheVariants, Runtime
 from gemma3_export.tokenizer import Tokenizer
 
-__all__ = ["ModelRuntimes"]
+__all__ = ["MIN_SHARED_TOKENS", "ModelRuntimes"]
 
 MIN_SHARED_TOKENS = 16  # fewer are computed sooner than they are copied
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import replace
 
 from gemma3_export.errors import InputError
@@ -30,7 +30,7 @@ from gemma3_export.runtimes.generation.scheduler import ScheduledRequest
 from gemma3_export.runtimes.generation.speculation import Drafter
 from gemma3_export.runtimes.protocol import IntArray, KVCache, Runtime
 
-__all__ = ["Cancel", "Event", "Generation", "generate"]
+__all__ = ["Cancel", "Event", "Generation", "generate", "generate_each"]
 
 Event = TokenEvent | Completion
 Cancel = threading.Event | Callable[[], bool]
@@ -161,6 +161,26 @@ def generate(
     else:
         events = _with_kept_cache(kept_cache, runtime, requests[0].state, capacity, run)
     return Generation([request.state for request in requests], events, closing)
+
+
+def generate_each(
+    loop: GenerationLoop, requests: Iterable[ScheduledRequest]
+) -> Generator[Event, None, None]:
+    """Yield the events of any number of requests, each taken from ``requests`` when a row is free.
+
+    Raises:
+        Exception: a request or the runtime failed.
+    """
+    upcoming = iter(requests)
+    while True:
+        while loop.scheduler.has_free_row and (request := next(upcoming, None)) is not None:
+            loop.submit(request)
+        if loop.is_idle:
+            return
+        for event in loop.step():
+            if isinstance(event, Failure):
+                raise event.error
+            yield event
 
 
 Run = Callable[[KVCache], Generator[Event, None, None]]

@@ -112,6 +112,11 @@ class Scheduler:
         return not (self.waiting or self.prefilling or self.decoding)
 
     @property
+    def has_free_row(self) -> bool:
+        """Whether a request that is submitted now need not wait for another to end."""
+        return self.rows.count(None) > len(self.waiting)
+
+    @property
     def reserved_tokens(self) -> int:
         """Tokens that the running requests may need at most."""
         return sum(request.state.max_cached_tokens for request in self.running)

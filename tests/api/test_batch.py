@@ -6,6 +6,7 @@ import json
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import pytest
 import gemma3_export
 from gemma3_export.api import batch as batch_module
 from gemma3_export.api.batch import row_seed
-from gemma3_export.api.batch_results import RESULTS
+from gemma3_export.api.batch_results import RESULTS, UnfinishedResults
 from gemma3_export.tokenizer.chat_format import ChatFormat
 from tests.support.chat_templates import chat_bundle
 from tests.support.command_line import REPOSITORY, error_line, json_lines, run, run_ok
@@ -89,19 +90,29 @@ def test_results_are_those_of_one_prompt_at_a_time_in_the_order_of_the_rows(
     assert list(target.parent.iterdir()) == [target]
 
 
-def test_rows_of_similar_length_run_together(ort_bundle, source, target, monkeypatch):
-    sizes = []
-    start = gemma3_export.Model.start
+def test_a_row_starts_as_soon_as_another_has_ended(ort_bundle, source, target, monkeypatch):
+    """The longest come first, and no row waits for the slowest of those before it."""
+    sizes, running, most = [], set(), []
+    prepare, add = gemma3_export.Model.prepare, UnfinishedResults.add
 
-    def spy(self, prompts, *arguments, **options):
-        sizes.append([len(prompt) for prompt in prompts])
-        return start(self, prompts, *arguments, **options)
+    def spy(self, prompt, options, *arguments, index, **named):
+        sizes.append(len(prompt))
+        running.add(index)
+        most.append(len(running))
+        options = replace(options, max_new_tokens=2 + 5 * index)  # so that they end one by one
+        return prepare(self, prompt, options, *arguments, index=index, **named)
 
-    monkeypatch.setattr(gemma3_export.Model, "start", spy)
+    def ended(self, index, result):
+        running.discard(index)
+        add(self, index, result)
+
+    monkeypatch.setattr(gemma3_export.Model, "prepare", spy)
+    monkeypatch.setattr(UnfinishedResults, "add", ended)
     run_ok(*batch(ort_bundle, source, target, "--batch-size", 3))
-    flat = [size for some in sizes for size in some]
-    assert [len(some) for some in sizes] == [3, 3, 1]
-    assert flat == sorted(flat, reverse=True)
+    assert sizes == sorted(sizes, reverse=True)
+    assert len(sizes) == len(TEXTS)
+    assert most[:4] == [1, 2, 3, 3]
+    assert most.count(1) == 1
 
 
 def test_a_sampled_row_depends_on_its_seed_and_not_on_its_batch(
@@ -218,7 +229,7 @@ def test_a_broken_row_stops_the_run_before_it_generates(
     ort_bundle, target, tmp_path, row, message, monkeypatch
 ):
     source = write_rows(tmp_path / "in.jsonl", [{"text": "fine"}, row])
-    monkeypatch.setattr(gemma3_export.Model, "start", None)  # would fail
+    monkeypatch.setattr(gemma3_export.Model, "prepare", None)  # would fail
     line = error_line(*batch(ort_bundle, source, target))
     assert message in line
     assert f"{source}:2" in line
@@ -281,13 +292,13 @@ def test_an_interrupted_run_continues_without_losing_or_repeating_a_row(
     assert len(results_file(target).read_bytes().splitlines()) >= 4
     kept = [json.loads(line) for line in results_file(target).read_bytes().splitlines()[1:4]]
     started = []
-    start = gemma3_export.Model.start
+    prepare = gemma3_export.Model.prepare
 
-    def spy(self, prompts, *others, **options):
-        started.extend(prompts)
-        return start(self, prompts, *others, **options)
+    def spy(self, prompt, *others, **options):
+        started.append(prompt)
+        return prepare(self, prompt, *others, **options)
 
-    monkeypatch.setattr(gemma3_export.Model, "start", spy)
+    monkeypatch.setattr(gemma3_export.Model, "prepare", spy)
     result = run_ok(*arguments)
     assert len(started) == len(TEXTS) - 3
     assert "3 from an earlier run" in result.stderr
@@ -370,14 +381,14 @@ def test_an_input_without_rows_is_an_error(ort_bundle, tmp_path, target):
 
 
 def test_an_input_that_changes_while_it_is_read_is_noticed(ort_bundle, source, target, monkeypatch):
-    start = gemma3_export.Model.start
+    prepare = gemma3_export.Model.prepare
 
     def change(self, *arguments, **options):
         data = source.read_bytes()
         source.write_bytes(data.replace(b"sea", b"fog"))
-        return start(self, *arguments, **options)
+        return prepare(self, *arguments, **options)
 
-    monkeypatch.setattr(gemma3_export.Model, "start", change)
+    monkeypatch.setattr(gemma3_export.Model, "prepare", change)
     line = error_line(*batch(ort_bundle, source, target, "--batch-size", 2))
     assert "was changed while it was being read" in line
 
@@ -398,3 +409,18 @@ def test_logprobs_and_options_of_numpy_are_written(ort_bundle, source, target):
     )
     assert (summary.rows, summary.earlier, summary.failed) == (len(TEXTS), 0, 0)
     assert summary.new_tokens == sum(len(row["logprobs"]) for row in read_rows(target))
+
+
+def test_rows_that_share_a_prefix_compute_it_once(ort_bundle, tmp_path, target, monkeypatch):
+    start = "the sea is blue and the sky is blue and the sun is far and the moon is near "
+    source = write_rows(tmp_path / "in.jsonl", [{"text": f"{start}{word}"} for word in TEXTS[:4]])
+    reused = []
+    result = batch_module.result_to_json
+
+    def spy(completion, tokenizer):
+        reused.append(completion.reused_tokens)
+        return result(completion, tokenizer)
+
+    monkeypatch.setattr(batch_module, "result_to_json", spy)
+    run_ok(*batch(ort_bundle, source, target, "--batch-size", 2))
+    assert sum(count >= 16 for count in reused) == 3, "all but the first"
