@@ -15,12 +15,15 @@ from gemma3_export import Engine, InputError, QueueFullError
 
 
 class Generate(BaseModel):
+    """The body of a request."""
+
     prompt: str = Field(max_length=20_000)
     max_new_tokens: int = Field(128, ge=1, le=1024)
 
 
 @asynccontextmanager
 async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+    """Open the engine; when the server stops, finish what runs."""
     async with Engine(os.environ["BUNDLE"], warm_up=True) as app.state.engine:
         yield
 
@@ -30,6 +33,7 @@ app = FastAPI(lifespan=lifespan)
 
 @app.post("/generate")
 async def generate(request: Generate) -> StreamingResponse:
+    """Stream the text that follows a prompt."""
     options = {"max_new_tokens": request.max_new_tokens, "allow_control_tokens": False}
     try:
         stream = app.state.engine.stream(request.prompt, **options)
