@@ -36,8 +36,8 @@ def answer(engine: Engine, line: str) -> dict[str, Any]:
     number = None
     try:
         job = json.loads(line)
-        number, prompt, options = job["id"], job["prompt"], job.get("options", {})
-        done = engine.stream(prompt, **options).result()
+        number = job["id"]
+        done = engine.stream(job["prompt"], **job.get("options", {})).result()
     except (Gemma3ExportError, KeyError, TypeError, ValueError, AttributeError) as error:
         return {"id": number, "error": f"{type(error).__name__}: {error}"}
     return {"id": number, "text": done.text, "finish_reason": done.finish_reason}
