@@ -143,8 +143,10 @@ class Engine:
                     "or a path to the engine"
                 )
             self.model = source
+            self._owns_model = False
         else:
             self.model = Model(source, **loading)
+            self._owns_model = True
         self._worker = _Worker(self.model, self.options)
         weakref.finalize(self, self._worker.abandon).atexit = False
 
@@ -184,17 +186,21 @@ class Engine:
         return self._worker.stats()
 
     def close(self, *, drain: bool = True, timeout: float | None = None) -> None:
-        """Reject new requests, finish the others, and release the cache.
+        """Reject new requests, finish the others, and release the memory.
+
+        A model that was given to the engine stays open.
 
         Args:
             drain: finish the requests that run and wait; otherwise cancel them.
             timeout: seconds after which those that have not finished are cancelled; None waits.
         """
         self._worker.close(drain, timeout)
+        if self._owns_model:
+            self.model.close()
 
     async def aclose(self, *, drain: bool = True, timeout: float | None = None) -> None:
         """Do the same as :meth:`close` without blocking the event loop."""
-        await asyncio.to_thread(self._worker.close, drain, timeout)
+        await asyncio.to_thread(self.close, drain=drain, timeout=timeout)
 
     def __enter__(self) -> Self:
         return self
@@ -282,9 +288,9 @@ class _Worker:
         """Check a request and put it into the inbox."""
         with self._lock:  # before the prompt is encoded, which takes time
             self._require_room()
-            index = next(self._numbers)
+            index, runtime = next(self._numbers), self._runtime
         request = self._model.prepare(
-            prompt, options, self._runtime, index=index, capacity=self._capacity
+            prompt, options, runtime, index=index, capacity=self._capacity
         )
         require_fits(request, min(self._capacity, self._max_tokens))
         channel = EventChannel()
@@ -355,7 +361,8 @@ class _Worker:
             self._stop(error)
         finally:
             _running.discard(self)
-            vars(self).pop("_loop", None)  # with its cache
+            for name in ("_loop", "_runtime"):  # with cache and weights
+                vars(self).pop(name, None)
 
     def _receive(self) -> bool:
         """Take what is in the inbox, or wait for it if there is nothing to compute.

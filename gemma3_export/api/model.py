@@ -274,7 +274,6 @@ class Model:
         *,
         cancel: Cancel | None = None,
         kept_cache: KeptCache | Callable[[Runtime], KeptCache] | None = None,
-        seeds: Sequence[int] | None = None,
         **changes: Any,
     ) -> Generation:
         """Start a generation of events, which gives more than :meth:`generate` and :meth:`stream`.
@@ -285,8 +284,6 @@ class Model:
             cancel: an event or a function, checked before every step.
             kept_cache: the cache of an earlier generation to continue, for a single prompt; or a
                 function that returns it for the runtime that generates.
-            seeds: one per prompt, each of which is then sampled as if it were alone; None numbers
-                the prompts and uses the seed of the options.
             changes: fields of :class:`GenerateOptions`.
 
         Raises:
@@ -307,9 +304,7 @@ class Model:
         return start_generation(
             runtime,
             token_ids,
-            options.sampling()
-            if seeds is None
-            else [replace(options.sampling(), seed=seed, request_index=0) for seed in seeds],
+            options.sampling(),
             self._with_drafts(limits, runtime, options),
             detokenize=self._decoders(options),
             constraint=constraint,

@@ -375,6 +375,17 @@ class TestClosing:
         closing.join()
         assert [stream.result().finish_reason for stream in streams] == ["cancelled"] * 3
 
+    @pytest.mark.parametrize("is_given", [True, False])
+    def test_closing_releases_the_model_unless_it_was_given(
+        self, ort_bundle: Path, model: Model, is_given: bool
+    ) -> None:
+        engine = Engine(model) if is_given else Engine(ort_bundle, device="cpu", threads=1)
+        runtime = weakref.ref(engine.model.runtime)
+        engine.stream("a", max_new_tokens=2).result()
+        engine.close()
+        gc.collect()
+        assert (runtime() is not None) == is_given
+
     def test_a_block_that_raises_cancels(self, model: Model) -> None:
         engine = Engine(model, slots=1)
         stream = engine.stream("a", LONG)
