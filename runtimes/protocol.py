@@ -33,6 +33,7 @@ __all__ = [
     "Logits",
     "PaddedBatches",
     "PaddingSide",
+    "ReleasesWeights",
     "Runtime",
     "RuntimeInfo",
     "RuntimeName",
@@ -358,6 +359,14 @@ class Float32MatMul(Protocol):
 
     def with_float32_matmul(self) -> Runtime | None:
         """Return the same graph with unquantized activations; None if they already are."""
+
+
+@runtime_checkable
+class ReleasesWeights(Protocol):
+    """A runtime that can free its weights before it is deleted."""
+
+    def release(self) -> None:
+        """Free the weights. The runtime can run no other step, but its variants can be opened."""
 
 
 @runtime_checkable

@@ -361,6 +361,7 @@ def _compared(subject: Subject, request: VerifyRequest, options: VerifyOptions) 
             full_source=subject.full_source,
             files=subject.files,
             progress=request.progress,
+            releases_candidate=True,
         )
     if bundle is not None and request.against in RUNTIMES:
         baseline = open_runtime(
@@ -426,6 +427,7 @@ class ParityCheck:
                 files={name: record.sha256 for name, record in bundle.manifest.files.items()},
                 ranges=ranges,
                 progress=self.progress,
+                releases_candidate=True,
             )
         if not report.passed:
             raise ParityError(_why_it_failed(report, graph.max_kld))

@@ -48,7 +48,8 @@ from gemma3_export.parity.report.model import (
 from gemma3_export.parity.sequences import held_out_sequences
 from gemma3_export.progress import Progress, ignore_progress
 from gemma3_export.reference.weights import WeightSource
-from gemma3_export.runtimes.protocol import Runtime
+from gemma3_export.runtimes.onnx.mapped_pages import return_freed_memory
+from gemma3_export.runtimes.protocol import ReleasesWeights, Runtime
 from gemma3_export.tokenizer import Tokenizer
 
 __all__ = ["compare", "verify"]
@@ -65,6 +66,7 @@ def verify(
     files: Mapping[str, str] | None = None,
     ranges: HalfRanges | None = None,
     progress: Progress | None = None,
+    releases_candidate: bool = False,
 ) -> ParityReport:
     """Check that ``candidate`` computes what the reference computes with the same weights.
 
@@ -78,6 +80,8 @@ def verify(
         files: SHA-256 of the bundle's files, for the report.
         ranges: the activation range, if it was measured before.
         progress: called with the stage and how much of it is done.
+        releases_candidate: free its weights once only its variants, which have weights of their
+            own, are left to check. The candidate cannot be used afterwards.
 
     Raises:
         InputError: the weights hold NaN, or do not have the runtime's shapes.
@@ -92,6 +96,7 @@ def verify(
         files=files or {},
         ranges=ranges,
         progress=progress or ignore_progress,
+        releases_candidate=releases_candidate,
     ).run(ground_truth, options, tokenizer)
 
 
@@ -164,6 +169,7 @@ class Check:
     full_source: WeightSource | None = None
     files: Mapping[str, str] = field(default_factory=dict)
     ranges: HalfRanges | None = None
+    releases_candidate: bool = False
     cases: list[CaseResult] = field(default_factory=list, init=False)
     quality: list[LogitDifference] = field(default_factory=list, init=False)
     seconds: dict[str, float] = field(default_factory=dict, init=False)
@@ -188,6 +194,7 @@ class Check:
             cases = cases_for(self.candidate, config, ground_truth.sequences, options)
             needed = needed_positions(self.candidate.config, cases, ground_truth.sequences)
             ground_truth.prepare(needed)
+            return_freed_memory()
             expected = self._expected(ground_truth, needed)
         factor = options.factor * (1 if self.baseline is None else 2)
         limits = Limits(factor=factor, epsilon=torch.finfo(ground_truth.dtype).eps)
@@ -235,14 +242,20 @@ class Check:
                 self.quality = run_sequences(self.candidate, full_values, texts, self.progress)
 
     def _run_variants(self, ground_truth: GroundTruth, limits: Limits) -> None:
-        variants = {"float32 matmul": float32_matmul_variant}
-        if self.baseline is None:
-            variants |= {"other caches": other_cache_variant, "candidates": candidate_variant}
-        for name, find_variant in variants.items():
+        variants = {"candidates": candidate_variant, "other caches": other_cache_variant}
+        if self.baseline is not None:
+            variants.clear()
+        for name, find_variant in (variants | {"float32 matmul": float32_matmul_variant}).items():
+            has_own_weights = find_variant is not candidate_variant
+            if has_own_weights and self.releases_candidate:
+                if isinstance(self.candidate, ReleasesWeights):
+                    self.candidate.release()
+                return_freed_memory()
             with self._timed(name):
                 variant = find_variant(self.candidate, ground_truth, limits)
                 if variant is not None:
                     self.cases += run_variant(variant, self.progress)
+                del variant
 
     def _gates(self, ground_truth: GroundTruth) -> tuple[GateResult, ...]:
         implementation = GateResult(

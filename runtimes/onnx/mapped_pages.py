@@ -1,4 +1,4 @@
-"""Return memory-mapped weight pages to the system once ONNX Runtime has repacked them.
+"""Return memory to the system: freed blocks, and mapped weights once they are repacked.
 
 ONNX Runtime maps the weights file, packs most matrices into its kernels' own layout, and keeps the
 mapping. The mapped pages still count as the process's memory although hardly any is read again: of
@@ -15,7 +15,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = ["drop_mapped_pages"]
+__all__ = ["drop_mapped_pages", "return_freed_memory"]
 
 MAPS = Path("/proc/self/smaps")  # Linux only
 HEADER = re.compile(r"^([0-9a-f]+)-([0-9a-f]+) \S+ \S+ \S+ \S+ +(.*)$")
@@ -37,6 +37,13 @@ def drop_mapped_pages(file: Path) -> int:
         if library.madvise(address, size, mmap.MADV_DONTNEED) == 0:
             dropped += end - start
     return dropped
+
+
+def return_freed_memory() -> None:
+    """Return what the allocator keeps after large tensors were freed; with glibc only."""
+    library = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if library is not None and hasattr(library, "malloc_trim"):
+        library.malloc_trim(0)
 
 
 def unchanged_mappings(smaps: str, file: Path) -> Iterator[tuple[int, int]]:

@@ -279,6 +279,13 @@ class OnnxRuntime:
             float32_matmul=True,
         )
 
+    def release(self) -> None:
+        """See :class:`gemma3_export.runtimes.protocol.ReleasesWeights`."""
+        self._device_steps.clear()
+        self._screened_steps.clear()
+        self._helpers = None
+        self.session = None
+
     def with_other_cache(self) -> OnnxRuntime | None:
         """See :class:`gemma3_export.runtimes.protocol.CacheVariants`."""
         if sliding_window_problem(self.bundle, self.device):

@@ -20,7 +20,9 @@ from gemma3_export.reference.loading import load_reference
 from gemma3_export.reference.runtime import ReferenceRuntime
 from gemma3_export.reference.weights import WeightSource
 from gemma3_export.reference.weights.source import RandomSource
+from gemma3_export.runtimes.onnx.runtime import OnnxRuntime
 from tests.parity.conftest import OPTIONS
+from tests.support.exported_bundles import exported_bundle, source_of
 from tests.support.tiny_models import tiny_config
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -143,3 +145,21 @@ def test_a_full_temporary_folder_is_named() -> None:
     stored.add([(0, 1), (0, 2)])
     with pytest.raises(Gemma3ExportError, match=r"cannot store 0 MB .* set TMPDIR"):
         stored.write([(0, 1)], 0, torch.zeros(1, 1000))
+
+
+def test_the_runtime_is_released_before_its_variants_are_opened(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    opened: list[bool] = []
+    original = OnnxRuntime.with_other_cache
+
+    def with_other_cache(self: OnnxRuntime) -> OnnxRuntime | None:
+        opened.append(self.session is not None)
+        return original(self)
+
+    monkeypatch.setattr(OnnxRuntime, "with_other_cache", with_other_cache)
+    path, weights = exported_bundle("ort"), source_of()
+    runtime = OnnxRuntime(path, device="cpu", threads=1)
+    assert verify(runtime, weights, options=OPTIONS).passed
+    assert verify(runtime, weights, options=OPTIONS, releases_candidate=True).passed
+    assert opened == [True, False]
