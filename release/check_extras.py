@@ -93,7 +93,8 @@ def main() -> None:
     (wheel,) = arguments.packages.glob("*.whl")
     with tempfile.TemporaryDirectory(prefix="gemma3-export-extras-") as name:
         folder = Path(name)
-        (folder / "text.txt").write_text("The sea is blue. " * 2000, encoding="utf-8")
+        lines = [f"the sea is blue and the rest is silence {number}\n" for number in range(3000)]
+        (folder / "text.txt").write_text("".join(lines), encoding="utf-8")
         (folder / "rows.jsonl").write_text('{"prompt": "The sea"}\n', encoding="utf-8")
         for environment in ENVIRONMENTS:
             check(environment, wheel.resolve(), folder, shlex.split(arguments.pip_args))

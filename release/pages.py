@@ -15,10 +15,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-__all__ = ["for_pypi", "on_files", "on_page_markdown"]
+__all__ = ["for_pypi", "on_files", "on_page_content", "on_page_markdown"]
 
 REPOSITORY = Path(__file__).parent.parent
 LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\((?!https?://|#)([^)\s]*)\)")
+ROLE = re.compile(r":(?:attr|class|func|meth|mod):(?=<code>)")
 # Pages of the site that are not in docs/.
 PAGES = {
     "README.md": "index.md",
@@ -78,6 +79,12 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
         return f"{config.repo_url}/blob/HEAD/{path}" if config.repo_url else None
 
     return relinked(markdown, address)
+
+
+def on_page_content(html: str, page: Any, config: Any, files: Any) -> str:
+    """Remove the roles of Sphinx that docstrings have, such as ``:func:``."""
+    del config, files
+    return ROLE.sub("", html) if page.file.src_uri == REFERENCE else html
 
 
 def reference() -> str:
