@@ -33,7 +33,7 @@ PYTEST_PARALLEL := -n logical --maxprocesses 4 --dist worksteal
 
 .DEFAULT_GOAL := help
 .PHONY: help setup weights tokenizer demo demo-270m train-demo test test-full test-faults test-cuda gpu placement lint lint-systems lint-docker docs site picture packages \
-	bench bench-peers bench-cuda bench-cuda-short peers clean
+	bench bench-peers consumers bench-cuda bench-cuda-short peers clean
 
 help: ## List the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## (.*)/  make \1|\2/' \
@@ -175,6 +175,9 @@ picture: $(INSTALLED) ## Regenerate docs/parity.png, the picture in the README (
 	$(BIN)/gemma3-export verify build/picture --html build/picture.html
 	$(CHROMIUM) --headless --no-sandbox --disable-gpu --hide-scrollbars --window-size=1240,606 \
 		--force-device-scale-factor=1.5 --screenshot=docs/parity.png "file://$(CURDIR)/build/picture.html"
+
+consumers: $(INSTALLED) ## Open a tiny export with every consumer in docs/consumers.md, and compare tokens
+	$(BIN)/python -m tests.consumers --pip-args "$(PIP_ARGS)"
 
 bench: demo-270m ## Measure the real 270M against transformers
 	$(BIN)/gemma3-export bench $(DEMO_270M) --against transformers

@@ -15,6 +15,7 @@ import platform
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.environments import python_of
 from gemma3_export.bench import serving
 
 __all__ = ["PEERS", "SERVING", "WORKERS", "Peer"]
@@ -44,7 +45,7 @@ class Peer:
 
     def python(self, folder: Path) -> Path:
         """Return the interpreter of the environment; ``folder`` contains all peers."""
-        return folder.absolute() / self.name / "bin" / "python"
+        return python_of(folder / self.name)
 
     def command(self, folder: Path) -> tuple[str, ...]:
         """Return the command that starts the worker.

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import subprocess
-import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from benchmarks.environments import Echo, create_environment, run
 from benchmarks.peers import PEERS, Peer
 from gemma3_export.bench.peers import (
     ENGINES,
@@ -19,13 +16,10 @@ from gemma3_export.bench.peers import (
     model_folder,
     split_spec,
 )
-from gemma3_export.errors import InputError, UnavailableError
+from gemma3_export.errors import InputError
 from gemma3_export.staging import staged_directory
 
 __all__ = ["set_up"]
-
-STDERR = 2  # the output of pip and of converters is not ours
-Echo = Callable[[str], None]
 
 
 def set_up(
@@ -81,20 +75,14 @@ def parse(spec: str) -> tuple[Peer, str]:
 
 def install(peer: Peer, folder: Path, pip_arguments: Sequence[str], echo: Echo) -> None:
     """Create an environment; a failed or interrupted installation leaves nothing."""
-    target = folder / peer.name
-    if peer.python(folder).exists():
-        return
-    echo(f"{target}: installing {peer.name}")
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        run([sys.executable, "-m", "venv", str(target)], f"python -m venv {target}")
-        pip = [str(target / "bin" / "python"), "-m", "pip", "install", "--quiet", *pip_arguments]
-        no_dependencies = ["--no-deps"] if peer.pins_dependencies else []
-        command = [*pip, *no_dependencies, "-r", str(peer.requirements)]
-        run(command, f"installing {peer.requirements.name}", dict(peer.build))
-    except BaseException:
-        shutil.rmtree(target, ignore_errors=True)
-        raise
+    no_dependencies = ["--no-deps"] if peer.pins_dependencies else []
+    create_environment(
+        folder / peer.name,
+        [*no_dependencies, "-r", str(peer.requirements)],
+        pip_arguments=pip_arguments,
+        variables=dict(peer.build),
+        echo=echo,
+    )
 
 
 @contextmanager
@@ -145,19 +133,3 @@ def convert(
             made_from=fingerprint,
             model=staging,
         ).write()
-
-
-def run(command: Sequence[str], purpose: str, variables: dict[str, str] | None = None) -> None:
-    """Run a program whose output the user sees.
-
-    Raises:
-        UnavailableError: it failed.
-    """
-    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    done = subprocess.run(
-        list(command), env=environment | (variables or {}), stdout=STDERR, check=False
-    )
-    if done.returncode:
-        raise UnavailableError(
-            f"{purpose} failed with exit code {done.returncode}; its output above says why"
-        )
