@@ -13,6 +13,7 @@ from gemma3_export.api.exporting import export_onnx, open_weights
 from gemma3_export.config import config_to_json
 from tests.support import cuda_machine, cuda_python
 from tests.support.exported_bundles import made_once, scratch
+from tests.support.shared_traces import share_traces
 from tests.support.tiny_models import tiny_config, write_hf_folder
 from tests.support.tiny_tokenizers import tiny_gemma_tokenizer
 
@@ -25,8 +26,9 @@ torch.set_num_threads(1)
 
 
 def pytest_configure() -> None:
-    """Make the folder of shared bundles, which pytest-xdist's workers inherit."""
+    """Make the folder of shared bundles, which pytest-xdist's workers inherit; share traces."""
     scratch()
+    share_traces()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -16,6 +16,7 @@ from onnx import numpy_helper
 from gemma3_export.bundle import Bundle, TensorSpec
 from gemma3_export.errors import InputError
 from gemma3_export.exporters.bundle_writer import export_bundle
+from gemma3_export.exporters.onnx import trace, writer
 from gemma3_export.exporters.onnx.writer import OnnxWriter
 from gemma3_export.reference.weights import WeightSource
 from gemma3_export.reference.weights.bundle_weights import OnnxWeights
@@ -187,6 +188,18 @@ def test_unknown_targets_and_dtypes_are_rejected() -> None:
         OnnxWriter(target="cuda")
     with pytest.raises(InputError, match="fp32"):
         OnnxWriter(dtype="fp8")
+
+
+def test_exports_of_a_fresh_and_of_a_shared_trace_are_identical(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two traces give the same bytes, and tests may share one; see tests/support/shared_traces."""
+    for name in ("first", "shared"):
+        export_tiny(tmp_path / name, "ort")
+    monkeypatch.setattr(writer, "trace_onnx", trace.trace_onnx)
+    export_tiny(tmp_path / "fresh", "ort")
+    fresh, shared = (Bundle(tmp_path / name).manifest.files for name in ("fresh", "shared"))
+    assert fresh == shared
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
