@@ -1,7 +1,7 @@
 """Share traces between the tests of one process.
 
 Tracing takes five of the six seconds that a tiny ONNX export takes on one core, and most tests
-export models of the same few shapes. The trace depends on config, target and dtype alone;
+export models of the same few shapes. The trace depends on config, target, dtype and opset alone;
 everything after it (passes, quantization, weights, parity) runs in every export. Exports in
 processes of their own, such as those of the command line, trace for themselves.
 """
@@ -10,12 +10,11 @@ from __future__ import annotations
 
 import copy
 import functools
+from typing import Any
 
 import onnx_ir as ir
-import torch
 
 from gemma3_export.bundle import WeightRecipe
-from gemma3_export.config import Gemma3Config
 from gemma3_export.exporters.onnx import trace, writer
 
 __all__ = ["share_traces"]
@@ -30,11 +29,9 @@ def share_traces() -> None:
     writer.trace_onnx = shared_trace
 
 
-def shared_trace(
-    config: Gemma3Config, target: str, dtype: torch.dtype = torch.float32
-) -> tuple[ir.Model, dict[str, WeightRecipe]]:
+def shared_trace(*arguments: Any) -> tuple[ir.Model, dict[str, WeightRecipe]]:
     """Return what :func:`gemma3_export.exporters.onnx.trace.trace_onnx` does; passes change it."""
-    model, recipes = traced(config, target, dtype)
+    model, recipes = traced(*arguments)
     copied = model.clone()
     # A clone would number new values from 0; with the counters of the trace, files are identical.
     copied.graph._name_authority = copy.deepcopy(model.graph._name_authority)
