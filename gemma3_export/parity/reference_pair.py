@@ -21,6 +21,8 @@ from gemma3_export.reference.weights import WeightSource, check_finite
 
 __all__ = ["ReferencePair", "head_blocks"]
 
+CHUNK_BYTES = 2**23  # of stored weights; dequantizing them takes several times as much
+
 
 class ReferencePair:
     """Two uncached forward passes over the same batches, layer by layer.
@@ -89,7 +91,7 @@ def head_blocks(source: WeightSource, positions: int) -> Iterator[tuple[int, Ten
         InputError: a weight holds NaN or infinity, or the source cannot be read.
     """
     name, first = source.config.head_name, 0
-    for chunk in source.chunks(name):
+    for chunk in source.chunks(name, CHUNK_BYTES):
         check_finite(name, chunk)
         for rows in vocabulary_blocks(positions, len(chunk)):
             yield first + rows.start, chunk[rows].double()
