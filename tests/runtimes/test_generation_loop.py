@@ -268,6 +268,37 @@ class TestEnds:
         assert [event.request for event in events if isinstance(event, Completion)] == [1]
 
 
+class Oracle:
+    """Drafts what a fake runtime will choose, and something else as every fourth token."""
+
+    token_cost = 0.0
+
+    def draft(self, tokens: Sequence[int], max_tokens: int) -> list[int]:
+        history, found = list(tokens), []
+        for place in range(max_tokens):
+            best = int(FakeRuntime().logits_after(history).argmax())
+            found.append(best if place % 4 < 3 else (best + 1) % 256)
+            history.append(found[-1])
+        return found
+
+
+@pytest.mark.parametrize("steps", range(2, 14))
+def test_drafts_end_cleanly_when_another_request_joins(steps: int) -> None:
+    """At some of these steps, verified tokens are pending or rejected ones are in the cache."""
+    loop = Observed(2)
+    drafting = request_for(loop.runtime, 0, 3, 30, drafter=Oracle)
+    loop.submit(drafting)
+    for _ in range(steps):
+        loop.step()
+    loop.add(1, 3, 9)
+    found = loop.finish()
+    assert drafting.state.accepted_tokens > 0
+    for index, new_tokens in ((0, 30), (1, 9)):
+        alone = Observed(1)
+        alone.add(index, 3, new_tokens)
+        assert found[index] == alone.finish()[index]
+
+
 # --- results ---------------------------------------------------------------------------------
 
 
