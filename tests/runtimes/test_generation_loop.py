@@ -31,7 +31,7 @@ from gemma3_export.runtimes.onnx.runtime import OnnxRuntime
 from gemma3_export.runtimes.protocol import Runtime
 from gemma3_export.runtimes.torch.runtime import Pt2Runtime, TorchScriptRuntime
 from tests.support.exported_bundles import VARIANTS, exported, exported_bundle, source_of
-from tests.support.fake_runtime import ByteDecoder, FakeRuntime
+from tests.support.fake_runtime import ByteDecoder, FakeRuntime, ScriptedRuntime
 from tests.support.generation import generate
 
 GREEDY = SamplingParams()
@@ -297,6 +297,34 @@ def test_drafts_end_cleanly_when_another_request_joins(steps: int) -> None:
         alone = Observed(1)
         alone.add(index, 3, new_tokens)
         assert found[index] == alone.finish()[index]
+
+
+class Repeats:
+    """Drafts the newest token again."""
+
+    token_cost = 0.0
+
+    def draft(self, tokens: Sequence[int], max_tokens: int) -> list[int]:
+        return [tokens[-1]] * max_tokens
+
+
+@pytest.mark.parametrize("steps", range(2, 12))
+@pytest.mark.parametrize("joint", range(1, 7))
+def test_logits_verified_before_others_joined_are_not_used_after_them(
+    steps: int, joint: int
+) -> None:
+    """A text of equal tokens cannot tell by the token which position they belong to."""
+    script = b"aaaaaaaaabaaaaaaaac"
+    runtime = ScriptedRuntime({2: script, 3: b"x" * joint})
+    loop = GenerationLoop(runtime, runtime.new_cache(2, 64))
+    drafting = request_for(runtime, 0, [2], len(script), drafter=Repeats)
+    loop.submit(drafting)
+    for _ in range(steps):
+        loop.step()
+    loop.submit(request_for(runtime, 1, [3], joint))
+    while not loop.is_idle:
+        loop.step()
+    assert bytes(token.token_id for token in drafting.state.tokens) == script
 
 
 # --- results ---------------------------------------------------------------------------------
