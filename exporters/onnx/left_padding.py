@@ -1,11 +1,12 @@
 """Graph passes for padding on the left, which Hugging Face's tokenizers use for Gemma.
 
 GroupQueryAttention takes rows that start with a token: it knows a row's length, and appends to each
-row at its own end. A row that is padded on the left therefore runs rotated, with its padding at the
+row at its own end. In float32, a row that is padded on the left therefore runs rotated, with its padding at the
 end, and its hidden states are rotated back before the head. Its keys lie at the start of the cache
 like those of any other row, so positions and windows are exact, and steps of one token need no
 rotation at all. (Masking the padding with ``attention_bias`` instead would take memory for every
-pair of tokens.)
+pair of tokens.) In half precision, where each node of the rotation would be a CUDA kernel in every
+step, such a row gets NaN instead of plausible but wrong logits.
 
 Shapes: B batch rows, T new tokens, S all tokens, D hidden size.
 """
@@ -13,12 +14,14 @@ Shapes: B batch rows, T new tokens, S all tokens, D hidden size.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 import onnx_ir.passes.common as common
+from numpy.typing import NDArray
 
-__all__ = ["AcceptLeftPadding", "ExpectRightPadding"]
+__all__ = ["AcceptLeftPadding", "ExpectRightPadding", "RejectLeftPadding"]
 
 PREFIX = "left_padding"
 ROTATIONS = ("rotate_tokens", "rotate_back")  # the nodes whose output is their input, rotated
@@ -75,12 +78,70 @@ class ExpectRightPadding(ir.passes.InPlacePass):
         return ir.passes.PassResult(model, modified=bool(rotations))
 
 
-class RotationNodes:
-    """Makes the nodes that :class:`AcceptLeftPadding` inserts, in order."""
+class RejectLeftPadding(ir.passes.InPlacePass):
+    """Pass that makes all logits of a row NaN if the row begins with padding.
+
+    The scale of the embeddings is read from a table by the row's first mask value, which costs two
+    small kernels in a step. (Nodes that make the session fail would have to run on the CPU, and a
+    step that waits for the CPU cannot be captured as a CUDA graph.)
+    """
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Replace the constant scale of the embeddings by one for each row, [B, 1, 1]."""
+        graph = model.graph
+        attention_mask = graph.inputs[1]
+        multiply = next(node for node in graph if node.op_type == "Mul")
+        scale = multiply.inputs[1]
+        assert scale is not None
+        assert scale.const_value is not None
+        value = scale.const_value.numpy()
+        nodes = InsertedNodes(graph)
+        scales = nodes.initializer("scales", np.array([np.nan, value.item()], value.dtype))
+        first = nodes.add(
+            "Gather", "first", [attention_mask, nodes.constant("zero", [[0]])], axis=1
+        )
+        multiply.replace_input_with(1, nodes.add("Gather", "scale", [scales, first], axis=0))
+        graph.insert_before(multiply, nodes.nodes)
+        return ir.passes.PassResult(model, modified=True)
+
+
+class InsertedNodes:
+    """Makes nodes and initializers of the passes above, in order."""
 
     def __init__(self, graph: ir.Graph) -> None:
         self.graph = graph
         self.nodes: list[ir.Node] = []
+
+    def add(
+        self, operator: str, name: str, inputs: Sequence[ir.Value], **attributes: int
+    ) -> ir.Value:
+        """Append a node, and return its output."""
+        name = f"{PREFIX}.{name}"
+        node = ir.node(operator, inputs, attributes, name=name)
+        node.outputs[0].name = name
+        self.nodes.append(node)
+        return node.outputs[0]
+
+    def constant(self, name: str, value: int | list[int] | list[list[int]]) -> ir.Value:
+        """Return a new int64 initializer."""
+        return self.initializer(name, np.array(value, np.int64))
+
+    def initializer(self, name: str, array: NDArray[Any]) -> ir.Value:
+        """Return a new initializer."""
+        tensor = ir.tensor(array, name=f"{PREFIX}.{name}")
+        initializer = ir.Value(
+            name=tensor.name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(array.shape)
+        )
+        initializer.const_value = tensor
+        self.graph.register_initializer(initializer)
+        return initializer
+
+
+class RotationNodes(InsertedNodes):
+    """Makes the nodes that :class:`AcceptLeftPadding` inserts, in order."""
+
+    def __init__(self, graph: ir.Graph) -> None:
+        super().__init__(graph)
         self.zero, self.one = self.constant("zero", [0]), self.constant("one", [1])
         self.last_axis = self.constant("last_axis", [-1])
 
@@ -111,24 +172,3 @@ class RotationNodes:
         rotated = self.add("GatherND", name, [x, column], batch_dims=1)
         rotated.type = x.type
         return rotated
-
-    def add(
-        self, operator: str, name: str, inputs: Sequence[ir.Value], **attributes: int
-    ) -> ir.Value:
-        """Append a node, and return its output."""
-        name = f"{PREFIX}.{name}"
-        node = ir.node(operator, inputs, attributes, name=name)
-        node.outputs[0].name = name
-        self.nodes.append(node)
-        return node.outputs[0]
-
-    def constant(self, name: str, value: int | list[int]) -> ir.Value:
-        """Return a new int64 initializer."""
-        array = np.array(value, np.int64)
-        tensor = ir.tensor(array, name=f"{PREFIX}.{name}")
-        initializer = ir.Value(
-            name=tensor.name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(array.shape)
-        )
-        initializer.const_value = tensor
-        self.graph.register_initializer(initializer)
-        return initializer

@@ -105,7 +105,7 @@ class FusedAttention(PackedAttention):
     ) -> tuple[Tensor, KeyValue]:
         """Attend as the reference does; row lengths are sums of the mask, so pad on the right.
 
-        The pass ``AcceptLeftPadding`` rotates rows that are padded on the left.
+        See :mod:`gemma3_export.exporters.onnx.left_padding` for rows that are padded on the left.
         """
         config = self.config
         batch, new = x_BTD.shape[:2]

@@ -21,7 +21,11 @@ from gemma3_export.exporters.onnx.fused_norms import (
 )
 from gemma3_export.exporters.onnx.graph_cleanup import DeclareSignature, DropTracedShapes, Simplify
 from gemma3_export.exporters.onnx.integer_products import IntegerProducts
-from gemma3_export.exporters.onnx.left_padding import AcceptLeftPadding, ExpectRightPadding
+from gemma3_export.exporters.onnx.left_padding import (
+    AcceptLeftPadding,
+    ExpectRightPadding,
+    RejectLeftPadding,
+)
 from gemma3_export.exporters.onnx.minimum_version import RejectLongWindows
 from gemma3_export.exporters.onnx.quantize_weights import QuantizedShape, QuantizeWeights
 from gemma3_export.exporters.onnx.screened_head import ScreenHead
@@ -103,9 +107,11 @@ MODEL_PASSES = (
     PassRow(
         lambda plan: FuseResidualNorms(), ORT, BLOCKS, lambda plan: plan.cache_dtype == "float32"
     ),
-    # Graphs in half precision are for CUDA, where each of its nodes is a kernel in every step.
     PassRow(
         lambda plan: AcceptLeftPadding(), FUSED, ANY, lambda plan: plan.cache_dtype == "float32"
+    ),
+    PassRow(
+        lambda plan: RejectLeftPadding(), FUSED, ANY, lambda plan: plan.cache_dtype != "float32"
     ),
     # Graphs in half precision are for CUDA, where this package needs newer releases anyway.
     PassRow(lambda plan: RejectLongWindows(), ORT, ANY, lambda plan: plan.cache_dtype == "float32"),

@@ -119,12 +119,12 @@ def test_attention_in_bfloat16_takes_the_packed_projection_and_the_scales_of_its
         ),
         (
             GraphPlan(config=CONFIG),
-            ["StackLayers", "AcceptLeftPadding", "DeclareSignature"],
+            ["StackLayers", "AcceptLeftPadding", "RejectLongWindows", "DeclareSignature"],
             ["ExpectRightPadding", "UseSlidingWindowCache", "FuseNorms", "DeclareSignature"],
         ),
         (
             GraphPlan(config=CONFIG, is_screened=True),
-            ["StackLayers", "AcceptLeftPadding", "DeclareSignature"],
+            ["StackLayers", "AcceptLeftPadding", "RejectLongWindows", "DeclareSignature"],
             [
                 "ExpectRightPadding",
                 "UseSlidingWindowCache",
@@ -135,12 +135,19 @@ def test_attention_in_bfloat16_takes_the_packed_projection_and_the_scales_of_its
         ),
         (
             GraphPlan(config=CONFIG, dtype="bf16", cache_dtype="bfloat16"),
-            ["StackLayers", "FuseBfloat16Norms", "DeclareSignature"],
+            ["StackLayers", "FuseBfloat16Norms", "RejectLeftPadding", "DeclareSignature"],
             ["UseSlidingWindowCache", "FuseNorms", "DeclareSignature"],
         ),
         (
             GraphPlan(config=CONFIG, dtype="int8"),
-            ["StackLayers", "AcceptLeftPadding", "DeclareSignature", "QuantizeWeights"],
+            [
+                "StackLayers",
+                "FuseResidualNorms",
+                "AcceptLeftPadding",
+                "RejectLongWindows",
+                "DeclareSignature",
+                "QuantizeWeights",
+            ],
             ["ExpectRightPadding", "UseSlidingWindowCache", "FuseNorms", "DeclareSignature"],
         ),
     ],
