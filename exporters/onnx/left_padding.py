@@ -1,12 +1,12 @@
 """Graph passes for padding on the left, which Hugging Face's tokenizers use for Gemma.
 
 GroupQueryAttention takes rows that start with a token: it knows a row's length, and appends to each
-row at its own end. In float32, a row that is padded on the left therefore runs rotated, with its padding at the
-end, and its hidden states are rotated back before the head. Its keys lie at the start of the cache
-like those of any other row, so positions and windows are exact, and steps of one token need no
-rotation at all. (Masking the padding with ``attention_bias`` instead would take memory for every
-pair of tokens.) In half precision, where each node of the rotation would be a CUDA kernel in every
-step, such a row gets NaN instead of plausible but wrong logits.
+row at its own end. In float32, a row that is padded on the left therefore runs rotated, with its
+padding at the end, and its hidden states are rotated back before the head. Its keys lie at the
+start of the cache like those of any other row, so positions and windows are exact, and steps of one
+token need no rotation at all. (Masking the padding with ``attention_bias`` instead takes memory
+for every pair of tokens.) In half precision, where each node of the rotation would be a CUDA kernel
+in every step, such a row gets NaN instead of plausible but wrong logits.
 
 Shapes: B batch rows, T new tokens, S all tokens, D hidden size.
 """
