@@ -18,7 +18,8 @@ from gemma3_export.api.model_files import bundle_tokenizer
 from gemma3_export.api.opening import open_runtime
 from gemma3_export.bundle import Bundle
 from gemma3_export.parity.cases import pad
-from gemma3_export.runtimes.generation.loop import GenerationOptions, generate
+from gemma3_export.runtimes.generation.generate import generate
+from gemma3_export.runtimes.generation.prepare import GenerationOptions
 from gemma3_export.runtimes.generation.sampling import SamplingParams
 from gemma3_export.runtimes.protocol import PaddingSide
 
