@@ -24,13 +24,12 @@ COPY reference/ reference/
 COPY exporters/ exporters/
 COPY runtimes/ runtimes/
 COPY gemma3_export/ gemma3_export/
-RUN pip install --no-cache-dir -c constraints.txt ".[cuda]"
+RUN pip install --no-cache-dir -c constraints.txt ".[cuda,serve]"
 
 
 FROM python:3.13.7-slim-bookworm
 
 COPY --from=build /opt/gemma3-export /opt/gemma3-export
-COPY examples/service/serve.py /opt/gemma3-export/service/serve.py
 
 # Tell NVIDIA's container toolkit what to expose, as NVIDIA's own images do.
 ENV PATH=/opt/gemma3-export/bin:$PATH \
@@ -43,8 +42,8 @@ RUN useradd --uid 10001 --create-home --shell /usr/sbin/nologin gemma
 USER 10001:10001
 WORKDIR /home/gemma
 
-# The check opens a CUDA context for a second, so it runs rarely. A service should use its own
-# health endpoint; examples/service has the command.
+# The check opens a CUDA context for a second, so it runs rarely. A server should use its own
+# health endpoint; docs/serve.md has the command.
 HEALTHCHECK --interval=5m --timeout=150s --start-period=30s --retries=2 \
     CMD ["gemma3-export", "doctor"]
 

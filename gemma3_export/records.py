@@ -17,7 +17,7 @@ import msgspec
 from gemma3_export.errors import InputError
 from gemma3_export.files import read_bytes
 
-__all__ = ["MAX_JSON_BYTES", "Count", "read_json", "read_record", "to_record"]
+__all__ = ["MAX_JSON_BYTES", "Count", "is_deeper", "read_json", "read_record", "to_record"]
 
 MAX_JSON_BYTES = 16 * 2**20
 MAX_DEPTH = 64  # objects within objects; ours have about eight
@@ -53,7 +53,7 @@ def read_json(path: Path, *, remedy: str) -> Any:
     data = read_bytes(path, limit_bytes=MAX_JSON_BYTES)
     try:
         found = msgspec.json.decode(data)
-        is_too_deep = _is_deeper(found, MAX_DEPTH)
+        is_too_deep = is_deeper(found, MAX_DEPTH)
     except RecursionError:
         is_too_deep = True
     except ValueError as error:  # msgspec's errors, and bytes that are not UTF-8
@@ -126,7 +126,8 @@ def _make(kind: type, value: Any) -> Any:
     return kind(value)
 
 
-def _is_deeper(data: object, levels: int) -> bool:
+def is_deeper(data: object, levels: int) -> bool:
+    """Return whether parsed JSON has more than ``levels`` levels of nesting."""
     found = [data]
     for _ in range(levels + 1):
         found = [child for item in found for child in _children(item)]

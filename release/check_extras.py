@@ -40,6 +40,7 @@ NEEDS_EXPORT = {
     "to-hf --weights demo -o {work}/none": "export",
     "verify {bundle}": "export",
 }
+NEEDS_SERVER = {"serve {bundle}": "serve"}
 NEEDS_TRAINING = {"train {work} -o {work}/none": "train"}
 NEEDS_TIKTOKEN = {"data {text} -o {work}/none --tokenizer tiktoken:gpt2": "tiktoken"}
 
@@ -68,7 +69,13 @@ ENVIRONMENTS = (
     Environment(
         extras="cpu",
         works=(GENERATE, "doctor --device cpu", BATCH),
-        names=NEEDS_EXPORT | NEEDS_TRAINING | NEEDS_TIKTOKEN,
+        names=NEEDS_EXPORT | NEEDS_TRAINING | NEEDS_TIKTOKEN | NEEDS_SERVER,
+    ),
+    Environment(
+        extras="cpu,serve",
+        works=("serve --help",),
+        names=NEEDS_EXPORT,
+        imports=("gemma3_export.serve.server",),
     ),
     Environment(
         extras="chat,cpu", works=(GENERATE,), names=NEEDS_EXPORT, imports=("prompt_toolkit",)

@@ -24,7 +24,6 @@ ROLE = re.compile(r":(?:attr|class|func|meth|mod):(?=<code>)")
 PAGES = {
     "README.md": "index.md",
     "CONTRIBUTING.md": "contributing.md",
-    "examples/service/README.md": "service.md",
     "examples/cpp/README.md": "cpp.md",
     "examples/browser/README.md": "browser-example.md",
 }

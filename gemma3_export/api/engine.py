@@ -171,6 +171,16 @@ class Engine:
         channel, request = self._worker.submit(prompt, options)
         return EngineStream(channel, request.state, partial(self._worker.cancel, request), self)
 
+    @property
+    def is_open(self) -> bool:
+        """Whether the engine accepts requests, if its queue has room."""
+        return self._worker.is_open
+
+    @property
+    def max_request_tokens(self) -> int:
+        """The most tokens of prompt and answer that one request can have."""
+        return self._worker.max_request_tokens
+
     async def generate(
         self, prompt: Prompt, options: GenerateOptions | None = None, **changes: Any
     ) -> Completion:
@@ -282,6 +292,16 @@ class _Worker:
 
     # --- called by other threads ----------------------------------------------------------------
 
+    @property
+    def is_open(self) -> bool:
+        """See :attr:`Engine.is_open`."""
+        return self._error is None and not self._is_closing
+
+    @property
+    def max_request_tokens(self) -> int:
+        """See :attr:`Engine.max_request_tokens`."""
+        return min(self._capacity, self._max_tokens)
+
     def submit(
         self, prompt: Prompt, options: GenerateOptions
     ) -> tuple[EventChannel, ScheduledRequest]:
@@ -292,7 +312,7 @@ class _Worker:
         request = self._model.prepare(
             prompt, options, runtime, index=index, capacity=self._capacity
         )
-        require_fits(request, min(self._capacity, self._max_tokens))
+        require_fits(request, self.max_request_tokens)
         channel = EventChannel()
         with self._lock:
             self._require_room()

@@ -33,6 +33,7 @@ COMMANDS = (
     "generate",
     "chat",
     "batch",
+    "serve",
     "verify",
     "inspect",
     "push",

@@ -26,6 +26,8 @@ from gemma3_export.cli.options import (
 
 if TYPE_CHECKING:
     from gemma3_export.api.model import Model
+    from gemma3_export.api.model_files import Weights
+    from gemma3_export.bundle import Bundle
     from gemma3_export.runtimes.generation.request import Completion
 
 __all__ = [
@@ -180,6 +182,36 @@ class OpeningRequest:
     trust: bool
     check: bool
 
+    def files(self, path: Path) -> Bundle | Weights:
+        """Open the files of a bundle, or weights.
+
+        Raises:
+            InputError: there is neither at ``path``, or they are damaged.
+        """
+        from gemma3_export.api.model_files import open_files
+
+        return open_files(path, self.variant)
+
+    def loading(self, files: Bundle | Weights) -> dict[str, Any]:
+        """Return the fields of :class:`gemma3_export.LoadOptions` that were asked for.
+
+        Raises:
+            click.UsageError: an option cannot have an effect.
+        """
+        from gemma3_export.api.model_files import AUTO, choose_runtime
+
+        runtime = choose_runtime(files, AUTO if self.runtime is None else self.runtime)
+        device, cuda_options = self.cuda.settle(self.device, runtime)
+        return {
+            "runtime": runtime,
+            "device": device,
+            "threads": self.threads,
+            "trust": self.trust,
+            "check": self.check,
+            "cuda": cuda_options,
+            "shares_weights": self.share_weights,
+        }
+
     def open(self, path: Path, *, warm_up: bool = False) -> Model:
         """Open a bundle, or weights; the graph itself opens with the first generation.
 
@@ -191,22 +223,10 @@ class OpeningRequest:
             UnavailableError: a package is missing.
         """
         from gemma3_export.api.model import Model
-        from gemma3_export.api.model_files import AUTO, Weights, choose_runtime, open_files
+        from gemma3_export.api.model_files import Weights
 
-        files = open_files(path, self.variant)
-        runtime = choose_runtime(files, AUTO if self.runtime is None else self.runtime)
-        device, cuda_options = self.cuda.settle(self.device, runtime)
-        model = Model(
-            files,
-            runtime=runtime,
-            device=device,
-            threads=self.threads,
-            trust=self.trust,
-            check=self.check,
-            warm_up=warm_up,
-            cuda=cuda_options,
-            shares_weights=self.share_weights,
-        )
+        files = self.files(path)
+        model = Model(files, warm_up=warm_up, **self.loading(files))
         if isinstance(files, Weights):
             click.echo(
                 f"note: {path} is not an export, so it runs in PyTorch; faster: gemma3-export onnx "

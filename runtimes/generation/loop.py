@@ -109,6 +109,8 @@ class GenerationLoop:
             self.cache.truncate(row, 0)
         self._ended_rows.clear()
         for request in self.scheduler.admit():
+            if request.state.params.prompt_logprobs is not None:
+                self.cache.truncate(request.row, 0)  # what is cached already gives no logits
             held = int(self.cache.lengths[request.row])
             request.continues_row = held > 0
             request.prefilled_tokens = request.state.reused_tokens = held
@@ -120,18 +122,21 @@ class GenerationLoop:
 
         It waits until the prompt's turn, because the prompts before it may share its prefix.
         """
-        if self.prefix_cache is not None:
+        if self.prefix_cache is not None and request.state.params.prompt_logprobs is None:
             request.prefilled_tokens = request.state.reused_tokens = self.prefix_cache.load(
                 self.cache, request.row, request.state.prompt_ids, request.prefill_chunk
             )
         return request.next_chunk()
 
     def _compute_chunk(self, plan: PrefillChunk) -> Logits:
-        """Feed a chunk of a prompt; return the logits [V] that follow it."""
-        ids = plan.request.state.prompt_ids[None, plan.start : plan.stop]
-        logits = self.runtime.step(ids, self.cache, num_logits=1, row=plan.request.row)
-        last: Logits = logits[0, -1]
-        return last
+        """Feed a chunk of a prompt; return logits [T, V] that follow its last or all tokens."""
+        state = plan.request.state
+        ids = state.prompt_ids[None, plan.start : plan.stop]
+        count = 1 if state.params.prompt_logprobs is None else plan.stop - plan.start
+        logits: Logits = self.runtime.step(ids, self.cache, num_logits=count, row=plan.request.row)[
+            0
+        ]
+        return logits
 
     def _compute_tokens(self, plan: DecodeStep) -> Sequence[Logits | Candidates]:
         """Feed each request its newest token; return its logits [V] or candidates.
@@ -197,15 +202,21 @@ class GenerationLoop:
         request, state = plan.request, plan.request.state
         state.prefill_s += elapsed_s
         request.prefilled_tokens = plan.stop
+        if state.params.prompt_logprobs is not None:
+            try:
+                state.report_prompt(plan.start, logits)
+            except Exception as error:  # of this request's logits, and no other's
+                return self._reported(request, Failure(request=state.index, error=error))
         if not plan.is_last:
             return []
-        # what continues a row was not computed in whole prefill chunks
-        if self.prefix_cache is not None and not request.continues_row:
+        # what continues a row, or has all logits, was not computed in whole prefill chunks
+        is_whole = not request.continues_row and state.params.prompt_logprobs is None
+        if self.prefix_cache is not None and is_whole:
             self.prefix_cache.store(
                 self.cache, request.row, state.prompt_ids, request.prefill_chunk
             )
         self.scheduler.begin_decoding(request)
-        event = self._accept(request, logits)
+        event = self._accept(request, logits[-1])
         state.time_to_first_token_s = perf_counter() - request.submitted_s
         return self._reported(request, event)
 

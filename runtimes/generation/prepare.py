@@ -29,6 +29,8 @@ from gemma3_export.runtimes.protocol import CacheVariants, IntArray, Runtime
 
 __all__ = ["GenerationOptions", "check_prompts", "choose_capacity", "prepare_request"]
 
+LOGPROBS_CHUNK = 64  # prompt tokens per step whose logits are all needed: 64 MB of Gemma's
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GenerationOptions:
@@ -114,9 +116,10 @@ def prepare_request(
     longest = _longest_draft(runtime, options.max_draft_tokens)
     if drafter and longest:
         speculation = Speculation(state, drafter(), longest, _step_costs(runtime, state))
-    return ScheduledRequest(
-        state=state, prefill_chunk=options.prefill_chunk, speculation=speculation
-    )
+    chunk = options.prefill_chunk
+    if params.prompt_logprobs is not None:
+        chunk = min(chunk, LOGPROBS_CHUNK)
+    return ScheduledRequest(state=state, prefill_chunk=chunk, speculation=speculation)
 
 
 def check_prompts(

@@ -17,7 +17,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gemma3_export.runtimes.generation.candidates import Candidates
-from gemma3_export.runtimes.generation.sampling import SampledToken, Sampler, SamplingParams
+from gemma3_export.runtimes.generation.sampling import (
+    SampledToken,
+    Sampler,
+    SamplingParams,
+    report_logprobs,
+)
 from gemma3_export.runtimes.protocol import IntArray, Logits
 
 __all__ = [
@@ -99,6 +104,8 @@ class Completion:
     reused_tokens: int = 0  # leading prompt tokens that came from a cache
     # Whether the text satisfies its constraint, which it may not where it was cut off.
     is_complete: bool | None = None  # None: there was no constraint
+    # The tokens of the prompt after the first, if SamplingParams.prompt_logprobs is set.
+    prompt_logprobs: tuple[SampledToken, ...] = field(default=(), repr=False)
 
     @property
     def token_ids(self) -> tuple[int, ...]:
@@ -197,6 +204,7 @@ class RequestState:
         self.index = index
         self.prompt_ids = prompt_ids
         self.tokens: list[SampledToken] = []
+        self.prompt_logprobs: list[SampledToken] = []
         self.finish_reason: FinishReason | None = None
         self.time_to_first_token_s: float | None = None
         self.prefill_s = self.decode_s = 0.0
@@ -237,6 +245,21 @@ class RequestState:
         """The most tokens that can still follow."""
         return self._max_new_tokens - len(self.tokens)
 
+    def report_prompt(self, start: int, logits: Logits) -> None:
+        """Keep the log-probabilities of prompt tokens, from the logits [T, V] that precede them.
+
+        Args:
+            start: position in the prompt of the token that the first logits follow.
+            logits: those of a chunk of the prompt.
+        """
+        count = self.params.prompt_logprobs
+        assert count is not None
+        following = self.prompt_ids[start + 1 : start + 1 + len(logits)]
+        self.prompt_logprobs += [
+            report_logprobs(row, int(token_id), count)
+            for row, token_id in zip(logits, following, strict=False)  # nothing follows the last
+        ]
+
     def accept(self, logits: Logits | Candidates) -> TokenEvent:
         """Choose the next token from its logits [V], and end the request if it was the last."""
         assert self.finish_reason is None, "the request has ended"
@@ -274,6 +297,7 @@ class RequestState:
             accepted_tokens=self.accepted_tokens,
             reused_tokens=self.reused_tokens,
             is_complete=None if constraint is None else constraint.is_complete,
+            prompt_logprobs=tuple(self.prompt_logprobs),
         )
 
     def _read(self, token_id: int) -> str:

@@ -47,6 +47,12 @@ _RULES: tuple[_Rule, ...] = (  # field, type, valid range, the range in words
         lambda n: 0 <= n <= MAX_COUNT,
         "an integer, 0 (chosen token) or more",
     ),
+    (
+        "prompt_logprobs",
+        Integral,
+        lambda n: 0 <= n <= MAX_COUNT,
+        "an integer, 0 (the prompt's tokens) or more",
+    ),
 )
 _STRIDES = 64  # rows into which the vocabulary is reshaped to find its largest logits
 _BLOCK = 512  # candidates per partial sum; only the drawn block needs its own cumulative sum
@@ -69,6 +75,7 @@ class SamplingParams:
     seed: int | None = None  # None draws a random one
     request_index: int = 0  # distinguishes requests that share a seed
     logprobs: int | None = None  # alternatives to report; 0: chosen token only; None: nothing
+    prompt_logprobs: int | None = None  # the same for the tokens of the prompt
 
     def __post_init__(self) -> None:
         for name, kind, is_legal, words in _RULES:

@@ -29,9 +29,9 @@ from gemma3_export import (
     QueueFullError,
 )
 from gemma3_export.api import engine as engine_module
-from gemma3_export.runtimes.generation.loop import GenerationLoop
 from gemma3_export.runtimes.generation.scheduler import ScheduledRequest
 from gemma3_export.runtimes.onnx.runtime import OnnxRuntime
+from tests.support.engine_gate import Gate
 
 PROMPTS = ["a", "The sea", "is blue and the sky is", "one two three four five six seven eight"]
 LONG = GenerateOptions(max_new_tokens=200, stop_tokens=())
@@ -47,31 +47,6 @@ def engine(model: Model) -> Iterator[Engine]:
     with Engine(model, slots=3) as opened:
         yield opened
         opened.close(drain=False)
-
-
-class Gate:
-    """Holds the engine before each of its steps until it is told to go on."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.steps = threading.Semaphore(0)
-        self.arrived = threading.Semaphore(0)  # one for each step that has begun to wait
-        self.is_open = False
-        original = GenerationLoop.step
-
-        def step(loop: GenerationLoop) -> Any:
-            if not self.is_open and threading.current_thread().name == "gemma3-engine":
-                self.arrived.release()
-                assert self.steps.acquire(timeout=30), "the test has failed, or forgotten a step"
-            return original(loop)
-
-        monkeypatch.setattr(GenerationLoop, "step", step)
-
-    def allow(self, count: int = 1) -> None:
-        self.steps.release(count)
-
-    def open(self) -> None:
-        self.is_open = True
-        self.steps.release()
 
 
 @pytest.fixture
@@ -102,6 +77,23 @@ class TestResults:
         for prompt in ([2, 30, 31], np.array([2, 40]), [{"role": "user", "content": "Hello"}]):
             alone = model.generate(prompt, max_new_tokens=5)
             assert engine.stream(prompt, max_new_tokens=5).result().token_ids == alone.token_ids
+
+    def test_prompts_get_log_probabilities_past_the_window_and_beside_others(
+        self, engine: Engine, model: Model
+    ) -> None:
+        ids = [2, *range(30, 30 + 2 * model.config.sliding_window + 70)]
+        beside = engine.stream("The sea", max_new_tokens=20)
+        engine.stream(ids, max_new_tokens=1).result()  # a prefix that is kept has no logits
+        found = engine.stream(ids, max_new_tokens=2, prompt_logprobs=2).result()
+        logits = model.logits(ids).astype(np.float64)
+        expected = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        assert [token.token_id for token in found.prompt_logprobs] == ids[1:]
+        for at, token in enumerate(found.prompt_logprobs):
+            assert token.logprob == pytest.approx(expected[at, ids[at + 1]], abs=1e-4)
+            best = sorted(expected[at])[:-3:-1]
+            assert [value for _, value in token.top_logprobs] == pytest.approx(best, abs=1e-4)
+        assert found.token_ids == model.generate(ids, max_new_tokens=2).token_ids
+        assert beside.result().token_ids == model.generate("The sea", max_new_tokens=20).token_ids
 
     def test_events_carry_log_probabilities(self, engine: Engine, model: Model) -> None:
         alone = model.generate("The sea", max_new_tokens=5, logprobs=2)

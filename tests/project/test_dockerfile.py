@@ -86,8 +86,9 @@ def test_the_whole_package_is_copied(dockerfile: list[Instruction]) -> None:
     folders = {*project["tool"]["setuptools"]["package-dir"].values(), "gemma3_export"}
     files = {"pyproject.toml", project["project"]["readme"], *project["project"]["license-files"]}
     assert folders | files <= {path.rstrip("/") for path in copied(dockerfile)}
-    extras = re.findall(r'"\.\[(\w+)\]"', " ".join(rest for _, rest in dockerfile))
-    assert extras == ["cuda"]
+    (extras,) = re.findall(r'"\.\[([\w,]+)\]"', " ".join(rest for _, rest in dockerfile))
+    extras = extras.split(",")
+    assert extras == ["cuda", "serve"]
     assert set(extras) <= set(project["project"]["optional-dependencies"])
 
 

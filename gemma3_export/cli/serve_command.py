@@ -1,0 +1,236 @@
+"""Define the command ``gemma3-export serve``."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import click
+
+from gemma3_export.cli.generation_options import OpeningRequest, note_variant_of, opening_options
+from gemma3_export.cli.options import (
+    PATH,
+    REAL,
+    TEXT_PATH,
+    cache_size,
+    integer,
+    memory_size,
+)
+from gemma3_export.errors import UnavailableError
+
+__all__ = ["serve"]
+
+KEY_VARIABLE = "GEMMA3_API_KEY"
+MAX_PORT = 65535
+PACKAGES = ("fastapi", "uvicorn", "prometheus_client")
+EPILOG = """\b
+Examples:
+  gemma3-export serve gemma-3-270m-it
+  gemma3-export serve gemma-3-270m-it --port 8080 --slots 16 --cache-memory 4GB
+  GEMMA3_API_KEY=secret gemma3-export serve DIR --host 0.0.0.0
+  curl localhost:8000/v1/completions -H 'Content-Type: application/json' \\
+      -d '{"prompt": "The sea is", "max_tokens": 32}'
+"""
+
+
+@click.command(epilog=EPILOG)
+@click.argument("bundle_path", metavar="DIR", type=PATH)
+@click.option(
+    "--host",
+    default="127.0.0.1",
+    show_default=True,
+    help="Address to listen on. Any that other machines can reach needs an API key.",
+)
+@click.option(
+    "--port",
+    type=integer(0, MAX_PORT),
+    default=8000,
+    show_default=True,
+    metavar="N",
+    help="Port; 0 is any that is free.",
+)
+@click.option(
+    "--api-key",
+    envvar=KEY_VARIABLE,
+    show_envvar=True,
+    metavar="KEY",
+    help="Key that clients must send. Other users of this machine can see arguments, so prefer "
+    "the variable or the file.",
+)
+@click.option(
+    "--api-key-file", "key_path", type=TEXT_PATH, metavar="FILE", help="File that holds the key."
+)
+@click.option(
+    "--model-name", metavar="NAME", help="Id that clients see.  [default: the name of DIR]"
+)
+@click.option(
+    "--slots",
+    type=integer(),
+    default=8,
+    show_default=True,
+    metavar="N",
+    help="Requests that run at once.",
+)
+@click.option(
+    "--queue-limit",
+    type=integer(0),
+    default=64,
+    show_default=True,
+    metavar="N",
+    help="Requests that may wait; more get status 429.",
+)
+@click.option(
+    "--max-request-tokens",
+    type=integer(),
+    metavar="N",
+    help="Tokens of prompt and answer that one request can have.  [default: the model's context, "
+    "at most 8192]",
+)
+@click.option(
+    "--max-tokens",
+    type=integer(),
+    default=4096,
+    show_default=True,
+    metavar="N",
+    help="Most tokens that a request may ask for per answer.",
+)
+@click.option(
+    "--max-choices",
+    type=integer(),
+    default=64,
+    show_default=True,
+    metavar="N",
+    help="Most answers per request: n times its prompts.",
+)
+@click.option(
+    "--cache-memory",
+    "cache_bytes",
+    type=memory_size,
+    metavar="SIZE",
+    help="Limit on keys and values of running requests, such as 4GB.",
+)
+@click.option(
+    "--prefix-cache",
+    "kept_prefix_bytes",
+    type=cache_size,
+    default="256MB",
+    show_default=True,
+    metavar="SIZE",
+    help="Memory for prompt prefixes that are kept between requests; 0 is off.",
+)
+@click.option(
+    "--max-body",
+    "max_body_bytes",
+    type=memory_size,
+    default="2MB",
+    show_default=True,
+    metavar="SIZE",
+    help="Largest body of a request.",
+)
+@click.option(
+    "--timeout",
+    "request_s",
+    type=REAL,
+    default=600.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="Most time for an answer, with its wait for a slot.",
+)
+@click.option(
+    "--body-timeout",
+    "body_s",
+    type=REAL,
+    default=30.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="Most time for the body of a request to arrive.",
+)
+@click.option(
+    "--drain-timeout",
+    "drain_s",
+    type=REAL,
+    default=30.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="After SIGINT or SIGTERM: most time for running requests to finish.",
+)
+@opening_options
+@click.option(
+    "--warm-up/--no-warm-up",
+    default=True,
+    show_default=True,
+    help="Run a few steps before listening, so that the first request starts without delay.",
+)
+def serve(
+    bundle_path: Path,
+    host: str,
+    port: int,
+    api_key: str | None,
+    key_path: Path | None,
+    model_name: str | None,
+    slots: int,
+    queue_limit: int,
+    max_request_tokens: int | None,
+    max_tokens: int,
+    max_choices: int,
+    cache_bytes: int | None,
+    kept_prefix_bytes: int,
+    max_body_bytes: int,
+    request_s: float,
+    body_s: float,
+    drain_s: float,
+    opening: OpeningRequest,
+    warm_up: bool,
+) -> None:
+    """Serve a bundle over HTTP with the OpenAI API, metrics, and a playground at /.
+
+    Only this machine can connect unless --host says otherwise, which needs an API key. The log goes
+    to stderr as JSON lines, without prompts and answers.
+
+    SIGINT or SIGTERM lets running requests finish; a second one ends them.
+    """
+    if missing := [name for name in PACKAGES if importlib.util.find_spec(name) is None]:
+        raise UnavailableError(
+            f'the server needs {", ".join(missing)}; run: pip install "gemma3-export[serve]"'
+        )
+
+    from gemma3_export.api.engine import Engine
+    from gemma3_export.serve.server import bind
+    from gemma3_export.serve.server import serve as run
+    from gemma3_export.serve.settings import ServeOptions, read_key_file, require_key
+
+    if key_path is not None:
+        if api_key is not None:
+            raise click.UsageError(
+                f"--api-key-file, and --api-key or {KEY_VARIABLE}, exclude each other"
+            )
+        api_key = read_key_file(key_path)
+    options = ServeOptions(
+        model_name=bundle_path.resolve().name if model_name is None else model_name,
+        key=api_key,
+        max_tokens=max_tokens,
+        max_choices=min(max_choices, slots + queue_limit),
+        max_body_bytes=max_body_bytes,
+        request_s=request_s,
+        body_s=body_s,
+        drain_s=drain_s,
+    )
+    require_key(host, options.key)
+    files = opening.files(bundle_path)
+    with bind(host, port) as listener:
+        engine = Engine(
+            files,
+            slots=slots,
+            queue_limit=queue_limit,
+            max_request_tokens=max_request_tokens,
+            cache_bytes=cache_bytes,
+            kept_prefix_bytes=kept_prefix_bytes,
+            warm_up=warm_up,
+            **opening.loading(files),
+        )
+        note_variant_of(engine.model)
+        try:
+            code = run(engine, options, listener)
+        finally:
+            engine.close(drain=False)
+    click.get_current_context().exit(code)

@@ -1,0 +1,1 @@
+"""A server that speaks the OpenAI API over an :class:`gemma3_export.Engine`."""
