@@ -16,6 +16,7 @@ import asyncio
 import atexit
 import itertools
 import logging
+import os
 import threading
 import weakref
 from collections import Counter
@@ -285,6 +286,7 @@ class _Worker:
         self._totals: Counter[str] = Counter()
         self._finished: Counter[str] = Counter()
         self._usage = self._measured()
+        self._process = os.getpid()  # a fork has no such thread, and may find the lock held
         # A daemon, because an engine that nobody closed must not keep the program from ending.
         self._thread = threading.Thread(target=self._run, name="gemma3-engine", daemon=True)
         self._thread.start()
@@ -306,6 +308,11 @@ class _Worker:
         self, prompt: Prompt, options: GenerateOptions
     ) -> tuple[EventChannel, ScheduledRequest]:
         """Check a request and put it into the inbox."""
+        if self._is_forked:
+            raise EngineClosedError(
+                "the engine was opened before this process was forked, and its thread runs only in "
+                "the parent; open an engine in each process"
+            )
         with self._lock:  # before the prompt is encoded, which takes time
             self._require_room()
             index, runtime = next(self._numbers), self._runtime
@@ -332,6 +339,8 @@ class _Worker:
 
     def close(self, drain: bool, timeout: float | None) -> None:
         """End the thread and wait for it; see :meth:`Engine.close`."""
+        if self._is_forked:
+            return
         with self._lock:
             self._is_closing = True
         self._inbox.put(_Close())
@@ -354,6 +363,10 @@ class _Worker:
                 finished=dict(self._finished),
                 **usage,
             )
+
+    @property
+    def _is_forked(self) -> bool:
+        return os.getpid() != self._process
 
     def _require_room(self) -> None:
         if self._error is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import os
 import subprocess
 import sys
 import threading
@@ -411,6 +412,32 @@ class TestClosing:
             check=False,
         )
         assert (done.returncode, done.stderr) == (0, "")
+
+    @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
+    def test_a_fork_cannot_use_the_engine_and_does_not_wait_for_it(self, ort_bundle: Path) -> None:
+        program = (
+            "import os, sys, gemma3_export\n"
+            f"engine = gemma3_export.Engine({str(ort_bundle)!r}, device='cpu', threads=1)\n"
+            "engine._worker._lock.acquire()\n"  # as another thread may hold it
+            "if child := os.fork():\n"
+            "    engine._worker._lock.release()\n"
+            "    engine.stream('a', max_new_tokens=2).result()\n"
+            "    engine.close()\n"
+            "    sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))\n"
+            "try:\n"
+            "    engine.stream('a')\n"
+            "except gemma3_export.EngineClosedError as error:\n"
+            "    engine.close()\n"
+            "    os._exit(7 if 'forked' in str(error) else 1)\n"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", program],
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+        assert (done.returncode, done.stderr) == (7, "")
 
 
 class TestOptions:
