@@ -84,6 +84,12 @@ class Grammar:
                 f"regex is {shown(pattern)}; it must be a pattern of 1 to "
                 f"{MAX_REGEX_CHARACTERS:,} characters"
             )
+        try:
+            pattern.encode()
+        except UnicodeEncodeError as error:
+            raise InputError(
+                f"regex is {shown(pattern)}, which has half of a surrogate pair; correct it"
+            ) from error
         return _regex_grammar(pattern)
 
 

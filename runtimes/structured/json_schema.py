@@ -11,6 +11,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping
 from typing import Any
+from urllib.parse import unquote
 
 import msgspec
 
@@ -170,6 +171,24 @@ def _check_identity(schema: Mapping[str, Any], where: str, *, is_root: bool) -> 
         raise _error(
             where, f"$ref {shown(reference)}", "is outside the schema; copy its target to $defs"
         )
+    if not _leads_to_a_schema(reference):
+        raise _error(
+            where,
+            f"$ref {shown(reference)}",
+            "leads to a place where no schema is expected; copy its target to $defs",
+        )
+
+
+def _leads_to_a_schema(reference: str) -> bool:
+    """Return whether a JSON pointer passes schemas only; others than those are not checked."""
+    steps = iter(unquote(reference).split("/")[1:])
+    for key in steps:
+        if key in SCHEMAS_BY_NAME or key in LISTS_OF_SCHEMAS:
+            if next(steps, None) is None:
+                return False
+        elif key not in SCHEMAS:
+            return False
+    return True
 
 
 def _check_exact(value: Any, name: str) -> None:

@@ -203,6 +203,7 @@ class TestRegularExpressions:
             ("a" * 20_000, "1 to 16,384 characters"),
             (7, "1 to 16,384 characters"),
             ("(a{999}){999}", "too many expressions"),
+            ("a\ud800", "half of a surrogate pair"),
             ("(" * 3000 + "a" + ")" * 3000, "nest|regex"),
         ],
     )
@@ -258,6 +259,10 @@ class TestRejectedSchemas:
             ({"oneOf": [{"type": "integer"}, {"type": "number"}]}, "overlap.*anyOf"),
             ({"$ref": "https://example.com/schema.json"}, "outside the schema"),
             ({"$ref": "#/$defs/missing"}, "does not exist"),
+            ({"$ref": "#/x-a", "x-a": {"const": 2**60}}, "no schema is expected"),
+            ({"$ref": "#/default", "default": {"minProperties": 2}}, "no schema is expected"),
+            ({"$ref": "#/%64efault", "default": {"minProperties": 2}}, "no schema is expected"),
+            ({"$ref": "#/properties", "properties": {"const": True}}, "no schema is expected"),
             ({"$defs": {"a": {"$ref": "#/$defs/a"}}, "$ref": "#/$defs/a"}, "nothing matches"),
             ({"$schema": "http://json-schema.org/draft-04/schema#"}, "\\$schema.*draft-04"),
             ({"properties": {"a": {"$id": "https://example.com"}}}, "'\\$id'"),
