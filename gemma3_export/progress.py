@@ -74,7 +74,6 @@ class ProgressBars:
             description=stage,
             completed=done,
             total=total if total > 1 else None,  # a stage that cannot be divided only pulses
-            left="left" if total > 1 else "",
         )
 
     def __enter__(self) -> Self:
@@ -110,12 +109,21 @@ def open_bars(
     from rich.progress import (
         BarColumn,
         DownloadColumn,
+        Task,
         TaskProgressColumn,
         TextColumn,
         TimeElapsedColumn,
         TimeRemainingColumn,
     )
     from rich.progress import Progress as Bars
+    from rich.text import Text
+
+    class TimeLeftColumn(TimeRemainingColumn):
+        """The time left, named only where it is known: rich redraws it less often than a label."""
+
+        def render(self, task: Task) -> Text:
+            found = super().render(task)
+            return found.append(" left") if found.plain.strip("-:") else found
 
     bars = Bars(
         TextColumn("{task.description}", markup=False),
@@ -123,13 +131,12 @@ def open_bars(
         DownloadColumn() if is_bytes else TaskProgressColumn(),
         TimeElapsedColumn(),
         TextColumn("elapsed"),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[left]}"),
+        TimeLeftColumn(),
         console=console or Console(stderr=True),
         transient=True,
         speed_estimate_period=SPEED_SECONDS,
         get_time=clock,
     )
     bars.start()
-    bars.add_task("", total=None, left="")
+    bars.add_task("", total=None)
     return bars

@@ -123,7 +123,7 @@ const handlers = {
   error({ stage, message }) {
     answer?.classList.remove("writing");
     if (stage === "load") {
-      return fail(`The model cannot be loaded: ${message}\n\nWithout a network, run “npm install” in this folder first.`);
+      return fail(`The model cannot be loaded: ${message}\n\nWithout a network, run “npm install --ignore-scripts” in this folder first.`);
     }
     add("failure", `Generation failed: ${message}`);
     messages = [];

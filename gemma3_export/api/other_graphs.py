@@ -1,4 +1,4 @@
-"""Find and open graphs that another tool exported, so that they can be held against weights."""
+"""Find and open graphs that another tool exported, so that they can be compared with weights."""
 
 from __future__ import annotations
 

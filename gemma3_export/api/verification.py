@@ -4,7 +4,7 @@
 
     assert gemma3_export.verify("gemma-3-270m").passed
 
-A graph that another tool exported is held against weights by the same check.
+A graph that another tool exported is compared with weights by the same check.
 
 Importing this module imports nothing heavy; calling it needs the extra ``export``.
 """
@@ -130,14 +130,14 @@ class Subject:
 def verify(
     bundle: Bundle | Path | str, request: VerifyRequest | None = None, **changes: Any
 ) -> ParityReport:
-    """Hold a runtime of ``bundle`` against the reference, or against another runtime.
+    """Compare a runtime of ``bundle`` with the reference, or with another runtime.
 
     Every file of the bundle is hashed first.
 
     Args:
         bundle: an opened bundle, or its folder; or a graph that another tool exported: a ``.onnx``
-            file, or a folder with one. Such a graph is held against ``weights``.
-        request: what to hold it against, and how.
+            file, or a folder with one. Such a graph is compared with ``weights``.
+        request: what to compare it with, and how.
         changes: fields of :class:`VerifyRequest`, such as ``against="transformers"``.
 
     Returns:
@@ -224,7 +224,7 @@ def _stampable(bundle: Bundle, request: VerifyRequest) -> VerifyRequest:
             f"{request.device}"
         )
     if request.runtime == "reference":
-        raise InputError("the reference is what graphs are held against; choose another --runtime")
+        raise InputError("the reference is what graphs are compared with; choose another --runtime")
     bundle.graph(request.runtime)
     reject_existing(bundle.path.absolute(), force=True)
     return replace(request, device="cpu")
@@ -245,14 +245,14 @@ def _require_source(bundle: Bundle, source: WeightSource) -> None:
 
 
 def _verify_graph(path: Path, request: VerifyRequest, stack: ExitStack) -> ParityReport:
-    """Hold a graph that another tool exported against weights.
+    """Compare a graph that another tool exported with weights.
 
     Raises:
         InputError: there are no weights, or the graph cannot be fed.
     """
     if request.weights is None and request.adapter is None:
         raise InputError(
-            f"{path} was not exported by this program, so nothing says what it should compute; "
+            f"{path} has no manifest, so nothing says what it should compute; "
             "pass the weights that it was made from with --weights"
         )
     if request.runtime != "onnx":

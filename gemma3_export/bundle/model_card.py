@@ -160,7 +160,7 @@ def render_card(
         option=option,
         argument=option and f', runtime="{runtimes[0]}"',
         extra="cpu" if has_onnx else "export",
-        verify_options=[_options(graph, manifest) for graph in manifest.graphs],
+        verify_options=[_verify_options(runtime) for runtime in runtimes],
         has_tokenizer=has_tokenizer,
         is_chat=has_tokenizer and _is_chat(config),
         onnx=onnx,
@@ -203,7 +203,8 @@ def metadata_of(config: Gemma3Config, manifest: Manifest) -> dict[str, str | lis
         found["base_model"] = base
         found["base_model_relation"] = "finetune" if is_tuned else "quantized"
     if "onnx" in runtimes:
-        found["library_name"] = "onnx"
+        is_web = any(graph.target == "web" for graph in manifest.graphs)
+        found["library_name"] = "transformers.js" if is_web else "onnx"
     found["pipeline_tag"] = "text-generation"
     tags = ["gemma3-export", "gemma3_text", *sorted(runtimes), *dtypes]
     if TOKENIZER_NAME in manifest.files and _is_chat(config):
@@ -286,14 +287,9 @@ def _purpose(graph: Graph) -> str:
     return PURPOSES.get((graph.runtime, target), graph.runtime)
 
 
-def _options(graph: Graph, manifest: Manifest) -> str:
-    """Return the options with which a command uses ``graph``."""
-    runtimes = [other.runtime for other in manifest.graphs]
-    options = ""
-    if graph.runtime != "onnx" and (len(set(runtimes)) > 1 or "onnx" not in runtimes):
-        options += f" --runtime {graph.runtime}"
-    same = [other for other in manifest.graphs if other.runtime == graph.runtime]
-    return options if graph == default_graph(same) else f"{options} --variant {graph.variant}"
+def _verify_options(runtime: str) -> str:
+    """Return the options with which ``verify`` checks all variants of ``runtime``."""
+    return "" if runtime == "onnx" else f" --runtime {runtime}"
 
 
 def _right_padded(manifest: Manifest) -> str:

@@ -129,6 +129,8 @@ def batch(
         **sampling,
     )
     model = opening.open(bundle_path)
+    note_unused_seed(options.seed, is_greedy=options.is_greedy)
+    note_variant_of(model)
     started = time.perf_counter()
     try:
         with ProgressBars() as progress:
@@ -151,10 +153,8 @@ def batch(
     except KeyboardInterrupt:
         click.echo("finished rows are kept; run the same command again to continue", err=True)
         raise
-    note_unused_seed(options.seed, is_greedy=options.is_greedy)
-    note_variant_of(model)
     seconds = time.perf_counter() - started
-    parts = [f"{summary.rows} rows in {target}"]
+    parts = [f"{summary.rows} {'row' if summary.rows == 1 else 'rows'} in {target}"]
     if summary.earlier:
         parts.append(f"{summary.earlier} from an earlier run")
     if summary.failed:

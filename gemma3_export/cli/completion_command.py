@@ -20,7 +20,7 @@ Examples:
 @click.command(epilog=EPILOG)
 @click.argument("shell", type=click.Choice(("bash", "zsh", "fish")))
 def completion(shell: str) -> None:
-    """Print a script that completes commands and options in a shell.
+    """Print a script that sets up shell completion.
 
     To try it in the running bash: eval "$(gemma3-export completion bash)"
     """

@@ -42,8 +42,8 @@ HELP = f"""\
 /system TEXT      set the system message and start over; {NO_SYSTEM} removes it; alone, shows it
 /reset            forget the conversation, but not the system message
 /save FILE        write the conversation as a line of JSON, which `data` reads
-/set NAME VALUE   change {", ".join(SETTINGS)}; off turns a filter off;
-                  alone, lists them
+/set NAME VALUE   change {", ".join(SETTINGS[:4])},
+                  {", ".join(SETTINGS[4:])}; off turns a filter off; alone, lists them
 /help             list the commands
 /quit             leave, as Ctrl-D does
 Ctrl-C ends an answer. A message of several lines begins and ends with {FENCE}.

@@ -214,7 +214,8 @@ def print_summary(result: ExportResult, description: str, vocabulary: str = "") 
     click.echo(f"{path}: {description}, {result.size_bytes / 1e6:,.1f} MB")
     if vocabulary:
         click.echo(vocabulary)
-    click.echo(f"export: {result.seconds['export']:.1f} s")
+    parity = f", parity check: {result.seconds['parity']:.1f} s" if result.verified else ""
+    click.echo(f"export: {result.seconds['export']:.1f} s{parity}")
     for graph in result.graphs:
         if rounding := rounding_line(graph.calibration):
             click.echo(f"rounded{'' if is_one else f' ({graph.variant})'}: {rounding}")
@@ -223,13 +224,13 @@ def print_summary(result: ExportResult, description: str, vocabulary: str = "") 
         proofs = read_proofs(path)
         for graph in result.graphs:
             label = "parity" if is_one else f"parity of {graph.variant}"
-            took = f" ({result.seconds['parity']:.1f} s)" if graph == result.graphs[-1] else ""
-            click.echo(styled(f"{label}: {parity_line(proofs[graph.path])}{took}"))
+            click.echo(styled(f"{label}: {parity_line(proofs[graph.path])}"))
     else:
         click.echo(
             styled(
                 "parity: NOT CHECKED (--no-verify). Nothing proves that this bundle computes what "
-                f"the model computes; to check it: gemma3-export verify {path}{first}"
+                "the model computes; to prove it: "
+                f"gemma3-export verify {path}{first} --weights SRC --stamp"
             )
         )
     if is_file(path / TOKENIZER_NAME):

@@ -77,7 +77,7 @@ SAMPLING = (
         "--seed",
         type=WHOLE,
         metavar="N",
-        help="The same seed gives the same text. The JSON reports it; null for greedy.",
+        help="Seed of the sampling; the same seed gives the same text.  [default: a random one]",
     ),
     click.option(
         "--stop",

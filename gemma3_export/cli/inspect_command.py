@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from gemma3_export.cli.options import PATH, note_variant, variant_option
+from gemma3_export.cli.options import PATH, note_variant
 from gemma3_export.cli.styles import styled
 from gemma3_export.errors import Gemma3ExportError
 
@@ -26,7 +26,12 @@ Examples:
 
 @click.command(epilog=EPILOG)
 @click.argument("bundle_path", metavar="DIR", type=PATH)
-@variant_option
+@click.option(
+    "--variant",
+    metavar="NAME",
+    help="Which of several graphs to show, such as fp32, int8 or int4-fp16.  [default: all; with "
+    "--cuda-placement, the one in model.onnx, otherwise the first]",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print everything as one JSON object.")
 @click.option("--check", is_flag=True, help="Verify the SHA-256 of every file.")
 @click.option(

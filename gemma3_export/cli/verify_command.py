@@ -106,14 +106,15 @@ def verify(
     the reference's own rounding error, which is measured in the same run. The exit code is 1 if
     parity fails, for several variants if it fails for any.
 
-    A graph that another tool exported, a .onnx file or a folder with one, is held against --weights
-    in the same way.
+    A graph that another tool exported, a .onnx file or a folder with one, is compared with
+    --weights in the same way.
 
     On CUDA, the compared steps return all logits and therefore run without a captured CUDA graph.
     """
     from gemma3_export.api.other_graphs import find_graph
     from gemma3_export.api.verification import verify as verify_parity
     from gemma3_export.bundle import Bundle
+    from gemma3_export.bundle.manifest import PARITY
 
     bundle = path if find_graph(path) else Bundle(path, variant)
     files = (report_file, junit_file, html_file)
@@ -149,6 +150,8 @@ def verify(
         if len(several) > 1:
             click.echo(f"variant {checked}:")
         _print_report(report, as_json=as_json)
+        if stamp and report.passed:
+            click.echo(f"stamped: {path / PARITY} has the report", err=True)
         failed = failed or not report.passed
     if failed:
         raise click.exceptions.Exit(FAILED)

@@ -263,7 +263,8 @@ class Check:
             question="Does the runtime compute what the reference computes with the same weights?",
             passed=all(case.passed for case in self.cases),
         )
-        quality = judge_quality(self.quality, ground_truth.options)
+        knows_full = self.full_source is not None or not self.candidate.info.is_quantized
+        quality = judge_quality(self.quality, ground_truth.options, knows_full=knows_full)
         half = HalfPrecision.of_runtime(self.candidate.info)
         if half is not None and self.ranges is None:
             with self._timed("activation range"):

@@ -60,8 +60,14 @@ def compare_with_full_precision(
     )
 
 
-def judge_quality(differences: Sequence[LogitDifference], options: VerifyOptions) -> GateResult:
-    """Judge the KL divergence, the greedy agreement and the perplexity by their thresholds."""
+def judge_quality(
+    differences: Sequence[LogitDifference], options: VerifyOptions, *, knows_full: bool
+) -> GateResult:
+    """Judge the KL divergence, the greedy agreement and the perplexity by their thresholds.
+
+    Without ``knows_full``, the differences are those from the quantized weights themselves, which
+    say nothing about what quantization changed.
+    """
     joined = LogitDifference.join(differences)
     kld, top1 = float(joined.kld.mean()), float(joined.is_same_top1.mean())
     known = np.isfinite(joined.nll_expected)
@@ -90,7 +96,10 @@ def judge_quality(differences: Sequence[LogitDifference], options: VerifyOptions
     )
     return GateResult(
         name="quality",
-        question="How far are these weights from full precision?",
+        question="How far are these weights from full precision?"
+        if knows_full
+        else "How far are the predictions from the reference's with the same quantized weights? To "
+        "compare with full precision, pass --weights.",
         passed=all(metric.passed for metric in metrics),
         metrics=metrics,
     )

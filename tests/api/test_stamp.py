@@ -37,6 +37,7 @@ def test_a_stamped_bundle_has_the_proof_that_an_export_writes(
     assert not Bundle(unproven).graph("onnx").verified
     result = run_ok("verify", unproven, "--weights", tiny_folder, "--stamp")
     assert result.stdout.rstrip().splitlines()[-1].startswith("PASS")
+    assert f"stamped: {unproven / 'parity.json'}" in result.stderr
     after = contents(unproven)
     assert Bundle(unproven).graph("onnx").verified
     stamped, exported = (

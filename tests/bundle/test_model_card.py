@@ -216,8 +216,7 @@ class TestWhatTheCardSays:
         assert "Pad batches for `onnx/model_q4f16.onnx` on the right." in text
         assert "**For the others, nothing proves" in text
         assert re.findall("gemma3-export verify (.*)", text) == [
-            ".",
-            ". --variant int4-fp16",
+            ".",  # all variants
             ". --runtime torchscript",
         ]
 
@@ -239,6 +238,7 @@ class TestWhatTheCardSays:
         headings = re.findall("^### (.*)$", text, flags=re.MULTILINE)
         assert headings == ["gemma3-export", "transformers.js"]
         assert '"me/tiny", { dtype: "q8" });' in text
+        assert ModelCard(text).data["library_name"] == "transformers.js"
         half = card(tiny_config(), manifest(replace(GRAPH, cache_dtype="bfloat16"), names=names))
         headings = re.findall("^### (.*)$", half, flags=re.MULTILINE)
         assert headings == ["gemma3-export", "onnxruntime-genai"]

@@ -12,6 +12,7 @@ import onnx
 import pytest
 import torch
 
+import gemma3_export
 from gemma3_export.api.opening import open_runtime
 from gemma3_export.api.verification import ParityCheck
 from gemma3_export.bundle import BlockFormat, Bundle, common_format
@@ -70,6 +71,13 @@ def test_int8_exports_compute_what_the_reference_computes_with_rounded_weights(t
     assert report.passed
     kld = report.gates[1].metrics[0].value
     assert 0 < kld < 0.01  # gate B compares with the weights before rounding
+    assert report.gates[1].question == "How far are these weights from full precision?"
+
+
+def test_a_check_without_the_original_weights_does_not_claim_their_distance() -> None:
+    report = gemma3_export.verify(int8_bundle(True), threads=1)
+    assert report.passed
+    assert "with the same quantized weights? To compare with full" in report.gates[1].question
 
 
 def test_all_matrices_are_quantized_and_the_tied_embedding_is_stored_once() -> None:

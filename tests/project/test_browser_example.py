@@ -156,7 +156,9 @@ def run_page(model: Path | None, profile: Path) -> dict[str, Any]:
 @pytest.mark.slow
 def test_the_page_generates_past_the_window_what_this_runtime_generates(tmp_path: Path) -> None:
     if not LIBRARY.is_dir():
-        pytest.skip(f"this test needs transformers.js; run: npm install --prefix {PAGE}")
+        pytest.skip(
+            f"this test needs transformers.js; run: npm install --ignore-scripts --prefix {PAGE}"
+        )
     model = tmp_path / "model"
     gemma3_export.export_onnx("demo", model, target="web", dtype=("fp32", "int8"), verify=False)
     shown = run_page(model, tmp_path / "profile")
