@@ -1,7 +1,7 @@
 """Graph passes that fuse norms with the nodes around them.
 
-:class:`FuseNorms` is for ``model_windowed.onnx``, and :class:`FuseResidualNorms`, a part of it, for
-quantized graphs that others run. :class:`FuseBfloat16Norms` is for every graph with bfloat16
+:class:`FuseNorms` is for sliding-window graphs, and :class:`FuseResidualNorms`, a part of it, for
+quantized graphs with growing caches. :class:`FuseBfloat16Norms` is for every graph with bfloat16
 activations, which only CUDA runs: there, a step of a small model costs what its kernels cost to
 start, so a layer should have few of them. It has 14 instead of 28: four products,
 four norms (two of which add to the residual stream), three of attention (row lengths; head norms,
@@ -49,9 +49,8 @@ class FuseResidualNorms(ir.passes.InPlacePass):
     """Pass that fuses each residual ``Add`` with the norm of its sum, as :class:`FuseNorms` does.
 
     Quantized products amplify the rounding in which this differs from separate nodes, by as much as
-    0.66 in the logits of the int8 270M. ``model.onnx`` therefore has these nodes as well if it is
-    quantized, and computes the same bits as ``model_windowed.onnx`` within the window. (Fusing
-    the norms of heads changes no bit.)
+    0.66 in the logits of the int8 270M. Both graphs of a quantized variant therefore have these
+    nodes, and compute the same bits within the window. (Fusing the norms of heads changes no bit.)
     """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:

@@ -48,7 +48,7 @@ class GraphPlan:
 
     @property
     def signature(self) -> Signature:
-        """The inputs and outputs of ``model.onnx``."""
+        """The inputs and outputs of the graph with growing caches."""
         return Signature.of(
             self.config,
             cache_dtype=self.cache_dtype,
@@ -85,7 +85,7 @@ ANY = dtype_choices("onnx")
 BLOCKS = tuple(name for name in ANY if EXPORT_DTYPES[name].is_quantized)
 FLOAT_HEAD = ("fp32", "keep")  # a GGUF file may keep its head in float32
 
-# From the trace to model.onnx.
+# From the trace to a variant's graph, such as model.onnx.
 MODEL_PASSES = (
     PassRow(lambda plan: common.InlinePass(), ALL, ANY),
     PassRow(lambda plan: Simplify(), ALL, ANY),
@@ -120,7 +120,7 @@ MODEL_PASSES = (
     PassRow(lambda plan: QuantizeWeights(plan.quantized, IntegerProducts), WEB, BLOCKS),
 )
 
-# From model.onnx to model_windowed.onnx.
+# From that graph to the one with sliding-window caches, such as model_windowed.onnx.
 SLIDING_WINDOW_PASSES = (
     PassRow(
         lambda plan: ExpectRightPadding(), ORT, ANY, lambda plan: plan.cache_dtype == "float32"

@@ -1,6 +1,6 @@
 """The graph pass for ``model_windowed.onnx``: sliding-window caches.
 
-``model.onnx`` and ``model_windowed.onnx`` read the same weights and compute the same results. The
+A variant's two graphs read the same weights and compute the same results. The
 first has the operators and the cache that every consumer of such graphs knows. In the second,
 GroupQueryAttention drops keys that no later query can see, so neither time nor memory grows with
 the text. That needs an in-place cache that is never empty, which only this project's runtime

@@ -140,7 +140,7 @@ class Engine:
         if isinstance(source, Model):
             if LoadOptions(**loading) != LoadOptions():
                 raise InputError(
-                    "the model is loaded already; give options of loading to gemma3_export.load, "
+                    "the model is already loaded; pass load options to gemma3_export.load, "
                     "or a path to the engine"
                 )
             self.model = source
@@ -377,8 +377,8 @@ class _Worker:
             raise EngineClosedError("the engine is closed; open another one")
         if len(self._requests) >= self._options.slots + self._options.queue_limit:
             raise QueueFullError(
-                f"{len(self._requests)} requests are running or waiting, and no more may wait; try "
-                "again later, or raise queue_limit"
+                f"{len(self._requests)} requests are running or waiting, and the queue is full; "
+                "try again later, or raise queue_limit"
             )
 
     # --- called by the thread -------------------------------------------------------------------

@@ -64,7 +64,7 @@ class EventChannel:
         """Wait for the end, and return the result.
 
         Raises:
-            TimeoutError: the request has not ended in time; it goes on.
+            TimeoutError: the request has not ended in time; it continues.
             Exception: the request failed.
         """
         with self._changed:
@@ -178,7 +178,7 @@ class EngineStream(Iterator[str], AsyncIterator[str]):
             timeout: seconds; None waits until the request ends.
 
         Raises:
-            TimeoutError: the request has not ended in time; it goes on.
+            TimeoutError: the request has not ended in time; it continues.
             Gemma3ExportError: the request failed.
         """
         return self._channel.outcome(timeout)

@@ -117,7 +117,7 @@ class GenerateOptions(SamplingParams):
         json_schema: generate JSON that validates against this schema: a mapping, or JSON text. The
             text ends where the JSON does; ``is_complete`` of the result says whether it got there.
         regex: generate a text that this regular expression matches as a whole.
-        tool_choice: bind function calls to the schemas of ``tools``, for FunctionGemma: ``auto`` is
+        tool_choice: constrain calls to the schemas of ``tools``, for FunctionGemma: ``auto`` is
             text or calls, ``required`` at least one call, ``none`` only text, and the name of a
             function one call of it. None leaves the answer to the model, unchecked.
 

@@ -264,7 +264,7 @@ def _push(upload: _Upload, result: PushResult, options: PushOptions) -> PushResu
             "upload",
             repo_id,
             revision=options.revision,
-            hint="The same command continues: data files that have arrived are not sent again.",
+            hint="Run the same command again to resume: files on the Hub are not sent again.",
         ) from error
 
 

@@ -348,12 +348,12 @@ def _check_vocabulary(bundle: Bundle, folder: Path) -> None:
 def _compared(subject: Subject, request: VerifyRequest, options: VerifyOptions) -> ParityReport:
     """Return the report on ``subject``; see :func:`verify`."""
     from gemma3_export.parity import compare
-    from gemma3_export.parity import verify as hold_against_reference
+    from gemma3_export.parity import verify as compare_with_reference
     from gemma3_export.parity.tokenizer_gate import tokenizer_gate
 
     bundle, source = subject.bundle, subject.source
     if request.against is None:
-        return hold_against_reference(
+        return compare_with_reference(
             subject.candidate,
             source,
             options=options,

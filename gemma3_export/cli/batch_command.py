@@ -112,7 +112,7 @@ def batch(
     Greedy unless a temperature or a filter is given. A row has messages, prompt (a text, or
     messages) or text, and may have tools and an id. One result per row goes to OUT, in the order of
     the input, once all are finished. Files that end in .csv or .parquet have that format, and
-    others are JSONL. Rows of similar length run together. After an interruption, the same command
+    others are JSONL. The longest rows run first. After an interruption, the same command
     continues with the rows that are not finished.
     """
     if system is not None and not chat:

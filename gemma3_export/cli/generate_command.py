@@ -84,7 +84,7 @@ Examples:
 @click.option(
     "--tool-choice",
     metavar="CHOICE",
-    help="Bind calls to the schemas of --tools: auto, required, none or a function's name.",
+    help="Constrain calls to the schemas of --tools: auto, required, none or a function's name.",
 )
 @click.option(
     "--chat-template",

@@ -27,7 +27,7 @@ Examples:
 @click.command(epilog=EPILOG)
 @click.argument("bundle_path", metavar="DIR", type=PATH)
 @click.argument("repo_id", metavar="OWNER/NAME")
-@click.option("--private", is_flag=True, help="Create the repository as a private one.")
+@click.option("--private", is_flag=True, help="Create the repository as private.")
 @click.option(
     "--revision",
     metavar="BRANCH",
@@ -56,7 +56,8 @@ def push(
     """Upload a bundle to the Hugging Face Hub.
 
     Every file is checked before the upload and after it. The model card, README.md, is written
-    for the repository, unless you edited it. After an interruption, the same command continues.
+    for the repository, unless you edited it. To resume an interrupted upload, run the same command
+    again.
     """
     from gemma3_export.api.publishing import PushOptions, push_to_hub
 

@@ -70,8 +70,8 @@ Examples:
 @click.option(
     "--stamp",
     is_flag=True,
-    help="Add the report to the bundle if it passes, as an export does. Needs --weights, the "
-    "weights that the bundle was made from.",
+    help="If the check passes, add its report to the bundle, as an export does. Needs --weights, "
+    "the weights that the bundle was made from.",
 )
 @click.option("--report", "report_file", type=PATH, help="Write the report as JSON.")
 @click.option("--junit", "junit_file", type=PATH, help="Write the report as JUnit XML.")

@@ -153,8 +153,8 @@ class ChatFormat:
         """
         if not self.calls_functions:
             raise InputError(
-                "only FunctionGemma's calls can be bound to schemas, and this model's template "
-                f"writes no {CALL_TOKENS[0]}; leave tool_choice out"
+                "only FunctionGemma's calls can be constrained to schemas, and this model's "
+                f"template writes no {CALL_TOKENS[0]}; leave tool_choice out"
             )
         ids = (self._tokenizer.token_id(token) for token in CALL_TOKENS)
         return tuple(token_id for token_id in ids if token_id is not None)

@@ -87,7 +87,7 @@ class GenerationLoop:
 
         Raises:
             Gemma3ExportError: the runtime failed. The cache is then in an unknown state, so the
-                loop must not go on. An error of a single request is a ``Failure`` event instead.
+                loop must not continue. An error of a single request is a ``Failure`` event instead.
         """
         self._admit()
         plan = self.scheduler.plan()
@@ -241,7 +241,7 @@ class GenerationLoop:
         """Return the request's next token, or the error of its sampler or decoder."""
         try:
             return request.state.accept(logits)
-        except Exception as error:  # it may be anything, and is no other request's
+        except Exception as error:  # of any kind; it concerns this request only
             return Failure(request=request.state.index, error=error)
 
     def _reported(self, request: ScheduledRequest, event: TokenEvent | Failure) -> list[StepEvent]:

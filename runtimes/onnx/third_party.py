@@ -2,7 +2,7 @@
 
 The graph is fed as its own tool would feed it: whole prompts, chunks, single tokens over a growing
 or a preallocated cache, and batches. The cache is kept on the host, row by row, in float32 (which
-holds every smaller type exactly) and is laid out anew for each step. This is for comparison, not
+holds every smaller type exactly) and is laid out again for each step. This is for comparison, not
 for speed.
 
 Shapes: B rows, T new tokens, P past tokens (with padding), K key-value heads, H head size, L held
@@ -112,8 +112,8 @@ class ThirdPartyRuntime:
         self.file: GraphFile = open_graph_file(path)
         if quantized := self.file.quantized_operators:
             raise InputError(
-                f"{path} is quantized (it has {', '.join(quantized)}): its tool's rounding is not "
-                "known here, so only graphs in fp32, fp16 and bf16 can be held against weights"
+                f"{path} is quantized (it has {', '.join(quantized)}), and how its tool rounds "
+                "is unknown; verify a graph in fp32, fp16 or bf16"
             )
         self.device = choose_device(device)
         self.session = open_session(

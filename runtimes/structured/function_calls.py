@@ -1,6 +1,6 @@
 """Grammars of function calls in FunctionGemma's format, whose arguments match their schemas.
 
-A call is ``<start_function_call>call:NAME{KEY:VALUE,...}<end_function_call>``, and texts stand
+A call is ``<start_function_call>call:NAME{KEY:VALUE,...}<end_function_call>``, and texts are
 between two ``<escape>`` tokens, as :mod:`gemma3_export.tokenizer.function_calls` reads them.
 Arguments come in the order in which FunctionGemma's template writes them: by name.
 """
@@ -53,7 +53,7 @@ class CallTokens:
 
 
 def check_tool_choice(tools: Sequence[Mapping[str, Any]] | None, choice: str) -> None:
-    """Check that calls can be bound to the schemas of ``tools``.
+    """Check that calls can be constrained to the schemas of ``tools``.
 
     Raises:
         InputError: there are no tools, none of them is the chosen one, or a schema cannot be

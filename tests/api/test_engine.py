@@ -450,7 +450,7 @@ class TestOptions:
             assert engine.stats().new_tokens == 0, "warming up does not count"
 
     def test_a_loaded_model_decides_how_it_was_loaded(self, model: Model) -> None:
-        with pytest.raises(InputError, match="loaded already"):
+        with pytest.raises(InputError, match="already loaded"):
             Engine(model, threads=1)
 
     @pytest.mark.parametrize(

@@ -315,7 +315,7 @@ class TestFunctionCalls:
             check(json.dumps(call.arguments), LIGHT["function"]["parameters"])
 
     def test_only_functiongemma_can_be_bound(self, model: Model) -> None:
-        with pytest.raises(InputError, match="only FunctionGemma's calls can be bound"):
+        with pytest.raises(InputError, match="only FunctionGemma's calls can be constrained"):
             model.generate("Say", tools=[LIGHT], tool_choice="required")
 
     def test_a_choice_needs_tools_and_no_stop(self, model: Model, tmp_path: Path) -> None:

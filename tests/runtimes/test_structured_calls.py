@@ -1,4 +1,4 @@
-"""Function calls that are bound to schemas: all are read back, and their arguments validate."""
+"""Function calls constrained to schemas: all are read back, and their arguments validate."""
 
 from __future__ import annotations
 
