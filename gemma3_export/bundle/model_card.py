@@ -166,7 +166,7 @@ def render_card(
         onnx=onnx,
         has_genai=GENAI_CONFIG in files,
         javascript=_javascript_options(graphs) if repo_id else None,
-        has_torchscript="torchscript" in runtimes,
+        archives=[graph.path for graph in graphs if graph.runtime == "torchscript"],
     )
     return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
 

@@ -242,12 +242,15 @@ class TestWhatTheCardSays:
         half = card(tiny_config(), manifest(replace(GRAPH, cache_dtype="bfloat16"), names=names))
         headings = re.findall("^### (.*)$", half, flags=re.MULTILINE)
         assert headings == ["gemma3-export", "onnxruntime-genai"]
-        archive = replace(GRAPH, runtime="torchscript", path="torchscript/model.ts", target="torch")
+        archive = replace(
+            GRAPH, runtime="torchscript", path="torchscript/model_quantized.ts", target="torch"
+        )
         text = card(tiny_config(), manifest(archive, names=("tokenizer.json",)))
         headings = re.findall("^### (.*)$", text, flags=re.MULTILINE)
         assert headings == ["gemma3-export", "TorchScript"]
         assert 'load(".", runtime="torchscript")' in text
         assert "gemma3-export chat . --runtime torchscript\n" in text
+        assert "open `torchscript/model_quantized.ts`." in text
         assert ModelCard(text).data["library_name"] is None
 
     def test_names_from_outside_cannot_write_markdown_or_yaml(self) -> None:
