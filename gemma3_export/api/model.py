@@ -132,7 +132,7 @@ class Model:
             InputError: the model was loaded from weights.
         """
         if isinstance(self._files, Weights):
-            raise InputError(f"{self.path} is not an export, so it is no bundle; export it first")
+            raise InputError(f"{self.path} is not a bundle; export it first")
         return self._files
 
     @property

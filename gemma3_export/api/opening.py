@@ -49,7 +49,7 @@ def open_runtime(
         variant: which graph of the runtime, such as ``int8``; None is the default, or what an
             opened bundle uses.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
-        threads: threads inside one operator; None lets the backend choose.
+        threads: intra-op threads; None lets the backend choose.
         trust: load a torch archive although it is not the one that was exported.
         cuda: what may be done on a GPU; ignored on the CPU.
         sliding_window_cache: see :class:`gemma3_export.runtimes.onnx.runtime.OnnxRuntime`; other

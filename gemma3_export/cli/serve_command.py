@@ -92,7 +92,7 @@ Examples:
     default=4096,
     show_default=True,
     metavar="N",
-    help="Most tokens that a request may ask for per answer.",
+    help="Maximum tokens per answer that a request may ask for.",
 )
 @click.option(
     "--max-choices",
@@ -100,7 +100,7 @@ Examples:
     default=64,
     show_default=True,
     metavar="N",
-    help="Most answers per request: n times its prompts.",
+    help="Maximum answers per request: n times its prompts.",
 )
 @click.option(
     "--cache-memory",
@@ -125,7 +125,7 @@ Examples:
     default="2MB",
     show_default=True,
     metavar="SIZE",
-    help="Largest body of a request.",
+    help="Maximum size of a request body.",
 )
 @click.option(
     "--timeout",
@@ -134,7 +134,7 @@ Examples:
     default=600.0,
     show_default=True,
     metavar="SECONDS",
-    help="Most time for an answer, with its wait for a slot.",
+    help="Maximum time for an answer, including its wait for a slot.",
 )
 @click.option(
     "--body-timeout",
@@ -143,7 +143,7 @@ Examples:
     default=30.0,
     show_default=True,
     metavar="SECONDS",
-    help="Most time for the body of a request to arrive.",
+    help="Maximum time for the body of a request to arrive.",
 )
 @click.option(
     "--drain-timeout",
@@ -152,7 +152,7 @@ Examples:
     default=30.0,
     show_default=True,
     metavar="SECONDS",
-    help="After SIGINT or SIGTERM: most time for running requests to finish.",
+    help="Maximum time for running requests to finish after SIGINT or SIGTERM.",
 )
 @opening_options
 @click.option(

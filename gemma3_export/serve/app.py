@@ -44,10 +44,6 @@ PAGES = {
     "/playground.css": ("playground.css", "text/css; charset=utf-8"),
     "/playground.js": ("playground.js", "text/javascript; charset=utf-8"),
 }
-TEXT_PATHS: dict[str, type[CompletionRequest] | type[ChatRequest]] = {
-    "/v1/completions": CompletionRequest,
-    "/v1/chat/completions": ChatRequest,
-}
 
 
 class Service:
