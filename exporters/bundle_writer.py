@@ -186,6 +186,8 @@ def export_bundle(
         )
         added: list[Graph] = []
         for writer in writers:
+            if len(writers) > 1:
+                report(f"exporting {writer.variant}", 0, 1)
             graph, hashes = writer.write(source, folder, report)
             added.append(graph)
             add_graph(folder, manifest, graph, hashes, source)

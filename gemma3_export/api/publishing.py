@@ -173,8 +173,8 @@ def _check_proven(bundle: Bundle, *, is_allowed: bool) -> None:
     if unproven and not is_allowed:
         raise InputError(
             f"{bundle.path} is not proven: {' and '.join(graph.path for graph in unproven)} "
-            "was exported with --no-verify; prove it with `gemma3-export verify DIR --weights SRC "
-            "--stamp`, or pass --allow-unproven, and the card will say so"
+            f"was exported with --no-verify; prove it with `gemma3-export verify {bundle.path} "
+            "--weights SRC --stamp`, or pass --allow-unproven, and the card will say so"
         )
 
 

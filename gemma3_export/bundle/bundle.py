@@ -57,7 +57,8 @@ class Bundle:
         self.variant = variant
         if variant is not None and variant not in self.variants():
             raise InputError(
-                f"{self.path} has no variant {variant!r:.40}; choose {' or '.join(self.variants())}"
+                f"{self.path} has no variant {variant!r:.40}; choose one of "
+                f"{', '.join(self.variants())}"
             )
         self.config: Gemma3Config = load_config(self.path / CONFIG_NAME)
 

@@ -120,7 +120,7 @@ def test_python_opens_a_variant_by_name(several: Path) -> None:
             logits[variant] = model.runtime.step(np.array([prompt]), cache, num_logits=8)
     assert (logits[None] == logits["fp32"]).all()
     assert (logits["int8"] != logits["fp32"]).any()
-    with pytest.raises(InputError, match="no variant 'bf16'; choose fp32 or int8"):
+    with pytest.raises(InputError, match="no variant 'bf16'; choose one of fp32, int8"):
         gemma3_export.load(several, variant="bf16")
 
 
@@ -155,7 +155,7 @@ def test_an_unknown_variant_is_rejected_with_those_that_exist(
     result = run(name, several, *options, "--variant", "int4")
     assert result.exit_code == 2
     (message,) = result.stderr.splitlines()
-    assert message.endswith(f"{several} has no variant 'int4'; choose fp32 or int8")
+    assert message.endswith(f"{several} has no variant 'int4'; choose one of fp32, int8")
 
 
 def test_verify_checks_all_variants_unless_one_is_chosen(several: Path) -> None:
@@ -197,7 +197,8 @@ def test_a_variant_is_added_to_a_bundle_of_the_same_weights(tmp_path: Path) -> N
     assert [graph.variant for graph in result.graphs] == ["fp32", "fp32"]
     after = contents(path)
     changed = {name for name in before if after[name] != before[name]}
-    assert changed == {"manifest.json", "genai_config.json"}  # which names the new default
+    # The card lists the new graphs, and genai_config.json names the new default.
+    assert changed == {"README.md", "manifest.json", "genai_config.json"}
     settings = json.loads((path / "genai_config.json").read_text(encoding="utf-8"))
     assert settings["model"]["decoder"]["filename"] == "onnx/model.onnx"
     Bundle(path).check_files()
