@@ -405,16 +405,29 @@ class _Reader:
             token_ids=token_ids,
             is_chat=is_chat,
             has_tools=is_chat and bool(options.tools),
-            id=given.get("id"),
+            id=_checked_id(given.get("id"), where),
         )
 
 
 def _id_of(line: Line) -> Any:
-    """Return the ``id`` of a row in error, None if it has none or cannot be read."""
+    """Return the ``id`` of a row in error, None if it has none or cannot be read or written."""
     try:
-        return line.parse().get("id")
+        return _checked_id(line.parse().get("id"), line.where)
     except InputError:
         return None
+
+
+def _checked_id(value: Any, where: str) -> Any:
+    """Return the ``id`` of a row if results can have it.
+
+    Raises:
+        InputError: it has a number that JSON lacks, such as the infinity that 1e400 is read as.
+    """
+    try:
+        json.dumps(value, allow_nan=False)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{where}: id cannot be written: {error}; correct the row") from error
+    return value
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import wraps
@@ -211,6 +212,7 @@ def print_summary(result: ExportResult, description: str, vocabulary: str = "") 
     from gemma3_export.bundle.inspection import parity_line, read_proofs, rounding_line
 
     path, is_one = result.path, len(result.graphs) == 1
+    folder = shlex.quote(str(path))
     click.echo(f"{path}: {description}, {result.size_bytes / 1e6:,.1f} MB")
     if vocabulary:
         click.echo(vocabulary)
@@ -230,14 +232,14 @@ def print_summary(result: ExportResult, description: str, vocabulary: str = "") 
             styled(
                 "parity: NOT CHECKED (--no-verify). Nothing proves that this bundle computes what "
                 "the model computes; to prove it: "
-                f"gemma3-export verify {path}{first} --weights SRC --stamp"
+                f"gemma3-export verify {folder}{first} --weights SRC --stamp"
             )
         )
     if is_file(path / TOKENIZER_NAME):
-        click.echo(f'next: gemma3-export generate {path}{first} --prompt "The sea is"')
+        click.echo(f'next: gemma3-export generate {folder}{first} --prompt "The sea is"')
     else:
         click.echo("no tokenizer came with the weights; --tokenizer adds one, or give token ids")
-        click.echo(f"next: gemma3-export generate {path}{first} --prompt-ids 2")
+        click.echo(f"next: gemma3-export generate {folder}{first} --prompt-ids 2")
 
 
 def selecting_options(path: Path, graph: Graph) -> str:

@@ -221,6 +221,7 @@ BROKEN_ROWS = [
     ({"text": "long " * 400}, "more than the model's context of 256"),
     ({"text": "\ud800"}, "half of a surrogate pair"),
     ({"text": "a", "images": ["b"]}, "has images"),
+    ({"text": "a", "id": [float("inf")]}, "id cannot be written"),
 ]
 
 

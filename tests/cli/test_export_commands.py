@@ -23,11 +23,11 @@ def test_onnx_exports_and_reports_that_parity_passed(one_layer, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
     result = run_ok(
         *("onnx", "--config", tmp_path / "config.json", "--random-weights", 1),
-        *("--tokenizer", tmp_path / "tokenizer", "-o", tmp_path / "out"),
+        *("--tokenizer", tmp_path / "tokenizer", "-o", tmp_path / "an export"),
     )
     assert "parity: passed" in result.stdout
-    assert f"next: gemma3-export generate {tmp_path / 'out'} --prompt" in result.stdout
-    assert Bundle(tmp_path / "out").graph("onnx").verified
+    assert f"next: gemma3-export generate '{tmp_path / 'an export'}' --prompt" in result.stdout
+    assert Bundle(tmp_path / "an export").graph("onnx").verified
     # One line per stage and no progress bar, because stderr is not a terminal.
     stages = result.stderr.splitlines()
     assert stages[:3] == ["tracing ...", "writing weights ...", "computing expected values ..."]
