@@ -30,10 +30,12 @@ def test_onnx_exports_and_reports_that_parity_passed(one_layer, tmp_path):
     assert Bundle(tmp_path / "an export").graph("onnx").verified
     # One line per stage and no progress bar, because stderr is not a terminal.
     stages = result.stderr.splitlines()
-    assert stages[:3] == ["tracing ...", "writing weights ...", "computing expected values ..."]
-    assert stages[3].startswith("comparing ")
+    first = ("hashing the source", "tracing", "writing weights", "opening the runtime")
+    assert stages[:4] == [f"{stage} ..." for stage in first]
+    assert stages[4] == "computing expected values ..."
+    assert stages[5].startswith("comparing ")
     assert all(line.endswith(" ...") for line in stages)
-    assert len(stages) < 8
+    assert len(stages) < 10
 
 
 def test_an_export_without_the_check_is_marked_as_not_checked(one_layer, tmp_path):
