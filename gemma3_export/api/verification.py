@@ -69,8 +69,8 @@ class VerifyRequest:
             whose largest matrix has fewer than 4 million elements.
         cuda: what may be done on a GPU; ignored on the CPU.
         weights: the weights that the bundle was made from, as :func:`open_weights` takes or
-            returns them; None takes those in the bundle, which leaves a quantized bundle without
-            gate B. A graph of another tool needs them.
+            returns them; None takes those in the bundle, so a quantized bundle is not compared
+            with full precision. A graph of another tool needs them.
         adapter: the LoRA adapter that was merged into ``weights``, or into the base it names.
         tokenizer: a tokenizer as :func:`gemma3_export.tokenizer.load_tokenizer` takes it, for the
             cases with text; None takes that of the bundle, or else of the weights.
@@ -81,7 +81,8 @@ class VerifyRequest:
         stamp: add the report of a passing check to the bundle, which then counts as verified. The
             proof is that of an export: on the CPU, against the weights that the manifest names.
         seed: of the random token ids.
-        max_kld: gate B's budget, in mean nats per token; None is what the bundle was exported with.
+        max_kld: largest divergence from full precision, in mean nats per token; None is what the
+            bundle was exported with.
         progress: callback that receives (stage, done, total).
     """
 
