@@ -32,7 +32,7 @@ PYTEST_ARGS ?=
 PYTEST_PARALLEL := -n logical --maxprocesses 4 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help setup weights tokenizer demo demo-270m train-demo test test-full test-faults test-cuda gpu placement lint lint-systems lint-docker docs site picture packages \
+.PHONY: help setup weights tokenizer demo demo-270m train-demo test test-full test-faults soak test-cuda gpu placement lint lint-systems lint-docker docs site picture packages \
 	bench bench-peers consumers bench-cuda bench-cuda-short peers clean
 
 help: ## List the targets
@@ -128,6 +128,9 @@ SEED ?= 0
 
 test-faults: $(INSTALLED) ## Run hostile inputs, kills and races (TIME=seconds, SEED=n)
 	$(BIN)/python -m tests.faults.harness --time $(TIME) --seed $(SEED)
+
+soak: $(INSTALLED) ## Load a server with random clients and look for leaks (TIME=seconds, SEED=n)
+	$(BIN)/python -m tests.serve.soak --time $(TIME) --seed $(SEED)
 
 test-cuda: gpu $(GPU_VENV)/.installed ## Test every format on an NVIDIA GPU (Error 3: no GPU)
 	$(GPU_VENV)/bin/python -m pytest -m cuda $(PYTEST_ARGS)

@@ -149,6 +149,8 @@ class _Job(Response):
             ):
                 async for chunk in chunks:
                     await send({"type": "http.response.body", "body": chunk, "more_body": True})
+                    # with many tokens ready, nothing above waits, and others must have their turn
+                    await asyncio.sleep(0)
         except ClientGoneError:
             raise
         except Exception as error:

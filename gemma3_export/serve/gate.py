@@ -179,7 +179,12 @@ def log_to_stderr() -> None:
     """Send the logs of the server, the engine and uvicorn to stderr as JSON lines."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonLines())
-    for name, level in (("gemma3_export", logging.INFO), ("uvicorn.error", logging.WARNING)):
+    levels = {
+        "gemma3_export": logging.INFO,
+        "uvicorn.error": logging.WARNING,
+        "asyncio": logging.ERROR,  # which warns of clients that leave
+    }
+    for name, level in levels.items():
         found = logging.getLogger(name)
         found.handlers, found.propagate = [handler], False
         found.setLevel(level)
