@@ -89,8 +89,10 @@ class RejectLeftPadding(ir.passes.InPlacePass):
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Replace the constant scale of the embeddings by one for each row, [B, 1, 1]."""
         graph = model.graph
-        attention_mask = graph.inputs[1]
-        multiply = next(node for node in graph if node.op_type == "Mul")
+        input_ids, attention_mask = graph.inputs[:2]
+        (multiply,) = (use.node for use in input_ids.uses() if use.node.op_type != "Shape")
+        while multiply.op_type != "Mul":  # from the lookup to its scaling
+            (multiply,) = (use.node for use in multiply.outputs[0].uses())
         scale = multiply.inputs[1]
         assert scale is not None
         assert scale.const_value is not None
