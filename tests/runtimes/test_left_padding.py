@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -168,18 +169,23 @@ def test_padding_that_the_fused_graph_cannot_rotate_makes_it_fail(
 
 
 @pytest.mark.parametrize(
-    "writer",
+    ("writer", "context"),
     [
-        OnnxWriter(dtype="fp16"),
-        OnnxWriter(dtype="bf16"),
-        OnnxWriter(dtype="int8", activations="bf16", block_size=16, max_kld=1.0),
+        (OnnxWriter(dtype="fp16"), TINY.max_position_embeddings),
+        (OnnxWriter(dtype="bf16"), TINY.max_position_embeddings),
+        (OnnxWriter(dtype="bf16"), 32768),  # rotary tables are computed in the graph
+        (
+            OnnxWriter(dtype="int8", activations="bf16", block_size=16, max_kld=1.0),
+            TINY.max_position_embeddings,
+        ),
     ],
-    ids=["fp16", "bf16", "int8 with bf16 activations"],
+    ids=["fp16", "bf16", "bf16 with a long context", "int8 with bf16 activations"],
 )
 def test_in_half_precision_a_row_padded_on_the_left_gets_nan_and_no_other_row_does(
-    writer: OnnxWriter,
+    writer: OnnxWriter, context: int
 ) -> None:
-    runtime = OnnxRuntime(exported(writer), device="cpu", sliding_window_cache=False)
+    bundle = exported(writer, replace(TINY, max_position_embeddings=context))
+    runtime = OnnxRuntime(bundle, device="cpu", sliding_window_cache=False)
     lengths = LENGTHS["no padding in one of them"]
     ids, mask = padded(random_rows(lengths), lengths, "left")
     logits, _ = runtime.run_padded(ids, mask)
