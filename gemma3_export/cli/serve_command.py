@@ -17,10 +17,10 @@ from gemma3_export.cli.options import (
     memory_size,
 )
 from gemma3_export.errors import UnavailableError
+from gemma3_export.serve.settings import KEY_VARIABLE
 
 __all__ = ["serve"]
 
-KEY_VARIABLE = "GEMMA3_API_KEY"
 MAX_PORT = 65535
 PACKAGES = ("fastapi", "uvicorn", "prometheus_client")
 EPILOG = """\b
