@@ -165,10 +165,17 @@ def read_text(path: Path, *, limit_bytes: int, or_pipe: bool = False) -> str:
 def _unreadable(path: Path, error: OSError) -> InputError:
     if error.errno in NOT_THERE:
         return InputError(f"{path} does not exist; give the path of a file")
-    if error.errno == errno.EACCES and path.is_dir():  # Windows opens no folder
+    if error.errno == errno.EACCES and _is_folder(path):  # Windows opens no folder
         return InputError(f"{path} is {KINDS[stat.S_IFDIR]}; give a regular file")
     if error.errno == errno.ENXIO:  # opening a socket
         return InputError(f"{path} is a socket; give a regular file")
     return InputError(
         f"{path} cannot be read: {error.strerror or error}; check its path and permissions"
     )
+
+
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except OSError:
+        return False

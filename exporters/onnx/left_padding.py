@@ -98,11 +98,11 @@ class RejectLeftPadding(ir.passes.InPlacePass):
         assert scale.const_value is not None
         value = scale.const_value.numpy()
         nodes = InsertedNodes(graph)
-        scales = nodes.initializer("scales", np.array([np.nan, value.item()], value.dtype))
+        table = nodes.initializer("scale_table", np.array([np.nan, value.item()], value.dtype))
         first = nodes.add(
             "Gather", "first", [attention_mask, nodes.constant("zero", [[0]])], axis=1
         )
-        multiply.replace_input_with(1, nodes.add("Gather", "scale", [scales, first], axis=0))
+        multiply.replace_input_with(1, nodes.add("Gather", "scale", [table, first], axis=0))
         graph.insert_before(multiply, nodes.nodes)
         return ir.passes.PassResult(model, modified=True)
 

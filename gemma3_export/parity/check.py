@@ -211,7 +211,9 @@ class Check:
     def _expected(self, ground_truth: GroundTruth, needed: dict[int, set[int]]) -> ExpectedValues:
         if self.baseline is None:
             return ground_truth.expected
-        return ExpectedFromRuntime(self.baseline, ground_truth.sequences, needed)
+        return ExpectedFromRuntime(
+            self.baseline, ground_truth.sequences, needed, self.candidate.config.vocab_size
+        )
 
     def _run_cases(
         self, cases: Sequence[Case], criteria: Criteria, tokenizer: Tokenizer | None

@@ -123,12 +123,17 @@ class ExpectedFromRuntime:
         runtime: the baseline.
         sequences: the sequences to process.
         needed: the positions of each sequence whose logits to keep.
+        vocab_size: V of the candidate; the baseline may have padding rows after it.
     """
 
     def __init__(
-        self, runtime: Runtime, sequences: Sequence[TokenSequence], needed: dict[int, set[int]]
+        self,
+        runtime: Runtime,
+        sequences: Sequence[TokenSequence],
+        needed: dict[int, set[int]],
+        vocab_size: int,
     ) -> None:
-        self.kept = StoredLogits(runtime.config.vocab_size, torch.float32)
+        self.kept = StoredLogits(vocab_size, torch.float32)
         self.caches: dict[int, list[KeyValue]] = {}
         for index, sequence in enumerate(sequences):
             feed = TeacherForcing(runtime, sequences, [index])
@@ -144,7 +149,7 @@ class ExpectedFromRuntime:
         rows = [row for row, position in enumerate(item.positions.tolist()) if position in needed]
         keys = [(item.sequence, int(item.positions[row])) for row in rows]
         self.kept.add(keys)
-        self.kept.write(keys, 0, torch.from_numpy(item.logits[rows]))
+        self.kept.write(keys, 0, torch.from_numpy(item.logits[rows, : self.kept.vocab_size]))
 
     def logits(self, sequence: int, positions: IntArray) -> Tensor:
         """See :class:`ExpectedValues`."""

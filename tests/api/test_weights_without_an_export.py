@@ -87,5 +87,5 @@ def test_what_weights_cannot_do_is_an_error(tiny_folder, tmp_path):
     assert "is not a gemma3-export bundle (no manifest.json)" in line
     assert "has no model.safetensors" in line
     assert "does not exist" in error_line("generate", tmp_path / "nowhere", *ARGUMENTS)
-    with pytest.raises(InputError, match="not an export"):
+    with pytest.raises(InputError, match="is not a bundle"):
         _ = gemma3_export.load(tiny_folder).bundle

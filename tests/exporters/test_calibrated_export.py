@@ -136,7 +136,8 @@ def test_int4_exports_compute_what_the_reference_computes_with_their_weights() -
     assert report.gates[0].passed
     assert 1e-4 < report.gates[1].metrics[0].value < 0.01
     assert {path.name for path in bundle.path.iterdir()} == {
-        *("config.json", "generation_config.json", "genai_config.json", "manifest.json", "onnx")
+        *("config.json", "generation_config.json", "genai_config.json", "manifest.json", "onnx"),
+        *("README.md", ".gitattributes"),
     }
 
 

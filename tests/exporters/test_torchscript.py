@@ -41,7 +41,7 @@ def exported(variant: str = "tied", dtype: str = "fp32", prepack: bool = True) -
 
 
 def archive_of(bundle: Path) -> Path:
-    return bundle / "torchscript" / "model.ts"
+    return Bundle(bundle).file(Bundle(bundle).graph("torchscript").path)
 
 
 class TestComputation:

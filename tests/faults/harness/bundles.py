@@ -10,6 +10,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from gemma3_export.bundle import DOCUMENTS
 from tests.faults.harness import children
 from tests.faults.harness.bytes_and_json import change_bytes, change_json
 from tests.faults.harness.cases import INPUT, OUTPUT, Case
@@ -148,7 +149,7 @@ def _check_files(sound_files: Path, place: Path, printed: str) -> str | None:
     del printed
     for sound in sound_files.rglob("*"):
         path = place / BUNDLE / sound.relative_to(sound_files)
-        if sound.is_dir() or sound.name in ("manifest.json", "parity.json"):
+        if sound.is_dir() or sound.name in ("manifest.json", "parity.json", *DOCUMENTS):
             continue
         if not path.is_file() or path.read_bytes() != sound.read_bytes():
             return f"{path.name} was changed, and that was not noticed"
