@@ -7,10 +7,8 @@ import pickle
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner
 
 from gemma3_export.bundle import Bundle
-from gemma3_export.cli.onnx_command import onnx
 from tests.support.command_line import RANDOM_EXPORT, error_line, run, run_ok, run_rejected
 from tests.support.exported_bundles import edit_json
 from tests.support.tiny_models import tiny_config, write_hf_folder
@@ -185,14 +183,12 @@ def test_for_web_selects_target_and_dtypes(arguments, dtypes, monkeypatch):
         requested.update(export.keywords, variants=variants)
 
     monkeypatch.setattr("gemma3_export.cli.onnx_command.run_export", record)
-    result = CliRunner().invoke(onnx, ["--size", "270m", "-o", "out", "--for", "web", *arguments])
-    assert result.exit_code == 0, result.output
+    run_ok("onnx", "--size", "270m", "-o", "out", "--for", "web", *arguments)
     assert (requested["target"], requested["dtype"]) == ("web", dtypes)
     assert requested["variants"] == list(dtypes)
 
 
 @pytest.mark.parametrize("option", [("--target", "ort"), ("--block-size", "32")])
 def test_for_web_rejects_options_that_it_decides(option):
-    result = CliRunner().invoke(onnx, ["--size", "270m", "-o", "out", "--for", "web", *option])
-    assert result.exit_code == 2
-    assert f"{option[0]} would have no effect" in result.output
+    message = run_rejected("onnx", "--size", "270m", "-o", "out", "--for", "web", *option)
+    assert f"{option[0]} would have no effect" in message

@@ -15,10 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from click.testing import CliRunner
 
 import gemma3_export
-from gemma3_export.cli.onnx_command import onnx
+from tests.support.command_line import run_ok
 
 PAGE = Path(__file__).parents[2] / "examples" / "browser"
 LIBRARY = PAGE / "node_modules" / "@huggingface" / "transformers"
@@ -79,8 +78,7 @@ def test_the_command_that_the_page_names_exists() -> None:
     assert commands
     for command in commands:
         words = command.replace("${dtype}", "int8").split()
-        result = CliRunner().invoke(onnx, [*words, "--help"])
-        assert result.exit_code == 0
+        run_ok("onnx", *words, "--help")
         assert set(words) & {"--for", "--size"} == {"--for", "--size"}
 
 
