@@ -135,7 +135,7 @@ function ask() {
   const content = input.value.trim();
   if (!content || send.disabled) return;
   input.value = "";
-  if (!chats) messages = []; // each text stands for itself
+  if (!chats) messages = []; // each text is continued on its own
   messages.push({ role: "user", content });
   add("user", content);
   answer = add("assistant", "");

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from gemma3_export.bundle.manifest import Graph
+from gemma3_export.bundle.manifest import REMEDY, Graph
 from gemma3_export.config import CONFIG_NAME
-from gemma3_export.files import read_text
+from gemma3_export.records import read_json
 from gemma3_export.staging import write_text_atomically
 
 __all__ = ["WEB_DTYPES", "transformers_js_config", "write_transformers_js_config"]
@@ -21,17 +21,17 @@ __all__ = ["WEB_DTYPES", "transformers_js_config", "write_transformers_js_config
 KEY = "transformers.js_config"
 # The dtypes of graphs for browsers, and what transformers.js calls them.
 WEB_DTYPES = {"fp32": "fp32", "int8": "q8"}
-LIMIT_BYTES = 2**20
 
 
 def write_transformers_js_config(folder: Path, graphs: Sequence[Graph]) -> None:
     """Replace the entry in a bundle's ``config.json``; see :func:`transformers_js_config`.
 
     Raises:
+        InputError: it cannot be read.
         Gemma3ExportError: the disk is full or not writable.
     """
     path = folder / CONFIG_NAME
-    data = json.loads(read_text(path, limit_bytes=LIMIT_BYTES))
+    data = read_json(path, remedy=REMEDY)
     data[KEY] = transformers_js_config(graphs)
     write_text_atomically(path, json.dumps(data, indent=2) + "\n")
 

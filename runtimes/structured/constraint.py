@@ -61,7 +61,7 @@ class ConstraintFactory:
 class _Words:
     """The vocabulary as llguidance reads it: an object with these attributes.
 
-    One more token is added at the end, the end of the text. It stands for all tokens that end a
+    One more token is added at the end, the end of the text. It represents all tokens that end a
     request, which differ between requests, while making this takes a second.
     """
 

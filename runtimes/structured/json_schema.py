@@ -1,7 +1,7 @@
 """Check JSON schemas before text is generated for them: every keyword is enforced or rejected.
 
 llguidance enforces most of JSON Schema 2020-12. It ignores keywords that it does not know, and some
-limits hold for its text but not for the value that the text stands for. Both are rejected here by
+limits hold for its text but not for the value that the text represents. Both are rejected here by
 name, so that every finished text validates against its schema.
 """
 

@@ -57,6 +57,12 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
     opened.open()
 
 
+def run_program(program: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False
+    )
+
+
 class TestResults:
     @pytest.mark.parametrize("options", [{}, {"temperature": 1.2, "top_k": 20, "seed": 5}])
     def test_many_at_once_get_what_each_gets_alone(
@@ -404,13 +410,7 @@ class TestClosing:
             "next(stream.events())\n"
             "assert 'torch' not in sys.modules\n"
         )
-        done = subprocess.run(
-            [sys.executable, "-c", program],
-            capture_output=True,
-            text=True,
-            timeout=120,
-            check=False,
-        )
+        done = run_program(program)
         assert (done.returncode, done.stderr) == (0, "")
 
     @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
@@ -430,13 +430,7 @@ class TestClosing:
             "    engine.close()\n"
             "    os._exit(7 if 'forked' in str(error) else 1)\n"
         )
-        done = subprocess.run(
-            [sys.executable, "-c", program],
-            capture_output=True,
-            text=True,
-            timeout=120,
-            check=False,
-        )
+        done = run_program(program)
         assert (done.returncode, done.stderr) == (7, "")
 
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import queue
 import re
-import shutil
-import subprocess
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,27 +15,18 @@ from typing import Any
 import pytest
 
 import gemma3_export
+from tests.support.chromium import HELPERS, require_chromium, result_of_page
 from tests.support.command_line import run_ok
 
 PAGE = Path(__file__).parents[2] / "examples" / "browser"
 LIBRARY = PAGE / "node_modules" / "@huggingface" / "transformers"
-BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 TIMEOUT_S = 300  # a safety net
 PROMPT = "The old man looked at the sea and"
 NEW_TOKENS = 96  # past the demo model's window of 64
 # Runs in the page, again after the reload that the service worker needs.
-DRIVE = """
-const until = (...states) => new Promise((resolve) => {
-  const check = () => {
-    if (!states.includes(document.body.dataset.state)) return;
-    observer.disconnect();
-    resolve();
-  };
-  const observer = new MutationObserver(check);
-  observer.observe(document.body, { attributes: true });
-  check();
-});
-const element = (id) => document.getElementById(id);
+DRIVE = (
+    HELPERS
+    + """
 const ask = (text, tokens) => {
   element("temperature").value = 0;
   element("maximum").value = tokens;
@@ -63,6 +52,7 @@ result.failures = texts(".failure");
 result.isolated = self.crossOriginIsolated;
 await fetch("/result", { method: "POST", body: JSON.stringify(result) });
 """
+)
 
 
 def test_the_page_loads_the_version_that_npm_installs() -> None:
@@ -135,20 +125,10 @@ def served(model: Path | None, script: str) -> Iterator[tuple[str, queue.Queue[d
 
 def run_page(model: Path | None, profile: Path) -> dict[str, Any]:
     """Return what the page shows in headless Chromium; skip without one."""
-    browser = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if browser is None:
-        pytest.skip("this test needs Chromium")
+    require_chromium()
     script = DRIVE.replace("PROMPT", json.dumps(PROMPT)).replace("NEW_TOKENS", str(NEW_TOKENS))
     with served(model, script) as (address, results):
-        options = ["--headless=new", "--no-sandbox", "--disable-gpu", f"--user-data-dir={profile}"]
-        process = subprocess.Popen(
-            [browser, *options, address], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
-        try:
-            return results.get(timeout=TIMEOUT_S)
-        finally:
-            process.terminate()
-            process.wait()
+        return result_of_page(address, results, profile, TIMEOUT_S)
 
 
 @pytest.mark.slow

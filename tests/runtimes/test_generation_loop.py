@@ -64,7 +64,7 @@ def request_for(
     params: SamplingParams = GREEDY,
     **arguments: Any,
 ) -> ScheduledRequest:
-    """Return a request; a number stands for a prompt of that many tokens."""
+    """Return a request; a number means a prompt of that many tokens."""
     ids = [2, *range(10 + index, 9 + index + prompt)] if isinstance(prompt, int) else prompt
     options = GenerationOptions(
         max_new_tokens=new_tokens, stop_token_ids=(), prefill_chunk=CHUNK, capacity=64

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import queue
 import re
-import shutil
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -17,24 +15,15 @@ from starlette.responses import Response
 from gemma3_export import Model
 from gemma3_export.serve.app import PAGES, PLAYGROUND
 from tests.serve.conftest import Running, running
+from tests.support.chromium import HELPERS, require_chromium, result_of_page
 
-BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 TIMEOUT_S = 120  # a safety net
 PROMPT = "Where is the sea?"
 KEY = "the key"
 # Runs in the page, which talks to the server on its own.
-DRIVE = """
-const until = (...states) => new Promise((resolve) => {
-  const check = () => {
-    if (!states.includes(document.body.dataset.state)) return;
-    observer.disconnect();
-    resolve();
-  };
-  const observer = new MutationObserver(check);
-  observer.observe(document.body, { attributes: true });
-  check();
-});
-const element = (id) => document.getElementById(id);
+DRIVE = (
+    HELPERS
+    + """
 const ask = (text, tokens) => {
   element("temperature").value = 0;
   element("max_tokens").value = tokens;
@@ -76,13 +65,12 @@ element("theme").click();
 result.theme = document.documentElement.dataset.theme;
 await fetch("result", { method: "POST", body: JSON.stringify(result) });
 """
+)
 
 
 def drive(served: Running, profile: Path) -> dict[str, Any]:
     """Open the page with a script that uses it; return what the script saw."""
-    browser = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if browser is None:
-        pytest.skip("this test needs Chromium")
+    require_chromium()
     results: queue.Queue[dict[str, Any]] = queue.Queue()
     page = (PLAYGROUND / "index.html").read_text(encoding="utf-8")
     page += '<script type="module" src="health/drive.js"></script>'
@@ -102,17 +90,7 @@ def drive(served: Running, profile: Path) -> dict[str, Any]:
     routes.add_route("/driven", send_page)
     routes.add_route("/health/drive.js", send_script)
     routes.add_route("/result", take, methods=["POST"])
-    options = ["--headless=new", "--no-sandbox", "--disable-gpu", f"--user-data-dir={profile}"]
-    process = subprocess.Popen(
-        [browser, *options, f"{served.url}/driven"],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    try:
-        return results.get(timeout=TIMEOUT_S)
-    finally:
-        process.terminate()
-        process.wait()
+    return result_of_page(f"{served.url}/driven", results, profile, TIMEOUT_S)
 
 
 @pytest.mark.slow
