@@ -24,6 +24,7 @@ __all__ = [
     "to_path",
 ]
 
+PIPE_BYTES = 2**20  # the first request to a pipe, whose size is unknown
 MAX_NAME_BYTES = 255  # of one name in a path, on every file system of Linux
 KINDS = {
     stat.S_IFIFO: "a FIFO",
@@ -136,7 +137,12 @@ def read_bytes(path: Path, *, limit_bytes: int, or_pipe: bool = False) -> bytes:
     """
     with open_regular(path, or_pipe=or_pipe) as file:
         try:
-            data = file.read(limit_bytes + 1)
+            # Asked for n bytes, Python allocates n, and limits are far above most files.
+            data = file.read(min(os.fstat(file.fileno()).st_size, limit_bytes) + 1)
+            while (room := limit_bytes + 1 - len(data)) and (
+                more := file.read(min(room, max(len(data), PIPE_BYTES)))
+            ):
+                data += more
         except OSError as error:
             raise _unreadable(path, error) from error
     if len(data) > limit_bytes:

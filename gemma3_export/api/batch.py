@@ -26,15 +26,11 @@ import numpy as np
 
 from gemma3_export.api.batch_files import check_packages, file_format, open_rows
 from gemma3_export.api.batch_results import BatchHeader, UnfinishedResults
+from gemma3_export.api.checks import check_flags, check_integers, check_texts
 from gemma3_export.api.completion_json import calls_to_json, result_to_json
 from gemma3_export.api.model import Model
 from gemma3_export.api.model_runtimes import MIN_SHARED_TOKENS
-from gemma3_export.api.options import (
-    GenerateOptions,
-    check_flags,
-    check_integers,
-    check_texts,
-)
+from gemma3_export.api.options import GenerateOptions
 from gemma3_export.api.prompts import resolve_stops
 from gemma3_export.errors import InputError
 from gemma3_export.files import is_file, open_regular, to_path

@@ -28,11 +28,12 @@ from queue import SimpleQueue
 from types import TracebackType
 from typing import Any, Self
 
+from gemma3_export.api.checks import check_integers
 from gemma3_export.api.engine_stream import EngineStream, EventChannel
 from gemma3_export.api.model import Model
 from gemma3_export.api.model_files import Weights
 from gemma3_export.api.opening import warm_up_prompt
-from gemma3_export.api.options import GenerateOptions, LoadOptions, check_integers, merged
+from gemma3_export.api.options import GenerateOptions, LoadOptions, merged
 from gemma3_export.api.prompts import Prompt, is_one_prompt
 from gemma3_export.bundle import Bundle
 from gemma3_export.errors import EngineClosedError, InputError, QueueFullError

@@ -15,15 +15,15 @@ from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gemma3_export.api.options import (
+from gemma3_export.api.checks import (
     check_budget,
     check_callables,
     check_flags,
     check_integers,
     check_paths,
     check_texts,
-    merged,
 )
+from gemma3_export.api.options import merged
 from gemma3_export.api.verification import ParityCheck, opened_weights, require_packages
 from gemma3_export.dtypes import EXPORT_DTYPES
 from gemma3_export.errors import InputError

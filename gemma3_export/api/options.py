@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import difflib
 import secrets
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, fields, replace
 from numbers import Integral
 from pathlib import Path
 from typing import Any, TypeVar
 
+from gemma3_export.api.checks import (
+    check_cuda,
+    check_flags,
+    check_integers,
+    check_json,
+    check_paths,
+    check_texts,
+)
 from gemma3_export.device import CudaOptions
-from gemma3_export.dtypes import require_max_kld
 from gemma3_export.errors import InputError
 from gemma3_export.limits import (
-    MAX_COUNT,
     MAX_SIZE_BYTES,
-    check_integer,
     check_threads,
     is_number,
-    shown,
 )
 from gemma3_export.runtimes.generation.sampling import SamplingParams
 from gemma3_export.runtimes.structured.function_calls import check_tool_choice
@@ -29,13 +33,6 @@ from gemma3_export.tokenizer.chat_format import ChatOptions
 __all__ = [
     "GenerateOptions",
     "LoadOptions",
-    "check_budget",
-    "check_callables",
-    "check_cuda",
-    "check_flags",
-    "check_integers",
-    "check_paths",
-    "check_texts",
     "merged",
 ]
 
@@ -147,8 +144,8 @@ class GenerateOptions(SamplingParams):
         SamplingParams.__post_init__(self)
         check_flags(self, "allow_control_tokens", "show_special_tokens")
         check_texts(self, "chat_template", "tool_choice")
-        _check(self, ("tools", "documents"), is_list_of_objects, "a list of JSON objects")
-        _check(self, ("template_variables",), is_object, "a mapping with string keys")
+        check_json(self, "tools", "documents", is_list=True)
+        check_json(self, "template_variables")
         check_integers(self, 1, "max_new_tokens", "prefill_chunk")
         check_integers(self, 0, "prompt_lookup")
         check_integers(self, 0, "prefix_cache_bytes", most=MAX_SIZE_BYTES)
@@ -243,96 +240,3 @@ def merged(kind: type[Options], options: Options | None, changes: Mapping[str, A
             hint = f"did you mean {near[0]!r}?" if near else f"choose among {', '.join(known)}"
             raise TypeError(f"unknown option {name!r}; {hint}")
     return replace(kind() if options is None else options, **changes)  # type: ignore[type-var]
-
-
-def check_integers(options: object, least: int, *names: str, most: int = MAX_COUNT) -> None:
-    """Check that fields are integers from ``least`` to ``most``.
-
-    Here and below, None passes if it is the field's default.
-
-    Raises:
-        InputError: one is not.
-    """
-    for name in _given(options, names):
-        check_integer(name, getattr(options, name), least, most)
-
-
-def check_budget(options: object) -> None:
-    """Check the field ``max_kld``, a divergence in nats per token.
-
-    Raises:
-        InputError: it is not a positive number of at most 100.
-    """
-    for name in _given(options, ("max_kld",)):
-        require_max_kld(getattr(options, name))
-
-
-def check_flags(options: object, *names: str) -> None:
-    """Check that fields are True or False, because any text would count as True.
-
-    Raises:
-        InputError: one is not.
-    """
-    _check(options, names, lambda value: isinstance(value, bool), "True or False")
-
-
-def check_texts(options: object, *names: str) -> None:
-    """Check that fields are strings.
-
-    Raises:
-        InputError: one is not.
-    """
-    _check(options, names, lambda value: isinstance(value, str), "a string")
-
-
-def check_paths(options: object, *names: str) -> None:
-    """Check that fields are paths.
-
-    Raises:
-        InputError: one is not.
-    """
-    _check(options, names, lambda value: isinstance(value, str | Path), "a path")
-
-
-def check_callables(options: object, *names: str) -> None:
-    """Check that fields can be called.
-
-    Raises:
-        InputError: one cannot.
-    """
-    _check(options, names, callable, "a function")
-
-
-def check_cuda(options: object) -> None:
-    """Check the field ``cuda``.
-
-    Raises:
-        InputError: it is not :class:`CudaOptions`.
-    """
-    _check(options, ("cuda",), lambda value: isinstance(value, CudaOptions), "CudaOptions")
-
-
-def is_object(value: object) -> bool:
-    """Return whether ``value`` is a mapping with string keys."""
-    return isinstance(value, Mapping) and all(isinstance(key, str) for key in value)
-
-
-def is_list_of_objects(value: object) -> bool:
-    """Return whether ``value`` is a list of mappings with string keys."""
-    return isinstance(value, list | tuple) and all(map(is_object, value))
-
-
-def _check(
-    options: object, names: Sequence[str], is_legal: Callable[[Any], bool], words: str
-) -> None:
-    for name in _given(options, names):
-        if not is_legal(value := getattr(options, name)):
-            raise InputError(f"{name} is {shown(value)}; it must be {words}")
-
-
-def _given(options: object, names: Sequence[str]) -> list[str]:
-    """Return the names of fields that are not None by default and None now."""
-    defaults = {field.name: field.default for field in fields(options)}  # type: ignore[arg-type]
-    return [
-        name for name in names if not (getattr(options, name) is None and defaults[name] is None)
-    ]

@@ -17,7 +17,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gemma3_export.api.options import check_callables, check_flags, check_texts, merged
+from gemma3_export.api.checks import check_callables, check_flags, check_texts
+from gemma3_export.api.options import merged
 from gemma3_export.bundle import (
     CARD,
     DOCUMENTS,

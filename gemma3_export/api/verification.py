@@ -18,9 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gemma3_export.api.model_files import bundle_tokenizer
-from gemma3_export.api.opening import open_runtime
-from gemma3_export.api.options import (
+from gemma3_export.api.checks import (
     check_budget,
     check_callables,
     check_cuda,
@@ -28,8 +26,10 @@ from gemma3_export.api.options import (
     check_integers,
     check_paths,
     check_texts,
-    merged,
 )
+from gemma3_export.api.model_files import bundle_tokenizer
+from gemma3_export.api.opening import open_runtime
+from gemma3_export.api.options import merged
 from gemma3_export.api.other_graphs import file_hashes, find_graph, open_graph
 from gemma3_export.bundle import MANIFEST, RUNTIMES, Bundle
 from gemma3_export.bundle.manifest import source_identity

@@ -6,7 +6,7 @@ import ipaddress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from gemma3_export.api.options import check_integers, check_texts
+from gemma3_export.api.checks import check_integers, check_texts
 from gemma3_export.errors import InputError
 from gemma3_export.files import read_text
 from gemma3_export.limits import MAX_SIZE_BYTES, check_number

@@ -9,8 +9,11 @@ import shutil
 import socket
 import subprocess
 import sys
+import tracemalloc
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext, suppress
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -548,3 +551,35 @@ def in_shell(line: str) -> tuple[int, str, str]:
         cwd=Path(__file__).parents[2],
     )
     return done.returncode, done.stdout, done.stderr
+
+
+def test_reading_a_small_file_takes_little_memory_whatever_the_limit(tmp_path: Path) -> None:
+    """Python allocates as many bytes as a read asks for, here 4 GB for a text of 3 bytes."""
+    path, data = tmp_path / "text", os.urandom(3_000_000)
+    path.write_bytes(data)
+    tracemalloc.start()
+    try:
+        assert read_bytes(path, limit_bytes=2**32) == data
+        assert tracemalloc.get_traced_memory()[1] < 10_000_000
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("limit", [5_000_000, 4_999_999])
+def test_a_pipe_is_read_to_its_end_or_rejected_at_the_limit(limit: int) -> None:
+    data = os.urandom(5_000_000)  # more than the first request
+    reader, writer = os.pipe()
+    thread = Thread(target=_write, args=(writer, data))
+    thread.start()
+    try:
+        with nullcontext() if limit == len(data) else pytest.raises(InputError, match="is larger"):
+            path = Path(f"/dev/fd/{reader}")
+            assert read_bytes(path, limit_bytes=limit, or_pipe=True) == data
+    finally:
+        os.close(reader)
+        thread.join()
+
+
+def _write(writer: int, data: bytes) -> None:
+    with suppress(BrokenPipeError), open(writer, "wb") as pipe:
+        pipe.write(data)
