@@ -36,6 +36,7 @@ QUANTIZED_OPERATORS = {
     "QMoE",
     "QuantizeLinear",
 }
+WINDOWED_CACHE = "sliding_window_cache"  # an attribute of GroupQueryAttention
 PRECISION: tuple[DType, ...] = ("bfloat16", "float16", "float32", "float64")  # lowest first
 
 
@@ -63,12 +64,13 @@ def open_graph_file(path: Path) -> GraphFile:
     """Parse and check the file at ``path``; weights in external data are not read.
 
     Raises:
-        InputError: it is not a graph, refers to files outside its folder, or has operators that
-            need a library of their own.
+        InputError: it is not a graph, refers to files outside its folder, has operators that need
+            a library of their own, or caches only the sliding window.
         UnavailableError: the package ``onnx`` is missing.
     """
     model = _parsed(path)
     _check_operators(path, model)
+    _check_caches(path, model)
     tensors = list(_tensors(model))
     files = dict.fromkeys(
         _data_file(path, tensor) for tensor in tensors if tensor.data_location == tensor.EXTERNAL
@@ -154,6 +156,20 @@ def _check_operators(path: Path, model: Any) -> None:
                 f"{path} has the operator {node.domain}::{node.op_type}, which neither ONNX nor "
                 "ONNX Runtime defines; libraries of custom operators are not loaded, so export "
                 "the model without it"
+            )
+
+
+def _check_caches(path: Path, model: Any) -> None:
+    """Reject caches that hold only the window, which have to be allocated in one exact size.
+
+    Raises:
+        InputError: a layer has one.
+    """
+    for node in _nodes(model):
+        if any(item.name == WINDOWED_CACHE and item.i for item in node.attribute):
+            raise InputError(
+                f"{path} caches only the sliding window in the node {node.name!r:.60}, which needs "
+                "its own runtime; verify the bundle that it belongs to, or model.onnx beside it"
             )
 
 

@@ -261,3 +261,10 @@ def test_a_file_that_is_not_a_graph_is_rejected(content: bytes, tmp_path: Path) 
     path.write_bytes(content)
     with pytest.raises(InputError, match="is not an ONNX graph"):
         open_graph_file(path)
+
+
+def test_a_graph_that_caches_only_its_window_names_the_graph_to_verify() -> None:
+    graphs = exported_bundle("ort") / "onnx"
+    with pytest.raises(InputError, match=r"caches only the sliding window.*model\.onnx beside it"):
+        open_graph_file(graphs / "model_windowed.onnx")
+    open_graph_file(graphs / "model.onnx")
