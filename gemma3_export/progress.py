@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Progress", "ProgressBars", "ignore_progress"]
 
-BYTE_STAGES = ("writing weights", "hashing the source", "hashing the bundle")
+BYTE_STAGES = ("writing weights", "hashing the source", "hashing the bundle", "copying the bundle")
 SPEED_SECONDS = 120.0  # of work that the time left is estimated from
 LINE_SECONDS = 30.0  # without a terminal, repeat the line of a long stage at this interval
 

@@ -58,6 +58,7 @@ RUN_FILES = ("training.json", "log.csv", "loss.png", "checkpoints/*", "tensorboa
 OWN_FOLDERS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("meta.json", ("meta.json", "*.bin", "tokenizer.json", "tokenizer_config.json")),
     ("peer.json", ("*",)),
+    ("1/bundle.json", ("config.pbtxt", "1/model.py", "1/bundle.json", "1/bundle/*")),
     ("training.json", MODEL_FILES + RUN_FILES),
     ("config.json", MODEL_FILES),
 )

@@ -9,7 +9,7 @@ from gemma3_export.runtimes.generation.request import Completion
 from gemma3_export.runtimes.generation.sampling import SampledToken
 from gemma3_export.tokenizer import Tokenizer
 
-__all__ = ["calls_to_json", "result_to_json"]
+__all__ = ["calls_to_json", "logprobs_to_json", "result_to_json"]
 
 
 def result_to_json(completion: Completion, tokenizer: Tokenizer | None) -> dict[str, Any]:
@@ -25,7 +25,7 @@ def result_to_json(completion: Completion, tokenizer: Tokenizer | None) -> dict[
     if completion.is_complete is not None:
         data["is_complete"] = completion.is_complete
     if any(token.logprob is not None for token in completion.tokens):
-        data["logprobs"] = [_logprobs(token, tokenizer) for token in completion.tokens]
+        data["logprobs"] = [logprobs_to_json(token, tokenizer) for token in completion.tokens]
     return data
 
 
@@ -38,7 +38,9 @@ def calls_to_json(completion: Completion, tokenizer: Tokenizer) -> dict[str, Any
     return {"function_calls": [{"name": c.name, "arguments": c.arguments} for c in calls]}
 
 
-def _logprobs(token: SampledToken, tokenizer: Tokenizer | None) -> dict[str, Any]:
+def logprobs_to_json(token: SampledToken, tokenizer: Tokenizer | None) -> dict[str, Any]:
+    """Return the log-probability of a token, and those of its alternatives."""
+
     def entry(token_id: int, logprob: float | None) -> dict[str, Any]:
         text = None if tokenizer is None else tokenizer.token_text(token_id)
         return {"token_id": token_id, "token": text, "logprob": logprob}

@@ -16,6 +16,7 @@ from gemma3_export.bundle import RUNTIMES, Bundle
 from gemma3_export.config import Gemma3Config
 from gemma3_export.device import CudaOptions
 from gemma3_export.errors import InputError
+from gemma3_export.processors import chosen_threads
 from gemma3_export.runtimes.generation.generate import generate
 from gemma3_export.runtimes.generation.prepare import GenerationOptions
 from gemma3_export.runtimes.generation.sampling import SamplingParams
@@ -129,7 +130,7 @@ def _open_reference(files: Bundle | Weights, device: str, threads: int | None) -
     from gemma3_export.runtimes.torch.tensors import torch_device
 
     place = torch_device(device)
-    if threads is not None:
+    if (threads := chosen_threads(threads)) is not None:
         torch.set_num_threads(threads)
     if isinstance(files, Weights):
         return ReferenceRuntime(load_reference(files.source, device=place))

@@ -21,9 +21,9 @@ from pathlib import Path
 import numpy as np
 
 from gemma3_export.errors import UnavailableError
+from gemma3_export.processors import available_processors
 
 __all__ = [
-    "available_processors",
     "describe_machine",
     "gpu_bandwidths",
     "measure_bandwidths",
@@ -56,13 +56,6 @@ def processor_name() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
-
-
-def available_processors() -> int:
-    """Return the number of logical processors that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def memory_bytes() -> int | None:

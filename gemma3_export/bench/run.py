@@ -20,7 +20,6 @@ from typing import Any
 import numpy as np
 
 from gemma3_export.bench.machine import (
-    available_processors,
     describe_machine,
     gpu_bandwidths,
     measure_bandwidths,
@@ -34,6 +33,7 @@ from gemma3_export.device import CudaOptions
 from gemma3_export.errors import InputError, UnavailableError
 from gemma3_export.files import to_path
 from gemma3_export.limits import check_integer, check_threads
+from gemma3_export.processors import available_processors
 
 __all__ = ["BenchmarkOptions", "run_benchmark"]
 

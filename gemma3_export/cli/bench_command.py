@@ -75,7 +75,7 @@ model. The second line lists engines with their own environments; set them up fr
     "--threads",
     type=THREADS,
     metavar="N",
-    help="Intra-op threads.  [default: all cores]",
+    help="Intra-op threads.  [default: all cores that this process may use]",
 )
 @click.option(
     "--runtime",

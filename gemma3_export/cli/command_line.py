@@ -34,6 +34,7 @@ COMMANDS = (
     "chat",
     "batch",
     "serve",
+    "triton",
     "verify",
     "inspect",
     "push",

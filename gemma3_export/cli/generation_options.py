@@ -125,7 +125,8 @@ OPENING = (
         "--threads",
         type=THREADS,
         metavar="N",
-        help="Intra-op threads.  [default: chosen by the runtime]",
+        help="Intra-op threads.  [default: chosen by the runtime, within "
+        "the CPU limit of a container]",
     ),
     click.option(
         "--share-weights",

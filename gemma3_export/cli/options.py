@@ -131,8 +131,8 @@ threads_option = click.option(
     "--threads",
     type=THREADS,
     metavar="N",
-    help="Intra-op threads of torch and ONNX Runtime.  [default: all cores; 1 for models "
-    "whose largest matrix has fewer than 4M elements]",
+    help="Intra-op threads of torch and ONNX Runtime.  [default: all cores that this process may "
+    "use; 1 for models whose largest matrix has fewer than 4M elements]",
 )
 adapter_option = click.option(
     "--adapter",

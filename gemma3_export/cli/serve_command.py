@@ -7,12 +7,12 @@ from pathlib import Path
 
 import click
 
+from gemma3_export.cli.engine_options import engine_options
 from gemma3_export.cli.generation_options import OpeningRequest, note_variant_of, opening_options
 from gemma3_export.cli.options import (
     PATH,
     REAL,
     TEXT_PATH,
-    cache_size,
     integer,
     memory_size,
 )
@@ -63,37 +63,7 @@ Examples:
 @click.option(
     "--model-name", metavar="NAME", help="Id that clients see.  [default: the name of DIR]"
 )
-@click.option(
-    "--slots",
-    type=integer(),
-    default=8,
-    show_default=True,
-    metavar="N",
-    help="Requests that run at once.",
-)
-@click.option(
-    "--queue-limit",
-    type=integer(0),
-    default=64,
-    show_default=True,
-    metavar="N",
-    help="Requests that may wait; more get status 429.",
-)
-@click.option(
-    "--max-request-tokens",
-    type=integer(),
-    metavar="N",
-    help="Tokens of prompt and answer that one request can have.  [default: the model's context, "
-    "at most 8192]",
-)
-@click.option(
-    "--max-tokens",
-    type=integer(),
-    default=4096,
-    show_default=True,
-    metavar="N",
-    help="Maximum tokens per answer that a request may ask for.",
-)
+@engine_options
 @click.option(
     "--max-choices",
     type=integer(),
@@ -101,22 +71,6 @@ Examples:
     show_default=True,
     metavar="N",
     help="Maximum answers per request: n times its prompts.",
-)
-@click.option(
-    "--cache-memory",
-    "cache_bytes",
-    type=memory_size,
-    metavar="SIZE",
-    help="Limit on keys and values of running requests, such as 4GB.",
-)
-@click.option(
-    "--prefix-cache",
-    "kept_prefix_bytes",
-    type=cache_size,
-    default="256MB",
-    show_default=True,
-    metavar="SIZE",
-    help="Memory for prompt prefixes that are kept between requests; 0 is off.",
 )
 @click.option(
     "--max-body",

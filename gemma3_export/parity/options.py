@@ -12,7 +12,8 @@ import torch
 from gemma3_export.config import Gemma3Config
 from gemma3_export.dtypes import require_max_kld, torch_dtype
 from gemma3_export.errors import InputError
-from gemma3_export.limits import MAX_SEED, check_integer, check_threads
+from gemma3_export.limits import MAX_SEED, check_integer
+from gemma3_export.processors import chosen_threads
 from gemma3_export.runtimes.protocol import RuntimeInfo
 
 __all__ = [
@@ -108,16 +109,16 @@ def threads_for(config: Gemma3Config, threads: int | None) -> int | None:
     Args:
         config: the model.
         threads: the requested number; None selects one if even the largest matrix, usually the
-            head, is small, and otherwise all cores (again None).
+            head, is small, and otherwise all cores (again None) that this process may use.
 
     Raises:
         InputError: ``threads`` is less than 1, or more than a few times the processors.
     """
-    check_threads(threads)
+    chosen = chosen_threads(threads)
     largest = max(math.prod(shape) for _, shape in config.weight_shapes())
     if threads is None and largest < SMALL_MATRIX:
         return 1
-    return threads
+    return chosen
 
 
 @contextmanager

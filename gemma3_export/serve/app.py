@@ -100,8 +100,8 @@ class Service:
                 code="model_not_found",
             )
 
-    def require_ready(self) -> None:
-        """Check that requests for text would be accepted.
+    def require_engine(self) -> None:
+        """Check that the engine runs.
 
         Raises:
             ApiError: the engine is closing, closed or broken.
@@ -243,13 +243,14 @@ def _add_api(app: FastAPI, service: Service) -> None:
 def _add_pages(app: FastAPI, service: Service) -> None:
     @app.get("/health")
     async def health() -> JSONResponse:
-        """Say that the process runs."""
+        """Say that the engine runs, also while it drains; if it does not, only a restart helps."""
+        service.require_engine()
         return JSONResponse({"status": "ok"})
 
     @app.get("/ready")
     async def ready() -> JSONResponse:
-        """Say whether requests are accepted."""
-        service.require_ready()
+        """Say that requests are accepted; the gate answers while the server drains."""
+        service.require_engine()
         return JSONResponse({"status": "ready"})
 
     @app.get("/metrics")

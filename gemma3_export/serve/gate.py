@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 # The page of the playground is public, and holds no secret: it asks for the key.
-PUBLIC = ("/health", "/", "/playground.css", "/playground.js")
+PUBLIC = ("/health", "/ready", "/", "/playground.css", "/playground.js")
 QUIET = ("/health", "/ready", "/metrics")  # which machines poll
 CONTENT_SECURITY_POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src data:; "

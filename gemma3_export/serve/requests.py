@@ -21,7 +21,17 @@ from gemma3_export.serve.errors import ApiError
 from gemma3_export.serve.settings import ServeOptions
 from gemma3_export.tokenizer import ChatMessage
 
-__all__ = ["Asked", "ChatRequest", "CompletionRequest", "decode", "openapi_schemas"]
+__all__ = [
+    "Asked",
+    "ChatRequest",
+    "CompletionRequest",
+    "check_chat",
+    "check_completion",
+    "convert",
+    "decode",
+    "decode_json",
+    "openapi_schemas",
+]
 
 MAX_DEPTH = 64  # of a request's JSON; schemas of tools are the deepest
 MAX_LOGPROBS = 20
@@ -191,19 +201,43 @@ def decode(body: bytes, kind: type[Request]) -> Request:
         ApiError: it is not JSON, nested too deeply, or a field is missing, unknown or of another
             type.
     """
+    return convert(decode_json(body, "the body"), kind)
+
+
+def decode_json(body: bytes, what: str) -> Any:
+    """Return parsed JSON of limited depth; ``what`` is its name for messages.
+
+    Raises:
+        ApiError: it is not JSON, or nested too deeply.
+    """
     try:
         data = msgspec.json.decode(body)
         if is_deeper(data, MAX_DEPTH):
             raise RecursionError
-        return msgspec.convert(data, kind)
+        return data
     except RecursionError:
         raise ApiError(
-            400, f"the body has more than {MAX_DEPTH} levels of nesting; use fewer"
+            400, f"{what} has more than {MAX_DEPTH} levels of nesting; use fewer"
         ) from None
+    except ValueError as error:  # msgspec's errors, and bytes that are not UTF-8
+        raise ApiError(400, f"{what} is not valid JSON: {error!s:.200}") from error
+
+
+def convert(data: Any, kind: type[Request], *, strict: bool = True) -> Request:
+    """Return parsed JSON as a request.
+
+    Args:
+        data: the parsed JSON.
+        kind: of the request.
+        strict: do not take the text ``"0.5"`` for a number.
+
+    Raises:
+        ApiError: a field is missing, unknown or of another type.
+    """
+    try:
+        return msgspec.convert(data, kind, strict=strict)
     except msgspec.ValidationError as error:
         raise _invalid(str(error)) from error
-    except ValueError as error:  # msgspec's errors, and bytes that are not UTF-8
-        raise ApiError(400, f"the body is not valid JSON: {error!s:.200}") from error
 
 
 def _invalid(message: str) -> ApiError:

@@ -23,6 +23,7 @@ from gemma3_export.bundle import Bundle, Graph, Signature
 from gemma3_export.config import Gemma3Config
 from gemma3_export.device import CudaOptions
 from gemma3_export.errors import Gemma3ExportError, InputError
+from gemma3_export.processors import chosen_threads
 from gemma3_export.runtimes.generation.candidates import (
     Candidates,
     batch_candidates_needed,
@@ -104,7 +105,8 @@ class OnnxRuntime:
         bundle: an opened bundle, or its folder.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``; ``auto`` is the CPU for graphs without
             attention kernels on CUDA.
-        threads: intra-op threads; None lets ONNX Runtime choose.
+        threads: intra-op threads; None lets ONNX Runtime choose, within the processors that this
+            process may use.
         cuda: options for the CUDA provider; ignored on the CPU.
         sliding_window_cache: evict old tokens from the caches of sliding layers, which saves time
             and memory in long texts, but limits how far a text can be cut back; None does so on the
@@ -158,6 +160,7 @@ class OnnxRuntime:
             entries[NO_PACKING] = "1"
         if graph.target == "web":
             entries[EXACT_PRODUCTS] = "1"
+        threads = chosen_threads(threads)
         self.session = open_session(
             self.graph, self.device, threads=threads, entries=entries, cuda=self.cuda
         )

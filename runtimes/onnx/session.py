@@ -25,7 +25,7 @@ from gemma3_export.device import (
 )
 from gemma3_export.dtypes import ELEMENT_TYPES
 from gemma3_export.errors import InputError, UnavailableError
-from gemma3_export.limits import check_threads
+from gemma3_export.processors import chosen_threads
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -90,7 +90,8 @@ def open_session(
         source: the ``.onnx`` file, or a serialized graph (with the folder of its external data
             among the ``entries``).
         device: from :func:`choose_device`.
-        threads: intra-op threads; None lets ONNX Runtime choose.
+        threads: intra-op threads; None lets ONNX Runtime choose, within the processors that this
+            process may use.
         entries: session configuration entries.
         cuda: options for the CUDA provider; None for the defaults.
         remedy: what to do about a graph that cannot be loaded.
@@ -104,8 +105,7 @@ def open_session(
     options = ort.SessionOptions()
     # On the CPU, every logged error is also raised; failures to initialize CUDA are only logged.
     options.log_severity_level = NOTHING if device.kind == "cpu" else ERRORS_ONLY
-    check_threads(threads)
-    if threads is not None:
+    if (threads := chosen_threads(threads)) is not None:
         options.intra_op_num_threads = threads
     cuda = cuda or CudaOptions()
     for key, value in (entries or {}).items():

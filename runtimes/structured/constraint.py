@@ -9,7 +9,6 @@ Shapes: V vocabulary.
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gemma3_export.errors import Gemma3ExportError
+from gemma3_export.processors import available_processors
 from gemma3_export.runtimes.structured.grammar import Grammar, import_llguidance, parser_limits
 from gemma3_export.tokenizer import Tokenizer
 
@@ -172,5 +172,5 @@ class GrammarConstraint:
 @cache
 def _mask_threads() -> ThreadPoolExecutor:
     """Return the threads that compute masks; llguidance lets go of the interpreter meanwhile."""
-    count = min(MAX_MASK_THREADS, os.cpu_count() or 1)
+    count = min(MAX_MASK_THREADS, available_processors())
     return ThreadPoolExecutor(count, thread_name_prefix="token-mask")

@@ -24,7 +24,7 @@ from gemma3_export.config import CONFIG_NAME, Gemma3Config
 from gemma3_export.device import CudaOptions
 from gemma3_export.dtypes import torch_dtype
 from gemma3_export.errors import Gemma3ExportError, InputError
-from gemma3_export.limits import check_threads
+from gemma3_export.processors import chosen_threads
 from gemma3_export.runtimes.generation.candidates import (
     SPARE_CANDIDATES,
     Candidates,
@@ -57,7 +57,8 @@ class ArchiveRuntime:
     Args:
         bundle: an opened bundle, or its folder.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
-        threads: intra-op threads; None lets torch choose.
+        threads: intra-op threads; None lets torch choose, within the processors that this process
+            may use.
         trust: load the archive even if its hash is not the manifest's.
         cuda: whether to capture decode steps as a CUDA graph; the other options are ignored.
 
@@ -91,8 +92,7 @@ class ArchiveRuntime:
         self.target = graph.target
         self.is_quantized = bundle.is_quantized(self.name)
         self.device = torch_device(device)
-        check_threads(threads)
-        if threads is not None:
+        if (threads := chosen_threads(threads)) is not None:
             torch.set_num_threads(threads)
         # Steps at fixed addresses pay off if host and logits are far apart.
         self.decodes_on_device = self.device.type == "cuda"

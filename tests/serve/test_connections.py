@@ -154,9 +154,9 @@ class TestTimeLimit:
 
 
 class TestKeys:
-    def test_all_but_health_and_the_page_need_the_key(self, model: Model) -> None:
+    def test_all_but_probes_and_the_page_need_the_key(self, model: Model) -> None:
         with running(model, key=KEY) as served:
-            for path in ("/ready", "/metrics", "/v1/models", "/openapi.json", "/v1/nothing"):
+            for path in ("/metrics", "/v1/models", "/openapi.json", "/v1/nothing"):
                 with served.http as client:
                     assert client.get(path, headers={"Authorization": ""}).status_code == 401
                     assert client.get(path, headers={"Authorization": KEY}).status_code == 401
@@ -164,12 +164,11 @@ class TestKeys:
                     assert wrong.status_code == 401
                     assert wrong.json()["error"]["code"] == "invalid_api_key"
             with served.http as client:
-                assert client.get("/ready").status_code == 200
                 assert client.post(PATH, json=SHORT).status_code == 200
                 bad = {"Authorization": b"Bearer \xe9"}
                 assert client.get("/v1/models", headers=bad).status_code == 401
-                assert client.get("/health", headers={"Authorization": ""}).status_code == 200
-                assert client.get("/", headers={"Authorization": ""}).status_code == 200
+                for path in ("/health", "/ready", "/"):
+                    assert client.get(path, headers={"Authorization": ""}).status_code == 200
 
     def test_without_a_key_the_server_has_no_other_names_than_localhost(
         self, served: Running
@@ -276,9 +275,9 @@ class TestEnd:
             served.thread.join(TIMEOUT_S)
             assert served.server.exit_code == 143
 
-    def test_an_engine_that_has_stopped_is_not_ready(self, model: Model) -> None:
+    def test_a_stopped_engine_is_neither_ready_nor_healthy(self, model: Model) -> None:
         with running(model) as served:
             served.engine.close()
             assert served.http.get("/ready").status_code == 503
-            assert served.http.get("/health").status_code == 200
+            assert served.http.get("/health").status_code == 503
             assert served.http.post(PATH, json=SHORT).status_code == 503

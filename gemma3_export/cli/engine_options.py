@@ -1,0 +1,69 @@
+"""Options of commands that run an engine, alone or in a server: its limits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+from gemma3_export.cli.options import cache_size, integer, memory_size
+
+__all__ = ["engine_options"]
+
+OPTIONS = (
+    click.option(
+        "--slots",
+        type=integer(),
+        default=8,
+        show_default=True,
+        metavar="N",
+        help="Requests that run at once.",
+    ),
+    click.option(
+        "--queue-limit",
+        type=integer(0),
+        default=64,
+        show_default=True,
+        metavar="N",
+        help="Requests that may wait; more are rejected.",
+    ),
+    click.option(
+        "--max-request-tokens",
+        type=integer(),
+        metavar="N",
+        help="Tokens of prompt and answer that one request can have.  [default: the model's "
+        "context, at most 8192]",
+    ),
+    click.option(
+        "--max-tokens",
+        type=integer(),
+        default=4096,
+        show_default=True,
+        metavar="N",
+        help="Maximum tokens per answer that a request may ask for.",
+    ),
+    click.option(
+        "--cache-memory",
+        "cache_bytes",
+        type=memory_size,
+        metavar="SIZE",
+        help="Limit on keys and values of running requests, such as 4GB.",
+    ),
+    click.option(
+        "--prefix-cache",
+        "kept_prefix_bytes",
+        type=cache_size,
+        default="256MB",
+        show_default=True,
+        metavar="SIZE",
+        help="Memory for prompt prefixes that are kept between requests; 0 is off.",
+    ),
+)
+
+
+def engine_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options; the command receives them under the names of the engine's options."""
+    for option in reversed(OPTIONS):
+        command = option(command)
+    return command

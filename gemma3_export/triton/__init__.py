@@ -1,0 +1,1 @@
+"""NVIDIA Triton: write a model repository, and run it in Triton's Python backend."""
