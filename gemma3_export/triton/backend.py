@@ -21,7 +21,7 @@ import triton_python_backend_utils as triton  # type: ignore[import-not-found]  
 
 from gemma3_export.api.completion_json import logprobs_to_json
 from gemma3_export.api.engine import Engine
-from gemma3_export.errors import Gemma3ExportError
+from gemma3_export.errors import Gemma3ExportError, UnavailableError
 from gemma3_export.runtimes.generation.request import Completion
 from gemma3_export.runtimes.generation.sampling import SampledToken
 from gemma3_export.serve.errors import ApiError, ClientGoneError, to_api_error
@@ -49,6 +49,7 @@ class TritonPythonModel:
             args: what Triton says about the model, its config and the place of this instance.
         """
         try:
+            _require_numpy_2()
             self._engine, self._limits = _open(args)
         except Gemma3ExportError as error:
             raise triton.TritonModelException(str(error)) from error
@@ -80,6 +81,26 @@ class TritonPythonModel:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
+
+
+def _require_numpy_2() -> None:
+    """Check that this Triton can read and write the arrays of the installed numpy.
+
+    Before 24.12, its Python backend takes arrays of numpy 2 for others, and the process dies at the
+    first text.
+
+    Raises:
+        UnavailableError: it cannot.
+    """
+    expected = np.arange(4, dtype=np.int32)
+    if np.__version__.startswith("1."):
+        return
+    found = triton.Tensor.from_dlpack("probe", expected).as_numpy()
+    if not np.array_equal(found, expected):
+        raise UnavailableError(
+            f"this Triton cannot exchange arrays with numpy {np.__version__}; use Triton 24.12 or "
+            "newer"
+        )
 
 
 def _open(args: Mapping[str, str]) -> tuple[Engine, ServeOptions]:

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 FINAL = 1
 TIMEOUT_S = 60.0  # a safety net
+NUMPY_WORKS = True  # a test changes it to what Triton 24.11 does with numpy 2
 CODES = ("UNKNOWN", "INTERNAL", "NOT_FOUND", "INVALID_ARG", "UNAVAILABLE", "UNSUPPORTED")
 DTYPES = {"TYPE_STRING": np.object_, "TYPE_BOOL": np.bool_, "TYPE_INT64": np.int64}
 # The parts of Triton's model_config.proto that we use; the text format knows fields by name.
@@ -55,6 +56,10 @@ class Tensor:
 
     def __init__(self, name: str, array: NDArray[Any]) -> None:
         self._name, self._array = name, array
+
+    @staticmethod
+    def from_dlpack(name: str, array: NDArray[Any]) -> Tensor:
+        return Tensor(name, array if NUMPY_WORKS else np.zeros_like(array))
 
     def name(self) -> str:
         return self._name

@@ -204,6 +204,14 @@ def test_what_is_wrong_is_said(instance: Any, inputs: dict[str, Any], message: s
     assert error.code == "INVALID_ARG"
 
 
+def test_an_old_triton_is_told_from_a_new_one(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(triton_server, "NUMPY_WORKS", False)
+    with pytest.raises(TritonModelException, match=r"use Triton 24\.12"):
+        triton_server.load(folder)
+
+
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
