@@ -6,6 +6,7 @@ LINT_VENV := .venv-lint
 SITE_VENV := .venv-site
 RELEASE_VENV := .venv-release
 GPU_VENV := .venv-gpu
+TRITON_VENV := .venv-triton
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 WEIGHTS := .cache/gemma-3-270m-q4_k_m.gguf
@@ -32,7 +33,7 @@ PYTEST_ARGS ?=
 PYTEST_PARALLEL := -n logical --maxprocesses 4 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help setup weights tokenizer demo demo-270m train-demo test test-full test-faults soak test-cuda gpu placement lint lint-systems lint-docker docs site picture packages \
+.PHONY: help setup weights tokenizer demo demo-270m train-demo test test-full test-faults soak test-triton test-cuda gpu placement lint lint-systems lint-docker docs site picture packages \
 	bench bench-peers consumers bench-cuda bench-cuda-short peers clean
 
 help: ## List the targets
@@ -131,6 +132,19 @@ test-faults: $(INSTALLED) ## Run hostile inputs, kills and races (TIME=seconds, 
 
 soak: $(INSTALLED) ## Load a server with random clients and look for leaks (TIME=seconds, SEED=n)
 	$(BIN)/python -m tests.serve.soak --time $(TIME) --seed $(SEED)
+
+test-triton: $(TRITON_VENV)/.installed $(DEMO)/manifest.json ## Run a model repository on a real Triton server (300 MB)
+	$(TRITON_VENV)/bin/python -m tests.triton.real_server $(DEMO)
+
+$(DEMO)/manifest.json: | $(INSTALLED)
+	$(BIN)/gemma3-export onnx --weights demo --no-verify -o $(DEMO)
+
+# The server on PyPI needs numpy 1, which the package does not allow but works with.
+$(TRITON_VENV)/.installed: pyproject.toml constraints.txt | $(INSTALLED)
+	$(BIN)/python -m venv $(TRITON_VENV)
+	$(TRITON_VENV)/bin/python -m pip install --quiet $(PIP_ARGS) -c constraints.txt -e '.[cpu]' grpcio protobuf
+	$(TRITON_VENV)/bin/python -m pip install --quiet $(PIP_ARGS) --no-deps nvidia-pytriton==0.7.0 tritonclient==2.73.0 numpy==1.26.4
+	@touch $@
 
 test-cuda: gpu $(GPU_VENV)/.installed ## Test every format on an NVIDIA GPU (Error 3: no GPU)
 	$(GPU_VENV)/bin/python -m pytest -m cuda $(PYTEST_ARGS)

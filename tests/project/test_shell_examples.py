@@ -50,6 +50,7 @@ NOT_RUN = {
     r"--for web": "tests/exporters",
     r"^(cd examples/browser|npm |ln -s|python3 -m http)": "tests/project/test_browser_example.py",
     r"gemma3-export serve ": "does not end; tests/serve",
+    r"^tritonserver |localhost:8000/v2/": "needs Triton; make test-triton",
     r"^(lm_eval|lm-eval) ": "needs tasks from the Hub; tests/serve",
 }
 MODELS = r"(google/)?gemma-3-\S+?-it-qat-q4_0-unquantized|google/gemma-3-\w+(-it)?|my-fine-tune"

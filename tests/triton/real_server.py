@@ -1,7 +1,8 @@
 """Run a model repository on a real Triton server: `make test-triton`.
 
 The server, its Python backend and its clients come from PyPI (nvidia-pytriton, tritonclient). HTTP
-and gRPC clients ask for what a Model generates; then the server is told to stop.
+and gRPC clients ask for what a Model generates, leave early and fill the queue; at the end, the
+server is told to stop while it answers. The server is older than 24.12, so numpy is 1.26 there.
 """
 
 from __future__ import annotations
@@ -142,13 +143,8 @@ async def check_grpc(port: int, model: Model, expected: str) -> None:
         assert text == same.text
         tokens = [int(token) for each in outputs for token in each.as_numpy("token_ids")]
         assert tokens == list(same.token_ids)
-        try:
-            await collect(client, input_ids=[10**9])
-        except Exception as error:
-            assert "1000000000" in str(error)
-        else:
-            raise AssertionError("a wrong token id was accepted")
-
+        (wrong,) = await asyncio.gather(collect(client, input_ids=[10**9]), return_exceptions=True)
+        assert "1000000000" in str(wrong)
         await leave_early(client)
         full = [collect(client, text_input=PROMPT, sampling=GREEDY) for _ in range(12)]
         results = await asyncio.gather(*full, return_exceptions=True)
