@@ -15,12 +15,12 @@ from gemma3_export.bundle import RUNTIMES
 from gemma3_export.cli.options import (
     REAL,
     TEXT_PATH,
-    THREADS,
     WHOLE,
     CudaRequest,
     cuda_options,
     integer,
     note_variant,
+    runtime_threads_option,
     variant_option,
 )
 
@@ -121,13 +121,7 @@ OPENING = (
         help="Which of the bundle's exports to run.  [default: onnx, or the only one that it has]",
     ),
     variant_option,
-    click.option(
-        "--threads",
-        type=THREADS,
-        metavar="N",
-        help="Intra-op threads.  [default: chosen by the runtime, within "
-        "the CPU limit of a container]",
-    ),
+    runtime_threads_option,
     click.option(
         "--share-weights",
         is_flag=True,

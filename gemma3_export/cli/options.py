@@ -58,6 +58,7 @@ __all__ = [
     "reduce_vocab_option",
     "reject_if_given",
     "revision_option",
+    "runtime_threads_option",
     "threads_option",
     "tokenizer_option",
     "variant_option",
@@ -133,6 +134,12 @@ threads_option = click.option(
     metavar="N",
     help="Intra-op threads of torch and ONNX Runtime.  [default: all cores that this process may "
     "use; 1 for models whose largest matrix has fewer than 4M elements]",
+)
+runtime_threads_option = click.option(
+    "--threads",
+    type=THREADS,
+    metavar="N",
+    help="Intra-op threads.  [default: chosen by the runtime, within the CPU limit of a container]",
 )
 adapter_option = click.option(
     "--adapter",

@@ -7,7 +7,12 @@ from pathlib import Path
 import click
 
 from gemma3_export.cli.engine_options import engine_options
-from gemma3_export.cli.options import PATH, THREADS, force_option, variant_option
+from gemma3_export.cli.options import (
+    PATH,
+    force_option,
+    runtime_threads_option,
+    variant_option,
+)
 from gemma3_export.progress import ProgressBars
 
 __all__ = ["triton"]
@@ -43,12 +48,7 @@ Examples:
     help="cpu, cuda (an instance on each GPU) or cuda:N.",
 )
 @variant_option
-@click.option(
-    "--threads",
-    type=THREADS,
-    metavar="N",
-    help="Intra-op threads.  [default: chosen by the runtime, within the CPU limit of a container]",
-)
+@runtime_threads_option
 @engine_options
 @click.option(
     "--bundle-at",

@@ -32,11 +32,21 @@ def dockerfile() -> list[Instruction]:
     return instructions((REPOSITORY / "Dockerfile").read_text(encoding="utf-8"))
 
 
-@pytest.fixture(scope="module")
-def image(dockerfile: list[Instruction]) -> list[Instruction]:
-    """Return the stage that becomes the image."""
-    last = max(index for index, (name, _) in enumerate(dockerfile) if name == "FROM")
-    return dockerfile[last:]
+def stages(dockerfile: list[Instruction]) -> dict[str, list[Instruction]]:
+    """Return the instructions of each stage by its name, after those that it builds on."""
+    found: dict[str, list[Instruction]] = {}
+    for name, rest in dockerfile:
+        if name == "FROM":
+            base, _, stage = rest.partition(" AS ")
+            found[stage] = list(found.get(base, []))
+        found[stage].append((name, rest))
+    return found
+
+
+@pytest.fixture(scope="module", params=["cpu", "cuda"])
+def image(dockerfile: list[Instruction], request: pytest.FixtureRequest) -> list[Instruction]:
+    """Return the stage that becomes an image."""
+    return stages(dockerfile)[request.param]
 
 
 def copied(dockerfile: list[Instruction]) -> list[str]:
@@ -62,9 +72,13 @@ def is_sent(path: str) -> bool:
 
 
 def test_bases_are_pinned(dockerfile: list[Instruction]) -> None:
-    bases = [rest.split()[0] for name, rest in dockerfile if name == "FROM"]
-    assert len(set(bases)) == 1, "both stages need the same Python"
-    assert all(EXACT_TAG.fullmatch(base) for base in bases)
+    bases = {rest.split()[0] for name, rest in dockerfile if name == "FROM"}
+    (base,) = bases - set(stages(dockerfile)) - {"scratch"}  # all stages need the same Python
+    assert EXACT_TAG.fullmatch(base)
+
+
+def test_the_default_image_is_for_gpus(dockerfile: list[Instruction]) -> None:
+    assert list(stages(dockerfile))[-1] == "cuda"
 
 
 def test_only_packages_are_downloaded(dockerfile: list[Instruction]) -> None:
@@ -86,10 +100,10 @@ def test_the_whole_package_is_copied(dockerfile: list[Instruction]) -> None:
     folders = {*project["tool"]["setuptools"]["package-dir"].values(), "gemma3_export"}
     files = {"pyproject.toml", project["project"]["readme"], *project["project"]["license-files"]}
     assert folders | files <= {path.rstrip("/") for path in copied(dockerfile)}
-    (extras,) = re.findall(r'"\.\[([\w,]+)\]"', " ".join(rest for _, rest in dockerfile))
-    extras = extras.split(",")
-    assert extras == ["cuda", "serve"]
-    assert set(extras) <= set(project["project"]["optional-dependencies"])
+    found = re.findall(r'"\.\[([\w,]+)\]"', " ".join(rest for _, rest in dockerfile))
+    assert found == ["cuda,serve,structured", "cpu,serve,structured"]
+    for extras in found:
+        assert set(extras.split(",")) <= set(project["project"]["optional-dependencies"])
 
 
 @pytest.mark.parametrize(
@@ -125,6 +139,9 @@ def test_entry_point_command_and_health_check_parse(
     health = json.loads(found["HEALTHCHECK"].partition("CMD")[2])
     assert command[1] == "/model"
     for words in (entry + command, health):
+        if words[:2] == ["python", "-c"]:
+            compile(words[2], "HEALTHCHECK", "exec")
+            continue
         assert words[0] == "gemma3-export"
         context = click.Context(command_line, **command_line.context_settings)
         subcommand = command_line.get_command(context, words[1])
@@ -135,5 +152,5 @@ def test_entry_point_command_and_health_check_parse(
 def test_the_examples_in_its_comments_exist() -> None:
     text = (REPOSITORY / "Dockerfile").read_text(encoding="utf-8")
     for line in re.findall(r"^#\s+(?:.*\| )?(docker run .*)$", text, flags=re.MULTILINE):
-        rest = shlex.split(line.partition("gemma3-export:cuda")[2])
+        rest = shlex.split(re.split("gemma3-export:(?:cpu|cuda)", line)[1])
         assert rest == [] or command_line.get_command(click.Context(command_line), rest[0])
