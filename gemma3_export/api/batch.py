@@ -491,7 +491,7 @@ class _Run:
 
     def _options_for(self, request: _Request) -> GenerateOptions:
         """Return the options of a row; conversations also end where an answer does."""
-        if not request.is_chat:
+        if not request.is_chat or self.options.ignore_eos:
             return self.options
         ends = self.reader.tokenizer.chat.end_token_ids
         return replace(self.options, stop_tokens=(*self.options.stop_token_names, *ends))

@@ -476,7 +476,7 @@ class Model:
                 "conversations end with other tokens than the rest of the prompts; generate them "
                 "in two calls"
             )
-        ends = kinds.pop() if kinds else ()
+        ends = kinds.pop() if kinds and not options.ignore_eos else ()
         tokens, texts = resolve_stops(options, self.tokenizer, self.config.vocab_size)
         return tuple(dict.fromkeys((*ends, *tokens))), texts
 

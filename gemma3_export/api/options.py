@@ -98,6 +98,7 @@ class GenerateOptions(SamplingParams):
         stop: texts that end a generation; they are cut off the result. A text that is exactly one
             control token, such as ``<end_of_turn>``, stops at that token.
         stop_tokens: ids or names of further tokens that end a generation.
+        ignore_eos: generate past the tokens that end a text or a turn, as load tests need.
         prompt_lookup: the most tokens to draft by looking up what followed the same words before;
             0 is off, None is 16 on the CPU and off for quantized bundles and on CUDA.
         draft_model: a smaller bundle that drafts tokens instead.
@@ -126,6 +127,7 @@ class GenerateOptions(SamplingParams):
     max_new_tokens: int = 128
     stop: str | tuple[str, ...] = ()
     stop_tokens: int | str | tuple[int | str, ...] = ()
+    ignore_eos: bool = False
     prompt_lookup: int | None = None
     draft_model: Path | str | None = None
     prefix_cache_bytes: int = PREFIX_CACHE_BYTES
@@ -142,7 +144,7 @@ class GenerateOptions(SamplingParams):
 
     def __post_init__(self) -> None:
         SamplingParams.__post_init__(self)
-        check_flags(self, "allow_control_tokens", "show_special_tokens")
+        check_flags(self, "ignore_eos", "allow_control_tokens", "show_special_tokens")
         check_texts(self, "chat_template", "tool_choice")
         check_json(self, "tools", "documents", is_list=True)
         check_json(self, "template_variables")
@@ -200,6 +202,10 @@ class GenerateOptions(SamplingParams):
             check_tool_choice(self.tools, self.tool_choice)
             if self.stop_texts:
                 raise InputError("stop would cut function calls off; leave stop or tool_choice out")
+        if self.ignore_eos and (self.tool_choice is not None or self.grammar is not None):
+            raise InputError(
+                "a constrained text ends where its constraint does; leave ignore_eos out"
+            )
         if (grammar := self.grammar) is None:
             return
         if self.json_schema is not None and self.regex is not None:

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from gemma3_export.bench.process import Worker
 
 __all__ = [
+    "aligned",
     "describe_case",
     "ratios",
     "scaled",

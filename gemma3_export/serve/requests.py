@@ -82,6 +82,7 @@ class SharedFields(Strict):
     top_k: int | None = None
     min_p: float | None = None
     repetition_penalty: float | None = None
+    ignore_eos: bool | None = None
     response_format: ResponseFormat | None = None
     regex: str | None = None
     # Only their defaults are accepted.
@@ -380,6 +381,7 @@ def _options(
         repetition_penalty=1.0 if asked.repetition_penalty is None else asked.repetition_penalty,
         seed=asked.seed,
         stop=_stops(asked.stop, limits),
+        ignore_eos=bool(asked.ignore_eos),
         json_schema=schema,
         regex=regex,
         **more,

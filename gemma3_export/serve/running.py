@@ -154,7 +154,9 @@ class RunningRequest:
 
 def _stop_tokens(engine: Engine, asked: Asked) -> tuple[int | str, ...]:
     """Return the tokens that end an answer besides the model's own."""
-    return engine.model.stop_token_ids(is_chat=True) if asked.is_chat else ()
+    if not asked.is_chat or asked.options.ignore_eos:
+        return ()
+    return engine.model.stop_token_ids(is_chat=True)
 
 
 def with_tool_prompt(engine: Engine, asked: Asked) -> Asked:

@@ -68,6 +68,24 @@ def test_stops_cut_the_text(served: Running, model: Model) -> None:
     assert found.choices[0].finish_reason == "stop"
 
 
+@pytest.mark.parametrize("is_chat", [False, True])
+def test_ignore_eos_goes_on_to_max_tokens(
+    served: Running, model: Model, monkeypatch: pytest.MonkeyPatch, is_chat: bool
+) -> None:
+    prompt: Any = MESSAGES if is_chat else PROMPT
+    free = model.generate(prompt, max_new_tokens=9)
+    end = free.token_ids[2]
+    monkeypatch.setattr(Model, "stop_token_ids", lambda self, *, is_chat: (end,))
+    given = {"messages": prompt} if is_chat else {"prompt": prompt}
+    client = served.openai.chat.completions if is_chat else served.openai.completions
+    create: Any = client.create
+    for ignores, length in ((False, free.token_ids.index(end) + 1), (True, 9)):
+        fields = {"ignore_eos": ignores}
+        found = create(**given, max_tokens=9, extra_body=fields, **GREEDY)
+        assert found.usage.completion_tokens == length
+        assert found.choices[0].finish_reason == ("length" if ignores else "stop")
+
+
 def test_a_stream_adds_up_to_the_answer_and_ends_with_usage(served: Running) -> None:
     whole = served.openai.completions.create(prompt=PROMPT, max_tokens=9, n=2, **GREEDY)
     chunks = list(
