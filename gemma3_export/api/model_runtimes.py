@@ -143,7 +143,7 @@ class ModelRuntimes:
 
     def _open_files(self, files: Bundle | Weights, **own: Any) -> Runtime:
         """Open a runtime with the options that the model and its draft models have in common."""
-        names = ("runtime", "device", "threads", "trust", "cuda")
+        names = ("runtime", "device", "threads", "trust", "cuda", "huge_pages")
         runtime = open_runtime(
             files, **own, **{name: getattr(self._options, name) for name in names}
         )

@@ -39,6 +39,7 @@ def open_runtime(
     cuda: CudaOptions | None = None,
     sliding_window_cache: bool | None = None,
     shares_weights: bool = False,
+    huge_pages: bool = False,
 ) -> Runtime:
     """Load one of a bundle's runtimes, or weights on the reference.
 
@@ -56,6 +57,7 @@ def open_runtime(
         sliding_window_cache: see :class:`gemma3_export.runtimes.onnx.runtime.OnnxRuntime`; other
             runtimes keep everything.
         shares_weights: see there too.
+        huge_pages: see there too; other runtimes ignore it.
 
     Raises:
         InputError: the bundle is damaged or has no such graph, or an option is invalid.
@@ -70,6 +72,7 @@ def open_runtime(
         cuda=cuda,
         sliding_window_cache=sliding_window_cache,
         shares_weights=shares_weights,
+        huge_pages=huge_pages,
     )
     files = open_files(bundle, variant)
     runtime = choose_runtime(files, runtime)
@@ -88,6 +91,7 @@ def open_runtime(
             cuda=cuda,
             sliding_window_cache=sliding_window_cache,
             shares_weights=shares_weights,
+            huge_pages=huge_pages,
         )
     if runtime == "torchscript":
         require_torch("torchscript")

@@ -16,12 +16,14 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from dataclasses import asdict
 
 import numpy as np
 
 from gemma3_export.errors import UnavailableError
+from gemma3_export.processor_kind import read_processor
 from gemma3_export.processors import available_processors
+from gemma3_export.runtimes.onnx.huge_pages import huge_page_setting
 
 __all__ = [
     "describe_machine",
@@ -39,23 +41,14 @@ GPU_PASSES = 20  # per synchronization with the device
 def describe_machine() -> dict[str, object]:
     """Return processor, memory, system and load; nothing that identifies the machine."""
     return {
-        "processor": processor_name(),
+        "processor": asdict(read_processor()),
         "processors": available_processors(),
         "memory_bytes": memory_bytes(),
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "python": platform.python_version(),
+        "huge_pages": huge_page_setting(),
         "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
     }
-
-
-def processor_name() -> str:
-    """Return the processor's model name."""
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def memory_bytes() -> int | None:

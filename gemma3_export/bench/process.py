@@ -15,6 +15,7 @@ from typing import Any
 from gemma3_export import errors
 from gemma3_export.bench.peers import InstalledPeer
 from gemma3_export.errors import Gemma3ExportError
+from gemma3_export.runtimes.onnx.huge_pages import with_huge_pages
 
 __all__ = ["Worker", "own_worker", "peer_worker"]
 
@@ -96,12 +97,18 @@ class Worker:
 
 @contextmanager
 def own_worker(name: str, request: Mapping[str, Any]) -> Iterator[Worker]:
-    """Start one of our own candidates; see :mod:`gemma3_export.bench.worker`."""
+    """Start one of our own candidates; see :mod:`gemma3_export.bench.worker`.
+
+    With ``huge_pages`` in the request, its C library asks for them, as that of ``serve`` does.
+    """
     # The worker must import the same package, wherever this process imported it from.
     paths = (str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH"))
     variables = {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    variables = os.environ | variables
+    if request.get("huge_pages"):
+        variables = with_huge_pages(variables) or variables
     command = [sys.executable, "-m", "gemma3_export.bench.worker"]
-    with started(name, command, request, os.environ | variables) as worker:
+    with started(name, command, request, variables) as worker:
         yield worker
 
 

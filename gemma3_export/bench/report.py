@@ -8,6 +8,7 @@ from html import escape
 from typing import Any, TypeVar
 
 from gemma3_export.bench.process import Worker
+from gemma3_export.processor_kind import Processor
 
 __all__ = [
     "aligned",
@@ -145,7 +146,8 @@ def table_lines(report: Report) -> Iterator[str]:
     machine, options = report["machine"], report["options"]
     bandwidth = machine["read_bytes_per_s"]
     yield (
-        f"{machine['processor']}, {machine['processors']} processors, {machine['system']}, "
+        f"{Processor(**machine['processor'])}, {machine['processors']} processors, "
+        f"{machine['system']}, huge pages {machine['huge_pages'] or 'unknown'}, "
         f"load {machine['load_average']:.1f}; {machine['device']} memory bandwidth "
         + (f"{scaled(bandwidth, 1e-9, 1)} GB/s" if bandwidth else "unknown")
     )
@@ -273,7 +275,7 @@ def speed_plot(report: Report) -> str:
         top += TITLE + ROW * len(case["candidates"]) + GAP
     machine, options = report["machine"], report["options"]
     note = (
-        f"{machine['processor']}, {options['threads']} threads; "
+        f"{Processor(**machine['processor'])}, {options['threads']} threads; "
         f"bars are medians of {options['repeat']}, lines span min to max"
     )
     parts.append(f'<text class="small" x="8" y="{top + 4}">{escape(note)}</text>')

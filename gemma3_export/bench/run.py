@@ -66,6 +66,7 @@ class BenchmarkOptions:
     variant: str | None = None  # of the bundle's graphs; None: the default
     device: str = "auto"
     cuda: CudaOptions | None = None  # options of the bundle's runtime on a GPU
+    huge_pages: bool = True  # of the bundle's runtime
     repeat: int = 3
     against: tuple[str, ...] = ()  # built-in peers, or NAME[:FORMAT] of installed ones
     peers: Path | str = DEFAULT_FOLDER
@@ -192,8 +193,10 @@ def prepare(
                 "variant": bundle.variant,
                 "device": options.device,
             }
-            if spec == options.runtime and options.cuda is not None:
-                request["cuda"] = asdict(options.cuda)
+            if spec == options.runtime:
+                request["huge_pages"] = options.huge_pages
+                if options.cuda is not None:
+                    request["cuda"] = asdict(options.cuda)
             found.append(own_worker(spec, request | {"threads": threads}))
         else:
             peer = find_peer(spec, to_path(options.peers))

@@ -18,6 +18,7 @@ from gemma3_export.device import CudaOptions
 from gemma3_export.dtypes import ELEMENT_TYPES, EXPORT_DTYPES
 from gemma3_export.runtimes.generation.candidates import Candidates, SelectsCandidates
 from gemma3_export.runtimes.generation.sampling import SamplingParams
+from gemma3_export.runtimes.onnx.huge_pages import huge_page_bytes
 from gemma3_export.runtimes.protocol import IntArray, KVCache, Logits, Runtime, RuntimeInfo
 
 __all__ = ["FULL_PRECISION", "open_candidate"]
@@ -36,7 +37,10 @@ class RuntimeCandidate:
 
     def describe(self) -> dict[str, object]:
         """See :class:`Candidate`."""
-        return self.runtime.info.to_json() | {"bytes_per_token": self.bytes_per_token}
+        return self.runtime.info.to_json() | {
+            "huge_page_bytes": huge_page_bytes(),
+            "bytes_per_token": self.bytes_per_token,
+        }
 
     def run(self, prompt: IntArray, new_tokens: int) -> tuple[float, float, IntArray]:
         """See :class:`Candidate`."""
@@ -77,7 +81,13 @@ def most_likely(row: Logits | Candidates) -> int:
 
 
 def open_candidate(
-    name: str, bundle: Bundle, device: str, threads: int, cuda: CudaOptions | None = None
+    name: str,
+    bundle: Bundle,
+    device: str,
+    threads: int,
+    cuda: CudaOptions | None = None,
+    *,
+    huge_pages: bool = False,
 ) -> Candidate:
     """Load one candidate.
 
@@ -87,6 +97,7 @@ def open_candidate(
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         threads: intra-op threads.
         cuda: options of the ONNX runtime on a GPU.
+        huge_pages: move the weights of the ONNX runtime into huge pages.
     """
     if name in TRANSFORMERS:
         from gemma3_export.bench.transformers_candidate import (
@@ -96,7 +107,9 @@ def open_candidate(
 
         kind = StaticCandidate if name.endswith(":static") else TransformersCandidate
         return kind(bundle, device, threads)
-    runtime = open_runtime(bundle, name, device=device, threads=threads, cuda=cuda)
+    runtime = open_runtime(
+        bundle, name, device=device, threads=threads, cuda=cuda, huge_pages=huge_pages
+    )
     return RuntimeCandidate(runtime, weight_bytes(bundle, runtime.info))
 
 
@@ -159,7 +172,12 @@ def opener(request: dict[str, Any]) -> Load:
         return lambda: open_full_precision(request["weights"], threads)
     cuda = CudaOptions(**request["cuda"]) if "cuda" in request else None
     return lambda: open_candidate(
-        name, Bundle(request["bundle"], request.get("variant")), request["device"], threads, cuda
+        name,
+        Bundle(request["bundle"], request.get("variant")),
+        request["device"],
+        threads,
+        cuda,
+        huge_pages=request.get("huge_pages", False),
     )
 
 

@@ -88,6 +88,12 @@ model. The second line lists engines with their own environments; set them up fr
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 @cuda_options
 @click.option(
+    "--huge-pages/--no-huge-pages",
+    default=True,
+    show_default=True,
+    help="Keep the bundle's weights in huge pages on the CPU, as `serve` does (Linux).",
+)
+@click.option(
     "--repeat",
     type=integer(),
     default=3,

@@ -10,6 +10,7 @@ import io
 import os
 import sys
 import traceback
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
@@ -20,6 +21,7 @@ from gemma3_export import __version__
 from gemma3_export.cli.styles import styled, use_color
 from gemma3_export.errors import Gemma3ExportError, InputError
 from gemma3_export.limits import shown
+from gemma3_export.runtimes.onnx.huge_pages import with_huge_pages
 from gemma3_export.signals import install_signal_handlers, interrupt_exit_code
 
 __all__ = ["command_line", "main"]
@@ -45,6 +47,8 @@ COMMANDS = (
     "to-hf",
     "completion",
 )
+# Commands that decode, so that their weights should be in huge pages.
+DECODING = ("generate", "chat", "batch", "serve")
 MAX_MESSAGE_CHARACTERS = 3000
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 EPILOG = """\b
@@ -195,8 +199,25 @@ def command_line(debug: bool) -> None:
                 stream.reconfigure(encoding="utf-8", newline="\n")  # files and pipes, as elsewhere
 
 
+def _restart_with_huge_pages(arguments: Sequence[str]) -> None:
+    """Start this process again if its C library should ask for huge pages.
+
+    The C library decides when a process starts. The new process has the same id, and nothing has
+    been read or written yet.
+    """
+    command = next((one for one in arguments if not one.startswith("-")), None)
+    if command not in DECODING or {"--no-huge-pages", "--help", "-h"} & set(arguments):
+        return
+    variables = with_huge_pages(os.environ)
+    if variables is None or not sys.executable:
+        return
+    with suppress(OSError):  # then it runs without
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], variables)  # noqa: S606
+
+
 def main() -> NoReturn:
     """Run ``gemma3-export`` or ``python -m gemma3_export``."""
+    _restart_with_huge_pages(sys.argv[1:])
     _open_missing_streams()
     install_signal_handlers()
     command_line(prog_name="gemma3-export")

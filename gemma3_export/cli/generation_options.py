@@ -129,6 +129,12 @@ OPENING = (
         "take longer.",
     ),
     click.option(
+        "--huge-pages/--no-huge-pages",
+        default=None,
+        help="Keep weights in huge pages on the CPU, so that decoding is faster (Linux).  "
+        "[default: if the C library can allocate them, and always in serve]",
+    ),
+    click.option(
         "--trust", is_flag=True, help="Load a torch archive that is not the one that was exported."
     ),
     click.option(
@@ -174,6 +180,7 @@ class OpeningRequest:
     variant: str | None
     threads: int | None
     share_weights: bool
+    huge_pages: bool | None
     trust: bool
     check: bool
 
@@ -205,6 +212,7 @@ class OpeningRequest:
             "check": self.check,
             "cuda": cuda_options,
             "shares_weights": self.share_weights,
+            "huge_pages": bool(self.huge_pages),
         }
 
     def open(self, path: Path, *, warm_up: bool = False) -> Model:

@@ -180,7 +180,8 @@ def serve(
             cache_bytes=cache_bytes,
             kept_prefix_bytes=kept_prefix_bytes,
             warm_up=warm_up,
-            **opening.loading(files),
+            # A server decodes for long enough to make up for the time that this takes.
+            **opening.loading(files) | {"huge_pages": opening.huge_pages is not False},
         )
         note_variant_of(engine.model)
         try:

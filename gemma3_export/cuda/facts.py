@@ -15,6 +15,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from gemma3_export.processor_kind import Processor, read_processor
+from gemma3_export.runtimes.onnx.huge_pages import huge_page_setting
+
 __all__ = [
     "PROVIDER",
     "Driver",
@@ -36,7 +39,9 @@ class Machine:
     python: str
     executable: str
     system: str  # platform.system()
-    processor: str  # platform.machine()
+    architecture: str  # platform.machine()
+    processor: Processor | None = None
+    huge_pages: str | None = None  # who gets them: always, madvise or never; None: no such setting
     is_container: bool = False
     nvidia_devices: int | None = None  # on the PCI bus; None: the bus is not visible
     kernel_driver: str | None = None  # version of the loaded NVIDIA kernel module
@@ -139,7 +144,9 @@ def read_machine() -> Machine:
         python=platform.python_version(),
         executable=sys.executable,
         system=platform.system(),
-        processor=platform.machine(),
+        architecture=platform.machine(),
+        processor=read_processor(),
+        huge_pages=huge_page_setting(),
         is_container=any(Path(mark).exists() for mark in CONTAINER_MARKS),
         nvidia_devices=count_nvidia_devices(),
         kernel_driver=kernel_driver_version(),

@@ -103,10 +103,10 @@ def package_problems(facts: Facts, *, on_gpu: bool) -> Iterator[Problem]:
         if packages.build is None and not (has_cpu or has_gpu):
             yield Problem(what="ONNX Runtime is not installed", fix=CPU_EXTRA)
         return
-    if (machine.system, machine.processor) != ("Linux", "x86_64"):
+    if (machine.system, machine.architecture) != ("Linux", "x86_64"):
         yield Problem(
             what=f"onnxruntime-gpu requires Linux on x86-64, and this is {machine.system} on "
-            f"{machine.processor}",
+            f"{machine.architecture}",
             fix="pass --device cpu, or use a machine with Linux on x86-64",
         )
     if has_cpu and has_gpu:

@@ -36,8 +36,12 @@ def machine_lines(facts: Facts) -> Iterator[str]:
     """Describe Python, the system and the packages."""
     machine, packages = facts.machine, facts.packages
     inside = ", in a container" if machine.is_container else ""
-    yield f"python: {machine.python} on {machine.system} {machine.processor}{inside}"
+    yield f"python: {machine.python} on {machine.system} {machine.architecture}{inside}"
     yield f"  {machine.executable}"
+    if machine.processor is not None:
+        yield f"processor: {machine.processor}"
+    if machine.huge_pages is not None:
+        yield f"huge pages: {machine.huge_pages}"
     for name, value in machine.variables.items():
         yield f"  {name}={value}"
     yield "packages:" if packages.versions else "packages: none related to CUDA"

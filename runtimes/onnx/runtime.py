@@ -54,6 +54,7 @@ from gemma3_export.runtimes.onnx.graph_selection import (
     sliding_window_problem,
     use_sliding_window_cache,
 )
+from gemma3_export.runtimes.onnx.huge_pages import collapse_new_memory, private_memory
 from gemma3_export.runtimes.onnx.mapped_pages import drop_mapped_pages
 from gemma3_export.runtimes.onnx.ort_values import as_float32, run_graph, zeros
 from gemma3_export.runtimes.onnx.session import (
@@ -114,6 +115,8 @@ class OnnxRuntime:
         shares_weights: use float matrices as stored in the memory-mapped file, so that all
             processes that run the bundle share them and load at once; longer prompts and batches
             are slower.
+        huge_pages: move the loaded weights into huge pages, so that decoding is faster; on the CPU,
+            where the system can.
         float32_matmul: multiply quantized matrices by float32 activations, slowly, for the parity
             check.
 
@@ -132,6 +135,7 @@ class OnnxRuntime:
         cuda: CudaOptions | None = None,
         sliding_window_cache: bool | None = None,
         shares_weights: bool = False,
+        huge_pages: bool = False,
         float32_matmul: bool = False,
     ) -> None:
         self.bundle = bundle if isinstance(bundle, Bundle) else Bundle(bundle)
@@ -161,11 +165,14 @@ class OnnxRuntime:
         if graph.target == "web":
             entries[EXACT_PRODUCTS] = "1"
         threads = chosen_threads(threads)
+        memory = private_memory() if huge_pages and self.device.kind == "cpu" else None
         self.session = open_session(
             self.graph, self.device, threads=threads, entries=entries, cuda=self.cuda
         )
         for file in {self.bundle.file(graph.path), self.path}:
             drop_mapped_pages(file.with_name(f"{file.name}_data"))
+        if memory is not None:
+            collapse_new_memory(memory)
         check_interface(self.session, self.signature, self.path)
         self.info = self._info(
             graph,

@@ -77,7 +77,7 @@ def examined(monkeypatch: pytest.MonkeyPatch, *, is_usable: bool, gpus: int = 1)
         facts = Facts(
             device=device,
             runtime=runtime,
-            machine=Machine(python="3", executable="p", system="Linux", processor="x86_64"),
+            machine=Machine(python="3", executable="p", system="Linux", architecture="x86_64"),
             packages=Packages(),
             driver=Driver(is_found=True, gpus=tuple(Gpu(index=index) for index in range(gpus))),
             trial=Trial(framework="f", is_right=is_usable),

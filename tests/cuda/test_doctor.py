@@ -32,7 +32,11 @@ CUBLAS, CUDART = "libcublas.so.13", "libcudart.so.13"
 @pytest.fixture
 def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
     machine = Machine(
-        python="3.13.1", executable="python", system="Linux", processor="x86_64", nvidia_devices=1
+        python="3.13.1",
+        executable="python",
+        system="Linux",
+        architecture="x86_64",
+        nvidia_devices=1,
     )
     monkeypatch.setattr(report, "read_machine", lambda: machine)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
@@ -209,7 +213,7 @@ def facts(**changes: Any) -> Facts:
     values: dict[str, Any] = {
         "device": "cuda:0",
         "runtime": "onnx",
-        "machine": Machine(python="3.13", executable="p", system="Linux", processor="x86_64"),
+        "machine": Machine(python="3.13", executable="p", system="Linux", architecture="x86_64"),
         "packages": Packages(
             versions={"onnxruntime-gpu": "1.31.1", "torch": "2.13.0"},
             build="onnxruntime-gpu",
@@ -244,7 +248,7 @@ NO_DRIVER = Driver(is_found=False, problem="not found")
         ),
         ({"packages": replace(PACKAGES, provider=None)}, "CUDA provider is missing", BOTH),
         (
-            {"machine": replace(MACHINE, processor="aarch64")},
+            {"machine": replace(MACHINE, architecture="aarch64")},
             "requires Linux on x86-64",
             "pass --device cpu, or use a machine with Linux on x86-64",
         ),
