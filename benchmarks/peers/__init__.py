@@ -59,6 +59,7 @@ class Peer:
 PEERS = {
     peer.name: peer
     for peer in (
+        Peer(name="transformers.exporters", module="transformers_exporters_worker"),
         Peer(name="optimum-onnx", module="optimum_worker"),
         Peer(name="onnxruntime-genai", module="genai_worker"),
         Peer(

@@ -39,6 +39,7 @@ BUILT_IN_PEERS = ("transformers", "transformers:static", "reference")
 # The engines that a checkout sets up, and the weight formats that each engine's own tools produce.
 # The first format is the default.
 ENGINES: dict[str, tuple[str, ...]] = {
+    "transformers.exporters": ("fp32", "int8"),
     "optimum-onnx": ("fp32",),
     "onnxruntime-genai": ("fp32", "int4"),
     "onnxruntime-genai-cuda": ("bf16", "fp16", "int4"),
