@@ -61,8 +61,8 @@ class LoadOptions:
             suits the prompts. Generation opens the runtime again, once, where prompts share a
             prefix that such caches could not copy.
         shares_weights: share an fp32 bundle's weights between all processes that run it on the CPU.
-        huge_pages: move the weights into huge pages once they are loaded, on the CPU under Linux,
-            which takes about as long as loading them. Decoding is faster then. A system that cannot
+        huge_pages: move the weights into huge pages once they are loaded, on the CPU under Linux.
+            Decoding is faster then, but loading takes 1.2 to 3 times as long. A system that cannot
             do it ignores this.
         kept_prefix_bytes: memory for prompt prefixes that are kept between calls; 0 keeps none.
     """

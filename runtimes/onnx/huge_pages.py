@@ -89,13 +89,14 @@ def private_memory() -> list[Range]:
 def collapse_new_memory(before: Iterable[Range]) -> None:
     """Move the memory that this process has allocated since into huge pages.
 
-    Memory that the kernel cannot move stays as it is.
+    Memory that the kernel cannot move stays as it is. The kernel would also do it on a system whose
+    setting is ``never``; we do not.
 
     Args:
         before: what :func:`private_memory` returned earlier.
     """
     now = private_memory()
-    if not now:
+    if not now or huge_page_setting() in (None, "never"):
         return
     library = ctypes.CDLL(None)
     for start, end in added_ranges(before, now):

@@ -56,6 +56,19 @@ def test_new_memory_is_moved_and_keeps_its_content() -> None:
         assert mapped[:] == content
 
 
+@needs_linux
+def test_a_system_that_says_never_is_obeyed(setting: Path) -> None:
+    setting.write_text("always madvise [never]")
+    before, known = huge_page_bytes(), private_memory()
+    with mmap.mmap(-1, SIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as mapped:
+        mapped[:] = os.urandom(4096) * (SIZE // 4096)
+        collapse_new_memory(known)
+        after = huge_page_bytes()
+    assert before is not None
+    assert after is not None
+    assert after < before + SIZE // 2  # other threads may have asked for some
+
+
 def test_only_what_was_added_counts() -> None:
     before = [(10, 20), (30, 40), (60, 70)]
     now = [(0, 5), (8, 25), (30, 40), (55, 75)]
