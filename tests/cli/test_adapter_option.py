@@ -57,7 +57,9 @@ def expected(adapter: Path) -> torch.Tensor:
     return torch.load(adapter.parent / "expected.pt")
 
 
-@pytest.mark.parametrize("command", ["onnx", "torchscript", "pt2"])
+@pytest.mark.parametrize(
+    "command", ["onnx", "torchscript", pytest.param("pt2", marks=pytest.mark.slow)]
+)
 def test_every_format_holds_the_merged_weights(
     base: Path, adapter: Path, tmp_path: Path, command: str
 ) -> None:

@@ -113,7 +113,9 @@ def test_sparse_rows_are_read_in_short_spans(
         assert max(asked) <= 5
 
 
-@pytest.mark.parametrize("command", ["onnx", "torchscript", "pt2"])
+@pytest.mark.parametrize(
+    "command", ["onnx", "torchscript", pytest.param("pt2", marks=pytest.mark.slow)]
+)
 def test_every_format_is_proven_with_the_reduced_vocabulary(
     folder: Path, corpus: Path, tmp_path: Path, command: str
 ) -> None:

@@ -29,7 +29,7 @@ pytestmark = pytest.mark.skipif(not distributed.is_available(), reason="torch wi
 STEPS = 6
 
 
-@pytest.fixture(scope="module", params=["text", "examples"])
+@pytest.fixture(scope="module")
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Create tokens, a config, and a single-process run with 8 rows per micro-batch."""
     path = tmp_path_factory.mktemp("distributed")
@@ -88,7 +88,16 @@ def run_on_two(arguments: list[str], log: Path) -> str:
     return texts[0]
 
 
-@pytest.mark.parametrize("sharding", ["ddp", "fsdp"])
+@pytest.mark.parametrize(
+    ("folder", "sharding"),
+    [
+        ("examples", "ddp"),
+        ("text", "fsdp"),
+        pytest.param("examples", "fsdp", marks=pytest.mark.slow),
+        pytest.param("text", "ddp", marks=pytest.mark.slow),
+    ],
+    indirect=["folder"],
+)
 def test_two_processes_equal_one_with_twice_the_batch_size(
     folder: Path, tmp_path: Path, sharding: str
 ) -> None:
