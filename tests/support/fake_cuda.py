@@ -6,10 +6,12 @@ come first on the path of the processes that the doctor starts.
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -112,9 +114,18 @@ class FakeCuda:
 
 def compile_library(path: Path, code: str, *arguments: str) -> None:
     """Compile a shared library, or skip the test if there is no compiler."""
+    path.write_bytes(compiled(path.name, code, *arguments))
+
+
+@functools.cache
+def compiled(name: str, code: str, *arguments: str) -> bytes:
+    """Return the shared library ``name``; tests compile the same few again and again."""
     compiler = shutil.which("cc") or shutil.which("gcc")
     if compiler is None:
         pytest.skip("no C compiler to build fake libraries")
-    command = [compiler, "-x", "c", "-", "-x", "none", "-shared", "-fPIC", "-w", "-o", str(path)]
-    named = [f"-Wl,-soname,{path.name}"]
-    subprocess.run([*command, *named, *arguments], input=code, text=True, check=True)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / name
+        command = [compiler, "-x", "c", "-", "-x", "none", "-shared", "-fPIC", "-w", "-o", path]
+        named = [f"-Wl,-soname,{name}"]
+        subprocess.run([*command, *named, *arguments], input=code, text=True, check=True)
+        return path.read_bytes()
