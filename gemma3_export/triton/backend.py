@@ -49,7 +49,7 @@ class TritonPythonModel:
             args: what Triton says about the model, its config and the place of this instance.
         """
         try:
-            _require_numpy_2()
+            _require_numpy_support()
             self._engine, self._limits = _open(args)
         except Gemma3ExportError as error:
             raise triton.TritonModelException(str(error)) from error
@@ -83,7 +83,7 @@ class TritonPythonModel:
         self._loop.close()
 
 
-def _require_numpy_2() -> None:
+def _require_numpy_support() -> None:
     """Check that this Triton can read and write the arrays of the installed numpy.
 
     Before 24.12, its Python backend takes arrays of numpy 2 for others, and the process dies at the

@@ -32,6 +32,8 @@ NOT_RUN = {
     r"^(pip|python -m pip) ": "installs packages; release/check_extras.py does",
     r"^make ": "test_packaging.py checks that the target exists",
     r"^docker |\| docker ": "needs Docker; test_dockerfile.py",
+    r"docker compose|^(cd examples/compose|install -d|openssl|chmod) ?": "test_deployments.py",
+    r"^kubectl ": "needs a cluster; test_deployments.py",
     r"^torchrun ": "needs several processes; test_training_distributed.py",
     r"^python -m benchmarks": "measures for minutes; tests/bench",
     r"^pytest ": "test_the_tutorial_of_ci_runs",
