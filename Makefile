@@ -162,8 +162,9 @@ $(DEMO)/manifest.json: | $(INSTALLED)
 # The server on PyPI needs numpy 1, which the package does not allow but works with.
 $(TRITON_VENV)/.installed: pyproject.toml constraints.txt | $(INSTALLED)
 	$(BIN)/python -m venv $(TRITON_VENV)
-	$(TRITON_VENV)/bin/python -m pip install --quiet $(PIP_ARGS) -c constraints.txt -e '.[cpu]' grpcio protobuf
-	$(TRITON_VENV)/bin/python -m pip install --quiet $(PIP_ARGS) --no-deps nvidia-pytriton==0.7.0 tritonclient==2.73.0 numpy==1.26.4
+	$(TRITON_VENV)/bin/python -m pip install --quiet $(PIP_ARGS) -c constraints.txt -e '.[cpu]'
+	$(TRITON_VENV)/bin/python -m pip install --quiet $(PIP_ARGS) 'tritonclient[grpc]==2.73.0'
+	$(TRITON_VENV)/bin/python -m pip install --quiet $(PIP_ARGS) --no-deps nvidia-pytriton==0.7.0 numpy==1.26.4
 	@touch $@
 
 test-cuda: gpu $(GPU_VENV)/.installed ## Test every format on an NVIDIA GPU (Error 3: no GPU)
