@@ -101,8 +101,9 @@ def ratios(
 
 def case_lines(case: Mapping[str, Any]) -> Iterator[str]:
     """Yield the lines that are printed of a case."""
+    clients = case["clients"]
     yield (
-        f"{case['clients']} clients, prompts of {case['prompt_tokens']} tokens, "
+        f"{clients} client{'s' * (clients > 1)}, prompts of {case['prompt_tokens']} tokens, "
         f"{case['new_tokens']} new tokens, {case['requests']} requests per round"
     )
     rows = [["", *(title for title, _ in COLUMNS.values()), "client"]]
@@ -155,7 +156,11 @@ def measure(
         "cases": [],
     }
     machine = found["machine"]
-    click.echo(f"{machine['processor']}, {machine['processors']} processors, {threads} threads")
+    load = machine["load_average"]
+    click.echo(
+        f"{machine['processor']}, {machine['processors']} processors, {threads} threads, "
+        f"load {load:.1f}"
+    )
     click.echo(", ".join(f"{name} {version}" for name, version in versions.items()))
     click.echo(f"medians (min to max) of {rounds} rounds")
     for number, (clients, length) in enumerate(cases):

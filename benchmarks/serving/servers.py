@@ -19,7 +19,7 @@ import httpx
 
 from gemma3_export.errors import Gemma3ExportError
 
-__all__ = ["Limits", "Server", "llama_server", "our_server", "started"]
+__all__ = ["Limits", "Running", "Server", "llama_server", "our_server", "started"]
 
 START_S = 300.0
 POLL_S = 0.05
