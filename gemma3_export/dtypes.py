@@ -32,7 +32,7 @@ __all__ = [
     "torch_dtype",
 ]
 
-DType = Literal["float64", "float32", "float16", "bfloat16", "int64", "uint8"]
+DType = Literal["float64", "float32", "float16", "bfloat16", "int64", "int8", "uint8"]
 ROUNDINGS = ("auto", "gptq", "q4_0")  # how int4 rounds, as --rounding takes it
 DEFAULT_MAX_KLD = 0.01  # nats per token: what 8-bit weights stay within with room to spare
 
@@ -66,6 +66,7 @@ ELEMENT_TYPES: dict[DType, ElementType] = {
         ElementType(
             name="int64", size_bytes=8, onnx=7, ort_type="tensor(int64)", safetensors="I64"
         ),
+        ElementType(name="int8", size_bytes=1, onnx=3, ort_type="tensor(int8)", safetensors="I8"),
         ElementType(name="uint8", size_bytes=1, onnx=2, ort_type="tensor(uint8)", safetensors="U8"),
     )
 }

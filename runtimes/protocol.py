@@ -33,6 +33,8 @@ __all__ = [
     "Logits",
     "PaddedBatches",
     "PaddingSide",
+    "PrefillProducts",
+    "PrefillVariants",
     "ReleasesWeights",
     "Runtime",
     "RuntimeInfo",
@@ -55,6 +57,7 @@ LayerKV = tuple[NDArray[np.float32], NDArray[np.float32]]  # key and value, each
 RuntimeName = BundleRuntime | Literal["transformers", "dry-run"]
 CacheKind = Literal["full", "windowed"]  # windowed: sliding layers keep their newest tokens only
 PaddingSide = Literal["left", "right"]
+PrefillProducts = Literal["auto", "blocks", "integers"]  # how prompts are multiplied
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,6 +77,7 @@ class RuntimeInfo:
     target: str | None = None  # export target of the graph
     producer: str | None = None  # the other tool that made the graph
     cache: CacheKind | None = None
+    prefills_with_integers: bool = False  # long prompts run in a graph of their own
     has_screened_head: bool = False
     shares_weights: bool = False  # float matrices stay in the memory-mapped file
     providers: tuple[str, ...] = ()  # ONNX Runtime's execution providers, in order
@@ -86,6 +90,7 @@ class RuntimeInfo:
             "target": self.target,
             "made_by": self.producer,
             "cache": self.cache,
+            "prefill": "integers" if self.prefills_with_integers else None,
             "head": "screened" if self.has_screened_head else None,
             "weights": "shared" if self.shares_weights else None,
             "dtype": self.dtype,
@@ -381,4 +386,15 @@ class CacheVariants(Protocol):
         """Return the variant with full instead of sliding-window caches, or vice versa.
 
         None if the bundle or ONNX Runtime has no such variant.
+        """
+
+
+@runtime_checkable
+class PrefillVariants(Protocol):
+    """A runtime that may have another graph for prompts."""
+
+    def with_integer_prefill(self) -> Runtime | None:
+        """Return the runtime that uses it; None if the bundle has no such graph.
+
+        Its steps compute all tokens but the last ``num_logits`` in that graph if they are many.
         """

@@ -116,6 +116,8 @@ class OnnxOptions(ExportOptions):
             top-k decoding on the CPU reads a quarter of it; None is wherever that pays.
         opset: version of the standard operator set of a ``portable`` graph: 21 for runtimes without
             opset 23, such as ONNX Runtime 1.18; None is 23.
+        prefill_graph: also store graphs that prefill prompts faster on the CPU, with another copy
+            of the layers in 8 bits; for quantized dtypes with target ``ort``.
     """
 
     target: str = "ort"
@@ -126,6 +128,7 @@ class OnnxOptions(ExportOptions):
     rounding: str = "auto"
     screen: bool | None = None
     opset: int | None = None
+    prefill_graph: bool = False
 
     def __post_init__(self) -> None:
         ExportOptions.__post_init__(self)
@@ -133,7 +136,7 @@ class OnnxOptions(ExportOptions):
         check_integers(self, 1, "block_size", "opset")
         check_budget(self)
         check_paths(self, "calibration")
-        check_flags(self, "screen")
+        check_flags(self, "screen", "prefill_graph")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -249,6 +252,7 @@ def export_onnx(
             rounding=item.rounding,
             screen=item.screen,
             opset=item.opset,
+            prefill_graph=item.prefill_graph,
         )
         for dtype in chosen.dtypes
         for item in [_for_one_of_several(chosen, dtype)]
@@ -262,6 +266,7 @@ def _for_one_of_several(options: OnnxOptions, dtype: str) -> OnnxOptions:
         "activations": [name for name, item in EXPORT_DTYPES.items() if item.is_quantized],
         "rounding": ["int4"],
         "screen": ["fp32"],
+        "prefill_graph": [name for name, item in EXPORT_DTYPES.items() if item.is_quantized],
     }
     defaults = OnnxOptions()
     return replace(

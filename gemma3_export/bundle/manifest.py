@@ -39,6 +39,7 @@ __all__ = [
     "FileRecord",
     "Graph",
     "Manifest",
+    "PrefillGraph",
     "WeightRecipe",
     "default_graph",
     "manifest_to_json",
@@ -49,8 +50,9 @@ __all__ = [
     "write_manifest",
 ]
 
-FORMAT_VERSION = 3  # 2 added samples of large files; 3 added variants, with parity.json by graph
-READABLE_VERSIONS = (1, 2, FORMAT_VERSION)
+# 2 added samples of large files; 3 variants, with parity.json by graph; 4 graphs for prompts
+FORMAT_VERSION = 4
+READABLE_VERSIONS = (1, 2, 3, FORMAT_VERSION)
 # Backends that run a bundle. All but the reference have a graph of their own in it.
 BundleRuntime = Literal["onnx", "torchscript", "pt2", "reference"]
 RUNTIMES: tuple[BundleRuntime, ...] = get_args(BundleRuntime)
@@ -93,6 +95,15 @@ class FileRecord:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class PrefillGraph:
+    """The graphs that fill the cache with a prompt: see exporters/onnx/prefill_graph.py."""
+
+    path: str  # for the cache of Graph.path; next to it, as its weights are
+    windowed_path: str | None  # for that of Graph.windowed_path
+    weights: dict[str, WeightRecipe]  # the matrices that only these graphs have
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Graph:
     """One executable graph of a bundle."""
 
@@ -104,6 +115,7 @@ class Graph:
     weights: dict[str, WeightRecipe]  # stored tensor -> canonical weights
     residual_dtype: DType = "float32"  # of the residual stream
     windowed_path: str | None = None  # the same model with sliding-window caches
+    prefill: PrefillGraph | None = None  # None: prompts run in path or windowed_path
     is_screened: bool = False  # windowed_path screens its head: exporters/onnx/screened_head.py
     max_kld: float = DEFAULT_MAX_KLD  # divergence budget of the parity check, mean nats per token
     calibration: dict[str, Any] | None = None  # the text that quantization used
@@ -120,8 +132,15 @@ class Graph:
     @property
     def own_files(self) -> frozenset[str]:
         """Return the relative paths of the files that the graph may have to itself."""
-        paths = [path for path in (self.path, self.windowed_path) if path is not None]
-        return frozenset(name for path in paths for name in (path, f"{path}_data"))
+        return frozenset(name for path in self.paths for name in (path, f"{path}_data"))
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """Return the relative paths of all ``.onnx`` files, or of the archive."""
+        paths = [self.path, self.windowed_path]
+        if self.prefill is not None:
+            paths += [self.prefill.path, self.prefill.windowed_path]
+        return tuple(path for path in paths if path is not None)
 
     @property
     def is_fused(self) -> bool:
@@ -263,8 +282,8 @@ def _check_graphs(manifest: Manifest) -> None:
             raise ValueError(
                 f"the cache of {graph.path!r:.60} is int64; it must be a floating-point type"
             )
-        for path in (graph.path, graph.windowed_path):
-            if path is not None and path not in manifest.files:
+        for path in graph.paths:
+            if path not in manifest.files:
                 _check_inside(path)
                 raise ValueError(f"the graph {path!r:.60} is not among its files")
 

@@ -57,7 +57,9 @@ from gemma3_export.runtimes.onnx.graph_selection import (
 from gemma3_export.runtimes.onnx.huge_pages import collapse_new_memory, private_memory
 from gemma3_export.runtimes.onnx.mapped_pages import drop_mapped_pages
 from gemma3_export.runtimes.onnx.ort_values import as_float32, run_graph, zeros
+from gemma3_export.runtimes.onnx.prefill import PrefillSession, prefill_path
 from gemma3_export.runtimes.onnx.session import (
+    EXACT_PRODUCTS,
     WEIGHTS_FOLDER,
     check_interface,
     first_line,
@@ -69,6 +71,7 @@ from gemma3_export.runtimes.protocol import (
     KVCache,
     Logits,
     PaddingSide,
+    PrefillProducts,
     RuntimeInfo,
     check_capacity,
     check_step,
@@ -79,8 +82,6 @@ __all__ = ["OnnxRuntime"]
 logger = logging.getLogger(__name__)
 
 MAX_SCREENED_ROWS = 8  # larger batches share what a step reads, so screening saves nothing
-# Session option: 8-bit products without the saturation of x86 processors that lack VNNI.
-EXACT_PRODUCTS = "session.x64quantprecision"
 NO_PACKING = "session.disable_prepacking"  # session option: kernels use matrices as stored
 
 
@@ -117,6 +118,8 @@ class OnnxRuntime:
             are slower.
         huge_pages: move the loaded weights into huge pages, so that decoding is faster; on the CPU,
             where the system can.
+        prefill: ``integers`` runs long prompts in the bundle's graph for prompts, ``blocks`` never
+            loads it, and ``auto`` uses it where it is known to be faster.
         float32_matmul: multiply quantized matrices by float32 activations, slowly, for the parity
             check.
 
@@ -136,12 +139,13 @@ class OnnxRuntime:
         sliding_window_cache: bool | None = None,
         shares_weights: bool = False,
         huge_pages: bool = False,
+        prefill: PrefillProducts = "auto",
         float32_matmul: bool = False,
     ) -> None:
         self.bundle = bundle if isinstance(bundle, Bundle) else Bundle(bundle)
         graph = self.bundle.graph("onnx")
         self.bundle.check_quickly(
-            only_for=graph, in_full={graph.path, graph.windowed_path or graph.path}
+            only_for=graph, in_full=set(graph.paths)
         )
         require_version(graph)
         self.config: Gemma3Config = self.bundle.config
@@ -171,9 +175,12 @@ class OnnxRuntime:
         )
         for file in {self.bundle.file(graph.path), self.path}:
             drop_mapped_pages(file.with_name(f"{file.name}_data"))
+        check_interface(
+            self.session, (*self.signature.inputs, *self.signature.outputs), self.path
+        )
+        self.prefill = self._open_prefill(graph, "blocks" if float32_matmul else prefill, threads)
         if memory is not None:
             collapse_new_memory(memory)
-        check_interface(self.session, self.signature, self.path)
         self.info = self._info(
             graph,
             threads=threads,
@@ -210,6 +217,22 @@ class OnnxRuntime:
             return path, without_activation_quantization(path), signature
         return path, path, signature
 
+    def _open_prefill(
+        self, graph: Graph, wanted: PrefillProducts, threads: int | None
+    ) -> PrefillSession | None:
+        """Open the graph for prompts if it is to be used."""
+        relative = prefill_path(
+            self.bundle, graph, self.device, wanted, is_windowed=self.uses_sliding_window_cache
+        )
+        if relative is None:
+            return None
+        path = self.bundle.file(relative)
+        session = PrefillSession(path, self.signature, self.device, threads)
+        assert graph.prefill is not None
+        for stored in (graph.path, graph.prefill.path):
+            drop_mapped_pages(self.bundle.file(f"{stored}_data"))
+        return session
+
     def _info(
         self,
         graph: Graph,
@@ -232,6 +255,7 @@ class OnnxRuntime:
             dtype=graph.dtype,
             compute_dtype=graph.cache_dtype,
             residual_dtype=graph.residual_dtype,
+            prefills_with_integers=self.prefill is not None,
             activation_dtype=activation_dtype,
             is_quantized=is_quantized,
             quantizes_activations=is_quantized and not has_half_activations and not float32_matmul,
@@ -294,7 +318,7 @@ class OnnxRuntime:
         self._device_steps.clear()
         self._screened_steps.clear()
         self._helpers = None
-        self.session = None
+        self.session = self.prefill = None
 
     def with_other_cache(self) -> OnnxRuntime | None:
         """See :class:`gemma3_export.runtimes.protocol.CacheVariants`."""
@@ -305,6 +329,19 @@ class OnnxRuntime:
             device="cpu",
             threads=self.info.threads,
             sliding_window_cache=not self.uses_sliding_window_cache,
+            prefill="blocks" if self.prefill is None else "integers",
+        )
+
+    def with_integer_prefill(self) -> OnnxRuntime | None:
+        """See :class:`gemma3_export.runtimes.protocol.PrefillVariants`."""
+        if self.bundle.graph("onnx").prefill is None or self.device.kind != "cpu":
+            return None
+        return OnnxRuntime(
+            self.bundle,
+            device="cpu",
+            threads=self.info.threads,
+            sliding_window_cache=self.uses_sliding_window_cache,
+            prefill="integers",
         )
 
     def new_cache(self, batch_size: int, capacity: int) -> KVCache:
@@ -329,10 +366,14 @@ class OnnxRuntime:
             return np.concatenate(parts)
         logits = np.empty((count, num_logits or new, self.config.vocab_size), np.float32)
         cache.begin(new, rows)
+        if self.prefill is not None and (first := self.prefill.count(new, num_logits)):
+            with self._errors_explained(first, cache):
+                self.prefill.run(input_ids[:, :first], cache, rows)
+            input_ids = input_ids[:, first:]
         binding = self._bind(input_ids, cache, logits, rows)
-        with self._errors_explained(new, cache):
+        with self._errors_explained(input_ids.shape[1], cache):
             self.session.run_with_iobinding(binding, self._options())
-        cache.advance(binding, new, rows)
+        cache.advance(binding, input_ids.shape[1], rows)
         return logits
 
     def step_candidates(
