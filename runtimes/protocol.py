@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +23,7 @@ from gemma3_export.dtypes import DType
 from gemma3_export.errors import InputError
 
 __all__ = [
+    "PREFILLS",
     "CacheKind",
     "CacheVariants",
     "Float32MatMul",
@@ -58,6 +59,7 @@ RuntimeName = BundleRuntime | Literal["transformers", "dry-run"]
 CacheKind = Literal["full", "windowed"]  # windowed: sliding layers keep their newest tokens only
 PaddingSide = Literal["left", "right"]
 PrefillProducts = Literal["auto", "blocks", "integers"]  # how prompts are multiplied
+PREFILLS: tuple[PrefillProducts, ...] = get_args(PrefillProducts)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -398,3 +400,6 @@ class PrefillVariants(Protocol):
 
         Its steps compute all tokens but the last ``num_logits`` in that graph if they are many.
         """
+
+    def prefill_tokens(self, new_tokens: int, num_logits: int) -> int:
+        """Return how many of a step's first tokens run in the graph for prompts."""

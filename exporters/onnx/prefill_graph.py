@@ -186,12 +186,10 @@ class EndWithCache(ir.passes.InPlacePass):
         graph = model.graph
         optional = {spec.name for spec in self.signature.inputs if spec.optional}
         kept = {spec.name for spec in self.signature.present}
-        for values, is_gone in (
-            (graph.outputs, lambda name: name not in kept),
-            (graph.inputs, lambda name: name in optional),
-        ):
-            for value in [value for value in values if is_gone(value.name)]:
-                values.remove(value)
+        for value in [value for value in graph.outputs if value.name not in kept]:
+            graph.outputs.remove(value)
+        for value in [value for value in graph.inputs if value.name in optional]:
+            graph.inputs.remove(value)
         common.RemoveUnusedNodesPass()(model)
         for name in optional:
             graph.initializers.pop(name, None)
@@ -243,7 +241,8 @@ class ColumnProduct:
         x = self.old.inputs[0]
         assert x is not None
         size = self.blocks.rotation
-        split = self._node("Reshape", [x, self._constant(f"blocks_{size}", [0, 0, -1, size])], "split")
+        blocks = self._constant(f"blocks_{size}", [0, 0, -1, size])
+        split = self._node("Reshape", [x, blocks], "split")
         matrix = self._constant(f"hadamard_{size}", hadamard(size).float().numpy())
         mixed = self._node("MatMul", [split, matrix], "rotate")
         whole = self._constant(f"whole_{self.columns}", [0, 0, self.columns])

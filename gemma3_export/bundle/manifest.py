@@ -102,6 +102,11 @@ class PrefillGraph:
     windowed_path: str | None  # for that of Graph.windowed_path
     weights: dict[str, WeightRecipe]  # the matrices that only these graphs have
 
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """Return the relative paths of the ``.onnx`` files."""
+        return tuple(path for path in (self.path, self.windowed_path) if path is not None)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Graph:
@@ -137,10 +142,8 @@ class Graph:
     @property
     def paths(self) -> tuple[str, ...]:
         """Return the relative paths of all ``.onnx`` files, or of the archive."""
-        paths = [self.path, self.windowed_path]
-        if self.prefill is not None:
-            paths += [self.prefill.path, self.prefill.windowed_path]
-        return tuple(path for path in paths if path is not None)
+        own = tuple(path for path in (self.path, self.windowed_path) if path is not None)
+        return own if self.prefill is None else own + self.prefill.paths
 
     @property
     def is_fused(self) -> bool:

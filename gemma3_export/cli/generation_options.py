@@ -133,6 +133,13 @@ OPENING = (
         default=None,
         help="Keep weights in huge pages on the CPU, so that decoding is faster (Linux).  "
         "[default: if the C library can allocate them, and always in serve]",
+        "--prefill",
+        type=click.Choice(("auto", "blocks", "integers")),
+        default="auto",
+        show_default=True,
+        help="How prompts are multiplied. integers: in the graphs of an export with "
+        "--prefill-graph. blocks: never load them. auto: integers where the bundle has them and "
+        "the processor is an x86.",
     ),
     click.option(
         "--trust", is_flag=True, help="Load a torch archive that is not the one that was exported."
@@ -181,6 +188,7 @@ class OpeningRequest:
     threads: int | None
     share_weights: bool
     huge_pages: bool | None
+    prefill: str
     trust: bool
     check: bool
 
@@ -213,6 +221,7 @@ class OpeningRequest:
             "cuda": cuda_options,
             "shares_weights": self.share_weights,
             "huge_pages": bool(self.huge_pages),
+            "prefill": self.prefill,
         }
 
     def open(self, path: Path, *, warm_up: bool = False) -> Model:

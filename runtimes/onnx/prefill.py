@@ -1,8 +1,8 @@
 """Run prompts in a bundle's graph for prompts, whose products suit many tokens.
 
 See the exporter's :mod:`gemma3_export.exporters.onnx.prefill_graph`: such a graph extends the cache
-and returns no logits, so the last tokens of a step, whose logits are wanted, run in the other graph.
-Steps that want all logits, and short ones, run there as a whole.
+and returns no logits. The last tokens of a step, whose logits are wanted, therefore run in the
+graph for decoding, and so do short steps, and steps that want all logits.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ requested logits cross to the host.
 
 from __future__ import annotations
 
+import copy
 import itertools
 import logging
 from collections.abc import Iterator, Sequence
@@ -144,9 +145,7 @@ class OnnxRuntime:
     ) -> None:
         self.bundle = bundle if isinstance(bundle, Bundle) else Bundle(bundle)
         graph = self.bundle.graph("onnx")
-        self.bundle.check_quickly(
-            only_for=graph, in_full=set(graph.paths)
-        )
+        self.bundle.check_quickly(only_for=graph, in_full=set(graph.paths))
         require_version(graph)
         self.config: Gemma3Config = self.bundle.config
         self.device = device_for(graph, device)
@@ -175,9 +174,7 @@ class OnnxRuntime:
         )
         for file in {self.bundle.file(graph.path), self.path}:
             drop_mapped_pages(file.with_name(f"{file.name}_data"))
-        check_interface(
-            self.session, (*self.signature.inputs, *self.signature.outputs), self.path
-        )
+        check_interface(self.session, (*self.signature.inputs, *self.signature.outputs), self.path)
         self.prefill = self._open_prefill(graph, "blocks" if float32_matmul else prefill, threads)
         if memory is not None:
             collapse_new_memory(memory)
@@ -334,15 +331,17 @@ class OnnxRuntime:
 
     def with_integer_prefill(self) -> OnnxRuntime | None:
         """See :class:`gemma3_export.runtimes.protocol.PrefillVariants`."""
-        if self.bundle.graph("onnx").prefill is None or self.device.kind != "cpu":
+        graph = self.bundle.graph("onnx")
+        if graph.prefill is None or self.device.kind != "cpu":
             return None
-        return OnnxRuntime(
-            self.bundle,
-            device="cpu",
-            threads=self.info.threads,
-            sliding_window_cache=self.uses_sliding_window_cache,
-            prefill="integers",
-        )
+        twin = copy.copy(self)  # the graph for decoding is shared
+        twin.prefill = self._open_prefill(graph, "integers", self.info.threads)
+        twin.info = replace(self.info, prefills_with_integers=True)
+        return twin
+
+    def prefill_tokens(self, new_tokens: int, num_logits: int) -> int:
+        """See :class:`gemma3_export.runtimes.protocol.PrefillVariants`."""
+        return 0 if self.prefill is None else self.prefill.count(new_tokens, num_logits)
 
     def new_cache(self, batch_size: int, capacity: int) -> KVCache:
         """See :class:`gemma3_export.runtimes.protocol.Runtime`."""
@@ -366,7 +365,8 @@ class OnnxRuntime:
             return np.concatenate(parts)
         logits = np.empty((count, num_logits or new, self.config.vocab_size), np.float32)
         cache.begin(new, rows)
-        if self.prefill is not None and (first := self.prefill.count(new, num_logits)):
+        first = self.prefill_tokens(new, num_logits)
+        if self.prefill is not None and first:
             with self._errors_explained(first, cache):
                 self.prefill.run(input_ids[:, :first], cache, rows)
             input_ids = input_ids[:, first:]
