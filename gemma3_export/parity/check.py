@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -27,6 +27,7 @@ from gemma3_export.parity.expected import (
     FullPrecisionLogits,
 )
 from gemma3_export.parity.graph_variants import (
+    GraphVariant,
     candidate_variant,
     float32_matmul_variant,
     other_cache_variant,
@@ -36,7 +37,7 @@ from gemma3_export.parity.ground_truth import GroundTruth
 from gemma3_export.parity.judge import Criteria, Limits, judge_cases
 from gemma3_export.parity.locate import locate
 from gemma3_export.parity.options import HalfPrecision, VerifyOptions
-from gemma3_export.parity.prefill_check import prefill_variant
+from gemma3_export.parity.prefill_check import PrefillCheck
 from gemma3_export.parity.quality import (
     compare_with_full_precision,
     judge_quality,
@@ -164,6 +165,9 @@ def require_same_shapes(candidate: Runtime, source: WeightSource) -> None:
             )
 
 
+FindVariant = Callable[[Runtime, GroundTruth, Limits], GraphVariant | None]
+
+
 @dataclass(kw_only=True, slots=True)
 class Check:
     """One parity check: what it compares, and the results so far."""
@@ -259,15 +263,20 @@ class Check:
                     )
 
     def _run_variants(self, ground_truth: GroundTruth, limits: Limits) -> None:
-        variants = {
+        prompts = PrefillCheck(ground_truth, limits)
+        variants: dict[str, FindVariant] = {
             "candidates": candidate_variant,
-            "integer prefill": prefill_variant,
+            "integer prefill": lambda candidate, *_: prompts.variant(candidate),
             "other caches": other_cache_variant,
+            "integer prefill, other caches": lambda candidate, *_: prompts.other_cache_variant(
+                candidate
+            ),
         }
         if self.baseline is not None:
             variants.clear()
-        for name, find_variant in (variants | {"float32 matmul": float32_matmul_variant}).items():
-            has_own_weights = find_variant not in (candidate_variant, prefill_variant)
+        variants["float32 matmul"] = float32_matmul_variant
+        for name, find_variant in variants.items():
+            has_own_weights = name not in ("candidates", "integer prefill")
             if has_own_weights and self.releases_candidate:
                 if isinstance(self.candidate, ReleasesWeights):
                     self.candidate.release()

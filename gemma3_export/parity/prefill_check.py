@@ -25,58 +25,84 @@ from gemma3_export.parity.judge import Criteria, Limits
 from gemma3_export.parity.prefill_products import PrefillTokens
 from gemma3_export.parity.sequences import Observation, TeacherForcing, TokenSequence
 from gemma3_export.reference.weights.bundle_weights import OnnxWeights, PrefillWeights
-from gemma3_export.runtimes.protocol import PrefillVariants, Runtime
+from gemma3_export.runtimes.protocol import CacheVariants, PrefillVariants, Runtime
 
-__all__ = ["prefill_variant"]
+__all__ = ["PrefillCheck"]
 
 CHUNK = 23  # tokens, at least: a prime number, beyond what runs in the graph for decoding
 ROWS = (LONG, *SHORT)
 
 
-def prefill_variant(
-    candidate: Runtime, ground_truth: GroundTruth, limits: Limits
-) -> GraphVariant | None:
-    """Return the runtime that uses the bundle's graph for prompts, or None if there is none."""
-    if not isinstance(candidate, PrefillVariants):
-        return None
-    runtime = candidate.with_integer_prefill()
-    if runtime is None:
-        return None
-    source = ground_truth.source
-    if not isinstance(source, OnnxWeights):
-        raise InputError(
-            f"a bundle with a graph for prompts is compared with its own weights, not with "
-            f"{source.origin}"
+class PrefillCheck:
+    """The check of the graphs for prompts of one bundle, one for each kind of cache.
+
+    Expected values are computed once, when they are first needed.
+
+    Args:
+        ground_truth: that of the graphs for decoding.
+        limits: what errors are judged by.
+    """
+
+    def __init__(self, ground_truth: GroundTruth, limits: Limits) -> None:
+        self.ground_truth, self.limits = ground_truth, limits
+        self.sequences = ground_truth.sequences[: len(ROWS)]
+        self.plan = chunks(ground_truth.config, self.sequences)
+        self._criteria: Criteria | None = None
+
+    def variant(self, candidate: Runtime, prefix: str = "") -> GraphVariant | None:
+        """Return the runtime that uses the graph for prompts, or None if there is none.
+
+        Args:
+            candidate: the runtime that does not use it.
+            prefix: of the names of its cases.
+
+        Raises:
+            InputError: the ground truth is not that of the bundle's own weights.
+        """
+        if not isinstance(candidate, PrefillVariants):
+            return None
+        runtime = candidate.with_integer_prefill()
+        if runtime is None:
+            return None
+        assert isinstance(runtime, PrefillVariants)
+        positions = [
+            token_positions(runtime, counts, len(sequence.ids))
+            for counts, sequence in zip(self.plan, self.sequences, strict=True)
+        ]
+        if not any(part.any() for part in positions):
+            return None  # the context is too short for any prompt that would run there
+        case = Case(
+            "prompts",
+            "three prompts in chunks, then decoded together",
+            partial(prompts, sequences=self.sequences, plan=self.plan),
         )
-    assert isinstance(runtime, PrefillVariants)
-    config, sequences = ground_truth.config, ground_truth.sequences[: len(ROWS)]
-    plan = chunks(config, sequences)
-    positions = [
-        token_positions(runtime, plan[row], len(sequence.ids))
-        for row, sequence in enumerate(sequences)
-    ]
-    if not any(part.any() for part in positions):
-        return None  # the context is too short for any prompt that would run there
-    truth = GroundTruth(
-        source,
-        runtime,
-        ground_truth.options,
-        progress=ground_truth.progress,
-        prefill=PrefillTokens(PrefillWeights(source.bundle), positions),
-        sequences=sequences,
-    )
-    case = Case(
-        "prompts",
-        "three prompts in chunks, then decoded together",
-        partial(prompts, sequences=sequences, plan=plan),
-    )
-    return GraphVariant(
-        "integers",
-        "integer prefill",
-        runtime,
-        [case],
-        Criteria(truth.expected, truth.noise_floor, limits),
-    )
+        if self._criteria is None:
+            self._criteria = self._compute(runtime, positions)
+        name, kind = f"{prefix}integers", f"{runtime.info.cache} caches, integer prefill"
+        return GraphVariant(name, kind, runtime, [case], self._criteria)
+
+    def other_cache_variant(self, candidate: Runtime) -> GraphVariant | None:
+        """Return the runtime that uses the graph for prompts with the other kind of cache."""
+        other = candidate.with_other_cache() if isinstance(candidate, CacheVariants) else None
+        return None if other is None else self.variant(other, f"{other.info.cache}-")
+
+    def _compute(self, runtime: Runtime, positions: Sequence[Tensor]) -> Criteria:
+        """Return what the results of any of the graphs are judged by."""
+        source = self.ground_truth.source
+        if not isinstance(source, OnnxWeights):
+            raise InputError(
+                f"a bundle with a graph for prompts is compared with its own weights, not with "
+                f"{source.origin}"
+            )
+        truth = GroundTruth(
+            source,
+            runtime,
+            self.ground_truth.options,
+            progress=self.ground_truth.progress,
+            prefill=PrefillTokens(PrefillWeights(source.bundle), positions),
+            sequences=self.sequences,
+        )
+        return Criteria(truth.expected, truth.noise_floor, self.limits)
 
 
 def chunks(config: Gemma3Config, sequences: Sequence[TokenSequence]) -> list[list[int]]:

@@ -22,7 +22,7 @@ from gemma3_export.parity import ParityReport, VerifyOptions, verify
 from gemma3_export.parity.graph_variants import run_variant
 from gemma3_export.parity.ground_truth import GroundTruth
 from gemma3_export.parity.judge import Limits
-from gemma3_export.parity.prefill_check import prefill_variant
+from gemma3_export.parity.prefill_check import PrefillCheck
 from gemma3_export.progress import ignore_progress
 from gemma3_export.reference.loading import load_reference
 from gemma3_export.reference.runtime import ReferenceRuntime
@@ -86,8 +86,9 @@ def check(path: Path) -> ParityReport:
 def test_parity_compares_prompts_with_a_reference_that_rounds_as_their_graph_does() -> None:
     report = check(bundle().path)
     assert report.passed
-    case = next(case for case in report.cases if case.name == "integers-prompts")
-    assert {layer.layer for layer in case.layers} == {0, 1, 2}
+    cases = [case for case in report.cases if case.name.endswith("integers-prompts")]
+    assert len(cases) == 2  # with either kind of cache
+    assert all({layer.layer for layer in case.layers} == {0, 1, 2} for case in cases)
     metrics = {metric.name: metric.value for metric in report.gates[1].metrics}
     assert 0 < metrics["prefill_mean_kld"] < 0.01
     assert metrics["prefill_mean_kld"] != metrics["mean_kld"]
@@ -106,12 +107,18 @@ def widen_window(graph: onnx.GraphProto) -> None:
     window.i += 1
 
 
-@pytest.mark.parametrize("damage", [change_rotation, widen_window])
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        ("model_quantized_windowed_prefill.onnx", widen_window),
+        ("model_quantized_prefill.onnx", change_rotation),
+    ],
+)
 def test_parity_notices_a_graph_for_prompts_that_computes_something_else(
-    tmp_path: Path, damage: Callable[[onnx.GraphProto], None]
+    tmp_path: Path, name: str, damage: Callable[[onnx.GraphProto], None]
 ) -> None:
     damaged = copied(tmp_path)
-    file = damaged / "onnx/model_quantized_windowed_prefill.onnx"
+    file = damaged / "onnx" / name
     model = onnx.load(file, load_external_data=False)
     damage(model.graph)
     file.write_bytes(model.SerializeToString())
@@ -122,9 +129,15 @@ def test_parity_notices_a_graph_for_prompts_that_computes_something_else(
     )
     source = open_bundle_weights(found, "onnx")
     truth = GroundTruth.for_runtime(candidate, source, options=OPTIONS)
-    variant = prefill_variant(candidate, truth, Limits(factor=8, epsilon=1.2e-7))
-    assert variant is not None
-    assert [result.passed for result in run_variant(variant, ignore_progress)] == [False]
+    prompts = PrefillCheck(truth, Limits(factor=8, epsilon=1.2e-7))
+    verdicts = {
+        result.name: result.passed
+        for variant in (prompts.variant(candidate), prompts.other_cache_variant(candidate))
+        if variant is not None
+        for result in run_variant(variant, ignore_progress)
+    }
+    is_windowed = damage is widen_window
+    assert verdicts == {"integers-prompts": not is_windowed, "full-integers-prompts": is_windowed}
 
 
 def test_parity_notices_damaged_weights_that_only_prompts_read(tmp_path: Path) -> None:
