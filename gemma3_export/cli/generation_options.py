@@ -133,6 +133,8 @@ OPENING = (
         default=None,
         help="Keep weights in huge pages on the CPU, so that decoding is faster (Linux).  "
         "[default: if the C library can allocate them, and always in serve]",
+    ),
+    click.option(
         "--prefill",
         type=click.Choice(("auto", "blocks", "integers")),
         default="auto",
