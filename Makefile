@@ -7,6 +7,7 @@ SITE_VENV := .venv-site
 RELEASE_VENV := .venv-release
 GPU_VENV := .venv-gpu
 TRITON_VENV := .venv-triton
+RAY_VENV := .venv-ray
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 WEIGHTS := .cache/gemma-3-270m-q4_k_m.gguf
@@ -38,7 +39,7 @@ PYTEST_ARGS ?=
 PYTEST_PARALLEL := -n logical --maxprocesses 4 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help setup weights tokenizer demo demo-270m train-demo test test-full test-faults soak test-triton test-cuda gpu placement lint lint-systems lint-docker lint-examples docs site picture packages \
+.PHONY: help setup weights tokenizer demo demo-270m train-demo test test-full test-faults soak test-triton test-ray test-cuda gpu placement lint lint-systems lint-docker lint-examples docs site picture packages \
 	bench bench-peers bench-serve bench-serve-cuda consumers bench-cuda bench-cuda-short peers clean
 
 help: ## List the targets
@@ -165,6 +166,14 @@ $(TRITON_VENV)/.installed: pyproject.toml constraints.txt | $(INSTALLED)
 	$(TRITON_VENV)/bin/python -m pip install --quiet $(PIP_ARGS) -c constraints.txt -e '.[cpu]'
 	$(TRITON_VENV)/bin/python -m pip install --quiet $(PIP_ARGS) 'tritonclient[grpc]==2.73.0'
 	$(TRITON_VENV)/bin/python -m pip install --quiet $(PIP_ARGS) --no-deps nvidia-pytriton==0.7.0 numpy==1.26.4
+	@touch $@
+
+test-ray: $(INSTALLED) $(RAY_VENV)/.installed ## Kill replicas of a server on a local Ray cluster
+	GEMMA3_RAY_PYTHON=$(CURDIR)/$(RAY_VENV)/bin/python $(BIN)/python -m pytest -n 0 tests/serve/test_ray_cluster.py $(PYTEST_ARGS)
+
+$(RAY_VENV)/.installed: pyproject.toml constraints.txt | $(INSTALLED)
+	$(BIN)/python -m venv $(RAY_VENV)
+	$(RAY_VENV)/bin/python -m pip install --quiet $(PIP_ARGS) -c constraints.txt -e '.[cpu,ray]'
 	@touch $@
 
 test-cuda: gpu $(GPU_VENV)/.installed ## Test every format on an NVIDIA GPU (Error 3: no GPU)

@@ -23,9 +23,11 @@ __all__ = ["serve"]
 
 MAX_PORT = 65535
 PACKAGES = ("fastapi", "uvicorn", "prometheus_client")
+RAY = "ray"
 EPILOG = """\b
 Examples:
   gemma3-export serve gemma-3-270m-it
+  gemma3-export serve gemma-3-270m-it --ray --replicas 4 --threads 2
   gemma3-export serve gemma-3-270m-it --port 8080 --slots 16 --cache-memory 4GB
   GEMMA3_API_KEY=secret gemma3-export serve DIR --host 0.0.0.0
   curl localhost:8000/v1/completions -H 'Content-Type: application/json' \\
@@ -62,6 +64,33 @@ Examples:
 )
 @click.option(
     "--model-name", metavar="NAME", help="Id that clients see.  [default: the name of DIR]"
+)
+@click.option(
+    "--ray",
+    "on_ray",
+    is_flag=True,
+    help="Run the model in replicas on Ray Serve, which restarts those that die. Every limit on "
+    "slots, queue and memory is per replica.",
+)
+@click.option(
+    "--ray-address",
+    metavar="ADDRESS",
+    help="Ray cluster of this machine: auto or HOST:PORT.  [default: start one]",
+)
+@click.option(
+    "--replicas", type=integer(), metavar="N", help="Replicas on Ray Serve.  [default: 1]"
+)
+@click.option(
+    "--min-replicas",
+    type=integer(),
+    metavar="N",
+    help="Replicas that always run, with --max-replicas.  [default: 1]",
+)
+@click.option(
+    "--max-replicas",
+    type=integer(),
+    metavar="N",
+    help="Add replicas under load, up to this number.",
 )
 @engine_options
 @click.option(
@@ -122,6 +151,11 @@ def serve(
     api_key: str | None,
     key_path: Path | None,
     model_name: str | None,
+    on_ray: bool,
+    ray_address: str | None,
+    replicas: int | None,
+    min_replicas: int | None,
+    max_replicas: int | None,
     slots: int,
     queue_limit: int,
     max_request_tokens: int | None,
@@ -148,7 +182,8 @@ def serve(
             f'the server needs {", ".join(missing)}; run: pip install "gemma3-export[serve]"'
         )
 
-    from gemma3_export.api.engine import Engine
+    from gemma3_export.api.engine import Engine, EngineOptions
+    from gemma3_export.serve.ray_settings import ray_options
     from gemma3_export.serve.server import bind
     from gemma3_export.serve.server import serve as run
     from gemma3_export.serve.settings import ServeOptions, read_key_file, require_key
@@ -170,22 +205,29 @@ def serve(
         drain_s=drain_s,
     )
     require_key(host, options.key)
+    cluster = ray_options(replicas, min_replicas, max_replicas, address=ray_address)
     files = opening.files(bundle_path)
+    engine_options = EngineOptions(
+        slots=slots,
+        queue_limit=queue_limit,
+        max_request_tokens=max_request_tokens,
+        cache_bytes=cache_bytes,
+        kept_prefix_bytes=kept_prefix_bytes,
+        warm_up=warm_up,
+        variant=opening.variant,
+        # A server decodes for long enough to make up for the time that this takes.
+        **opening.loading(files) | {"huge_pages": opening.huge_pages is not False},
+    )
     with bind(host, port) as listener:
-        engine = Engine(
-            files,
-            slots=slots,
-            queue_limit=queue_limit,
-            max_request_tokens=max_request_tokens,
-            cache_bytes=cache_bytes,
-            kept_prefix_bytes=kept_prefix_bytes,
-            warm_up=warm_up,
-            # A server decodes for long enough to make up for the time that this takes.
-            **opening.loading(files) | {"huge_pages": opening.huge_pages is not False},
-        )
-        note_variant_of(engine.model)
-        try:
-            code = run(engine, options, listener)
-        finally:
-            engine.close(drain=False)
+        if on_ray:
+            from gemma3_export.serve.ray_serve import serve_on_ray
+
+            code = serve_on_ray(files.path, engine_options, options, cluster, listener)
+        else:
+            engine = Engine(files, engine_options)
+            note_variant_of(engine.model)
+            try:
+                code = run(engine, options, listener)
+            finally:
+                engine.close(drain=False)
     click.get_current_context().exit(code)

@@ -35,7 +35,7 @@ from gemma3_export.serve.responses import Writer, event
 from gemma3_export.serve.running import RunningRequest, with_tool_prompt
 from gemma3_export.serve.settings import ServeOptions
 
-__all__ = ["Service", "create_app"]
+__all__ = ["LAST_EVENT_S", "Service", "create_app"]
 
 LAST_EVENT_S = 1.0  # for a client that has stopped reading
 PLAYGROUND = Path(__file__).parent / "playground"

@@ -20,7 +20,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from gemma3_export.serve.errors import ApiError, ClientGoneError, to_api_error
 from gemma3_export.serve.settings import ServeOptions, is_loopback
 
-__all__ = ["Gate", "JsonLines", "RequestLog", "error_response"]
+__all__ = ["Gate", "JsonLines", "RequestLog", "error_response", "route_of"]
 
 logger = logging.getLogger(__name__)
 
@@ -93,7 +93,7 @@ class Gate:
             await error_response(to_api_error(error))(scope, receive, send_marked)
         finally:
             self.active -= 1
-            self._count(_route(scope), status)
+            self._count(route_of(scope), status)
             logger.log(
                 logging.DEBUG if scope["path"] in QUIET else logging.INFO,
                 "request",
@@ -138,7 +138,7 @@ def error_response(error: ApiError) -> JSONResponse:
     return JSONResponse(error.to_json(), error.status, headers=error.headers)
 
 
-def _route(scope: Scope) -> str:
+def route_of(scope: Scope) -> str:
     """Return the route of a request; those that match none count as one."""
     return getattr(scope.get("route"), "path", "none")
 

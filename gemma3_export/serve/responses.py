@@ -220,11 +220,14 @@ class Writer:
             call_id = self._tokenizer.token_id(CALL_TOKENS[0])
         calling: set[int] = set()  # choices that write calls, which are sent at their end
         held: dict[int, str] = {}
-        for choice in self.running.choices:
-            opening = {"role": "assistant", "content": ""}
-            yield self._chunk([self._chat_delta(choice.index, opening)])
+        opened = False
         async for choice, event in self.running.events():
             index = choice.index
+            if not opened:  # an answer begins with its first token, and not before
+                opened = True
+                for each in self.running.choices:
+                    opening = {"role": "assistant", "content": ""}
+                    yield self._chunk([self._chat_delta(each.index, opening)])
             if isinstance(event, TokenEvent):
                 if event.token_id == call_id:
                     calling.add(index)

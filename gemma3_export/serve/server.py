@@ -7,6 +7,8 @@ import os
 import signal
 import socket
 import time
+from collections.abc import Awaitable, Callable
+from functools import partial
 from types import FrameType
 
 import uvicorn
@@ -18,7 +20,7 @@ from gemma3_export.serve.connection import http_protocol
 from gemma3_export.serve.gate import Gate, log_to_stderr
 from gemma3_export.serve.settings import ServeOptions, require_key
 
-__all__ = ["DrainingServer", "bind", "serve"]
+__all__ = ["DrainingServer", "bind", "log_listening", "serve"]
 
 logger = logging.getLogger(__name__)
 
@@ -64,29 +66,37 @@ def serve(engine: Engine, options: ServeOptions, listener: socket.socket) -> int
     Raises:
         InputError: other machines can reach the address, and there is no key.
     """
-    host, port = listener.getsockname()[:2]
-    require_key(host, options.key)
+    require_key(listener.getsockname()[0], options.key)
     log_to_stderr()
-    server = DrainingServer(engine, options)
+    app = create_app(engine, options)
+    server = DrainingServer(app, options, partial(engine.aclose, drain=False))
+    log_listening(listener, options)
+    server.run(sockets=[listener])
+    return server.exit_code
+
+
+def log_listening(listener: socket.socket, options: ServeOptions) -> None:
+    """Log where the server is."""
+    host, port = listener.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
     facts = {"url": f"http://{shown}:{port}", "model": options.model_name}
     logger.info("listening", extra={"facts": facts})
-    server.run(sockets=[listener])
-    return server.exit_code
 
 
 class DrainingServer(uvicorn.Server):
     """A server that goes on listening while running requests finish.
 
     Args:
-        engine: generates; the caller closes it.
+        app: answers requests.
         options: limits, and the names that clients use.
+        cancel: ends all requests, when there is no more time for them.
     """
 
-    def __init__(self, engine: Engine, options: ServeOptions) -> None:
-        self._app = create_app(engine, options)
-        super().__init__(_config(self._app, options))
-        self._engine, self._drain_s = engine, options.drain_s
+    def __init__(
+        self, app: Gate, options: ServeOptions, cancel: Callable[[], Awaitable[None]]
+    ) -> None:
+        super().__init__(_config(app, options))
+        self._app, self._cancel, self._drain_s = app, cancel, options.drain_s
         self._deadline: float | None = None
         self._signal = 0
         self.exit_code = 0
@@ -111,7 +121,7 @@ class DrainingServer(uvicorn.Server):
                 logger.warning("cancelled", extra={"facts": {"requests": self._app.active}})
                 self.exit_code = 128 + (self._signal or signal.SIGTERM)
                 self.should_exit = True
-                await self._engine.aclose(drain=False)
+                await self._cancel()
         return await super().on_tick(counter)
 
 

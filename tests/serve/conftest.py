@@ -7,6 +7,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import httpx
@@ -15,6 +16,7 @@ import pytest
 
 import gemma3_export
 from gemma3_export import Engine, Model
+from gemma3_export.serve.app import create_app
 from gemma3_export.serve.server import DrainingServer, bind
 from gemma3_export.serve.settings import ServeOptions
 from tests.support.chat_templates import chat_bundle
@@ -67,7 +69,9 @@ def running(
     engine = Engine(model, slots=slots, queue_limit=queue_limit)
     listener = bind("127.0.0.1", 0)
     settings = ServeOptions(**{"model_name": NAME, "drain_s": 0.0, "max_tokens": 500} | options)
-    server = DrainingServer(engine, settings)
+    server = DrainingServer(
+        create_app(engine, settings), settings, partial(engine.aclose, drain=False)
+    )
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
     found = Running(
@@ -88,14 +92,14 @@ def running(
         assert not thread.is_alive(), "the server does not end"
 
 
-def wait_for(is_true: Any) -> None:
+def wait_for(is_true: Any, timeout_s: float = TIMEOUT_S) -> None:
     """Poll until something becomes true."""
     event = threading.Event()
-    for _ in range(int(TIMEOUT_S / 0.01)):
+    for _ in range(int(timeout_s / 0.01)):
         if is_true():
             return
         event.wait(0.01)
-    raise AssertionError(f"{is_true} is not true after {TIMEOUT_S} s")
+    raise AssertionError(f"{is_true} is not true after {timeout_s} s")
 
 
 @pytest.fixture(scope="package")

@@ -1,0 +1,212 @@
+"""`serve --ray` and `serve run` on a real Ray cluster of one machine: `make test-ray`."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+
+from tests.serve.conftest import wait_for
+from tests.support.chat_templates import chat_bundle
+from tests.support.command_line import REPOSITORY
+
+PYTHON = os.environ.get("GEMMA3_RAY_PYTHON")
+PATH = "/v1/completions"
+TIMEOUT_S = 240.0  # a safety net
+LONG: dict[str, Any] = {"max_tokens": 800, "temperature": 0}
+PROMPTS = [f"sea {number}" for number in range(6)]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(PYTHON is None, reason="needs Ray; run: make test-ray"),
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cluster:
+    """A server with replicas on Ray, and its processes."""
+
+    process: subprocess.Popen[str]
+    url: str
+
+    @property
+    def http(self) -> httpx.Client:
+        limits = httpx.Limits(max_connections=100)
+        return httpx.Client(base_url=self.url, timeout=TIMEOUT_S, trust_env=False, limits=limits)
+
+    def replicas(self) -> list[psutil.Process]:
+        """Return the processes of the replicas that are ready or start."""
+        found = []
+        for each in psutil.Process(self.process.pid).children(recursive=True):
+            with suppress(psutil.NoSuchProcess):
+                if re.match(r"ray::ServeReplica:.*:engines", "".join(each.cmdline()[:1])):
+                    found.append(each)
+        return found
+
+    def count(self, name: str) -> float:
+        """Return a metric, summed over replicas."""
+        with self.http as client:
+            lines = client.get("/metrics").text.splitlines()
+        return sum(float(line.split()[-1]) for line in lines if line.startswith(name))
+
+
+@contextmanager
+def launched(log: Path, *command: object) -> Iterator[subprocess.Popen[str]]:
+    """Start a program of the environment with Ray; nothing of it is left afterwards."""
+    assert PYTHON is not None
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "RAY_USAGE_STATS_ENABLED": "0"}
+    with log.open("w") as stderr:
+        process = subprocess.Popen(
+            [PYTHON, *map(str, command)],
+            env=environment,
+            stdout=stderr,
+            stderr=stderr,
+            text=True,
+            start_new_session=True,
+        )
+    children: list[psutil.Process] = []
+    try:
+        yield process
+    finally:
+        with suppress(psutil.NoSuchProcess):
+            children = psutil.Process(process.pid).children(recursive=True)
+        process.send_signal(signal.SIGINT)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(TIMEOUT_S)
+        for each in children:
+            with suppress(psutil.NoSuchProcess):
+                each.kill()
+        process.kill()
+
+
+@contextmanager
+def serving(log: Path, *options: object) -> Iterator[Cluster]:
+    """Run ``serve --ray``."""
+    bundle = chat_bundle("functiongemma")
+    command = ("-m", "gemma3_export", "serve", bundle, "--ray", "--port", 0, *options)
+    with launched(log, *command) as process:
+        wait_for(lambda: "listening" in log.read_text() or process.poll() is not None, TIMEOUT_S)
+        (line,) = [line for line in log.read_text().splitlines() if "listening" in line]
+        yield Cluster(process=process, url=json.loads(line)["url"])
+
+
+def ask(cluster: Cluster, prompt: str) -> str:
+    """Return the text of an answer."""
+    with cluster.http as client:
+        answer = client.post(PATH, json=LONG | {"prompt": prompt})
+    assert answer.status_code == 200, answer.text
+    return str(answer.json()["choices"][0]["text"])
+
+
+def ask_for_stream(cluster: Cluster, prompt: str, begun: threading.Event | None) -> tuple[str, str]:
+    """Return the text of a stream, and its error or an empty text."""
+    text, error = "", "ended without [DONE]"
+    body = LONG | {"prompt": prompt, "stream": True}
+    with cluster.http as client, client.stream("POST", PATH, json=body) as lines:
+        for line in lines.iter_lines():
+            if line == "data: [DONE]":
+                error = ""
+            elif line.startswith("data: "):
+                event = json.loads(line.removeprefix("data: "))
+                if "error" in event:
+                    return text, event["error"]["message"]
+                text += event["choices"][0]["text"]
+                if begun is not None:
+                    begun.set()
+    return text, error
+
+
+def test_a_killed_replica_costs_no_answer_that_has_not_begun(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    options = ("--replicas", 2, "--threads", 1, "--slots", 1)  # so that most requests wait
+    with serving(log, *options) as cluster, ThreadPoolExecutor(48) as pool:
+        expected = {prompt: ask(cluster, prompt) for prompt in PROMPTS}
+        begun = threading.Event()
+        whole = [(prompt, pool.submit(ask, cluster, prompt)) for prompt in PROMPTS * 4]
+        streams = [
+            (prompt, pool.submit(ask_for_stream, cluster, prompt, begun)) for prompt in PROMPTS * 4
+        ]
+        assert begun.wait(TIMEOUT_S)
+        victim = cluster.replicas()[0]
+        victim.kill()
+        assert all(answer.result() == expected[prompt] for prompt, answer in whole)
+        outcomes = Counter(
+            _outcome(*answer.result(), expected[prompt]) for prompt, answer in streams
+        )
+        assert set(outcomes) <= {"complete", "begun, then an error"}, outcomes
+        assert cluster.count("gemma3_export:request_retries_total") > 0
+        wait_for(lambda: len(cluster.replicas()) == 2, TIMEOUT_S)
+        assert victim.pid not in [each.pid for each in cluster.replicas()]
+        assert ask(cluster, PROMPTS[0]) == expected[PROMPTS[0]]
+
+
+def _outcome(text: str, error: str, expected: str) -> str:
+    if not error and text == expected:
+        return "complete"
+    if text and "replica died" in error and expected.startswith(text):
+        return "begun, then an error"
+    return f"{text!r}, {error!r}"
+
+
+def test_it_streams_cancels_and_ends_like_the_server_in_one_process(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    with serving(log, "--threads", 1, "--queue-limit", 0, "--slots", 2) as cluster:
+        assert ask_for_stream(cluster, "a", None) == (ask(cluster, "a"), "")
+        # a client that leaves
+        body = {"prompt": "sea 1", "max_tokens": 2000, "stream": True, "temperature": 0}
+        with cluster.http as client, client.stream("POST", PATH, json=body) as lines:
+            next(lines.iter_lines())
+        wait_for(lambda: cluster.count("vllm:num_requests_running") == 0)
+        assert cluster.count('vllm:request_success_total{finished_reason="cancelled"') == 1
+        with cluster.http as client:
+            assert client.post(PATH, json=body | {"stream": False, "n": 3}).status_code == 429
+            assert client.get("/").status_code == 200
+            assert client.get("/ready").status_code == 200
+        # drain, on a Ctrl-C that reaches the whole process group
+        with ThreadPoolExecutor() as pool:
+            last = pool.submit(ask_for_stream, cluster, "sea 1", begun := threading.Event())
+            assert begun.wait(TIMEOUT_S)
+            os.killpg(cluster.process.pid, signal.SIGINT)
+            assert last.result()[1] == ""
+        assert cluster.process.wait(TIMEOUT_S) == 0
+        lines_of_log = [json.loads(line) for line in log.read_text().splitlines()]
+        assert {line["event"] for line in lines_of_log} == {"listening", "request", "draining"}
+
+
+def test_serve_run_builds_the_same_application(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    build = "gemma3_export.serve.ray_serve:build_app"
+    code = "from ray.serve.scripts import cli; cli()"
+    bundle = chat_bundle("functiongemma")
+    with launched(log, "-c", code, "run", build, f"bundle={bundle}", "replicas=1") as process:
+        cluster = Cluster(process=process, url="http://localhost:8000")
+        wait_for(lambda: "is ready at" in log.read_text() or process.poll() is not None, TIMEOUT_S)
+        assert ask_for_stream(cluster, "a", None) == (ask(cluster, "a"), "")
+        body = {"prompt": "sea 1", "max_tokens": 2000, "stream": True, "temperature": 0}
+        with cluster.http as client, client.stream("POST", PATH, json=body) as lines:
+            next(lines.iter_lines())
+        wait_for(lambda: cluster.count("vllm:num_requests_running") == 0)
+        assert cluster.count('vllm:request_success_total{finished_reason="cancelled"') == 1
+
+
+def test_replicas_that_do_not_start_are_explained(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    bundle = chat_bundle("functiongemma")
+    command = ("-m", "gemma3_export", "serve", bundle, "--ray", "--max-request-tokens", 10**6)
+    with launched(log, *command, "--port", 0) as process:
+        code = process.wait(TIMEOUT_S)
+    assert code == 2, log.read_text()
+    assert "max_request_tokens" in log.read_text()
