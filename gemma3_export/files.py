@@ -62,13 +62,20 @@ def to_path(value: object, what: str = "the path", *, any_bytes: bool = False) -
     if not found or "\0" in found:
         raise InputError(f"{what} is {found!r:.60}, which is not a path; give the path of a file")
     try:
+        encoded = os.fsencode(found)
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"{what} {found!r:.200} has half of a surrogate pair, which no file name has; correct "
+            "it"
+        ) from error
+    try:
         found.encode()
     except UnicodeEncodeError as error:
         if not any_bytes:
             raise InputError(
-                f"{what} {os.fsencode(found)!r:.200} has a name that is not UTF-8; rename it"
+                f"{what} {encoded!r:.200} has a name that is not UTF-8; rename it"
             ) from error
-    longest = max(len(os.fsencode(name)) for name in found.split("/"))
+    longest = max(map(len, encoded.split(b"/")))
     if longest > MAX_NAME_BYTES:
         raise InputError(
             f"{what} {found!r:.60} contains a name of {longest} bytes; no file has a name of more "

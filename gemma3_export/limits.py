@@ -19,6 +19,8 @@ __all__ = [
     "MAX_KLD",
     "MAX_SEED",
     "MAX_SIZE_BYTES",
+    "QUEUE_LIMIT",
+    "SLOTS",
     "check_integer",
     "check_number",
     "check_threads",
@@ -32,11 +34,13 @@ MAX_SEED = 2**63 - 1  # generators take a bit more, numpy's integers do not
 MAX_SIZE_BYTES = 2**63 - 1
 BELOW_1 = math.nextafter(1, 0)
 MAX_KLD = 100.0  # nats per token; a uniform guess among all of Gemma's tokens diverges by 12.5
+SLOTS = 8  # of an engine, by default
+QUEUE_LIMIT = 256  # of an engine, by default
 THREADS_PER_PROCESSOR = 4  # more only wait for each other: 1,000 threads take minutes to start
 
 
 def max_threads() -> int:
-    """Return the most threads that may be asked for."""
+    """Return the maximum number of threads that may be asked for."""
     return THREADS_PER_PROCESSOR * (os.cpu_count() or 1)
 
 

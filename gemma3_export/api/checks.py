@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
-from pathlib import Path
 from typing import Any
 
 from gemma3_export.device import CudaOptions
 from gemma3_export.dtypes import require_max_kld
 from gemma3_export.errors import InputError
+from gemma3_export.files import to_path
 from gemma3_export.limits import MAX_COUNT, check_integer, shown
 
 __all__ = [
@@ -65,12 +65,13 @@ def check_texts(options: object, *names: str) -> None:
 
 
 def check_paths(options: object, *names: str) -> None:
-    """Check that fields are paths.
+    """Check that fields are paths that a file can have.
 
     Raises:
         InputError: one is not.
     """
-    _check(options, names, lambda value: isinstance(value, str | Path), "a path")
+    for name in _given(options, names):
+        to_path(getattr(options, name), name)
 
 
 def check_callables(options: object, *names: str) -> None:

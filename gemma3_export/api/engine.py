@@ -37,7 +37,7 @@ from gemma3_export.api.options import GenerateOptions, LoadOptions, merged
 from gemma3_export.api.prompts import Prompt, is_one_prompt
 from gemma3_export.bundle import Bundle
 from gemma3_export.errors import EngineClosedError, InputError, QueueFullError
-from gemma3_export.limits import MAX_SIZE_BYTES
+from gemma3_export.limits import MAX_SIZE_BYTES, QUEUE_LIMIT, SLOTS
 from gemma3_export.runtimes.generation.loop import GenerationLoop, StepEvent
 from gemma3_export.runtimes.generation.prefix_cache import require_transferable
 from gemma3_export.runtimes.generation.prepare import GenerationOptions, prepare_request
@@ -64,7 +64,7 @@ class EngineOptions(LoadOptions):
         slots: requests that run at once.
         max_request_tokens: tokens of prompt and answer that one request can hold; None is the
             model's context, at most 8192.
-        cache_bytes: the most memory for keys and values. A request waits until what it may need is
+        cache_bytes: maximum memory for keys and values. A request waits until what it may need is
             free; None waits for a slot only.
         queue_limit: requests that may wait.
 
@@ -72,10 +72,10 @@ class EngineOptions(LoadOptions):
         InputError: a value is out of range.
     """
 
-    slots: int = 8
+    slots: int = SLOTS
     max_request_tokens: int | None = None
     cache_bytes: int | None = None
-    queue_limit: int = 256
+    queue_limit: int = QUEUE_LIMIT
 
     def __post_init__(self) -> None:
         LoadOptions.__post_init__(self)
@@ -94,7 +94,7 @@ class EngineStats:
         waiting: requests that wait for one.
         cached_tokens: tokens of running requests in the cache.
         reserved_tokens: tokens that they may need at most.
-        max_tokens: the most that can be reserved.
+        max_tokens: maximum number that can be reserved.
         prompt_tokens: total of finished requests.
         reused_tokens: of these, copied from earlier prompts.
         new_tokens: total of generated tokens.
@@ -180,7 +180,7 @@ class Engine:
 
     @property
     def max_request_tokens(self) -> int:
-        """The most tokens of prompt and answer that one request can have."""
+        """Maximum number of tokens of one request, prompt and answer."""
         return self._worker.max_request_tokens
 
     async def generate(

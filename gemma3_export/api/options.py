@@ -106,12 +106,12 @@ class GenerateOptions(SamplingParams):
     """Options of a generation, including every sampling parameter. The defaults are greedy.
 
     Args:
-        max_new_tokens: the most tokens to generate per prompt.
+        max_new_tokens: maximum number of tokens to generate per prompt.
         stop: texts that end a generation; they are cut off the result. A text that is exactly one
             control token, such as ``<end_of_turn>``, stops at that token.
         stop_tokens: ids or names of further tokens that end a generation.
         ignore_eos: generate past the tokens that end a text or a turn, as load tests need.
-        prompt_lookup: the most tokens to draft by looking up what followed the same words before;
+        prompt_lookup: maximum number of tokens to draft by looking up what followed the same words;
             0 is off, None is 16 on the CPU and off for quantized bundles and on CUDA.
         draft_model: a smaller bundle that drafts tokens instead.
         prefix_cache_bytes: memory for prefixes that the prompts of one call share; 0 is off.

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from gemma3_export.cli.options import cache_size, integer, memory_size
+from gemma3_export.limits import QUEUE_LIMIT, SLOTS
 
 __all__ = ["engine_options"]
 
@@ -15,7 +16,7 @@ OPTIONS = (
     click.option(
         "--slots",
         type=integer(),
-        default=8,
+        default=SLOTS,
         show_default=True,
         metavar="N",
         help="Requests that run at once.",
@@ -23,7 +24,7 @@ OPTIONS = (
     click.option(
         "--queue-limit",
         type=integer(0),
-        default=64,
+        default=QUEUE_LIMIT,
         show_default=True,
         metavar="N",
         help="Requests that may wait; more are rejected.",

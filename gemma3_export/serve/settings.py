@@ -26,12 +26,12 @@ class ServeOptions:
     Args:
         model_name: the id that clients see and may ask for.
         key: what clients send as ``Authorization: Bearer KEY``; None lets everybody in.
-        max_tokens: the most tokens that a choice may have.
-        max_choices: the most choices of a request, ``n`` times its prompts.
-        max_stops: the most stop texts of a request.
-        max_stop_characters: the most characters of a stop text.
-        max_body_bytes: the largest body of a request.
-        max_connections: the most connections at once.
+        max_tokens: maximum number of tokens per choice.
+        max_choices: maximum number of choices per request, ``n`` times its prompts.
+        max_stops: maximum number of stop texts per request.
+        max_stop_characters: maximum length of a stop text.
+        max_body_bytes: maximum size of a request body.
+        max_connections: maximum number of open connections.
         request_s: seconds for a whole answer, including its wait for a slot.
         body_s: seconds in which the body of a request must arrive.
         header_s: seconds in which the headers of a request must arrive.

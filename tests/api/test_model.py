@@ -184,6 +184,8 @@ class TestOptions:
             {"prefix_cache_bytes": None},
             {"prefill_chunk": 1.5},
             {"draft_model": 5},
+            {"draft_model": "\ud800"},
+            {"draft_model": "a\0b"},
             {"temperature": 10**400},
             {"repetition_penalty": 10**400},
             {"cancel": 5},
