@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -17,11 +20,21 @@ from gemma3_export.cli.options import (
     memory_size,
 )
 from gemma3_export.errors import UnavailableError
+from gemma3_export.processors import available_processors
 from gemma3_export.serve.settings import KEY_VARIABLE
+
+if TYPE_CHECKING:
+    import socket
+
+    from gemma3_export.api.engine import EngineOptions
+    from gemma3_export.api.model_files import Weights
+    from gemma3_export.bundle import Bundle
+    from gemma3_export.serve.settings import ServeOptions
 
 __all__ = ["serve"]
 
 MAX_PORT = 65535
+MAX_WORKERS = 64
 PACKAGES = ("fastapi", "uvicorn", "prometheus_client")
 RAY = "ray"
 EPILOG = """\b
@@ -64,6 +77,15 @@ Examples:
 )
 @click.option(
     "--model-name", metavar="NAME", help="Id that clients see.  [default: the name of DIR]"
+)
+@click.option(
+    "--workers",
+    type=integer(1, MAX_WORKERS),
+    default=1,
+    show_default=True,
+    metavar="N",
+    help="Processes that serve, each with its own copy of the model, slots and caches. With 2 or "
+    "more, those that die are restarted.",
 )
 @click.option(
     "--ray",
@@ -151,6 +173,7 @@ def serve(
     api_key: str | None,
     key_path: Path | None,
     model_name: str | None,
+    workers: int,
     on_ray: bool,
     ray_address: str | None,
     replicas: int | None,
@@ -182,10 +205,12 @@ def serve(
             f'the server needs {", ".join(missing)}; run: pip install "gemma3-export[serve]"'
         )
 
-    from gemma3_export.api.engine import Engine, EngineOptions
+    if on_ray and workers > 1:
+        raise click.UsageError("--workers and --ray exclude each other; with --ray, use --replicas")
+
+    from gemma3_export.api.engine import EngineOptions
     from gemma3_export.serve.ray_settings import ray_options
     from gemma3_export.serve.server import bind
-    from gemma3_export.serve.server import serve as run
     from gemma3_export.serve.settings import ServeOptions, read_key_file, require_key
 
     if key_path is not None:
@@ -207,7 +232,7 @@ def serve(
     require_key(host, options.key)
     cluster = ray_options(replicas, min_replicas, max_replicas, address=ray_address)
     files = opening.files(bundle_path)
-    engine_options = EngineOptions(
+    engine = EngineOptions(
         slots=slots,
         queue_limit=queue_limit,
         max_request_tokens=max_request_tokens,
@@ -222,12 +247,48 @@ def serve(
         if on_ray:
             from gemma3_export.serve.ray_serve import serve_on_ray
 
-            code = serve_on_ray(files.path, engine_options, options, cluster, listener)
+            code = serve_on_ray(files.path, engine, options, cluster, listener)
+        elif workers > 1:
+            code = _run_workers(workers, files, engine, options, listener)
         else:
-            engine = Engine(files, engine_options)
-            note_variant_of(engine.model)
-            try:
-                code = run(engine, options, listener)
-            finally:
-                engine.close(drain=False)
+            code = _run_here(files, engine, options, listener)
     click.get_current_context().exit(code)
+
+
+def _run_here(
+    files: Bundle | Weights, engine: EngineOptions, options: ServeOptions, listener: socket.socket
+) -> int:
+    """Serve in this process; return the exit code."""
+    from gemma3_export.api.engine import Engine
+    from gemma3_export.serve.server import serve as run
+
+    opened = Engine(files, engine)
+    note_variant_of(opened.model)
+    try:
+        return run(opened, options, listener)
+    finally:
+        opened.close(drain=False)
+
+
+def _run_workers(
+    count: int,
+    files: Bundle | Weights,
+    engine: EngineOptions,
+    options: ServeOptions,
+    listener: socket.socket,
+) -> int:
+    """Serve in ``count`` other processes, which share the processors; return the exit code.
+
+    Raises:
+        UnavailableError: the system cannot share a socket between processes in this way.
+    """
+    if sys.platform == "win32":
+        raise UnavailableError("--workers needs Linux or macOS; leave it out")
+
+    from gemma3_export.serve.supervisor import supervise
+    from gemma3_export.serve.worker import WorkerJob
+
+    if engine.threads is None:
+        engine = replace(engine, threads=max(1, available_processors() // count))
+    job = WorkerJob(path=files.path, engine=engine, serve=options, count=count)
+    return supervise(job, listener)

@@ -6,11 +6,11 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import aclosing, suppress
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request
-from fastapi.openapi.utils import get_openapi
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
@@ -22,6 +22,7 @@ from gemma3_export.serve.connection import on_disconnect, read_body
 from gemma3_export.serve.errors import ApiError, ClientGoneError, to_api_error
 from gemma3_export.serve.gate import Gate, RequestLog, error_response
 from gemma3_export.serve.metrics import CONTENT_TYPE, ServerMetrics
+from gemma3_export.serve.openapi import describe
 from gemma3_export.serve.requests import (
     Asked,
     ChatRequest,
@@ -29,7 +30,6 @@ from gemma3_export.serve.requests import (
     check_chat,
     check_completion,
     decode,
-    openapi_schemas,
 )
 from gemma3_export.serve.responses import Writer, event
 from gemma3_export.serve.running import RunningRequest, with_tool_prompt
@@ -52,11 +52,11 @@ class Service:
     Args:
         engine: generates; the caller closes it.
         options: limits, and the names that clients use.
+        metrics: counts what is answered.
     """
 
-    def __init__(self, engine: Engine, options: ServeOptions) -> None:
-        self.engine, self.options = engine, options
-        self.metrics = ServerMetrics(engine, options.model_name)
+    def __init__(self, engine: Engine, options: ServeOptions, metrics: ServerMetrics) -> None:
+        self.engine, self.options, self.metrics = engine, options, metrics
         self.created = int(time.time())
 
     async def answer(self, request: Request, read: Callable[[bytes], Asked]) -> Response:
@@ -178,14 +178,17 @@ class _Job(Response):
         self._service.metrics.observe(completions, time.perf_counter() - self._started)
 
 
-def create_app(engine: Engine, options: ServeOptions) -> Gate:
+def create_app(engine: Engine, options: ServeOptions, metrics: ServerMetrics | None = None) -> Gate:
     """Return the ASGI app of a server.
 
     Args:
         engine: generates; the caller closes it.
         options: limits, and the names that clients use.
+        metrics: counts what is answered; None is metrics of this process alone.
     """
-    service = Service(engine, options)
+    if metrics is None:
+        metrics = ServerMetrics(engine, {"model_name": options.model_name})
+    service = Service(engine, options, metrics)
     app = FastAPI(
         title="gemma3-export",
         version=__version__,
@@ -201,7 +204,7 @@ def create_app(engine: Engine, options: ServeOptions) -> Gate:
     )
     _add_api(app, service)
     _add_pages(app, service)
-    app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
+    app.openapi = cache(partial(describe, app, options))  # type: ignore[method-assign]
     return Gate(app, options, service.metrics.count_response)
 
 
@@ -218,12 +221,12 @@ def _add_api(app: FastAPI, service: Service) -> None:
         service.require_model(asked.model)
         return check_chat(asked, limits)
 
-    @app.post("/v1/completions", openapi_extra=_body_of("CompletionRequest"))
+    @app.post("/v1/completions")
     async def completions(request: Request) -> Response:
         """Continue a prompt."""
         return await service.answer(request, read_completion)
 
-    @app.post("/v1/chat/completions", openapi_extra=_body_of("ChatRequest"))
+    @app.post("/v1/chat/completions")
     async def chat_completions(request: Request) -> Response:
         """Answer a conversation."""
         return await service.answer(request, read_chat)
@@ -256,7 +259,7 @@ def _add_pages(app: FastAPI, service: Service) -> None:
     @app.get("/metrics")
     async def metrics() -> Response:
         """Return Prometheus metrics."""
-        return Response(service.metrics.text(), headers={"content-type": CONTENT_TYPE})
+        return Response(await service.metrics.text(), headers={"content-type": CONTENT_TYPE})
 
     for path, (name, kind) in PAGES.items():
         app.add_route(path, _page((PLAYGROUND / name).read_bytes(), kind), include_in_schema=False)
@@ -269,39 +272,6 @@ def _page(content: bytes, kind: str) -> Callable[[Request], Awaitable[Response]]
         return Response(content, headers={"content-type": kind, "cache-control": "no-cache"})
 
     return page
-
-
-def _body_of(schema: str) -> dict[str, Any]:
-    """Return the part of an endpoint's description that says what its body is."""
-    reference = {"schema": {"$ref": f"#/components/schemas/{schema}"}}
-    errors = {
-        str(status): {"description": text}
-        for status, text in (
-            (400, "The request is invalid."),
-            (401, "The API key is missing or wrong."),
-            (404, "The model is another one."),
-            (408, "The body took too long."),
-            (413, "The body is too large."),
-            (415, "The body is not JSON."),
-            (429, "Too many requests are waiting."),
-            (503, "The server is shutting down."),
-            (504, "The answer took too long."),
-        )
-    }
-    return {
-        "requestBody": {"required": True, "content": {"application/json": reference}},
-        "responses": errors,
-    }
-
-
-def _openapi(app: FastAPI) -> dict[str, Any]:
-    """Return the OpenAPI description, with the schemas of bodies."""
-    if app.openapi_schema is None:
-        found = get_openapi(title=app.title, version=app.version, routes=app.routes)
-        schemas = found.setdefault("components", {}).setdefault("schemas", {})
-        schemas.update(openapi_schemas())
-        app.openapi_schema = found
-    return app.openapi_schema
 
 
 async def _on_error(request: Request, error: Exception) -> Response:

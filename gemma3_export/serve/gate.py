@@ -9,7 +9,7 @@ import re
 import secrets
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +20,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from gemma3_export.serve.errors import ApiError, ClientGoneError, to_api_error
 from gemma3_export.serve.settings import ServeOptions, is_loopback
 
-__all__ = ["Gate", "JsonLines", "RequestLog", "error_response", "route_of"]
+__all__ = ["PUBLIC", "Gate", "JsonLines", "RequestLog", "error_response", "route_of"]
 
 logger = logging.getLogger(__name__)
 
@@ -159,7 +159,15 @@ def _mark(headers: MutableHeaders, request_id: str) -> None:
 
 
 class JsonLines(logging.Formatter):
-    """Formats log records as JSON, one per line."""
+    """Formats log records as JSON, one per line.
+
+    Args:
+        facts: what every line says.
+    """
+
+    def __init__(self, facts: Mapping[str, Any]) -> None:
+        super().__init__()
+        self._facts = dict(facts)
 
     def format(self, record: logging.LogRecord) -> str:
         """Return one line."""
@@ -168,6 +176,7 @@ class JsonLines(logging.Formatter):
             + f".{int(record.msecs):03d}Z",
             "level": record.levelname.lower(),
             "event": record.getMessage(),
+            **self._facts,
             **getattr(record, "facts", {}),
         }
         if record.exc_info:
@@ -175,10 +184,14 @@ class JsonLines(logging.Formatter):
         return json.dumps(line, default=str)
 
 
-def log_to_stderr() -> None:
-    """Send the logs of the server, the engine and uvicorn to stderr as JSON lines."""
+def log_to_stderr(**facts: Any) -> None:
+    """Send the logs of the server, the engine and uvicorn to stderr as JSON lines.
+
+    Args:
+        facts: what every line says.
+    """
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(JsonLines())
+    handler.setFormatter(JsonLines(facts))
     levels = {
         "gemma3_export": logging.INFO,
         "uvicorn.error": logging.WARNING,

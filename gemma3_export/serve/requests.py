@@ -17,20 +17,22 @@ from gemma3_export.api.options import GenerateOptions
 from gemma3_export.api.prompts import Prompt
 from gemma3_export.limits import shown
 from gemma3_export.records import is_deeper
+from gemma3_export.runtimes.structured.function_calls import CHOICES
 from gemma3_export.serve.errors import ApiError
 from gemma3_export.serve.settings import ServeOptions
 from gemma3_export.tokenizer import ChatMessage
 
 __all__ = [
+    "MAX_LOGPROBS",
     "Asked",
     "ChatRequest",
     "CompletionRequest",
+    "Strict",
     "check_chat",
     "check_completion",
     "convert",
     "decode",
     "decode_json",
-    "openapi_schemas",
 ]
 
 MAX_DEPTH = 64  # of a request's JSON; schemas of tools are the deepest
@@ -148,6 +150,19 @@ class Message(Strict):
     annotations: list[Any] | None = None
 
 
+class ChosenFunction(Strict):
+    """The name of a function."""
+
+    name: str
+
+
+class FunctionChoice(Strict):
+    """The function that must be called."""
+
+    function: ChosenFunction
+    type: Literal["function"] = "function"
+
+
 class ChatRequest(SharedFields, kw_only=True):
     """The body of ``POST /v1/chat/completions``."""
 
@@ -157,7 +172,7 @@ class ChatRequest(SharedFields, kw_only=True):
     logprobs: bool | None = None
     top_logprobs: int | None = None
     tools: list[dict[str, Any]] | None = None
-    tool_choice: str | dict[str, Any] | None = None
+    tool_choice: Literal["auto", "none", "required"] | FunctionChoice | None = None
     parallel_tool_calls: bool | None = None
 
 
@@ -172,6 +187,7 @@ class Asked:
         max_tokens: new tokens of a choice; None is what the context and the server allow.
         is_chat: whether the prompt is a conversation.
         echo: whether the text of a prompt is part of the answer.
+        max_calls: of functions in an answer; None is any number. What follows is left out.
         streams: whether the answer is a stream of events.
         reports_usage: whether a stream ends with its usage.
     """
@@ -186,6 +202,7 @@ class Asked:
     max_tokens: int | None
     is_chat: bool
     echo: bool = False
+    max_calls: int | None = None
     streams: bool = False
     reports_usage: bool = False
 
@@ -256,14 +273,6 @@ def _invalid(message: str) -> ApiError:
     return ApiError(400, f"{place:.80}: {what:.200}", param=f"{place:.80}")
 
 
-def openapi_schemas() -> dict[str, Any]:
-    """Return the JSON schemas of the requests and of their parts, by name."""
-    _, schemas = msgspec.json.schema_components(
-        [CompletionRequest, ChatRequest], ref_template="#/components/schemas/{name}"
-    )
-    return schemas
-
-
 def check_completion(asked: CompletionRequest, limits: ServeOptions) -> Asked:
     """Return a completion request as prompts and options.
 
@@ -280,9 +289,6 @@ def check_completion(asked: CompletionRequest, limits: ServeOptions) -> Asked:
         _require("logprobs", asked.logprobs, 0, MAX_LOGPROBS)
     max_tokens = DEFAULT_MAX_TOKENS if asked.max_tokens is None else asked.max_tokens
     _require("max_tokens", max_tokens, 0, limits.max_tokens)
-    streams = bool(asked.stream)
-    if asked.echo and streams:
-        raise ApiError(400, "echo needs stream to be false; leave one of them out", param="echo")
     options = _options(
         asked,
         limits,
@@ -299,7 +305,7 @@ def check_completion(asked: CompletionRequest, limits: ServeOptions) -> Asked:
         max_tokens=max_tokens,
         is_chat=False,
         echo=bool(asked.echo),
-        streams=streams,
+        streams=bool(asked.stream),
         reports_usage=_reports_usage(asked),
     )
 
@@ -337,6 +343,7 @@ def check_chat(asked: ChatRequest, limits: ServeOptions) -> Asked:
         max_new_tokens=max_tokens or limits.max_tokens,
         logprobs=(asked.top_logprobs or 0) if asked.logprobs else None,
         tools=tools,
+        tool_choice=_tool_choice(asked),
     )
     return Asked(
         prompts=[_conversation(asked.messages)],
@@ -344,6 +351,7 @@ def check_chat(asked: ChatRequest, limits: ServeOptions) -> Asked:
         choices=asked.n or 1,
         max_tokens=max_tokens,
         is_chat=True,
+        max_calls=1 if asked.parallel_tool_calls is False else None,
         streams=bool(asked.stream),
         reports_usage=_reports_usage(asked),
     )
@@ -423,12 +431,6 @@ def _stops(stop: str | list[str] | None, limits: ServeOptions) -> tuple[str, ...
 
 def _tools(asked: ChatRequest) -> list[dict[str, Any]] | None:
     """Return the tools that the model may call; None if there are none."""
-    if asked.tool_choice not in (None, "auto", "none"):
-        raise ApiError(
-            400,
-            f"tool_choice is {shown(asked.tool_choice)}; only auto and none are supported",
-            param="tool_choice",
-        )
     for index, tool in enumerate(asked.tools or ()):
         function = tool.get("function")
         is_named = isinstance(function, dict) and isinstance(function.get("name"), str)
@@ -439,6 +441,21 @@ def _tools(asked: ChatRequest) -> list[dict[str, Any]] | None:
                 param="tools",
             )
     return None if asked.tool_choice == "none" else asked.tools or None
+
+
+def _tool_choice(asked: ChatRequest) -> str | None:
+    """Return which calls the answer must have; None leaves that to the model."""
+    if isinstance(asked.tool_choice, FunctionChoice):
+        name = asked.tool_choice.function.name
+        if name in CHOICES:
+            raise ApiError(
+                400,
+                f"tool_choice names the function {name!r}, which is also the name of a choice; "
+                "rename the function",
+                param="tool_choice",
+            )
+        return name
+    return "required" if asked.tool_choice == "required" else None
 
 
 def _conversation(messages: Sequence[Message]) -> list[ChatMessage]:

@@ -78,11 +78,8 @@ class Writer:
         tokens = completion.tokens if self._has_tokens else ()
         logprobs = None
         if self.asked.reports_logprobs:
-            reported: list[SampledToken] = [*tokens]
-            if self.asked.echo:
-                first = SampledToken(token_id=int(choice.prompt_ids[0]))  # nothing precedes it
-                reported = [first, *completion.prompt_logprobs, *tokens]
-            logprobs = self._text_logprobs(reported, 0)
+            prompt = self._prompt_logprobs(choice, completion) if self.asked.echo else ()
+            logprobs = self._text_logprobs([*prompt, *tokens], 0)
         if self.asked.echo:
             text = self._prompt_text(choice) + text
         return {
@@ -104,8 +101,13 @@ class Writer:
             "logprobs": self._chat_logprobs(completion.tokens)
             if self.asked.reports_logprobs
             else None,
-            "finish_reason": "tool_calls" if calls else finish_reason(completion),
+            "finish_reason": finish_reason(completion, calls),
         }
+
+    def _prompt_logprobs(self, choice: Choice, completion: Completion) -> list[SampledToken]:
+        """Return the tokens of the prompt; nothing precedes the first one."""
+        first = SampledToken(token_id=int(choice.prompt_ids[0]))
+        return [first, *completion.prompt_logprobs]
 
     def _prompt_text(self, choice: Choice) -> str:
         prompt = self.asked.prompts[choice.index // self.asked.choices]
@@ -114,14 +116,21 @@ class Writer:
         return "" if self._tokenizer is None else self._tokenizer.decode(choice.prompt_ids)
 
     def _read_answer(self, completion: Completion) -> tuple[str, list[FunctionCall]]:
-        """Return the text of an answer before its calls, and the calls; malformed ones are text."""
+        """Return the text of an answer before its calls, and the calls.
+
+        A call that was cut off is left out if others are complete. Malformed ones are text.
+        """
         if self.asked.options.tools and self._tokenizer is not None:
+            ids = completion.token_ids
+            end_id = self._tokenizer.token_id(CALL_TOKENS[1])
+            if completion.finish_reason != "stop" and end_id in ids:
+                ids = ids[: len(ids) - ids[::-1].index(end_id)]
             try:
-                text, calls = self._tokenizer.chat.read_answer(completion.token_ids)
+                text, calls = self._tokenizer.chat.read_answer(ids)
             except InputError:
                 calls = []
             if calls:
-                return text.strip(), calls
+                return text.strip(), calls[: self.asked.max_calls]
         return completion.text, []
 
     # --- log-probabilities ----------------------------------------------------------------------
@@ -197,8 +206,19 @@ class Writer:
 
     async def _text_chunks(self) -> AsyncGenerator[bytes, None]:
         offsets = [0] * len(self.running.choices)
+        to_echo = set(range(len(offsets))) if self.asked.echo else set()
         async for choice, event in self.running.events():
             index = choice.index
+            if index in to_echo:
+                to_echo.remove(index)
+                logprobs = None
+                if self.asked.reports_logprobs:
+                    prompt = self._prompt_logprobs(choice, choice.stream.completion)
+                    logprobs = self._text_logprobs(prompt, 0)
+                    offsets[index] = sum(self._text_length(token.token_id) for token in prompt)
+                yield self._chunk(
+                    [self._text_delta(index, self._prompt_text(choice), logprobs, None)]
+                )
             if isinstance(event, Completion):
                 reason = finish_reason(event) if self._has_tokens else "length"
                 yield self._chunk([self._text_delta(index, "", None, reason)])
@@ -242,11 +262,10 @@ class Writer:
                     yield self._chunk([self._chat_delta(index, {"content": text}, logprobs)])
                 continue
             _, calls = self._read_answer(event) if index in calling else ("", [])
-            reason = finish_reason(event)
+            reason = finish_reason(event, calls)
             if calls:
                 made = [{"index": at, **_call_json(call)} for at, call in enumerate(calls)]
                 yield self._chunk([self._chat_delta(index, {"tool_calls": made})])
-                reason = "tool_calls"
             elif held.get(index):  # malformed, and so text
                 yield self._chunk([self._chat_delta(index, {"content": held[index]})])
             yield self._chunk([self._chat_delta(index, {}, None, reason)])
@@ -270,9 +289,11 @@ def event(data: dict[str, Any]) -> bytes:
     return b"data: " + json.dumps(data, ensure_ascii=False).encode() + b"\n\n"
 
 
-def finish_reason(completion: Completion) -> str:
-    """Return OpenAI's name of why a choice ended."""
-    return "stop" if completion.finish_reason == "stop" else "length"
+def finish_reason(completion: Completion, calls: Sequence[FunctionCall] = ()) -> str:
+    """Return OpenAI's name of why a choice ended, which has ``calls``."""
+    if completion.finish_reason != "stop":
+        return "length"
+    return "tool_calls" if calls else "stop"
 
 
 def _call_json(call: FunctionCall) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from gemma3_export.serve.connection import http_protocol
 from gemma3_export.serve.gate import Gate, log_to_stderr
 from gemma3_export.serve.settings import ServeOptions, require_key
 
-__all__ = ["DrainingServer", "bind", "log_listening", "serve"]
+__all__ = ["CLOSE_S", "DrainingServer", "bind", "log_listening", "serve"]
 
 logger = logging.getLogger(__name__)
 
@@ -75,11 +75,11 @@ def serve(engine: Engine, options: ServeOptions, listener: socket.socket) -> int
     return server.exit_code
 
 
-def log_listening(listener: socket.socket, options: ServeOptions) -> None:
+def log_listening(listener: socket.socket, options: ServeOptions, **more: int) -> None:
     """Log where the server is."""
     host, port = listener.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
-    facts = {"url": f"http://{shown}:{port}", "model": options.model_name}
+    facts = {"url": f"http://{shown}:{port}", "model": options.model_name, **more}
     logger.info("listening", extra={"facts": facts})
 
 
@@ -100,6 +100,11 @@ class DrainingServer(uvicorn.Server):
         self._deadline: float | None = None
         self._signal = 0
         self.exit_code = 0
+
+    @property
+    def is_draining(self) -> bool:
+        """Whether the server has been told to stop."""
+        return self._deadline is not None
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Begin to drain; at the second signal, stop draining."""

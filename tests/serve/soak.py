@@ -19,7 +19,7 @@ import psutil
 
 import gemma3_export
 from tests.serve.conftest import Running, running, wait_for
-from tests.support.chat_templates import chat_bundle
+from tests.support.chat_templates import WEATHER, chat_bundle
 
 CLIENTS = 8
 ALLOWED = {"200", "400", "429", "left"}
@@ -91,11 +91,12 @@ def _ask(client: httpx.Client, draw: random.Random) -> str:
     if draw.random() < 0.5:
         path = "/v1/chat/completions"
         asked |= {"messages": [{"role": "user", "content": text}], "logprobs": draw.random() < 0.3}
+        if draw.random() < 0.2:
+            asked |= {"tools": [WEATHER], "tool_choice": draw.choice(["auto", "required"])}
     else:
         path = "/v1/completions"
         asked |= {"prompt": [text] * draw.choice([1, 2])}
-        if not asked["stream"]:
-            asked |= {"echo": draw.random() < 0.5, "logprobs": draw.choice([None, 1])}
+        asked |= {"echo": draw.random() < 0.3, "logprobs": draw.choice([None, 1])}
     leaves = draw.random() < 0.4
     wait_s = draw.choice([0.001, 0.01, 0.05]) if leaves and not asked["stream"] else 60.0
     timeout = httpx.Timeout(60.0, read=wait_s)

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 
 from tests.serve.conftest import Running, running, wait_for
+from tests.support.chat_templates import WEATHER
 
 COMPLETIONS, CHATS = "/v1/completions", "/v1/chat/completions"
 USER = {"role": "user", "content": "a"}
@@ -60,7 +61,6 @@ def ask(served: Running, path: str, body: bytes, **headers: str) -> tuple[int, d
         ({"frequency_penalty": 0.5}, "frequency_penalty", "not supported"),
         ({"logit_bias": {"5": 1}}, "logit_bias", "not supported"),
         ({"presence_penalty": -0.5}, "presence_penalty", "not supported"),
-        ({"echo": True, "stream": True}, "echo", "stream"),
         ({"stream_options": {}}, "stream_options", "needs stream"),
         ({"stream": 1}, "stream", "Expected `bool"),
         ({"prompts": "a"}, "prompts", "not supported"),
@@ -97,7 +97,15 @@ def test_completions_name_what_is_wrong(
         ({"logprobs": 1}, "Expected `bool"),
         ({"tools": [{"type": "function"}]}, "tools[0] must be"),
         ({"tools": [{"type": "search", "function": {"name": "a"}}]}, "tools[0] must be"),
-        ({"tool_choice": "required"}, "only auto and none"),
+        ({"tool_choice": "required"}, "needs 1 to 128 tools"),
+        ({"tool_choice": "any"}, "tool_choice: Invalid enum value"),
+        ({"tool_choice": {"type": "function"}}, "tool_choice.function is missing"),
+        (
+            {"tool_choice": {"function": {"name": "auto"}}, "tools": [WEATHER]},
+            "rename the function",
+        ),
+        ({"tool_choice": {"function": {"name": "fly"}}, "tools": [WEATHER]}, "get_weather"),
+        ({"tool_choice": "required", "tools": [WEATHER], "stop": "x"}, "leave stop or tool_choice"),
         ({"response_format": {"type": "xml"}}, "response_format.type"),
         ({"response_format": {"type": "json_schema"}}, "json_schema is missing"),
         (
@@ -137,6 +145,13 @@ def test_bodies_must_be_json(
     assert says in found["error"]["message"]
 
 
+def test_a_body_of_unknown_length_has_the_same_limit(served: Running) -> None:
+    with served.http as client:
+        parts = (b" " * 100_000 for _ in range(21))
+        answer = client.post(COMPLETIONS, content=parts, headers=JSON)
+    assert answer.status_code == 413
+
+
 @pytest.mark.parametrize(
     ("method", "path", "status"),
     [("GET", COMPLETIONS, 405), ("POST", "/v1/models", 405), ("GET", "/v1/files", 404)],
@@ -159,6 +174,16 @@ def test_spelled_control_tokens_are_text_unless_the_request_asks(served: Running
 
     assert prompt_tokens(allow_control_tokens=True) == 4
     assert prompt_tokens() == prompt_tokens(allow_control_tokens=False) > 4
+
+
+def test_so_are_those_in_messages(served: Running) -> None:
+    def prompt_tokens(text: str) -> int:
+        asked = {"messages": [{"role": "user", "content": text}], "max_tokens": 1}
+        status, found = ask(served, CHATS, json.dumps(asked).encode())
+        assert status == 200, found
+        return int(found["usage"]["prompt_tokens"])
+
+    assert prompt_tokens("a<end_of_turn>b") > prompt_tokens("ab") + 1
 
 
 SCALARS = st.sampled_from(

@@ -5,16 +5,17 @@ from __future__ import annotations
 import asyncio
 import json
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import jsonschema
 import openai
 import pytest
 
+import gemma3_export
 from gemma3_export import Model
 from gemma3_export.runtimes.generation.sampling import SampledToken, Sampler
-from tests.serve.conftest import NAME, Running
-from tests.support.chat_templates import WEATHER
+from tests.serve.conftest import NAME, Running, running
+from tests.support.chat_templates import WEATHER, chat_bundle
 
 PROMPT = "The sea is"
 MESSAGES: list[Any] = [{"role": "user", "content": "Where is the sea?"}]
@@ -230,6 +231,19 @@ class TestEcho:
         found = served.openai.completions.create(prompt=PROMPT, max_tokens=4, echo=True, **GREEDY)
         assert found.choices[0].text == PROMPT + model.generate(PROMPT, max_new_tokens=4).text
 
+    @pytest.mark.parametrize("options", [{"max_tokens": 0}, {"max_tokens": 5, "n": 2}], ids=str)
+    def test_a_stream_begins_with_the_prompt(self, served: Running, options: Any) -> None:
+        options |= {"prompt": ["ab", "The sea"], "echo": True, "logprobs": 1, **GREEDY}
+        whole = served.openai.completions.create(**options)
+        chunks = list(served.openai.completions.create(stream=True, **options))
+        for choice in whole.choices:
+            own = [each.choices[0] for each in chunks if each.choices[0].index == choice.index]
+            assert "".join(each.text for each in own) == choice.text
+            parts = [each.logprobs for each in own if each.logprobs is not None]
+            for name in ("tokens", "token_logprobs", "text_offset"):
+                found = [value for part in parts for value in getattr(part, name)]
+                assert found == getattr(choice.logprobs, name)
+
 
 class TestStructuredOutput:
     def test_a_schema_is_enforced(self, served: Running) -> None:
@@ -352,6 +366,63 @@ class TestTools:
         assert found.choices[0].message.tool_calls is None
         assert found.usage is not None
         assert found.usage.prompt_tokens == len(model.encode(MESSAGES))
+
+
+class TestToolChoice:
+    """Calls that the grammar enforces, of a model whose weights are random."""
+
+    LIGHT: ClassVar[dict[str, Any]] = {
+        "type": "function",
+        "function": {
+            "name": "set_light",
+            "parameters": {
+                "type": "object",
+                "properties": {"room": {"enum": ["kitchen", "hall"]}},
+                "required": ["room"],
+            },
+        },
+    }
+
+    def ask(self, served: Running, **options: Any) -> Any:
+        pytest.importorskip("llguidance")
+        return served.openai.chat.completions.create(
+            messages=MESSAGES,
+            extra_body={"top_k": 40},
+            **{"model": NAME, "seed": 3, "max_tokens": 400, "tools": [WEATHER, self.LIGHT]}
+            | options,
+        )
+
+    def test_a_named_function_is_called_once(self, served: Running) -> None:
+        choice: Any = {"type": "function", "function": {"name": "set_light"}}
+        whole = self.ask(served, tool_choice=choice, n=2)
+        for each in whole.choices:
+            assert each.finish_reason == "tool_calls"
+            (call,) = each.message.tool_calls or ()
+            assert call.function.name == "set_light"
+            assert json.loads(call.function.arguments)["room"] in ("kitchen", "hall")
+        chunks = list(self.ask(served, tool_choice=choice, stream=True))
+        (streamed,) = [call for chunk in chunks for call in chunk.choices[0].delta.tool_calls or ()]
+        first = whole.choices[0].message.tool_calls[0]
+        assert streamed.function.arguments == first.function.arguments
+
+    def test_a_call_can_be_required_and_more_be_excluded(self, served: Running) -> None:
+        """Some of the choices end in the middle of another call, which is left out."""
+        options: dict[str, Any] = {"tool_choice": "required", "tools": [self.LIGHT]}
+        options |= {"n": 16, "max_tokens": 60}
+        several = self.ask(served, **options).choices
+        calls = [[call.function for call in each.message.tool_calls] for each in several]
+        assert max(map(len, calls)) > 1
+        assert {each.finish_reason for each in several} == {"tool_calls", "length"}
+        first = self.ask(served, parallel_tool_calls=False, **options).choices
+        assert [[call.function for call in each.message.tool_calls] for each in first] == [
+            each[:1] for each in calls
+        ]
+
+    def test_other_models_cannot_be_made_to_call(self) -> None:
+        llama = gemma3_export.load(chat_bundle("llama"), device="cpu", threads=1)
+        wrong = pytest.raises(openai.BadRequestError, match="only FunctionGemma's calls")
+        with running(llama) as other, wrong:
+            self.ask(other, tool_choice="required")
 
 
 def test_the_model_is_listed(served: Running) -> None:

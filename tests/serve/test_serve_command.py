@@ -29,6 +29,7 @@ def test_it_serves_until_sigterm_without_torch(tmp_path: Path) -> None:
     assert process.stderr is not None
     listening = json.loads(process.stderr.readline())
     assert listening["event"] == "listening"
+    assert listening["url"].startswith("http://127.0.0.1:")
     with httpx.Client(base_url=listening["url"], trust_env=False) as client:
         assert client.get("/ready").status_code == 200
         answer = client.post("/v1/completions", json={"prompt": "a", "max_tokens": 2})
