@@ -39,7 +39,7 @@ PYTEST_ARGS ?=
 PYTEST_PARALLEL := -n logical --maxprocesses 4 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help setup weights tokenizer demo demo-270m train-demo test test-full test-faults soak test-triton test-ray test-cuda gpu placement lint lint-systems lint-docker lint-examples docs site picture packages \
+.PHONY: help setup weights tokenizer demo demo-270m train-demo test test-full test-faults fuzz-serve soak test-triton test-ray test-cuda gpu placement lint lint-systems lint-docker lint-examples docs site picture packages \
 	bench bench-peers bench-serve bench-serve-cuda consumers bench-cuda bench-cuda-short peers clean
 
 help: ## List the targets
@@ -150,6 +150,9 @@ SEED ?= 0
 
 test-faults: $(INSTALLED) ## Run hostile inputs, kills and races (TIME=seconds, SEED=n)
 	$(BIN)/python -m tests.faults.harness --time $(TIME) --seed $(SEED)
+
+fuzz-serve: $(INSTALLED) ## Test a server with schemathesis and lm-eval, each in an environment of its own
+	$(BIN)/python -m pytest -n 0 -m "" -s tests/serve/test_foreign_tools.py $(PYTEST_ARGS)
 
 soak: $(INSTALLED) ## Load a server with random clients and look for leaks (TIME=seconds, SEED=n)
 	$(BIN)/python -m tests.serve.soak --time $(TIME) --seed $(SEED)

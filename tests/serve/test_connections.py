@@ -170,6 +170,22 @@ class TestKeys:
                 for path in ("/health", "/ready", "/"):
                     assert client.get(path, headers={"Authorization": ""}).status_code == 200
 
+    def test_keys_are_compared_in_constant_time(
+        self, model: Model, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        compared: list[tuple[bytes, bytes]] = []
+
+        def compare(sent: bytes, key: bytes) -> bool:
+            compared.append((sent, key))
+            return False
+
+        monkeypatch.setattr("hmac.compare_digest", compare)
+        with running(model, key=KEY) as served:
+            for sent in (KEY, "x"):
+                answer = served.http.get("/v1/models", headers={"Authorization": f"Bearer {sent}"})
+                assert answer.status_code == 401
+        assert compared == [(KEY.encode(), KEY.encode()), (b"x", KEY.encode())]
+
     def test_without_a_key_the_server_has_no_other_names_than_localhost(
         self, served: Running
     ) -> None:
