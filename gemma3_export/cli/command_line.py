@@ -208,11 +208,22 @@ def _restart_with_huge_pages(arguments: Sequence[str]) -> None:
     command = next((one for one in arguments if not one.startswith("-")), None)
     if command not in DECODING or {"--no-huge-pages", "--help", "-h"} & set(arguments):
         return
+    if not _is_own_process(arguments):
+        return
     variables = with_huge_pages(os.environ)
     if variables is None or not sys.executable:
         return
     with suppress(OSError):  # then it runs without
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], variables)  # noqa: S606
+
+
+def _is_own_process(arguments: Sequence[str]) -> bool:
+    """Return whether the process was started for this command, and not by a caller of main()."""
+    end = len(sys.orig_argv) - len(arguments)
+    program, given = sys.orig_argv[1:end], sys.orig_argv[end:]
+    if not program or given != list(arguments):
+        return False
+    return program[-2:] == ["-m", "gemma3_export"] or Path(program[-1]).stem == "gemma3-export"
 
 
 def main() -> NoReturn:

@@ -22,7 +22,7 @@ from gemma3_export.runtimes.onnx.huge_pages import (
     with_huge_pages,
 )
 from gemma3_export.runtimes.onnx.runtime import OnnxRuntime
-from tests.support.command_line import finish, start
+from tests.support.command_line import REPOSITORY, finish, start
 from tests.support.exported_bundles import exported_bundle
 
 SIZE = 8 * 2**20
@@ -114,23 +114,36 @@ def test_the_c_library_is_asked_where_that_changes_something(
     assert with_huge_pages({}) is None
 
 
+REPLACED = """
+import os, sys
+def replaced(program, arguments, variables):
+    print(variables["GLIBC_TUNABLES"], *arguments[-3:])
+    sys.exit(0)
+os.execve = replaced
+"""
+
+
 @needs_linux
-@pytest.mark.parametrize("option", ["--huge-pages", "--no-huge-pages"])
-def test_a_command_that_decodes_restarts_unless_told_not_to(option: str) -> None:
+@pytest.mark.parametrize(
+    ("option", "code", "restarts"),
+    [
+        ("--huge-pages", None, True),
+        ("--no-huge-pages", None, False),
+        # A program that calls main() is not started again.
+        ("--huge-pages", "from gemma3_export.cli import main; main()", False),
+    ],
+)
+def test_a_command_that_decodes_restarts_unless_told_not_to(
+    option: str, code: str | None, restarts: bool, tmp_path: Path
+) -> None:
     if with_huge_pages({}) is None:
         pytest.skip("this system needs no restart for huge pages")
-    code = (
-        "import os, sys\n"
-        "def replaced(program, arguments, variables):\n"
-        "    print(variables['GLIBC_TUNABLES'], *arguments[-3:])\n"
-        "    sys.exit(0)\n"
-        "os.execve = replaced\n"
-        "from gemma3_export.cli import main\n"
-        "main()\n"
-    )
+    (tmp_path / "sitecustomize.py").write_text(REPLACED)
     variables = {key: value for key, value in os.environ.items() if key != TUNABLES}
-    stdout, stderr = finish(start("generate", "nowhere", option, code=code, env=variables))
-    if option == "--huge-pages":
+    variables["PYTHONPATH"] = os.pathsep.join((str(tmp_path), str(REPOSITORY)))
+    process = start("generate", "nowhere", option, code=code, env=variables)
+    stdout, stderr = finish(process)
+    if restarts:
         assert stdout.decode() == f"glibc.malloc.hugetlb=1 generate nowhere {option}\n"
     else:
         assert stdout == b""
