@@ -205,8 +205,21 @@ def serve(
             f'the server needs {", ".join(missing)}; run: pip install "gemma3-export[serve]"'
         )
 
-    if on_ray and workers > 1:
-        raise click.UsageError("--workers and --ray exclude each other; with --ray, use --replicas")
+    ray_values = {
+        "--ray-address": ray_address,
+        "--replicas": replicas,
+        "--min-replicas": min_replicas,
+        "--max-replicas": max_replicas,
+    }
+    if on_ray:
+        if workers > 1:
+            raise click.UsageError(
+                "--workers and --ray exclude each other; with --ray, use --replicas"
+            )
+        if importlib.util.find_spec(RAY) is None:
+            raise UnavailableError('--ray needs ray; run: pip install "gemma3-export[ray]"')
+    elif given := [name for name, value in ray_values.items() if value is not None]:
+        raise click.UsageError(f"{given[0]} needs --ray; add it, or leave {given[0]} out")
 
     from gemma3_export.api.engine import EngineOptions
     from gemma3_export.serve.ray_settings import ray_options
