@@ -24,8 +24,7 @@ TRAIN_DEMO := build/train-demo
 ROOMS := build/rooms
 # The engines that bench-peers measures, each in its own environment in .cache/peers.
 PEERS ?= transformers.exporters:fp32 transformers.exporters:int8 optimum-onnx onnxruntime-genai:fp32 \
-	onnxruntime-genai:int4 llama.cpp:Q8_0 llama.cpp:Q4_0 \
-	openvino:int8
+	onnxruntime-genai:int4 llama.cpp:Q8_0 llama.cpp:Q4_0 openvino:int8
 AGAINST = --against transformers $(addprefix --against ,$(PEERS))
 # The address of the repository, for links on PyPI and on the site; without it they become text.
 REPOSITORY_URL ?=

@@ -28,6 +28,7 @@ from gemma3_export.bench.report import aligned, scaled, spread
 from gemma3_export.bundle import Bundle
 from gemma3_export.config import TOKENIZER_NAME
 from gemma3_export.errors import Gemma3ExportError, InputError, UnavailableError
+from gemma3_export.processor_kind import Processor
 from gemma3_export.processors import available_processors
 from gemma3_export.runtimes.onnx.session import import_onnxruntime
 from gemma3_export.tokenizer import Tokenizer
@@ -158,7 +159,8 @@ def measure(
     machine = found["machine"]
     load = machine["load_average"]
     click.echo(
-        f"{machine['processor']}, {machine['processors']} processors, {threads} threads, "
+        f"{Processor(**machine['processor'])}, {machine['processors']} processors, "
+        f"{threads} threads, huge pages {machine['huge_pages'] or 'unknown'}, "
         f"load {load:.1f}"
     )
     click.echo(", ".join(f"{name} {version}" for name, version in versions.items()))

@@ -64,7 +64,7 @@ def put_under_load(
     Args:
         url: of the server.
         prompts: token ids.
-        clients: requests that are under way at once.
+        clients: requests in flight at once.
         new_tokens: to generate after each prompt.
         fields: further fields of each request.
 

@@ -9,6 +9,7 @@ import click
 
 from gemma3_export.cli.options import cache_size, integer, memory_size
 from gemma3_export.limits import QUEUE_LIMIT, SLOTS
+from gemma3_export.serve.settings import MAX_TOKENS
 
 __all__ = ["engine_options"]
 
@@ -39,7 +40,7 @@ OPTIONS = (
     click.option(
         "--max-tokens",
         type=integer(),
-        default=4096,
+        default=MAX_TOKENS,
         show_default=True,
         metavar="N",
         help="Maximum tokens per answer that a request may ask for.",

@@ -131,17 +131,16 @@ OPENING = (
     click.option(
         "--huge-pages/--no-huge-pages",
         default=None,
-        help="Keep weights in huge pages on the CPU, so that decoding is faster (Linux).  "
-        "[default: if the C library can allocate them, and always in serve]",
+        help="Keep weights in huge pages, which makes decoding on the CPU faster (Linux).  "
+        "[default: if the C library can allocate them; always in serve]",
     ),
     click.option(
         "--prefill",
         type=click.Choice(("auto", "blocks", "integers")),
         default="auto",
         show_default=True,
-        help="How prompts are multiplied. integers: in the graphs of an export with "
-        "--prefill-graph. blocks: never load them. auto: integers where the bundle has them and "
-        "the processor is an x86.",
+        help="How prompts are computed. integers: with the prompt graphs of an export with "
+        "--prefill-graph. blocks: never load them. auto: integers on x86 if the bundle has them.",
     ),
     click.option(
         "--trust", is_flag=True, help="Load a torch archive that is not the one that was exported."

@@ -12,16 +12,10 @@ import click
 
 from gemma3_export.cli.engine_options import engine_options
 from gemma3_export.cli.generation_options import OpeningRequest, note_variant_of, opening_options
-from gemma3_export.cli.options import (
-    PATH,
-    REAL,
-    TEXT_PATH,
-    integer,
-    memory_size,
-)
+from gemma3_export.cli.options import PATH, REAL, TEXT_PATH, integer, memory_size
 from gemma3_export.errors import UnavailableError
 from gemma3_export.processors import available_processors
-from gemma3_export.serve.settings import KEY_VARIABLE
+from gemma3_export.serve.settings import BODY_S, DRAIN_S, KEY_VARIABLE, MAX_CHOICES, REQUEST_S
 
 if TYPE_CHECKING:
     import socket
@@ -84,41 +78,41 @@ Examples:
     default=1,
     show_default=True,
     metavar="N",
-    help="Processes that serve, each with its own copy of the model, slots and caches. With 2 or "
-    "more, those that die are restarted.",
+    help="Number of server processes, each with its own copy of the model, slots and caches. With "
+    "2 or more, those that die are restarted.",
 )
 @click.option(
     "--ray",
     "on_ray",
     is_flag=True,
-    help="Run the model in replicas on Ray Serve, which restarts those that die. Every limit on "
-    "slots, queue and memory is per replica.",
+    help="Run the model in replicas on Ray Serve, which restarts those that die. Limits on slots, "
+    "queue and memory apply to each replica.",
 )
 @click.option(
     "--ray-address",
     metavar="ADDRESS",
-    help="Ray cluster of this machine: auto or HOST:PORT.  [default: start one]",
+    help="Ray cluster that this machine belongs to: auto or HOST:PORT.  [default: start one]",
 )
 @click.option(
-    "--replicas", type=integer(), metavar="N", help="Replicas on Ray Serve.  [default: 1]"
+    "--replicas", type=integer(), metavar="N", help="Number of replicas with --ray.  [default: 1]"
 )
 @click.option(
     "--min-replicas",
     type=integer(),
     metavar="N",
-    help="Replicas that always run, with --max-replicas.  [default: 1]",
+    help="Minimum number of replicas when scaling with --max-replicas.  [default: 1]",
 )
 @click.option(
     "--max-replicas",
     type=integer(),
     metavar="N",
-    help="Add replicas under load, up to this number.",
+    help="Add replicas under load, up to this number.  [default: --min-replicas]",
 )
 @engine_options
 @click.option(
     "--max-choices",
     type=integer(),
-    default=64,
+    default=MAX_CHOICES,
     show_default=True,
     metavar="N",
     help="Maximum answers per request: n times its prompts.",
@@ -136,7 +130,7 @@ Examples:
     "--timeout",
     "request_s",
     type=REAL,
-    default=600.0,
+    default=REQUEST_S,
     show_default=True,
     metavar="SECONDS",
     help="Maximum time for an answer, including its wait for a slot.",
@@ -145,7 +139,7 @@ Examples:
     "--body-timeout",
     "body_s",
     type=REAL,
-    default=30.0,
+    default=BODY_S,
     show_default=True,
     metavar="SECONDS",
     help="Maximum time for the body of a request to arrive.",
@@ -154,7 +148,7 @@ Examples:
     "--drain-timeout",
     "drain_s",
     type=REAL,
-    default=30.0,
+    default=DRAIN_S,
     show_default=True,
     metavar="SECONDS",
     help="Maximum time for running requests to finish after SIGINT or SIGTERM.",

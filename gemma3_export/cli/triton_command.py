@@ -7,12 +7,7 @@ from pathlib import Path
 import click
 
 from gemma3_export.cli.engine_options import engine_options
-from gemma3_export.cli.options import (
-    PATH,
-    force_option,
-    runtime_threads_option,
-    variant_option,
-)
+from gemma3_export.cli.options import PATH, force_option, runtime_threads_option, variant_option
 from gemma3_export.progress import ProgressBars
 
 __all__ = ["triton"]
@@ -37,7 +32,7 @@ Examples:
     type=PATH,
     required=True,
     metavar="REPO",
-    help="Model repository; it is created if it is missing, and may have other models.",
+    help="Model repository; created if it is missing, and may contain other models.",
 )
 @click.option("--name", metavar="NAME", help="Name of the model.  [default: the name of DIR]")
 @click.option(
@@ -73,10 +68,10 @@ def triton(
     bundle_at: Path | None,
     force: bool,
 ) -> None:
-    """Write a bundle as a model of an NVIDIA Triton model repository.
+    """Write a bundle into an NVIDIA Triton model repository.
 
-    Triton's Python backend runs it, and needs this package in its Python. Inputs and outputs are
-    those of Triton's vLLM backend, and more.
+    Triton's Python backend runs the model, and needs this package in its Python. Inputs and outputs
+    are those of Triton's vLLM backend, and more.
     """
     from gemma3_export.bundle import Bundle
     from gemma3_export.triton.model_config import TritonOptions

@@ -23,13 +23,13 @@ REFERENCE = "#/components/schemas/{name}"
 
 
 class PromptTokensDetails(Strict):
-    """Where the tokens of prompts come from."""
+    """How many tokens of the prompts were cached."""
 
     cached_tokens: int
 
 
 class Usage(Strict):
-    """What a request took."""
+    """Tokens of a request."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -219,7 +219,7 @@ def describe(app: FastAPI, limits: ServeOptions) -> dict[str, Any]:
             if answer is not None:
                 content |= _json(answer)
             is_open = limits.key is None or path in PUBLIC
-            gate = () if path in PUBLIC and limits.key else (403,) if limits.key is None else (401,)
+            gate = (403,) if limits.key is None else () if is_open else (401,)
             operation["responses"] = {
                 "200": {"description": "The answer.", "content": content},
                 **{

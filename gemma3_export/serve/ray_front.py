@@ -8,15 +8,13 @@ until the first byte of the answer has arrived: a replica that dies then costs t
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
-from prometheus_client.core import Metric
+from prometheus_client import CollectorRegistry, Counter, Gauge
 from prometheus_client.parser import text_string_to_metric_families
-from prometheus_client.registry import Collector
 from ray.exceptions import NodeDiedError, RayActorError, TaskCancelledError, WorkerCrashedError
 from ray.serve.exceptions import BackPressureError, RequestCancelledError
 from starlette.requests import Request
@@ -28,7 +26,7 @@ from gemma3_export.serve.app import LAST_EVENT_S
 from gemma3_export.serve.connection import on_disconnect, read_body
 from gemma3_export.serve.errors import ApiError, ClientGoneError, to_api_error
 from gemma3_export.serve.gate import Gate
-from gemma3_export.serve.metrics import CONTENT_TYPE
+from gemma3_export.serve.metrics import CONTENT_TYPE, metrics_text
 from gemma3_export.serve.ray_replica import ForwardedRequest, Outcome
 from gemma3_export.serve.responses import event
 from gemma3_export.serve.settings import ServeOptions
@@ -36,7 +34,7 @@ from gemma3_export.serve.settings import ServeOptions
 __all__ = ["Front", "create_front"]
 
 ATTEMPTS = 3  # a request that kills each of its replicas must not kill them all
-BUSY_S = 0.1  # before a request whose replica died is offered again to the others, which are full
+BUSY_S = 0.1  # between retries of a request whose replica died while all others are full
 METRICS_S = 5.0  # for a replica that starts, ends or hangs
 FULL = (429, 503)
 DIED = (RayActorError, WorkerCrashedError, NodeDiedError)
@@ -227,17 +225,15 @@ class Front:
             raise ApiError(503, "a replica does not answer; try again later") from error
         texts = [each for each in found if not isinstance(each, BaseException)]
         self._answering.set(len(texts))
-        families: dict[str, Metric] = {each.name: each for each in self._registry.collect()}
+        families = list(self._registry.collect())
         for name, text in texts:
-            for each in text_string_to_metric_families(text):
-                empty = Metric(each.name, each.documentation, each.type)
-                family = families.setdefault(each.name, empty)
-                for sample in each.samples:
-                    labels = {**sample.labels, "replica": name}
-                    family.samples.append(sample._replace(labels=labels))
-        registry = CollectorRegistry()
-        registry.register(_Families(families.values()))
-        return generate_latest(registry)
+            for family in text_string_to_metric_families(text):
+                family.samples = [
+                    sample._replace(labels={**sample.labels, "replica": name})
+                    for sample in family.samples
+                ]
+                families.append(family)
+        return metrics_text(families)
 
 
 class _Answer:
@@ -280,24 +276,13 @@ class _Answer:
 
 @dataclass(frozen=True, slots=True)
 class _Route:
-    """The route that a replica found, as the gate reads it."""
+    """The route that a replica matched, in the form that the gate reads."""
 
     path: str
 
 
-class _Families(Collector):
-    """Metrics that have been collected already."""
-
-    def __init__(self, families: Iterable[Metric]) -> None:
-        self._families = families
-
-    def collect(self) -> Iterable[Metric]:
-        """Return the metrics."""
-        return self._families
-
-
 def create_front(replicas: Any, options: ServeOptions) -> tuple[Gate, Front]:
-    """Return the ASGI app of a front, and the front inside of its gate.
+    """Return the ASGI app of a front, and the front inside its gate.
 
     Args:
         replicas: handle of the deployment of :class:`.ray_replica.EngineReplica`.

@@ -11,8 +11,18 @@ import msgspec
 
 from gemma3_export.api.checks import check_integers, check_texts
 from gemma3_export.api.engine import EngineOptions
+from gemma3_export.api.options import PREFIX_CACHE_BYTES
 from gemma3_export.errors import InputError
-from gemma3_export.serve.settings import ServeOptions
+from gemma3_export.limits import QUEUE_LIMIT, SLOTS
+from gemma3_export.serve.settings import (
+    BODY_S,
+    DRAIN_S,
+    MAX_BODY_BYTES,
+    MAX_CHOICES,
+    MAX_TOKENS,
+    REQUEST_S,
+    ServeOptions,
+)
 
 __all__ = ["AppArguments", "RayOptions", "ray_options", "read_arguments"]
 
@@ -24,11 +34,11 @@ class RayOptions:
     """How many replicas run on a Ray cluster, and where that is.
 
     Args:
-        address: of a cluster to which this machine belongs, ``auto`` or ``HOST:PORT``; None starts
+        address: of a cluster that this machine belongs to, ``auto`` or ``HOST:PORT``; None starts
             one on this machine.
         min_replicas: replicas that always run.
         max_replicas: replicas that run under load; more than ``min_replicas`` is autoscaling.
-        target_requests: requests per replica that autoscaling aims at; None is the slots.
+        target_requests: requests per replica that autoscaling aims for; None is the slots.
 
     Raises:
         InputError: a value is out of range.
@@ -57,7 +67,7 @@ class RayOptions:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AppArguments:
-    """Arguments of :func:`.ray_serve.build_app`; others are as for the command ``serve``.
+    """Arguments of :func:`.ray_serve.build_app`; those not listed are as for the command ``serve``.
 
     Args:
         bundle: path of the bundle on every machine of the cluster.
@@ -67,7 +77,7 @@ class AppArguments:
         replicas: replicas of the engine; excludes the next two.
         min_replicas: replicas that always run.
         max_replicas: replicas that run under load.
-        target_requests: requests per replica that autoscaling aims at; None is the slots.
+        target_requests: requests per replica that autoscaling aims for; None is the slots.
         threads: intra-op threads of a replica, for which it reserves as many processors.
         device: ``cpu``, or ``cuda`` for one GPU per replica.
 
@@ -85,17 +95,17 @@ class AppArguments:
     threads: int = 1
     device: str = "cpu"
     variant: str | None = None
-    slots: int = 8
-    queue_limit: int = 64
+    slots: int = SLOTS
+    queue_limit: int = QUEUE_LIMIT
     max_request_tokens: int | None = None
     cache_bytes: int | None = None
-    kept_prefix_bytes: int = 256_000_000
-    max_tokens: int = 4096
-    max_choices: int = 64
-    max_body_bytes: int = 2_000_000
-    request_s: float = 600.0
-    body_s: float = 30.0
-    drain_s: float = 30.0
+    kept_prefix_bytes: int = PREFIX_CACHE_BYTES
+    max_tokens: int = MAX_TOKENS
+    max_choices: int = MAX_CHOICES
+    max_body_bytes: int = MAX_BODY_BYTES
+    request_s: float = REQUEST_S
+    body_s: float = BODY_S
+    drain_s: float = DRAIN_S
 
     def __post_init__(self) -> None:
         _ = (self.engine, self.serve, self.cluster)  # which check their fields
@@ -108,8 +118,11 @@ class AppArguments:
     @property
     def serve(self) -> ServeOptions:
         """The limits, and the name that clients use, without the key."""
-        name = self.model_name or Path(self.bundle).name
-        return ServeOptions(**self._fields_of(ServeOptions) | {"model_name": name})
+        own = {
+            "model_name": self.model_name or Path(self.bundle).name,
+            "max_choices": min(self.max_choices, self.slots + self.queue_limit),
+        }
+        return ServeOptions(**self._fields_of(ServeOptions) | own)
 
     @property
     def cluster(self) -> RayOptions:

@@ -11,9 +11,28 @@ from gemma3_export.errors import InputError
 from gemma3_export.files import read_text
 from gemma3_export.limits import MAX_SIZE_BYTES, check_number
 
-__all__ = ["KEY_VARIABLE", "ServeOptions", "is_loopback", "read_key_file", "require_key"]
+__all__ = [
+    "BODY_S",
+    "DRAIN_S",
+    "KEY_VARIABLE",
+    "MAX_BODY_BYTES",
+    "MAX_CHOICES",
+    "MAX_TOKENS",
+    "REQUEST_S",
+    "ServeOptions",
+    "is_loopback",
+    "read_key_file",
+    "require_key",
+]
 
 KEY_VARIABLE = "GEMMA3_API_KEY"
+# Defaults of ServeOptions, of commands and of applications on Ray.
+MAX_TOKENS = 4096
+MAX_CHOICES = 64
+MAX_BODY_BYTES = 2_000_000
+REQUEST_S = 600.0
+BODY_S = 30.0
+DRAIN_S = 30.0
 MAX_KEY_BYTES = 4096
 MAX_WAIT_S = 7 * 24 * 3600.0
 DURATIONS = ("request_s", "body_s", "header_s", "drain_s")
@@ -43,16 +62,16 @@ class ServeOptions:
 
     model_name: str
     key: str | None = field(default=None, repr=False)
-    max_tokens: int = 4096
-    max_choices: int = 64
+    max_tokens: int = MAX_TOKENS
+    max_choices: int = MAX_CHOICES
     max_stops: int = 16
     max_stop_characters: int = 256
-    max_body_bytes: int = 2_000_000
+    max_body_bytes: int = MAX_BODY_BYTES
     max_connections: int = 512
-    request_s: float = 600.0
-    body_s: float = 30.0
+    request_s: float = REQUEST_S
+    body_s: float = BODY_S
     header_s: float = 10.0
-    drain_s: float = 30.0
+    drain_s: float = DRAIN_S
 
     def __post_init__(self) -> None:
         check_texts(self, "model_name", "key")

@@ -11,9 +11,11 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from gemma3_export.api.checks import check_integers, check_texts
+from gemma3_export.api.options import PREFIX_CACHE_BYTES
 from gemma3_export.device import parse_device
 from gemma3_export.errors import InputError
-from gemma3_export.limits import MAX_SIZE_BYTES, check_threads, shown
+from gemma3_export.limits import MAX_SIZE_BYTES, QUEUE_LIMIT, SLOTS, check_threads, shown
+from gemma3_export.serve.settings import MAX_TOKENS
 
 __all__ = ["INPUTS", "OUTPUTS", "RETURN_FLAGS", "TritonOptions", "config_text", "read_parameters"]
 
@@ -60,8 +62,8 @@ class TritonOptions:
         queue_limit: requests that may wait; more fail as unavailable.
         max_request_tokens: tokens of prompt and answer that one request can hold; None is the
             model's context, at most 8192.
-        max_tokens: the most tokens that a request may ask for.
-        cache_bytes: limit on keys and values of running requests; None is none.
+        max_tokens: maximum number of tokens that a request may ask for.
+        cache_bytes: limit on keys and values of running requests; None is no limit.
         kept_prefix_bytes: memory for prompt prefixes that are kept between requests; 0 is off.
 
     Raises:
@@ -70,12 +72,12 @@ class TritonOptions:
 
     variant: str | None = None
     threads: int | None = None
-    slots: int = 8
-    queue_limit: int = 64
+    slots: int = SLOTS
+    queue_limit: int = QUEUE_LIMIT
     max_request_tokens: int | None = None
-    max_tokens: int = 4096
+    max_tokens: int = MAX_TOKENS
     cache_bytes: int | None = None
-    kept_prefix_bytes: int = 256_000_000
+    kept_prefix_bytes: int = PREFIX_CACHE_BYTES
 
     def __post_init__(self) -> None:
         check_texts(self, "variant")

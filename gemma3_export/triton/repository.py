@@ -1,4 +1,4 @@
-"""Write a bundle as a model of a Triton model repository, and find it again in the server.
+"""Write a bundle into a Triton model repository, and find it again in the server.
 
 REPO/NAME/config.pbtxt
 REPO/NAME/1/model.py       imports gemma3_export.triton.backend
@@ -100,9 +100,7 @@ def write_repository(
     chosen = bundle.with_variant(options.variant)
     target = to_path(repository, "the model repository") / name
     if target.resolve().is_relative_to(bundle.path.resolve()):
-        raise InputError(
-            f"{target} is inside of the bundle {bundle.path}; choose another repository"
-        )
+        raise InputError(f"{target} is inside the bundle {bundle.path}; choose another repository")
     config = config_text(name, device, options)
     reject_existing(target, force=force)
     chosen.check_files(progress=progress)

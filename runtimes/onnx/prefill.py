@@ -7,7 +7,6 @@ graph for decoding, and so do short steps, and steps that want all logits.
 
 from __future__ import annotations
 
-import functools
 import platform
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ import numpy as np
 from gemma3_export.bundle import Bundle, Graph, Signature
 from gemma3_export.device import Device
 from gemma3_export.errors import InputError
+from gemma3_export.processor_kind import read_processor
 from gemma3_export.runtimes.onnx.caches import OnnxCache
 from gemma3_export.runtimes.onnx.session import EXACT_PRODUCTS, check_interface, open_session
 from gemma3_export.runtimes.protocol import IntArray, PrefillProducts
@@ -25,10 +25,9 @@ __all__ = ["PrefillSession", "prefill_path"]
 
 FEWEST_TOKENS = 16  # fewer are as fast in the other graph, where they cost no second step
 X86 = ("x86_64", "AMD64")
-CPU_FACTS = Path("/proc/cpuinfo")
 # Processors that multiply unsigned by signed bytes without saturation. Elsewhere on x86, sums of
 # two products saturate at 16 bits unless ONNX Runtime is told to prevent it.
-EXACT_FLAGS = {"avx512_vnni", "avx_vnni", "amx_int8"}
+EXACT_SETS = {"avx512_vnni", "avx_vnni", "amx_int8"}
 
 
 def prefill_path(
@@ -62,17 +61,14 @@ def prefill_path(
     return path if wanted == "integers" or platform.machine() in X86 else None
 
 
-@functools.cache
 def has_exact_products() -> bool:
-    """Return whether products of unsigned and signed bytes are exact on this processor."""
+    """Return whether products of unsigned and signed bytes are exact on this processor.
+
+    False where the system does not say, so that results are right there, but slower.
+    """
     if platform.machine() not in X86:
         return True
-    try:
-        lines = CPU_FACTS.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError):  # another system: take the exact ones, which are slower
-        return False
-    flags = next((line.partition(":")[2].split() for line in lines if line.startswith("flags")), [])
-    return not EXACT_FLAGS.isdisjoint(flags)
+    return not EXACT_SETS.isdisjoint(read_processor().instruction_sets)
 
 
 class PrefillSession:

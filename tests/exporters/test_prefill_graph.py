@@ -23,6 +23,7 @@ from gemma3_export.parity.graph_variants import run_variant
 from gemma3_export.parity.ground_truth import GroundTruth
 from gemma3_export.parity.judge import Limits
 from gemma3_export.parity.prefill_check import PrefillCheck
+from gemma3_export.processor_kind import parse_cpuinfo
 from gemma3_export.progress import ignore_progress
 from gemma3_export.reference.loading import load_reference
 from gemma3_export.reference.runtime import ReferenceRuntime
@@ -265,13 +266,13 @@ def test_auto_uses_the_graph_on_x86_and_nothing_loads_it_elsewhere(
     [("fpu avx2 avx512f", False), ("fpu avx2 avx512_vnni", True), ("avx_vnni avx2", True)],
 )
 def test_products_are_exact_on_processors_without_vnni_too(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, flags: str, is_exact: bool
+    monkeypatch: pytest.MonkeyPatch, flags: str, is_exact: bool
 ) -> None:
-    facts = tmp_path / "cpuinfo"
-    facts.write_text(f"processor\t: 0\nflags\t\t: {flags}\nbugs\t\t:\n", encoding="utf-8")
-    monkeypatch.setattr(prefill, "CPU_FACTS", facts)
+    text = f"processor\t: 0\nflags\t\t: {flags}\nbugs\t\t:\n"
+    processor = parse_cpuinfo(text, otherwise="")
+    monkeypatch.setattr(prefill, "read_processor", lambda: processor)
     monkeypatch.setattr(platform, "machine", lambda: "x86_64")
-    assert prefill.has_exact_products.__wrapped__() is is_exact
+    assert prefill.has_exact_products() is is_exact
 
 
 def test_integers_that_cannot_be_had_are_rejected() -> None:

@@ -10,6 +10,7 @@ import yaml
 from gemma3_export import InputError
 from gemma3_export.cli import serve_command
 from gemma3_export.serve.ray_settings import RayOptions, read_arguments
+from gemma3_export.serve.settings import ServeOptions
 from tests.support.command_line import REPOSITORY, error_line, run_rejected
 
 
@@ -20,6 +21,12 @@ def test_arguments_of_a_command_line_are_text() -> None:
     assert (found.cluster.min_replicas, found.cluster.max_replicas) == (1, 3)
     assert (found.engine.slots, found.engine.device, found.serve.body_s) == (5, "cpu", 2.0)
     assert (found.serve.model_name, found.serve.key) == ("a", None)
+
+
+def test_a_request_has_at_most_as_many_choices_as_a_replica_has_places() -> None:
+    args = {"bundle": "a", "slots": 2, "queue_limit": 3}
+    assert read_arguments(args).serve.max_choices == 5
+    assert read_arguments({"bundle": "a"}).serve == ServeOptions(model_name="a")
 
 
 @pytest.mark.parametrize(

@@ -99,4 +99,4 @@ def test_wrong_options_leave_nothing(
 
 
 def test_a_repository_is_not_inside_the_bundle(bundle: Path) -> None:
-    assert "is inside of the bundle" in error_line("triton", bundle, "-o", bundle / "models")
+    assert "is inside the bundle" in error_line("triton", bundle, "-o", bundle / "models")
