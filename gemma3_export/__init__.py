@@ -17,6 +17,7 @@ from gemma3_export.errors import (
     InputError,
     ParityError,
     QueueFullError,
+    TextTooLongError,
     UnavailableError,
 )
 
@@ -68,6 +69,7 @@ __all__ = [
     "PushResult",
     "QueueFullError",
     "TextStream",
+    "TextTooLongError",
     "Tokenizer",
     "TorchScriptOptions",
     "UnavailableError",

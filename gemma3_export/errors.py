@@ -12,6 +12,7 @@ __all__ = [
     "InputError",
     "ParityError",
     "QueueFullError",
+    "TextTooLongError",
     "UnavailableError",
 ]
 
@@ -38,6 +39,21 @@ class InputError(Gemma3ExportError):
     """Invalid weights, config, tokenizer, bundle, prompt or option (exit code 2)."""
 
     exit_code = 2
+
+
+class TextTooLongError(InputError):
+    """A text that certainly has more tokens than allowed (exit code 2).
+
+    Args:
+        least: number of tokens that the text has at least.
+        most: number that is allowed.
+    """
+
+    def __init__(self, least: int, most: int) -> None:
+        super().__init__(
+            f"the prompt has at least {least} tokens, and at most {most} are allowed; shorten it"
+        )
+        self.least, self.most = least, most
 
 
 class UnavailableError(Gemma3ExportError):

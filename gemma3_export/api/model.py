@@ -337,7 +337,7 @@ class Model:
         Raises:
             InputError: as :meth:`generate`.
         """
-        token_ids = self.encode(prompt, options)
+        token_ids = self.encode(prompt, options, most=capacity)
         limits = replace(self._limits([prompt], options), capacity=capacity)
         (prompt_ids,) = check_prompts([token_ids], self.config)
         choose_capacity([prompt_ids], limits, self.config)
@@ -380,16 +380,21 @@ class Model:
         """Return the prompt prefixes of ``runtime`` that are kept between calls, if any are."""
         return self._runtimes.kept_prefixes(runtime)
 
-    def encode(self, prompt: Prompt, options: GenerateOptions | None = None) -> list[int]:
+    def encode(
+        self, prompt: Prompt, options: GenerateOptions | None = None, *, most: int | None = None
+    ) -> list[int]:
         """Return the token ids of a prompt.
 
         Args:
             prompt: a text, token ids, or the messages of a conversation.
             options: whether a text may spell control tokens, and what goes into a chat template.
+            most: number of tokens above which a text is useless; one that is certainly longer is
+                not encoded, which would take long.
 
         Raises:
             InputError: it is no prompt, the bundle has no tokenizer for it, or it cannot be
                 encoded.
+            TextTooLongError: its length alone shows that it has more than ``most`` tokens.
         """
         if not isinstance(prompt, str) and not is_conversation(prompt):
             return checked_token_ids(prompt)
@@ -400,8 +405,10 @@ class Model:
             )
         options = options or GenerateOptions()
         if isinstance(prompt, str):
-            return self.tokenizer.encode(prompt, allow_control_tokens=options.allow_control_tokens)
-        return self.tokenizer.encode_chat(prompt, options.chat())
+            return self.tokenizer.encode(
+                prompt, allow_control_tokens=options.allow_control_tokens, most=most
+            )
+        return self.tokenizer.encode_chat(prompt, options.chat(), most=most)
 
     def stop_token_ids(self, *, is_chat: bool) -> tuple[int, ...]:
         """Return the tokens that end a generation.

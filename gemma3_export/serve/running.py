@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 from gemma3_export.api.engine import Engine
 from gemma3_export.api.engine_stream import EngineStream
+from gemma3_export.errors import TextTooLongError
 from gemma3_export.runtimes.generation.request import Completion, TokenEvent
 from gemma3_export.serve.errors import ApiError, ClientGoneError
 from gemma3_export.serve.requests import Asked
@@ -137,14 +138,18 @@ class RunningRequest:
     def _encoded(self, engine: Engine, prompt: object) -> list[int]:
         """Return the ids of a prompt, once for all of its choices."""
         asked = self.asked
-        ids = engine.model.encode(prompt, asked.options)  # type: ignore[arg-type]
         limit = engine.max_request_tokens
         wanted = max(1, asked.max_tokens or 1)
-        # the last token of an answer is never fed to the model
-        if len(ids) + wanted - 1 > limit:
+        try:
+            ids = engine.model.encode(prompt, asked.options, most=limit)  # type: ignore[arg-type]
+            # the last token of an answer is never fed to the model
+            size, is_too_long = f"{len(ids)}", len(ids) + wanted - 1 > limit
+        except TextTooLongError as error:
+            size, is_too_long = f"at least {error.least}", True
+        if is_too_long:
             raise ApiError(
                 400,
-                f"the prompt has {len(ids)} tokens, and with {wanted} new ones that is more than "
+                f"the prompt has {size} tokens, and with {wanted} new ones that is more than "
                 f"the {limit} of a request; shorten the prompt, or ask for fewer tokens",
                 param="messages" if asked.is_chat else "prompt",
                 code="context_length_exceeded",

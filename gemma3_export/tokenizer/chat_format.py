@@ -104,6 +104,9 @@ class Encoder(Protocol):
     def special_tokens(self) -> dict[str, str]:
         """Return the special tokens by name."""
 
+    def require_shorter(self, characters: int, most: int) -> None:
+        """Check that a text of this length may have so few tokens."""
+
     def encode_with_offsets(
         self, text: str, *, allow_control_tokens: bool = True
     ) -> tuple[list[int], list[tuple[int, int]]]:
@@ -243,17 +246,22 @@ class ChatFormat:
         options: ChatOptions | None = None,
         *,
         add_generation_prompt: bool = True,
+        most: int | None = None,
     ) -> list[int]:
         """Encode a conversation.
 
         Raises:
             InputError: the template is missing, or does not accept the conversation.
+            TextTooLongError: its length alone shows that it has more than ``most`` tokens.
         """
         template, given = self._prepare(messages, options)
         marked = self._mark(messages, template, given)
         text = template.render(
             marked.messages, add_generation_prompt=add_generation_prompt, **marked.given
         )
+        if most is not None:
+            markers = sum(map(text.count, marked.markers))
+            self._tokenizer.require_shorter(len(text) - markers, most)
         return self._encode(text, marked.markers)[0]
 
     def encode_answers(

@@ -19,7 +19,7 @@ from pathlib import Path
 import tokenizers
 
 from gemma3_export.config import TOKENIZER_CONFIG_NAME, TOKENIZER_NAME
-from gemma3_export.errors import InputError
+from gemma3_export.errors import InputError, TextTooLongError
 from gemma3_export.files import is_file, to_path
 from gemma3_export.tokenizer.chat import (
     CHAT_TEMPLATE,
@@ -29,6 +29,7 @@ from gemma3_export.tokenizer.chat import (
     ChatMessage,
 )
 from gemma3_export.tokenizer.chat_format import ChatFormat, ChatOptions, EncodedChat
+from gemma3_export.tokenizer.length_bound import most_characters
 from gemma3_export.tokenizer.settings import (
     DEFAULT_TEMPLATE,
     TokenizerSettings,
@@ -186,7 +187,12 @@ class Tokenizer:
             return self._backend.token_to_id(token)
 
     def encode(
-        self, text: str, *, add_bos: bool = True, allow_control_tokens: bool = True
+        self,
+        text: str,
+        *,
+        add_bos: bool = True,
+        allow_control_tokens: bool = True,
+        most: int | None = None,
     ) -> list[int]:
         """Encode ``text``.
 
@@ -196,10 +202,16 @@ class Tokenizer:
                 more. A tokenizer without ``<bos>`` adds none.
             allow_control_tokens: recognize control tokens that the text spells. Where False, they
                 are plain text, as they should be in text from others.
+            most: see :meth:`require_shorter`; None does not check.
 
         Raises:
             InputError: ``text`` is not a string of Unicode characters.
+            TextTooLongError: its length alone shows that it has more than ``most`` tokens.
         """
+        if most is not None and isinstance(text, str):
+            # of the <bos> that start a text, one remains
+            drops = add_bos and (allow_control_tokens or self.bos_token_id not in self._special_ids)
+            self.require_shorter(len(text) - self._leading_bos(text) * drops, most)
         ids = _encode(self._backend if allow_control_tokens else self._ordinary, text)
         if not add_bos or self.bos_token_id is None:
             return ids
@@ -207,6 +219,22 @@ class Tokenizer:
         while start < len(ids) and ids[start] == self.bos_token_id:
             start += 1
         return [self.bos_token_id, *ids[start:]]
+
+    def require_shorter(self, characters: int, most: int) -> None:
+        """Check the length of a text before it is encoded, which takes long for a long one.
+
+        A text that passes may still have more than ``most`` tokens.
+
+        Args:
+            characters: length of the text.
+            most: number of tokens that it may have.
+
+        Raises:
+            TextTooLongError: no text of this length has so few.
+        """
+        longest = self._most_characters
+        if longest is not None and (least := -(-characters // longest)) > most:
+            raise TextTooLongError(least, most)
 
     def encode_ordinary(self, text: str) -> list[int]:
         """Encode ``text`` without ``<bos>``, treating control tokens as plain text.
@@ -232,6 +260,7 @@ class Tokenizer:
         options: ChatOptions | None = None,
         *,
         add_generation_prompt: bool = True,
+        most: int | None = None,
     ) -> list[int]:
         """Encode a conversation with the chat template.
 
@@ -241,8 +270,11 @@ class Tokenizer:
         Raises:
             InputError: the template does not accept the conversation; or the tokenizer has neither
                 a chat template nor Gemma's turn tokens.
+            TextTooLongError: see :meth:`encode`.
         """
-        return self.chat.encode(messages, options, add_generation_prompt=add_generation_prompt)
+        return self.chat.encode(
+            messages, options, add_generation_prompt=add_generation_prompt, most=most
+        )
 
     def encode_chat_answers(
         self, messages: Sequence[ChatMessage], options: ChatOptions | None = None
@@ -420,6 +452,21 @@ class Tokenizer:
             for token, text in zip(listed, texts, strict=True)
             if isinstance(text, str) and self.token_id(text) is not None
         ]
+
+    @cached_property
+    def _most_characters(self) -> int | None:
+        """The most characters that a token takes; None if there is no limit."""
+        bytes_of = character_of_byte()
+        pieces = (
+            bytes_of[byte] if self._is_byte_level else f"<0x{byte:02X}>" for byte in range(256)
+        )
+        return most_characters(self._backend, frozenset(pieces))
+
+    def _leading_bos(self, text: str) -> int:
+        """Return the length of the ``<bos>`` at the start of a text."""
+        bos = "" if self.bos_token_id is None else self.token_text(self.bos_token_id)
+        match = re.match(f"(?:{re.escape(bos)})*", text)
+        return len(match[0]) if match else 0
 
     @cached_property
     def _ordinary(self) -> tokenizers.Tokenizer:

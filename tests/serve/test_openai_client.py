@@ -443,3 +443,16 @@ def test_errors_are_those_of_the_client(served: Running) -> None:
     with pytest.raises(openai.BadRequestError) as too_long:
         served.openai.completions.create(prompt="a " * 3000, **GREEDY)
     assert too_long.value.code == "context_length_exceeded"
+
+
+def test_over_long_prompts_are_rejected_before_they_are_encoded(
+    served: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gemma3_export.tokenizer.tokenizer._encoding", None)
+    with pytest.raises(openai.BadRequestError, match="at least") as text:
+        served.openai.completions.create(prompt="ab" * 900_000, **GREEDY)
+    assert (text.value.code, text.value.param) == ("context_length_exceeded", "prompt")
+    messages: Any = [{"role": "user", "content": "ab" * 900_000}]
+    with pytest.raises(openai.BadRequestError, match="at least") as chat:
+        served.openai.chat.completions.create(model=NAME, messages=messages)
+    assert (chat.value.code, chat.value.param) == ("context_length_exceeded", "messages")
