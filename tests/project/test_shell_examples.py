@@ -53,6 +53,7 @@ NOT_RUN = {
     r"^(cd examples/browser|npm |ln -s|python3 -m http)": "tests/project/test_browser_example.py",
     r"gemma3-export serve ": "does not end; tests/serve",
     r"^tritonserver |localhost:8000/v2/": "needs Triton; make test-triton",
+    r" serve run ": "needs Ray; make test-ray",
     r"^(lm_eval|lm-eval) ": "needs tasks from the Hub; tests/serve",
 }
 MODELS = r"(google/)?gemma-3-\S+?-it-qat-q4_0-unquantized|google/gemma-3-\w+(-it)?|my-fine-tune"
@@ -157,7 +158,7 @@ def run_line(line: str, work: Path, bundle: Path) -> None:
     program, command, *words = shlex.split(re.sub(rf"(?<=\s)({MODELS})(?=\s|$)", "base", line))
     assert program == "gemma3-export", line
     if (
-        command in ("generate", "chat", "batch", "verify", "inspect")
+        command in ("generate", "chat", "batch", "verify", "inspect", "triton")
         and not (work / words[0]).exists()
     ):
         functions = chat_bundle("functiongemma")
