@@ -395,6 +395,10 @@ class CacheVariants(Protocol):
 class PrefillVariants(Protocol):
     """A runtime that may have another graph for prompts."""
 
+    @property
+    def has_integer_prefill(self) -> bool:
+        """Whether the bundle has such a graph, which this device can run."""
+
     def with_integer_prefill(self) -> Runtime | None:
         """Return the runtime that uses it; None if the bundle has no such graph.
 

@@ -24,7 +24,7 @@ from gemma3_export.reference.weights.block_matrix import hadamard
 
 __all__ = ["LEAST_ROTATION", "IntegerProducts", "rotated_rows"]
 
-INT8, INT32 = ir.DataType.INT8, ir.DataType.INT32
+INT32, UINT8 = ir.DataType.INT32, ir.DataType.UINT8
 LEAST_ROTATION = 16  # of published sizes, every matrix has 32
 LARGEST_CODE = 127.0
 SMALLEST_SCALE = float(np.finfo(np.float32).tiny)  # rows of zeros must not divide by zero
@@ -57,9 +57,12 @@ class IntegerProducts(MatrixNodes):
         scale = self._row_scale(old, rotated)
         ratio = self.insert(old, "", "Div", [rotated, scale], kind=FLOAT)
         rounded = self.insert(old, "", "Round", [ratio], kind=FLOAT)
-        codes = self.insert(old, "", "Cast", [rounded], {"to": INT8.value}, INT8, "code")
-        columns = self.insert(old, "", "Transpose", [codes], swap, INT8, "code")
-        inputs = [self.tensors[CODES], columns, self._zero_point()]
+        # Unsigned as the weights are: on x86 without VNNI, ONNX Runtime adds products of unsigned
+        # and signed bytes in 16 bits, where they saturate.
+        shifted = self.insert(old, "", "Add", [rounded, self._shift()], kind=FLOAT)
+        codes = self.insert(old, "", "Cast", [shifted], {"to": UINT8.value}, UINT8, "code")
+        columns = self.insert(old, "", "Transpose", [codes], swap, UINT8, "code")
+        inputs = [self.tensors[CODES], columns, self._zero_point(), self._zero_point()]
         product = self.insert(old, "", "MatMulInteger", inputs, kind=INT32)
         product = self.insert(old, "", "Cast", [product], {"to": FLOAT.value}, FLOAT, "product")
         product = self.insert(
@@ -75,8 +78,7 @@ class IntegerProducts(MatrixNodes):
         codes = self.insert(old, "", "Gather", [self.tensors[CODES], ids], {"axis": 0}, role="code")
         codes.type = ir.TensorType(ir.DataType.UINT8)
         wide = self.insert(old, "", "Cast", [codes], {"to": FLOAT.value}, FLOAT)
-        zero = self._number("zero_point", float(self.format.zero_point))
-        centered = self.insert(old, "", "Sub", [wide, zero], kind=FLOAT)
+        centered = self.insert(old, "", "Sub", [wide, self._shift()], kind=FLOAT)
         scales = self.insert(
             old, "", "Gather", [self.tensors[SCALES], ids], {"axis": 0}, FLOAT, "scale"
         )
@@ -102,6 +104,9 @@ class IntegerProducts(MatrixNodes):
         scale = self.insert(old, "", "Div", [largest, code], kind=FLOAT, role="scale")
         least = self._number("smallest_scale", SMALLEST_SCALE)
         return self.insert(old, "", "Max", [scale, least], kind=FLOAT)
+
+    def _shift(self) -> ir.Value:
+        return self._number("zero_point", float(self.format.zero_point))
 
     def _zero_point(self) -> ir.Value:
         return self._constant("code_of_zero", np.array(self.format.zero_point, np.uint8))

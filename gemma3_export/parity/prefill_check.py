@@ -83,6 +83,8 @@ class PrefillCheck:
 
     def other_cache_variant(self, candidate: Runtime) -> GraphVariant | None:
         """Return the runtime that uses the graph for prompts with the other kind of cache."""
+        if not isinstance(candidate, PrefillVariants) or not candidate.has_integer_prefill:
+            return None  # without opening the other cache's graph
         other = candidate.with_other_cache() if isinstance(candidate, CacheVariants) else None
         return None if other is None else self.variant(other, f"{other.info.cache}-")
 

@@ -249,8 +249,8 @@ def without_activation_quantization(path: Path) -> bytes:
 class FloatProducts:
     """Replaces ``MatMulInteger`` of one graph in place: see the exporter's ``IntegerProducts``.
 
-    ``W @ Transpose(Cast(Round(x)))`` becomes ``Transpose(MatMulNBits(x, W))``, which reads the same
-    codes and leaves ``x`` as it is.
+    ``W @ Transpose(Cast(Round(x) + 128))`` becomes ``Transpose(MatMulNBits(x, W))``, which reads
+    the same codes and leaves ``x`` as it is.
     """
 
     def __init__(self, onnx: Any, graph: Any) -> None:
@@ -272,9 +272,10 @@ class FloatProducts:
 
     def _replace(self, node: Any) -> None:
         make, onnx = self.onnx.helper.make_node, self.onnx
-        codes, columns, _ = node.input
+        codes, columns, *_ = node.input
         transposed = self.producer[columns]
-        rounded = self.producer[self.producer[transposed.input[0]].input[0]]
+        shifted = self.producer[self.producer[transposed.input[0]].input[0]]
+        rounded = self.producer[shifted.input[0]]
         weight = self.weights[codes]
         rows, inputs = weight.dims
         block = math.gcd(inputs, FLOAT_BLOCK)

@@ -60,7 +60,6 @@ from gemma3_export.runtimes.onnx.mapped_pages import drop_mapped_pages
 from gemma3_export.runtimes.onnx.ort_values import as_float32, run_graph, zeros
 from gemma3_export.runtimes.onnx.prefill import PrefillSession, prefill_path
 from gemma3_export.runtimes.onnx.session import (
-    EXACT_PRODUCTS,
     WEIGHTS_FOLDER,
     check_interface,
     first_line,
@@ -165,8 +164,6 @@ class OnnxRuntime:
             entries[WEIGHTS_FOLDER] = str(self.weights_folder)
         if shares_weights:
             entries[NO_PACKING] = "1"
-        if graph.target == "web":
-            entries[EXACT_PRODUCTS] = "1"
         threads = chosen_threads(threads)
         memory = private_memory() if huge_pages and self.device.kind == "cpu" else None
         self.session = open_session(
@@ -329,12 +326,17 @@ class OnnxRuntime:
             prefill="blocks" if self.prefill is None else "integers",
         )
 
+    @property
+    def has_integer_prefill(self) -> bool:
+        """See :class:`gemma3_export.runtimes.protocol.PrefillVariants`."""
+        return self.bundle.graph("onnx").prefill is not None and self.device.kind == "cpu"
+
     def with_integer_prefill(self) -> OnnxRuntime | None:
         """See :class:`gemma3_export.runtimes.protocol.PrefillVariants`."""
-        graph = self.bundle.graph("onnx")
-        if graph.prefill is None or self.device.kind != "cpu":
+        if not self.has_integer_prefill:
             return None
         twin = copy.copy(self)  # the graph for decoding is shared
+        graph = self.bundle.graph("onnx")
         twin.prefill = self._open_prefill(graph, "integers", self.info.threads)
         twin.info = replace(self.info, prefills_with_integers=True)
         return twin

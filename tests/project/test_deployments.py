@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 from pathlib import Path
@@ -43,11 +44,11 @@ def exported() -> str:
     """Return the metrics of a server that has answered a request."""
     model = gemma3_export.load(chat_bundle("functiongemma"), device="cpu", threads=1)
     with Engine(model, slots=1) as engine:
-        metrics = ServerMetrics(engine, "tiny")
+        metrics = ServerMetrics(engine, {"model_name": "tiny"})
         completion = engine.stream("The sea is", max_new_tokens=2).result()
         metrics.observe([completion], 0.1)
         metrics.count_response("/v1/completions", 200)
-        return metrics.text().decode()
+        return asyncio.run(metrics.text()).decode()
 
 
 def expressions() -> dict[str, str]:

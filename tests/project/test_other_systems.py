@@ -19,21 +19,22 @@ DISGUISE = """
 import ctypes, errno, fcntl, importlib, os, pkgutil, signal, sys, types
 from pathlib import Path
 
-parent, without_torch = Path(sys.argv[2]), set()
+FOREIGN = ("torch", "ray", "triton_python_backend_utils")
+parent, incomplete = Path(sys.argv[2]), set()  # modules that need one of these
 sys.modules["torch"] = None  # slow, and mypy checks what needs it for all systems
 
 def import_all():
     import gemma3_export
     for module in pkgutil.walk_packages(gemma3_export.__path__, "gemma3_export.", onerror=skip):
-        if module.name not in without_torch and not module.name.endswith("__main__"):
+        if module.name not in incomplete and not module.name.endswith("__main__"):
             try:
                 importlib.import_module(module.name)
             except ModuleNotFoundError as error:
-                assert error.name.partition(".")[0] == "torch", error
-                without_torch.add(module.name)
+                assert error.name.partition(".")[0] in FOREIGN, error
+                incomplete.add(module.name)
 
 def skip(name):
-    assert name in without_torch, name
+    assert name in incomplete, name
 
 import_all()  # loads the libraries
 for name in [name for name in sys.modules if name.partition(".")[0] == "gemma3_export"]:
