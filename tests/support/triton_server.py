@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import queue
 import sys
+import threading
 import types
 from pathlib import Path
 from typing import Any
@@ -91,6 +92,7 @@ class Request:
         self.inputs = {name: _array(value) for name, value in inputs.items()}
         self.responses: queue.Queue[tuple[InferenceResponse | None, int]] = queue.Queue()
         self.has_left = self._is_closed = False
+        self.was_told = threading.Event()  # the model knows that the client has left
 
     # --- what the model calls ---
 
@@ -101,6 +103,8 @@ class Request:
         return self
 
     def is_cancelled(self) -> bool:
+        if self.has_left:
+            self.was_told.set()
         return self.has_left
 
     def send(self, response: InferenceResponse | None = None, flags: int = 0) -> None:

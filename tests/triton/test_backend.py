@@ -147,6 +147,7 @@ def test_a_client_that_leaves_frees_its_slot(instance: Any, gate: Gate) -> None:
     instance.execute([request])
     assert gate.arrived.acquire(timeout=triton_server.TIMEOUT_S)
     request.has_left = True
+    assert request.was_told.wait(triton_server.TIMEOUT_S)  # 500 tokens take less than a poll
     gate.open()
     last = request.all()[-1]
     assert last.error is not None
