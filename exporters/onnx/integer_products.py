@@ -22,7 +22,14 @@ from gemma3_export.errors import InputError
 from gemma3_export.exporters.onnx.quantize_weights import FLOAT, MatrixNodes
 from gemma3_export.reference.weights.block_matrix import hadamard
 
-__all__ = ["LEAST_ROTATION", "IntegerProducts", "rotated_rows"]
+__all__ = [
+    "LARGEST_CODE",
+    "LEAST_ROTATION",
+    "SMALLEST_SCALE",
+    "IntegerProducts",
+    "rotated_rows",
+    "shared_constant",
+]
 
 INT32, UINT8 = ir.DataType.INT32, ir.DataType.UINT8
 LEAST_ROTATION = 16  # of published sizes, every matrix has 32
@@ -115,14 +122,17 @@ class IntegerProducts(MatrixNodes):
         return self._constant(name, np.array(value, np.float32))
 
     def _constant(self, name: str, array: np.ndarray) -> ir.Value:
-        """Return an initializer that all matrices share, added on first use."""
-        name = f"integer_products.{name}"
-        if name not in self.graph.initializers:
-            tensor = ir.tensor(array, name=name)
-            self.graph.initializers[name] = ir.Value(
-                name=name,
-                const_value=tensor,
-                type=ir.TensorType(tensor.dtype),
-                shape=ir.Shape(array.shape),
-            )
-        return self.graph.initializers[name]
+        return shared_constant(self.graph, f"integer_products.{name}", array)
+
+
+def shared_constant(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
+    """Return an initializer that all matrices share, added on first use."""
+    if name not in graph.initializers:
+        tensor = ir.tensor(array, name=name)
+        graph.initializers[name] = ir.Value(
+            name=name,
+            const_value=tensor,
+            type=ir.TensorType(tensor.dtype),
+            shape=ir.Shape(array.shape),
+        )
+    return graph.initializers[name]

@@ -43,6 +43,12 @@ from gemma3_export.exporters.onnx.external_data import (
     attach,
     raw_bytes,
 )
+from gemma3_export.exporters.onnx.integer_products import (
+    LARGEST_CODE,
+    LEAST_ROTATION,
+    SMALLEST_SCALE,
+    shared_constant,
+)
 from gemma3_export.reference.weights import WeightSource, check_finite
 from gemma3_export.reference.weights.block_matrix import BlockMatrix, hadamard, quantize
 
@@ -50,10 +56,7 @@ __all__ = ["column_bytes", "write_prefill_graphs"]
 
 DOMAIN = "com.microsoft"
 FLOAT, INT8, UINT8 = ir.DataType.FLOAT, ir.DataType.INT8, ir.DataType.UINT8
-LEAST_ROTATION = 16  # of published sizes, every matrix has 32
 ZERO_POINT = 128  # of activations
-LARGEST_CODE = 127.0
-SMALLEST_SCALE = float(np.finfo(np.float32).tiny)  # rows of zeros must not divide by zero
 
 
 def write_prefill_graphs(
@@ -304,14 +307,5 @@ class ColumnProduct:
 
     def _constant(self, name: str, value: np.ndarray | list[int]) -> ir.Value:
         """Return an initializer that all products share, added on first use."""
-        name = f"prefill.{name}"
-        if name not in self.graph.initializers:
-            array = np.array(value, np.int64) if isinstance(value, list) else value
-            tensor = ir.tensor(array, name=name)
-            self.graph.initializers[name] = ir.Value(
-                name=name,
-                const_value=tensor,
-                type=ir.TensorType(tensor.dtype),
-                shape=ir.Shape(array.shape),
-            )
-        return self.graph.initializers[name]
+        array = np.array(value, np.int64) if isinstance(value, list) else value
+        return shared_constant(self.graph, f"prefill.{name}", array)

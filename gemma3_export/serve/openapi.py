@@ -173,7 +173,7 @@ ERRORS = {
     400: "The request is invalid.",
     401: "The API key is missing or wrong.",
     403: "The server has no key, and Host is not this machine.",
-    404: "There is no such model.",
+    404: "The model is unknown.",
     408: "The body took too long.",
     413: "The body is too large.",
     415: "The body is not JSON.",

@@ -89,7 +89,7 @@ class DrainingServer(uvicorn.Server):
     Args:
         app: answers requests.
         options: limits, and the names that clients use.
-        cancel: ends all requests, when there is no more time for them.
+        cancel: ends all requests when their time is up.
     """
 
     def __init__(

@@ -63,7 +63,7 @@ class TritonOptions:
         max_request_tokens: tokens of prompt and answer that one request can hold; None is the
             model's context, at most 8192.
         max_tokens: maximum number of tokens that a request may ask for.
-        cache_bytes: limit on keys and values of running requests; None is no limit.
+        cache_bytes: limit on keys and values of running requests; None for no limit.
         kept_prefix_bytes: memory for prompt prefixes that are kept between requests; 0 is off.
 
     Raises:

@@ -18,7 +18,7 @@ from gemma3_export.device import Device
 from gemma3_export.errors import InputError
 from gemma3_export.processor_kind import read_processor
 from gemma3_export.runtimes.onnx.caches import OnnxCache
-from gemma3_export.runtimes.onnx.session import EXACT_PRODUCTS, check_interface, open_session
+from gemma3_export.runtimes.onnx.session import check_interface, open_session
 from gemma3_export.runtimes.protocol import IntArray, PrefillProducts
 
 __all__ = ["PrefillSession", "prefill_path"]
@@ -27,6 +27,7 @@ FEWEST_TOKENS = 16  # fewer are as fast in the other graph, where they cost no s
 X86 = ("x86_64", "AMD64")
 # Processors that multiply unsigned by signed bytes without saturation. Elsewhere on x86, sums of
 # two products saturate at 16 bits unless ONNX Runtime is told to prevent it.
+EXACT_PRODUCTS = "session.x64quantprecision"  # the session option
 EXACT_SETS = {"avx512_vnni", "avx_vnni", "amx_int8"}
 
 

@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DOCTOR",
-    "EXACT_PRODUCTS",
     "check_interface",
     "choose_device",
     "cuda_provider_options",
@@ -47,8 +46,6 @@ CUDA_FAILURE = re.compile(r"\b(CUDA|CUDNN|CUBLAS) (failure|error)", re.IGNORECAS
 DOCTOR = "`gemma3-export doctor` shows what is missing and how to install it"
 # Session option: the folder of the external data of a graph that is loaded from memory.
 WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
-# Session option: 8-bit products without the saturation of x86 processors that lack VNNI.
-EXACT_PRODUCTS = "session.x64quantprecision"
 # Environment variables of ONNX Runtime. It has faster kernels on CUDA for products with 8-bit
 # blocks of at least 32: 0.37 instead of 0.47 ms for a step of the 270M on an H100.
 KERNEL_CHOICES = {"ORT_FPA_INTB_GEMM": "1"}

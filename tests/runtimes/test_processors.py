@@ -19,7 +19,7 @@ V1 = "4:cpu,cpuacct:/docker/abc\n3:memory:/docker/abc\n0::/\n"
 
 
 def machine(root: Path, files: dict[str, str]) -> Path:
-    """Write files below a root that stands for the system's."""
+    """Write files below a folder that takes the place of the root."""
     for name, text in files.items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text(text, encoding="utf-8")
