@@ -48,12 +48,14 @@ from gemma3_export.runtimes.generation.scheduler import (
     in_turns,
     require_fits,
 )
+from gemma3_export.runtimes.protocol import Runtime
 
 __all__ = ["Engine", "EngineOptions", "EngineStats"]
 
 logger = logging.getLogger(__name__)
 
 DEFAULT_REQUEST_TOKENS = 8192
+CPU_PREFILL_CHUNK = 64  # takes about twice as long as a step of eight answers
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,6 +69,8 @@ class EngineOptions(LoadOptions):
         cache_bytes: maximum memory for keys and values. A request waits until what it may need is
             free; None waits for a slot only.
         queue_limit: requests that may wait.
+        prefill_chunk: maximum prompt tokens of a step. Answers wait for such a step, so fewer make
+            them smoother, and more finish prompts sooner. None is 64 on the CPU, 512 on a GPU.
 
     Raises:
         InputError: a value is out of range.
@@ -76,10 +80,11 @@ class EngineOptions(LoadOptions):
     max_request_tokens: int | None = None
     cache_bytes: int | None = None
     queue_limit: int = QUEUE_LIMIT
+    prefill_chunk: int | None = None
 
     def __post_init__(self) -> None:
         LoadOptions.__post_init__(self)
-        check_integers(self, 1, "slots", "max_request_tokens")
+        check_integers(self, 1, "slots", "max_request_tokens", "prefill_chunk")
         check_integers(self, 1, "cache_bytes", most=MAX_SIZE_BYTES)
         check_integers(self, 0, "queue_limit")
 
@@ -274,6 +279,7 @@ class _Worker:
         self._runtime = model.open()
         context = self._runtime.config.max_position_embeddings
         self._capacity = options.max_request_tokens or min(context, DEFAULT_REQUEST_TOKENS)
+        self._prefill_chunk = options.prefill_chunk or default_prefill_chunk(self._runtime)
         self._loop = self._new_loop()
         self._max_tokens = self._loop.scheduler.max_tokens
         if options.warm_up:
@@ -321,6 +327,7 @@ class _Worker:
             prompt, options, runtime, index=index, capacity=self._capacity
         )
         require_fits(request, self.max_request_tokens)
+        request.prefill_chunk = min(request.prefill_chunk, self._prefill_chunk)
         channel = EventChannel()
         with self._lock:
             self._require_room()
@@ -503,6 +510,12 @@ class _Worker:
             self._loop.submit(request)
         while not self._loop.is_idle:
             self._loop.step()
+
+
+def default_prefill_chunk(runtime: Runtime) -> int:
+    """Return the maximum prompt tokens of an engine's step."""
+    is_cpu = runtime.info.device.kind == "cpu"
+    return CPU_PREFILL_CHUNK if is_cpu else GenerateOptions().prefill_chunk
 
 
 _running: weakref.WeakSet[_Worker] = weakref.WeakSet()

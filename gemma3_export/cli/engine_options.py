@@ -53,6 +53,13 @@ OPTIONS = (
         help="Limit on keys and values of running requests, such as 4GB.",
     ),
     click.option(
+        "--prefill-chunk",
+        type=integer(),
+        metavar="N",
+        help="Prompt tokens to compute per step, while answers wait.  [default: 64 on the CPU, 512 "
+        "on a GPU]",
+    ),
+    click.option(
         "--prefix-cache",
         "kept_prefix_bytes",
         type=cache_size,

@@ -64,6 +64,7 @@ def triton(
     max_request_tokens: int | None,
     max_tokens: int,
     cache_bytes: int | None,
+    prefill_chunk: int | None,
     kept_prefix_bytes: int,
     bundle_at: Path | None,
     force: bool,
@@ -85,6 +86,7 @@ def triton(
         max_request_tokens=max_request_tokens,
         max_tokens=max_tokens,
         cache_bytes=cache_bytes,
+        prefill_chunk=prefill_chunk,
         kept_prefix_bytes=kept_prefix_bytes,
     )
     with ProgressBars() as progress:

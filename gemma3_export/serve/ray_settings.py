@@ -99,6 +99,7 @@ class AppArguments:
     queue_limit: int = QUEUE_LIMIT
     max_request_tokens: int | None = None
     cache_bytes: int | None = None
+    prefill_chunk: int | None = None
     kept_prefix_bytes: int = PREFIX_CACHE_BYTES
     max_tokens: int = MAX_TOKENS
     max_choices: int = MAX_CHOICES

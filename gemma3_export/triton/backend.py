@@ -115,6 +115,7 @@ def _open(args: Mapping[str, str]) -> tuple[Engine, ServeOptions]:
         queue_limit=options.queue_limit,
         max_request_tokens=options.max_request_tokens,
         cache_bytes=options.cache_bytes,
+        prefill_chunk=options.prefill_chunk,
         kept_prefix_bytes=options.kept_prefix_bytes,
         warm_up=True,
     )

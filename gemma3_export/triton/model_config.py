@@ -64,6 +64,7 @@ class TritonOptions:
             model's context, at most 8192.
         max_tokens: maximum number of tokens that a request may ask for.
         cache_bytes: limit on keys and values of running requests; None for no limit.
+        prefill_chunk: maximum prompt tokens of a step; None is 64 on the CPU, 512 on a GPU.
         kept_prefix_bytes: memory for prompt prefixes that are kept between requests; 0 is off.
 
     Raises:
@@ -77,12 +78,13 @@ class TritonOptions:
     max_request_tokens: int | None = None
     max_tokens: int = MAX_TOKENS
     cache_bytes: int | None = None
+    prefill_chunk: int | None = None
     kept_prefix_bytes: int = PREFIX_CACHE_BYTES
 
     def __post_init__(self) -> None:
         check_texts(self, "variant")
         check_threads(self.threads)
-        check_integers(self, 1, "slots", "max_request_tokens", "max_tokens")
+        check_integers(self, 1, "slots", "max_request_tokens", "max_tokens", "prefill_chunk")
         check_integers(self, 0, "queue_limit")
         check_integers(self, 1, "cache_bytes", most=MAX_SIZE_BYTES)
         check_integers(self, 0, "kept_prefix_bytes", most=MAX_SIZE_BYTES)

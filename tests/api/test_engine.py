@@ -117,6 +117,37 @@ class TestResults:
             assert (first.reused_tokens, second.reused_tokens) == (0, 48)
             assert engine.stats().reused_tokens == 48
 
+    @pytest.mark.parametrize(
+        ("engine_chunk", "own_chunk", "longest"), [(None, 512, 64), (23, 512, 23), (23, 7, 7)]
+    )
+    def test_prompts_run_in_chunks_that_let_answers_go_on(
+        self,
+        model: Model,
+        monkeypatch: pytest.MonkeyPatch,
+        engine_chunk: int,
+        own_chunk: int,
+        longest: int,
+    ) -> None:
+        prompt = [2, *range(30, 180)]
+        options = GenerateOptions(max_new_tokens=9, prefill_chunk=own_chunk)
+        steps: list[tuple[int, int]] = []
+        step = OnnxRuntime.step
+
+        def counted(self: OnnxRuntime, input_ids: Any, *rest: Any, **named: Any) -> Any:
+            steps.append(input_ids.shape)
+            return step(self, input_ids, *rest, **named)
+
+        alone = model.generate(prompt, max_new_tokens=9)
+        with Engine(model, slots=2, prefill_chunk=engine_chunk) as engine:
+            answering = engine.stream("a", LONG)
+            next(answering.events())
+            monkeypatch.setattr(OnnxRuntime, "step", counted)
+            assert engine.stream(prompt, options).result().token_ids == alone.token_ids
+            answering.cancel()
+        assert max(count for _, count in steps) == longest
+        first = steps.index((1, longest))
+        assert steps[first + 1] == (1, 1), "the answer goes on after one chunk"
+
     def test_drafts_do_not_change_texts(self, engine: Engine, model: Model) -> None:
         prompts = [[2, *[20, 21, 22] * size] for size in (2, 4, 6)]
         streams = [engine.stream(p, max_new_tokens=30, prompt_lookup=4) for p in prompts]
@@ -453,6 +484,7 @@ class TestOptions:
             ({"slots": 0}, "slots is 0"),
             ({"queue_limit": -1}, "queue_limit is -1"),
             ({"max_request_tokens": 0}, "max_request_tokens is 0"),
+            ({"prefill_chunk": 0}, "prefill_chunk is 0"),
             ({"max_request_tokens": 10**6}, "context"),
             ({"cache_bytes": 0}, "cache_bytes is 0"),
         ],
