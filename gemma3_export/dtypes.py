@@ -77,9 +77,10 @@ class ExportDtype:
     """A storage format of the model's matrices, as ``--dtype`` names it."""
 
     name: str  # as --dtype takes it
-    element: DType | None  # of all weights; None: matrices are stored in blocks of integers
+    element: DType | None  # of all weights; None: matrices are stored as integers
     backends: tuple[str, ...]  # that can run it
     is_calibrated: bool = False  # made with calibration text
+    is_per_channel: bool = False  # one scale per output, not per block; for ort on the CPU
     has_block_size: bool = False  # --block-size applies
     max_kld: float = DEFAULT_MAX_KLD  # default budget, mean nats per token from full precision
     file_suffix: str = ""  # of graphs, as on the Hub: see bundle/variants.py
@@ -87,8 +88,13 @@ class ExportDtype:
 
     @property
     def is_quantized(self) -> bool:
-        """Return True if matrices are stored in blocks of integers."""
+        """Return True if matrices are stored as integers."""
         return self.element is None
+
+    @property
+    def has_half_activations(self) -> bool:
+        """Return True if a quantized graph can compute in half precision."""
+        return bool(self.half_file_suffix)
 
 
 EXPORT_DTYPES: dict[str, ExportDtype] = {
@@ -114,6 +120,13 @@ EXPORT_DTYPES: dict[str, ExportDtype] = {
             has_block_size=True,
             file_suffix="quantized",
             half_file_suffix="q8",
+        ),
+        ExportDtype(
+            name="w8a8",
+            element=None,
+            backends=("onnx",),
+            is_per_channel=True,
+            file_suffix="w8a8",
         ),
         ExportDtype(
             name="keep",

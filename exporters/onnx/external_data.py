@@ -27,7 +27,7 @@ from gemma3_export.bundle import (
 from gemma3_export.dtypes import ELEMENT_TYPES, DType, torch_dtype
 from gemma3_export.exporters.quantize.quantizers import Quantizer
 from gemma3_export.reference.weights import WeightSource, check_finite
-from gemma3_export.reference.weights.block_matrix import pack_codes
+from gemma3_export.reference.weights.block_matrix import pack_codes, signed_codes
 
 __all__ = ["ALIGNMENT_BYTES", "write_external_data"]
 
@@ -134,19 +134,27 @@ def write_blocks(
     quantizer: Quantizer,
     path: Path,
 ) -> None:
-    """Write one quantized matrix: codes as they are made, then scales and minimums."""
+    """Write one quantized matrix: codes as they are made, then scales and minimums.
+
+    Codes are transposed once all rows are made.
+    """
     writer.align()
     offsets = {CODES: writer.position}
-    collected: dict[str, list[torch.Tensor]] = {SCALES: [], MINIMUMS: []}
+    collected: dict[str, list[torch.Tensor]] = {CODES: [], SCALES: [], MINIMUMS: []}
     for matrix in quantizer.matrices(recipe):
-        writer.write(raw_bytes(pack_codes(matrix)))
+        if recipe.transposed:
+            collected[CODES].append(signed_codes(matrix))
+        else:
+            writer.write(raw_bytes(pack_codes(matrix)))
         collected[SCALES].append(matrix.scales)
         if matrix.minimums is not None:
             collected[MINIMUMS].append(matrix.minimums)
+    if recipe.transposed:
+        writer.write(raw_bytes(torch.cat(collected.pop(CODES)).T.contiguous()))
     rows = sum(len(scales) for scales in collected[SCALES])
     assert recipe.blocks is not None
     columns = collected[SCALES][0].shape[1] * recipe.blocks.block_size
-    tensors = block_tensors(name, recipe.blocks, rows, columns)
+    tensors = block_tensors(name, recipe.blocks, rows, columns, transposed=recipe.transposed)
     for key, spec in tensors.items():
         if key == CODES:
             continue

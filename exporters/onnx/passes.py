@@ -20,7 +20,7 @@ from gemma3_export.exporters.onnx.fused_norms import (
     FuseResidualNorms,
 )
 from gemma3_export.exporters.onnx.graph_cleanup import DeclareSignature, DropTracedShapes, Simplify
-from gemma3_export.exporters.onnx.integer_products import IntegerProducts
+from gemma3_export.exporters.onnx.integer_products import ColumnProducts, IntegerProducts
 from gemma3_export.exporters.onnx.left_padding import (
     AcceptLeftPadding,
     ExpectRightPadding,
@@ -82,7 +82,9 @@ class PassRow:
 
 ALL, FUSED, ORT, WEB = ONNX_TARGETS, FUSED_TARGETS, ("ort",), ("web",)
 ANY = dtype_choices("onnx")
-BLOCKS = tuple(name for name in ANY if EXPORT_DTYPES[name].is_quantized)
+QUANTIZED = tuple(name for name in ANY if EXPORT_DTYPES[name].is_quantized)
+PER_CHANNEL = tuple(name for name in ANY if EXPORT_DTYPES[name].is_per_channel)
+BLOCKS = tuple(name for name in QUANTIZED if name not in PER_CHANNEL)
 FLOAT_HEAD = ("fp32", "keep")  # a GGUF file may keep its head in float32
 
 # From the trace to a variant's graph, such as model.onnx.
@@ -105,7 +107,7 @@ MODEL_PASSES = (
         lambda plan: FuseBfloat16Norms(), FUSED, ANY, lambda plan: plan.cache_dtype == "bfloat16"
     ),
     PassRow(
-        lambda plan: FuseResidualNorms(), ORT, BLOCKS, lambda plan: plan.cache_dtype == "float32"
+        lambda plan: FuseResidualNorms(), ORT, QUANTIZED, lambda plan: plan.cache_dtype == "float32"
     ),
     PassRow(
         lambda plan: AcceptLeftPadding(), FUSED, ANY, lambda plan: plan.cache_dtype == "float32"
@@ -117,6 +119,8 @@ MODEL_PASSES = (
     PassRow(lambda plan: RejectLongWindows(), ORT, ANY, lambda plan: plan.cache_dtype == "float32"),
     PassRow(lambda plan: DeclareSignature(plan.signature), ALL, ANY),
     PassRow(lambda plan: QuantizeWeights(plan.quantized), ORT, BLOCKS),
+    PassRow(lambda plan: QuantizeWeights(plan.quantized, ColumnProducts), ORT, PER_CHANNEL),
+    PassRow(lambda plan: common.RemoveUnusedNodesPass(), ORT, PER_CHANNEL),
     PassRow(lambda plan: QuantizeWeights(plan.quantized, IntegerProducts), WEB, BLOCKS),
 )
 

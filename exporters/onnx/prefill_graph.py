@@ -135,7 +135,7 @@ def prefill_recipes(
         if not is_projection(first, shapes[first]):
             continue
         columns = shapes[first][1]
-        blocks = BlockFormat.rotated_rows(columns)
+        blocks = BlockFormat.rotated_rows(columns, 32)
         if blocks.rotation < LEAST_ROTATION:
             raise InputError(
                 f"{name} has {columns} columns, not a multiple of {LEAST_ROTATION}, so a graph for "

@@ -54,6 +54,7 @@ class QuantizedShape:
     format: BlockFormat
     rows: int
     columns: int
+    transposed: bool = False  # stored inputs first
 
 
 def quantized_shapes(
@@ -61,11 +62,13 @@ def quantized_shapes(
     quantizer: Quantizer,
     config: Gemma3Config,
     scale_type: DType,
+    *,
+    transposed: bool = False,
 ) -> dict[str, QuantizedShape]:
     """Return the stored matrices that ``quantizer`` quantizes, by name.
 
     Scales take ``scale_type``, the type of the graph's activations, whatever type the quantizer
-    computed them in.
+    computed them in. ``transposed`` stores them inputs first.
     """
     canonical = dict(config.weight_shapes())
     found: dict[str, QuantizedShape] = {}
@@ -78,6 +81,7 @@ def quantized_shapes(
                 format=replace(block_format, scale_type=scale_type),
                 rows=sum(canonical[part][0] for part in recipe.names),
                 columns=canonical[recipe.names[0]][1],
+                transposed=transposed,
             )
     return found
 
@@ -87,7 +91,9 @@ def quantized_recipes(
 ) -> dict[str, WeightRecipe]:
     """Return ``recipes`` with the formats of the quantized matrices."""
     return {
-        name: replace(recipe, transposed=False, blocks=matrices[name].format)
+        name: replace(
+            recipe, transposed=matrices[name].transposed, blocks=matrices[name].format
+        )
         if name in matrices
         else recipe
         for name, recipe in recipes.items()
@@ -139,7 +145,10 @@ class MatrixNodes:
         self.is_float32 = shape.format.scale_type == "float32"
         self.scale_type = ir.DataType(ELEMENT_TYPES[shape.format.scale_type].onnx)
         self.tensors: dict[str, ir.Value] = {}
-        for key, tensor in block_tensors(name, shape.format, shape.rows, shape.columns).items():
+        stored = block_tensors(
+            name, shape.format, shape.rows, shape.columns, transposed=shape.transposed
+        )
+        for key, tensor in stored.items():
             self.tensors[key] = self.initializer(tensor)
 
     def initializer(self, tensor: StoredTensor) -> ir.Value:
@@ -202,7 +211,12 @@ class MatrixNodes:
 
     def take_over(self, old: ir.Node, new: ir.Value) -> None:
         """Give the readers of ``old`` the value ``new``, and remove ``old``."""
-        old.outputs[0].replace_all_uses_with(new)
+        output = old.outputs[0]
+        if output.is_graph_output():
+            self.graph.outputs[self.graph.outputs.index(output)] = new
+            new.name, output.name = output.name, None
+            new.type, new.shape = output.type, output.shape
+        output.replace_all_uses_with(new)
         self.graph.remove(old, safe=True)
 
 

@@ -150,9 +150,12 @@ class OnnxWriter:
                 "ONNX Runtime 1.24 or newer, because the window of older releases is one token "
                 "longer.)"
             )
-        if self.target == "web" and self.block_size != OnnxWriter.block_size:
+        if self.block_size != OnnxWriter.block_size and (
+            self.target == "web" or self.is_per_channel
+        ):
+            name = "target web" if self.target == "web" else f"dtype {self.dtype}"
             raise InputError(
-                f"block_size is {self.block_size}, but target web has one scale per row; omit "
+                f"block_size is {self.block_size}, but {name} has one scale per row; omit "
                 "--block-size"
             )
         if self.activations != "fp32" and self.target == "web":
@@ -160,10 +163,12 @@ class OnnxWriter:
                 f"target web computes in fp32; omit --activations {self.activations}, or choose "
                 "another target"
             )
-        if self.activations != "fp32" and not self.is_quantized:
-            quantized = (n for n in dtype_choices(self.runtime) if EXPORT_DTYPES[n].is_quantized)
+        if self.activations != "fp32" and not EXPORT_DTYPES[self.dtype].has_half_activations:
+            takers = (
+                n for n in dtype_choices(self.runtime) if EXPORT_DTYPES[n].has_half_activations
+            )
             raise InputError(
-                f"--activations {self.activations} requires --dtype {', '.join(quantized)}, not "
+                f"--activations {self.activations} requires --dtype {', '.join(takers)}, not "
                 f"{self.dtype}; for weights and activations in one type, use "
                 f"--dtype {self.activations}"
             )
@@ -205,8 +210,13 @@ class OnnxWriter:
 
     @property
     def is_quantized(self) -> bool:
-        """True if matrices are stored in blocks of integers."""
+        """True if matrices are stored as integers."""
         return EXPORT_DTYPES[self.dtype].is_quantized
+
+    @property
+    def is_per_channel(self) -> bool:
+        """True if each output has one scale, instead of one per block."""
+        return EXPORT_DTYPES[self.dtype].is_per_channel
 
     @property
     def element(self) -> DType:
@@ -336,7 +346,11 @@ class OnnxWriter:
         recipes: Mapping[str, WeightRecipe],
         quantizer: Quantizer | None,
     ) -> GraphPlan:
-        quantized = quantized_shapes(recipes, quantizer, config, self.element) if quantizer else {}
+        quantized = {}
+        if quantizer is not None:
+            quantized = quantized_shapes(
+                recipes, quantizer, config, self.element, transposed=self.is_per_channel
+            )
         return GraphPlan(
             config=config,
             target=self.target,
@@ -368,11 +382,11 @@ class OnnxWriter:
     ) -> Quantizer | None:
         if self.dtype == "keep":
             return GgufRepacker(source=source)
-        if self.dtype == "int8":
+        if self.dtype in ("int8", "w8a8"):
             shapes = dict(source.config.weight_shapes())
             formats = {
-                name: rotated_rows(name, shapes[name][1])
-                if self.target == "web"
+                name: rotated_rows(name, shapes[name][1], self.target)
+                if self.target == "web" or self.is_per_channel
                 else self._format(bits=8)
                 for name in matrix_names(source.config)
             }

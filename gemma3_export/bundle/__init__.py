@@ -3,6 +3,7 @@
 from gemma3_export.bundle.block_format import (
     CODES,
     LOOKUP_SCALES,
+    MAX_ROTATION,
     MINIMUMS,
     SCALES,
     ZERO_POINTS,
@@ -61,6 +62,7 @@ __all__ = [
     "GENAI_CONFIG",
     "GIT_ATTRIBUTES",
     "LOOKUP_SCALES",
+    "MAX_ROTATION",
     "MANIFEST",
     "MINIMUMS",
     "MODEL_PREFIX",

@@ -76,7 +76,7 @@ SAMPLE_BLOCK_BYTES = 2**14
 class WeightRecipe:
     """Recipe that makes a stored tensor of a graph from canonical weights.
 
-    Rows are concatenated, then transposed or quantized in blocks. Inverting the recipe recovers the
+    Rows are concatenated, then quantized or transposed, or both. Inverting the recipe recovers the
     canonical weights, so a bundle can be verified without the checkpoint that it was made from.
     """
 

@@ -194,6 +194,7 @@ NORMS = (
 NORM_OPS = {"RMSNormalization", "SimplifiedLayerNormalization"}
 ATTENTION_OPS = {"Attention", "GroupQueryAttention"}
 PRODUCT_OPS = {"MatMul", "Gemm", "MatMulNBits"}
+INTEGER_OPS = {"MatMulIntegerToFloat"}
 LAYER = re.compile(r"layer_(\d+)\.")
 
 
@@ -231,7 +232,9 @@ class OnnxIntermediates:
         ort = import_onnxruntime()
         options = ort.SessionOptions()
         options.log_severity_level = 3
-        options.add_session_config_entry(WEIGHTS_FOLDER, str(runtime.weights_folder))
+        entries = {WEIGHTS_FOLDER: str(runtime.weights_folder), **runtime.product_entries}
+        for key, value in entries.items():
+            options.add_session_config_entry(key, value)
         self.session = ort.InferenceSession(
             model.SerializeToString(), options, providers=runtime.session.get_providers()
         )
@@ -296,7 +299,10 @@ def layer_names(nodes: list[Any]) -> dict[str, str]:
     attention = [index for index, node in enumerate(nodes) if node.op_type in ATTENTION_OPS]
     if len(attention) == 1:
         names[ATTEND] = nodes[attention[0]].output[0]
-        after = [node for node in nodes[attention[0] :] if node.op_type in PRODUCT_OPS]
+        # A graph of 8-bit products also has products that rotate.
+        found = {node.op_type for node in nodes}
+        kinds = INTEGER_OPS & found or PRODUCT_OPS
+        after = [node for node in nodes[attention[0] :] if node.op_type in kinds]
         if len(after) >= 2:
             names["self_attn.o_proj"] = after[0].output[0]
             names["mlp"] = after[-1].output[0]

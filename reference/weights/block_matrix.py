@@ -22,7 +22,9 @@ __all__ = [
     "pack_codes",
     "quantize",
     "rotate",
+    "signed_codes",
     "unpack_codes",
+    "unsigned_codes",
 ]
 
 SHRINKS = 1.0 - 0.0125 * torch.arange(
@@ -169,6 +171,16 @@ def pack_codes(matrix: BlockMatrix) -> Tensor:
     if matrix.format.bits == 4:
         blocks = blocks[..., 0::2] | blocks[..., 1::2] << 4
     return blocks.contiguous()
+
+
+def signed_codes(matrix: BlockMatrix) -> Tensor:
+    """Return 8-bit codes around zero, [N, K] int8."""
+    return (matrix.codes.to(torch.int16) - matrix.format.zero_point).to(torch.int8)
+
+
+def unsigned_codes(codes: Tensor, block_format: BlockFormat) -> Tensor:
+    """Return what :func:`signed_codes` was made from, uint8."""
+    return (codes.to(torch.int16) + block_format.zero_point).to(torch.uint8)
 
 
 def unpack_codes(packed: Tensor, block_format: BlockFormat) -> Tensor:

@@ -7,6 +7,7 @@ model, without the checkpoint that it was made from.
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
@@ -29,7 +30,7 @@ from gemma3_export.bundle import (
 )
 from gemma3_export.errors import InputError
 from gemma3_export.files import is_file
-from gemma3_export.reference.weights.block_matrix import BlockMatrix, unpack_codes
+from gemma3_export.reference.weights.block_matrix import BlockMatrix, unpack_codes, unsigned_codes
 from gemma3_export.reference.weights.source import WeightSource
 from gemma3_export.runtimes.torch.runtime import ArchiveRuntime, Pt2Runtime, TorchScriptRuntime
 
@@ -162,7 +163,9 @@ class OnnxWeights(BundleWeights):
 
     def _open_matrix(self, name: str, recipe: WeightRecipe) -> StoredMatrix | None:
         if recipe.blocks is not None:
-            return OnnxBlocks(self._initializers, name, recipe.blocks)
+            return OnnxBlocks(
+                self._initializers, name, recipe.blocks, is_transposed=recipe.transposed
+            )
         value = self._initializers.get(name)
         if value is None or value.const_value is None:
             return None
@@ -295,14 +298,20 @@ class OnnxBlocks:
     dtype = torch.float32
 
     def __init__(
-        self, initializers: Mapping[str, ir.Value], name: str, block_format: BlockFormat
+        self,
+        initializers: Mapping[str, ir.Value],
+        name: str,
+        block_format: BlockFormat,
+        *,
+        is_transposed: bool,
     ) -> None:
         keys = (CODES, SCALES, MINIMUMS) if block_format.has_minimum else (CODES, SCALES)
         self.format = block_format
         self.tensors = {key: initializer(initializers, f"{name}.{key}") for key in keys}
-        rows, blocks = self.tensors[SCALES].shape.numpy()[:2]
-        self.shape: tuple[int, ...] = (rows, blocks * block_format.block_size)
-        expected = block_tensors(name, block_format, *self.shape)
+        self.is_transposed = is_transposed
+        rows, *blocks = self.tensors[SCALES].shape.numpy()[:2]
+        self.shape = (rows, math.prod(blocks) * block_format.block_size)
+        expected = block_tensors(name, block_format, *self.shape, transposed=is_transposed)
         for key, tensor in self.tensors.items():
             if tuple(tensor.shape) != expected[key].shape:
                 raise InputError(
@@ -312,6 +321,11 @@ class OnnxBlocks:
 
     def read(self, start: int, stop: int) -> torch.Tensor:
         """Return rows [start, stop), dequantized."""
+        if self.is_transposed:
+            codes = torch_tensor(self.tensors[CODES], self.tensors[CODES].numpy()[:, start:stop].T)
+            scales = torch_tensor(self.tensors[SCALES], self.tensors[SCALES].numpy()[start:stop])
+            codes = unsigned_codes(codes, self.format)
+            return BlockMatrix(self.format, codes, scales[:, None]).dequantize()
         part = {
             key: torch_tensor(tensor, tensor.numpy()[start:stop])
             for key, tensor in self.tensors.items()
@@ -427,8 +441,8 @@ class ArchiveBlocks:
 
     def read(self, start: int, stop: int) -> torch.Tensor:
         """Return rows [start, stop), dequantized."""
-        codes = self.codes[:, start:stop].transpose(0, 1).flatten(1).to(torch.int16)
-        codes = (codes + self.format.zero_point).to(torch.uint8)
+        codes = self.codes[:, start:stop].transpose(0, 1).flatten(1)
+        codes = unsigned_codes(codes, self.format)
         scales = self.scales[:, start:stop].t().contiguous()
         return BlockMatrix(self.format, codes, scales).dequantize()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from gemma3_export.bundle import WINDOW_MARGIN, Bundle, Graph
 from gemma3_export.device import Device
+from gemma3_export.dtypes import EXPORT_DTYPES
 from gemma3_export.errors import InputError
 from gemma3_export.runtimes.onnx.session import choose_device, import_onnxruntime
 
@@ -37,6 +38,8 @@ def device_for(graph: Graph, name: str) -> Device:
         "--dtype bf16, or with --dtype fp32 --target portable"
         if all(recipe.blocks is None for recipe in graph.weights.values())
         else f"--dtype {graph.dtype} --activations bf16"
+        if EXPORT_DTYPES[graph.dtype].has_half_activations
+        else "--dtype int8 --activations bf16"
     )
     raise InputError(
         f"this graph ({graph.dtype}, target {graph.target}) computes attention in float32, for "

@@ -16,19 +16,19 @@ import numpy as np
 from gemma3_export.bundle import Bundle, Graph, Signature
 from gemma3_export.device import Device
 from gemma3_export.errors import InputError
-from gemma3_export.processor_kind import read_processor
 from gemma3_export.runtimes.onnx.caches import OnnxCache
-from gemma3_export.runtimes.onnx.session import check_interface, open_session
+from gemma3_export.runtimes.onnx.session import (
+    EXACT_PRODUCTS,
+    X86,
+    check_interface,
+    has_exact_products,
+    open_session,
+)
 from gemma3_export.runtimes.protocol import IntArray, PrefillProducts
 
 __all__ = ["PrefillSession", "prefill_path"]
 
 FEWEST_TOKENS = 16  # fewer are as fast in the other graph, where they cost no second step
-X86 = ("x86_64", "AMD64")
-# Processors that multiply unsigned by signed bytes without saturation. Elsewhere on x86, sums of
-# two products saturate at 16 bits unless ONNX Runtime is told to prevent it.
-EXACT_PRODUCTS = "session.x64quantprecision"  # the session option
-EXACT_SETS = {"avx512_vnni", "avx_vnni", "amx_int8"}
 
 
 def prefill_path(
@@ -60,16 +60,6 @@ def prefill_path(
             raise InputError(f"prefill with integers was requested, but {reason}")
         return None
     return path if wanted == "integers" or platform.machine() in X86 else None
-
-
-def has_exact_products() -> bool:
-    """Return whether products of unsigned and signed bytes are exact on this processor.
-
-    False where the system does not say, so that results are right there, but slower.
-    """
-    if platform.machine() not in X86:
-        return True
-    return not EXACT_SETS.isdisjoint(read_processor().instruction_sets)
 
 
 class PrefillSession:

@@ -65,6 +65,7 @@ from gemma3_export.runtimes.onnx.session import (
     first_line,
     import_onnxruntime,
     open_session,
+    product_entries,
 )
 from gemma3_export.runtimes.protocol import (
     IntArray,
@@ -159,7 +160,8 @@ class OnnxRuntime:
         )
         self.path, self.graph, self.signature = self._read_graph(graph, float32_matmul)
         self.weights_folder = weights_folder(self.bundle.file(f"{graph.path}_data"))
-        entries = {}
+        self.product_entries = product_entries(graph)
+        entries = dict(self.product_entries)
         if isinstance(self.graph, bytes):
             entries[WEIGHTS_FOLDER] = str(self.weights_folder)
         if shares_weights:

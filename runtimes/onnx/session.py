@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import functools
 import os
+import platform
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gemma3_export.bundle import MANIFEST, Axis, TensorSpec
+from gemma3_export.bundle import MANIFEST, Axis, Graph, TensorSpec
 from gemma3_export.device import (
     BOTH_INSTALLED,
     CPU_PACKAGE,
@@ -25,6 +26,7 @@ from gemma3_export.device import (
 )
 from gemma3_export.dtypes import ELEMENT_TYPES
 from gemma3_export.errors import InputError, UnavailableError
+from gemma3_export.processor_kind import read_processor
 from gemma3_export.processors import chosen_threads
 
 if TYPE_CHECKING:
@@ -36,8 +38,10 @@ __all__ = [
     "choose_device",
     "cuda_provider_options",
     "first_line",
+    "has_exact_products",
     "import_onnxruntime",
     "open_session",
+    "product_entries",
 ]
 
 CUDA_PROVIDER = "CUDAExecutionProvider"
@@ -51,6 +55,12 @@ WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 KERNEL_CHOICES = {"ORT_FPA_INTB_GEMM": "1"}
 SHOWN_PROBLEMS = 2
 ERRORS_ONLY, NOTHING = 3, 4  # levels of ONNX Runtime's logs
+X86 = ("x86_64", "AMD64")
+# Processors that multiply unsigned by signed bytes without saturation. Elsewhere on x86, sums of
+# two products saturate at 16 bits unless ONNX Runtime is told to make the weights unsigned, which
+# would be slower on these processors.
+EXACT_PRODUCTS = "session.x64quantprecision"  # the session option
+EXACT_SETS = {"avx512_vnni", "avx_vnni", "amx_int8"}
 
 
 def choose_device(name: str) -> Device:
@@ -133,6 +143,24 @@ def open_session(
             f"CUDA libraries or the driver failed to load; {DOCTOR}, or pass --device cpu"
         )
     return session
+
+
+def product_entries(graph: Graph) -> dict[str, str]:
+    """Return the session configuration entries with which ``graph`` multiplies exactly."""
+    has_signed_weights = any(
+        recipe.blocks is not None and recipe.transposed for recipe in graph.weights.values()
+    )
+    return {EXACT_PRODUCTS: "1"} if has_signed_weights and not has_exact_products() else {}
+
+
+def has_exact_products() -> bool:
+    """Return whether products of unsigned and signed bytes are exact on this processor.
+
+    False where the system does not say, so that results are right there, but slower.
+    """
+    if platform.machine() not in X86:
+        return True
+    return not EXACT_SETS.isdisjoint(read_processor().instruction_sets)
 
 
 @contextmanager
