@@ -9,8 +9,8 @@ once per call, however many rows there are, so one graph serves prompts and deco
 
 :class:`IntegerProducts` is for onnxruntime-web, in standard operators. Its WebAssembly has no fast
 kernel for ``MatMulNBits`` with 8 bits, but it has one for ``MatMulInteger``. There the weights are
-the *left* operand, ``W @ x.T``. They stay as they are stored, so the tied embedding is read in place
-by lookup and head alike: no transposed copy, no packed copy.
+the *left* operand, ``W @ x.T``. They stay as they are stored, so the tied embedding is read in
+place by lookup and head alike: no transposed copy, no packed copy.
 
 Shapes: B batch rows, T new tokens, K inputs, N outputs. ``Gemm``, the head, has no B.
 """
@@ -124,11 +124,12 @@ class ColumnProducts(RotatedProducts):
     def replace_product(self, old: ir.Node) -> None:
         """Replace ``MatMul(x, W)``, or ``Gemm`` with the reshapes around it, which copy logits."""
         x = old.inputs[0]
-        if old.op_type == "Gemm":
-            before, after = old.inputs[0].producer(), old.outputs[0].consumers()[0]
-            assert before.op_type == after.op_type == "Reshape"
-            x, old = before.inputs[0], after
         assert x is not None
+        if old.op_type == "Gemm":
+            before, (after,) = x.producer(), old.outputs[0].consumers()
+            assert before is not None and before.op_type == after.op_type == "Reshape"
+            x, old = before.inputs[0], after
+            assert x is not None
         codes, scale = self.rounded_rows(old, x, 2)
         # Without a zero point of weights: ONNX Runtime fails where it makes a shared one unsigned.
         inputs = [codes, self.tensors[CODES], scale, self.tensors[SCALES], self.zero_point()]
@@ -137,9 +138,13 @@ class ColumnProducts(RotatedProducts):
     def replace_lookup(self, old: ir.Node) -> None:
         """Replace ``Gather(W, ids)`` with the lookup of a column and its scale."""
         ids = old.inputs[1]
-        codes = self.insert(old, "", "Gather", [self.tensors[CODES], ids], {"axis": 1}, INT8, "code")
+        codes = self.insert(
+            old, "", "Gather", [self.tensors[CODES], ids], {"axis": 1}, INT8, "code"
+        )
         wide = self.insert(old, "", "Cast", [codes], {"to": FLOAT.value}, FLOAT)
-        scales = self.insert(old, "", "Gather", [self.tensors[SCALES], ids], kind=FLOAT, role="scale")
+        scales = self.insert(
+            old, "", "Gather", [self.tensors[SCALES], ids], kind=FLOAT, role="scale"
+        )
         columns = self.insert(old, "", "Mul", [wide, scales], kind=FLOAT)  # [K, B, T]
         rows = self.insert(old, "", "Transpose", [columns], {"perm": [1, 2, 0]}, FLOAT)
         self.take_over(old, self.rotate(old, rows, 2))

@@ -91,9 +91,7 @@ def quantized_recipes(
 ) -> dict[str, WeightRecipe]:
     """Return ``recipes`` with the formats of the quantized matrices."""
     return {
-        name: replace(
-            recipe, transposed=matrices[name].transposed, blocks=matrices[name].format
-        )
+        name: replace(recipe, transposed=matrices[name].transposed, blocks=matrices[name].format)
         if name in matrices
         else recipe
         for name, recipe in recipes.items()

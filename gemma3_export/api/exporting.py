@@ -263,7 +263,8 @@ def export_onnx(
 def _for_one_of_several(options: OnnxOptions, dtype: str) -> OnnxOptions:
     """Return ``options`` without those that only others of several dtypes have."""
     takers = {
-        "activations": [name for name, item in EXPORT_DTYPES.items() if item.is_quantized],
+        "activations": [n for n, item in EXPORT_DTYPES.items() if item.has_half_activations],
+        "block_size": [n for n, item in EXPORT_DTYPES.items() if item.has_block_size],
         "rounding": ["int4"],
         "screen": ["fp32"],
         "prefill_graph": [name for name, item in EXPORT_DTYPES.items() if item.is_quantized],

@@ -320,7 +320,7 @@ class FloatProducts:
 
 
 class FineProducts:
-    """Refines ``MatMulIntegerToFloat`` of one graph in place: see the exporter's ``ColumnProducts``.
+    """Refines ``MatMulIntegerToFloat`` of one graph in place: see ``ColumnProducts``.
 
     What rounding to 8 bits leaves of the activations is rounded to 8 bits as well, twice. One call
     multiplies all three parts, and their sum is as exact as a product in float32. The kernel reads

@@ -44,6 +44,7 @@ FLOAT_WRITERS: dict[str, Callable[[], GraphWriter]] = {
 QUANTIZED_WRITERS: dict[str, Callable[[], GraphWriter]] = {
     "torchscript int8": lambda: TorchScriptWriter(dtype="int8", block_size=16),
     "onnx int8": lambda: OnnxWriter(dtype="int8", block_size=16),
+    "onnx w8a8": lambda: OnnxWriter(dtype="w8a8"),
 }
 WRITERS = FLOAT_WRITERS | QUANTIZED_WRITERS
 FEW = {"torchscript": 16, "torchscript int8": 4}  # of the others, 1: a trace takes seconds
@@ -52,10 +53,14 @@ MANY = {"torchscript": 200, "torchscript int8": 100}
 # How a rejection may be justified: a part of the message, and what must then hold.
 REASONS: dict[str, Callable[[Gemma3Config], bool]] = {
     "fused attention takes multiples of 8": lambda config: config.head_dim % 8 != 0,
-    "block": lambda config: any(
-        size % 16 for size in (config.hidden_size, config.intermediate_size, config.query_size)
-    ),
+    "block": lambda config: has_odd_columns(config),
+    "not a multiple of 16": lambda config: has_odd_columns(config),
 }
+
+
+def has_odd_columns(config: Gemma3Config) -> bool:
+    sizes = (config.hidden_size, config.intermediate_size, config.query_size)
+    return any(size % 16 for size in sizes)
 
 
 def is_justified(message: str, config: Gemma3Config) -> bool:
