@@ -127,7 +127,8 @@ class ColumnProducts(RotatedProducts):
         assert x is not None
         if old.op_type == "Gemm":
             before, (after,) = x.producer(), old.outputs[0].consumers()
-            assert before is not None and before.op_type == after.op_type == "Reshape"
+            assert before is not None
+            assert before.op_type == after.op_type == "Reshape"
             x, old = before.inputs[0], after
             assert x is not None
         codes, scale = self.rounded_rows(old, x, 2)
