@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal, Protocol, get_args, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,7 +23,6 @@ from gemma3_export.dtypes import DType
 from gemma3_export.errors import InputError
 
 __all__ = [
-    "PREFILLS",
     "CacheKind",
     "CacheVariants",
     "Float32MatMul",
@@ -34,8 +33,6 @@ __all__ = [
     "Logits",
     "PaddedBatches",
     "PaddingSide",
-    "PrefillProducts",
-    "PrefillVariants",
     "ReleasesWeights",
     "Runtime",
     "RuntimeInfo",
@@ -58,8 +55,6 @@ LayerKV = tuple[NDArray[np.float32], NDArray[np.float32]]  # key and value, each
 RuntimeName = BundleRuntime | Literal["transformers", "dry-run"]
 CacheKind = Literal["full", "windowed"]  # windowed: sliding layers keep their newest tokens only
 PaddingSide = Literal["left", "right"]
-PrefillProducts = Literal["auto", "blocks", "integers"]  # how prompts are multiplied
-PREFILLS: tuple[PrefillProducts, ...] = get_args(PrefillProducts)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -79,7 +74,6 @@ class RuntimeInfo:
     target: str | None = None  # export target of the graph
     producer: str | None = None  # the other tool that made the graph
     cache: CacheKind | None = None
-    prefills_with_integers: bool = False  # long prompts run in a graph of their own
     has_screened_head: bool = False
     shares_weights: bool = False  # float matrices stay in the memory-mapped file
     providers: tuple[str, ...] = ()  # ONNX Runtime's execution providers, in order
@@ -92,7 +86,6 @@ class RuntimeInfo:
             "target": self.target,
             "made_by": self.producer,
             "cache": self.cache,
-            "prefill": "integers" if self.prefills_with_integers else None,
             "head": "screened" if self.has_screened_head else None,
             "weights": "shared" if self.shares_weights else None,
             "dtype": self.dtype,
@@ -389,21 +382,3 @@ class CacheVariants(Protocol):
 
         None if the bundle or ONNX Runtime has no such variant.
         """
-
-
-@runtime_checkable
-class PrefillVariants(Protocol):
-    """A runtime that may have another graph for prompts."""
-
-    @property
-    def has_integer_prefill(self) -> bool:
-        """Whether the bundle has such a graph, which this device can run."""
-
-    def with_integer_prefill(self) -> Runtime | None:
-        """Return the runtime that uses it; None if the bundle has no such graph.
-
-        Its steps compute all tokens but the last ``num_logits`` in that graph if they are many.
-        """
-
-    def prefill_tokens(self, new_tokens: int, num_logits: int) -> int:
-        """Return how many of a step's first tokens run in the graph for prompts."""

@@ -26,13 +26,9 @@ from gemma3_export.exporters.onnx.quantize_weights import DOMAIN, FLOAT, MatrixN
 from gemma3_export.reference.weights.block_matrix import hadamard
 
 __all__ = [
-    "LARGEST_CODE",
-    "LEAST_ROTATION",
-    "SMALLEST_SCALE",
     "ColumnProducts",
     "IntegerProducts",
     "rotated_rows",
-    "shared_constant",
 ]
 
 INT8, INT32, UINT8 = ir.DataType.INT8, ir.DataType.INT32, ir.DataType.UINT8
@@ -114,8 +110,17 @@ class RotatedProducts(MatrixNodes):
         return self.constant(name, np.array(value, np.float32))
 
     def constant(self, name: str, array: np.ndarray) -> ir.Value:
-        """Return an initializer that all matrices share."""
-        return shared_constant(self.graph, f"integer_products.{name}", array)
+        """Return an initializer that all matrices share, added on first use."""
+        name = f"integer_products.{name}"
+        if name not in self.graph.initializers:
+            tensor = ir.tensor(array, name=name)
+            self.graph.initializers[name] = ir.Value(
+                name=name,
+                const_value=tensor,
+                type=ir.TensorType(tensor.dtype),
+                shape=ir.Shape(array.shape),
+            )
+        return self.graph.initializers[name]
 
 
 class ColumnProducts(RotatedProducts):
@@ -183,16 +188,3 @@ class IntegerProducts(RotatedProducts):
         )
         row = self.insert(old, "", "Mul", [centered, scales], kind=FLOAT)
         self.take_over(old, self.rotate(old, row, 2))
-
-
-def shared_constant(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
-    """Return an initializer that all matrices share, added on first use."""
-    if name not in graph.initializers:
-        tensor = ir.tensor(array, name=name)
-        graph.initializers[name] = ir.Value(
-            name=name,
-            const_value=tensor,
-            type=ir.TensorType(tensor.dtype),
-            shape=ir.Shape(array.shape),
-        )
-    return graph.initializers[name]

@@ -44,7 +44,6 @@ from gemma3_export.exporters.onnx.passes import (
     GraphPlan,
     apply_passes,
 )
-from gemma3_export.exporters.onnx.prefill_graph import column_bytes, write_prefill_graphs
 from gemma3_export.exporters.onnx.quantize_weights import quantized_recipes, quantized_shapes
 from gemma3_export.exporters.onnx.screened_head import screen_bytes, should_screen, write_screen
 from gemma3_export.exporters.onnx.sliding_window import has_sliding_layers
@@ -103,8 +102,6 @@ class OnnxWriter:
             of the bytes (target ``ort`` in fp32, on the CPU); by default, if the head is large.
         opset: 21 makes a ``portable`` graph for runtimes without opset 23, such as ONNX Runtime
             1.18; attention and norms become several nodes.
-        prefill_graph: also store graphs for prompts, which the CPU runs faster, with another copy
-            of the layers in 8 bits (quantized dtypes for ``ort``, with float32 activations).
 
     Raises:
         InputError: unknown target or dtype, options that exclude each other, or an impossible
@@ -121,12 +118,10 @@ class OnnxWriter:
     rounding: str = "auto"
     screen: bool | None = None
     opset: int | None = None
-    prefill_graph: bool = False
 
     def __post_init__(self) -> None:
         export_dtype(self.dtype, self.runtime)
         self._check_rounding()
-        self._check_prefill_graph()
         require_max_kld(self.budget)
         if self.target not in TARGETS:
             raise InputError(f"unknown target {self.target!r}; choose {' or '.join(TARGETS)}")
@@ -193,21 +188,6 @@ class OnnxWriter:
                 "--rounding auto, which measures both ways with it"
             )
 
-    def _check_prefill_graph(self) -> None:
-        """Reject a graph for prompts where there is none, or where it would not be faster.
-
-        Raises:
-            InputError: of another dtype, target or type of activations.
-        """
-        if not self.prefill_graph:
-            return
-        if not self.is_quantized or self.target != "ort" or self.element != "float32":
-            raise InputError(
-                "--prefill-graph requires quantized matrices, float32 activations and --target "
-                f"ort; this export has --dtype {self.dtype}, --activations {self.activations} and "
-                f"--target {self.target}; omit --prefill-graph"
-            )
-
     @property
     def is_quantized(self) -> bool:
         """True if matrices are stored as integers."""
@@ -251,9 +231,8 @@ class OnnxWriter:
         is_screened = (
             self.dtype == "fp32" and self.target == "ort" and should_screen(config, self.screen)
         )
-        extra = screen_bytes(config) if is_screened else 0
-        extra += column_bytes(config) if self.prefill_graph else 0
-        return int(config.num_parameters * itemsize) + extra + 2**22
+        screen = screen_bytes(config) if is_screened else 0
+        return int(config.num_parameters * itemsize) + screen + 2**22
 
     def write(
         self, source: WeightSource, folder: Path, progress: Progress
@@ -293,7 +272,6 @@ class OnnxWriter:
         data = path.with_name(path.name + "_data")
         total = stored_bytes(recipes, config, self.element)
         total += screen_bytes(config) if plan.is_screened else 0
-        total += column_bytes(config) if self.prefill_graph else 0
         written = 0
 
         def count(size: int) -> None:
@@ -317,12 +295,6 @@ class OnnxWriter:
         if self.target == "ort" and has_sliding_layers(config):
             windowed = path.with_name(f"{path.stem}_windowed.onnx")
             hashes |= write_sliding_window_graph(model, plan, windowed, count)
-        prefill = None
-        if self.prefill_graph:
-            prefill, more = write_prefill_graphs(
-                path, windowed, recipes, source, plan.signature, count
-            )
-            hashes |= more
         graph = Graph(
             runtime=self.runtime,
             path=self.path,
@@ -332,7 +304,6 @@ class OnnxWriter:
             residual_dtype="float32" if has_wide_residual(dtype) else self.element,
             weights=recipes,
             windowed_path=windowed.relative_to(folder).as_posix() if windowed else None,
-            prefill=prefill,
             is_screened=plan.is_screened,
             max_kld=self.budget,
             calibration=quantizer.calibration if quantizer else None,

@@ -116,8 +116,6 @@ class OnnxOptions(ExportOptions):
             top-k decoding on the CPU reads a quarter of it; None is wherever that pays.
         opset: version of the standard operator set of a ``portable`` graph: 21 for runtimes without
             opset 23, such as ONNX Runtime 1.18; None is 23.
-        prefill_graph: also store graphs that prefill prompts faster on the CPU, with another copy
-            of the layers in 8 bits; for quantized dtypes with target ``ort``.
     """
 
     target: str = "ort"
@@ -128,7 +126,6 @@ class OnnxOptions(ExportOptions):
     rounding: str = "auto"
     screen: bool | None = None
     opset: int | None = None
-    prefill_graph: bool = False
 
     def __post_init__(self) -> None:
         ExportOptions.__post_init__(self)
@@ -136,7 +133,7 @@ class OnnxOptions(ExportOptions):
         check_integers(self, 1, "block_size", "opset")
         check_budget(self)
         check_paths(self, "calibration")
-        check_flags(self, "screen", "prefill_graph")
+        check_flags(self, "screen")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -252,7 +249,6 @@ def export_onnx(
             rounding=item.rounding,
             screen=item.screen,
             opset=item.opset,
-            prefill_graph=item.prefill_graph,
         )
         for dtype in chosen.dtypes
         for item in [_for_one_of_several(chosen, dtype)]
@@ -267,7 +263,6 @@ def _for_one_of_several(options: OnnxOptions, dtype: str) -> OnnxOptions:
         "block_size": [n for n, item in EXPORT_DTYPES.items() if item.has_block_size],
         "rounding": ["int4"],
         "screen": ["fp32"],
-        "prefill_graph": [name for name, item in EXPORT_DTYPES.items() if item.is_quantized],
     }
     defaults = OnnxOptions()
     return replace(

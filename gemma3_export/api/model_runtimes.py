@@ -138,7 +138,6 @@ class ModelRuntimes:
                     self._files,
                     sliding_window_cache=False if needs_every_token and is_free else wanted,
                     shares_weights=self._options.shares_weights,
-                    prefill=self._options.prefill,
                 )
             return self._runtime
 

@@ -20,7 +20,7 @@ from gemma3_export.processors import chosen_threads
 from gemma3_export.runtimes.generation.generate import generate
 from gemma3_export.runtimes.generation.prepare import GenerationOptions
 from gemma3_export.runtimes.generation.sampling import SamplingParams
-from gemma3_export.runtimes.protocol import IntArray, PrefillProducts, Runtime
+from gemma3_export.runtimes.protocol import IntArray, Runtime
 
 __all__ = ["open_runtime", "warm_up", "warm_up_prompt"]
 
@@ -40,7 +40,6 @@ def open_runtime(
     sliding_window_cache: bool | None = None,
     shares_weights: bool = False,
     huge_pages: bool = False,
-    prefill: PrefillProducts = "auto",
 ) -> Runtime:
     """Load one of a bundle's runtimes, or weights on the reference.
 
@@ -59,7 +58,6 @@ def open_runtime(
             runtimes keep everything.
         shares_weights: see there too.
         huge_pages: see there too; other runtimes ignore it.
-        prefill: see there too; other runtimes have one graph for everything.
 
     Raises:
         InputError: the bundle is damaged or has no such graph, or an option is invalid.
@@ -75,14 +73,11 @@ def open_runtime(
         sliding_window_cache=sliding_window_cache,
         shares_weights=shares_weights,
         huge_pages=huge_pages,
-        prefill=prefill,
     )
     files = open_files(bundle, variant)
     runtime = choose_runtime(files, runtime)
     if shares_weights and runtime != "onnx":
         raise InputError(f"weights are shared by the onnx runtime, not by {runtime}")
-    if prefill == "integers" and runtime != "onnx":
-        raise InputError(f"the onnx runtime can prefill with integers, and {runtime} cannot")
     if runtime == "reference":
         return _open_reference(files, device, threads)
     assert isinstance(files, Bundle)
@@ -97,7 +92,6 @@ def open_runtime(
             sliding_window_cache=sliding_window_cache,
             shares_weights=shares_weights,
             huge_pages=huge_pages,
-            prefill=prefill,
         )
     if runtime == "torchscript":
         require_torch("torchscript")

@@ -26,7 +26,6 @@ from gemma3_export.limits import (
     is_number,
 )
 from gemma3_export.runtimes.generation.sampling import SamplingParams
-from gemma3_export.runtimes.protocol import PREFILLS, PrefillProducts
 from gemma3_export.runtimes.structured.function_calls import check_tool_choice
 from gemma3_export.runtimes.structured.grammar import Grammar
 from gemma3_export.tokenizer.chat_format import ChatOptions
@@ -65,9 +64,6 @@ class LoadOptions:
         huge_pages: move the weights into huge pages once they are loaded, on the CPU under Linux.
             Decoding is faster then, but loading takes 1.2 to 3 times as long. A system that cannot
             do it ignores this.
-        prefill: how prompts are multiplied: ``integers`` uses the graphs for prompts of an export
-            with ``prefill_graph``, ``blocks`` never loads them, and ``auto`` uses them where they
-            are known to be faster, on x86.
         kept_prefix_bytes: memory for prompt prefixes that are kept between calls; 0 keeps none.
     """
 
@@ -82,13 +78,10 @@ class LoadOptions:
     sliding_window_cache: bool | None = None
     shares_weights: bool = False
     huge_pages: bool = False
-    prefill: PrefillProducts = "auto"
     kept_prefix_bytes: int = 0
 
     def __post_init__(self) -> None:
-        check_texts(self, "runtime", "device", "variant", "prefill")
-        if self.prefill not in PREFILLS:
-            raise InputError(f"unknown prefill {self.prefill!r:.40}; choose {', '.join(PREFILLS)}")
+        check_texts(self, "runtime", "device", "variant")
         check_threads(self.threads)
         check_integers(self, 0, "kept_prefix_bytes", most=MAX_SIZE_BYTES)
         check_flags(self, "trust", "check", "warm_up", "sliding_window_cache", "shares_weights")

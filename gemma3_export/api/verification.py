@@ -182,7 +182,6 @@ def _verify_bundle(bundle: Bundle, request: VerifyRequest, stack: ExitStack) -> 
         device=request.device,
         threads=request.threads,
         cuda=request.cuda,
-        prefill="blocks",
     )
     progress("opening the runtime", 1, 1)
     from gemma3_export.reference.weights.bundle_weights import open_bundle_weights
@@ -367,11 +366,7 @@ def _compared(subject: Subject, request: VerifyRequest, options: VerifyOptions) 
         )
     if bundle is not None and request.against in RUNTIMES:
         baseline = open_runtime(
-            bundle,
-            str(request.against),
-            device=request.device,
-            threads=request.threads,
-            prefill="blocks",
+            bundle, str(request.against), device=request.device, threads=request.threads
         )
     else:
         if bundle is not None:
@@ -422,9 +417,7 @@ class ParityCheck:
         progress = self.progress or ignore_progress
         with torch_threads(threads):
             progress("opening the runtime", 0, 1)
-            candidate = open_runtime(
-                bundle, runtime, device="cpu", threads=threads, prefill="blocks"
-            )
+            candidate = open_runtime(bundle, runtime, device="cpu", threads=threads)
             progress("opening the runtime", 1, 1)
             report = verify(
                 candidate,
@@ -496,7 +489,6 @@ def open_baseline(
             device=request.device,
             threads=request.threads,
             cuda=request.cuda,
-            prefill="blocks",
         )
     from gemma3_export.parity.transformers_runtime import TransformersRuntime
 

@@ -22,7 +22,6 @@ __all__ = [
     "BlockFormat",
     "StoredTensor",
     "block_tensors",
-    "column_tensors",
     "common_format",
 ]
 
@@ -172,15 +171,4 @@ def block_tensors(
             shapes[ZERO_POINTS] = ((rows, (blocks + 1) // 2), "uint8")
     return {
         key: StoredTensor(f"{name}.{key}", shape, dtype) for key, (shape, dtype) in shapes.items()
-    }
-
-
-def column_tensors(name: str, rows: int, columns: int) -> dict[str, StoredTensor]:
-    """Return the tensors of the matrix ``name`` [rows, columns] in a graph for prompts.
-
-    The layout is that of ``MatMulIntegerToFloat``: inputs first, signed, one scale per output.
-    """
-    return {
-        CODES: StoredTensor(f"{name}.column_codes", (columns, rows), "int8"),
-        SCALES: StoredTensor(f"{name}.column_scales", (rows,), "float32"),
     }

@@ -71,8 +71,6 @@ def _describe_graph(bundle: Bundle, graph: Graph) -> dict[str, Any]:
         "dtype": graph.dtype,
         "path": graph.path,
         "windowed_path": graph.windowed_path,
-        "prefill_paths": [] if graph.prefill is None else list(graph.prefill.paths),
-        "prefill_bytes": prefill_bytes(bundle, graph),
         "screen_bytes": screen_bytes(bundle, graph),
         "verified": graph.verified,
         "min_onnxruntime": graph.min_onnxruntime,
@@ -111,15 +109,6 @@ def rounding_line(calibration: Mapping[str, Any] | None) -> str | None:
     if not isinstance(own, float) or not isinstance(other, float):
         return line
     return f"{line}; divergence {own:.3g} nats per token (with GPTQ {other:.3g})"
-
-
-def prefill_bytes(bundle: Bundle, graph: Graph) -> int | None:
-    """Return the size of the graphs for prompts and their weights, None if there are none."""
-    if graph.prefill is None:
-        return None
-    return sum(
-        bundle.file_bytes(name) for path in graph.prefill.paths for name in (path, f"{path}_data")
-    )
 
 
 def screen_bytes(bundle: Bundle, graph: Graph) -> int | None:

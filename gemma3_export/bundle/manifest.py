@@ -39,7 +39,6 @@ __all__ = [
     "FileRecord",
     "Graph",
     "Manifest",
-    "PrefillGraph",
     "WeightRecipe",
     "default_graph",
     "manifest_to_json",
@@ -50,8 +49,9 @@ __all__ = [
     "write_manifest",
 ]
 
-# 2 added samples of large files; 3 variants, with parity.json by graph; 4 graphs for prompts
-FORMAT_VERSION = 4
+# 2 added samples of large files; 3 variants, with parity.json by graph; 5 transposed integers. 4 had
+# graphs for prompts alone, which are no longer run.
+FORMAT_VERSION = 5
 READABLE_VERSIONS = (1, 2, 3, FORMAT_VERSION)
 # Backends that run a bundle. All but the reference have a graph of their own in it.
 BundleRuntime = Literal["onnx", "torchscript", "pt2", "reference"]
@@ -95,20 +95,6 @@ class FileRecord:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class PrefillGraph:
-    """The graphs that fill the cache with a prompt: see exporters/onnx/prefill_graph.py."""
-
-    path: str  # for the cache of Graph.path; next to it, as its weights are
-    windowed_path: str | None  # for that of Graph.windowed_path
-    weights: dict[str, WeightRecipe]  # the matrices that only these graphs have
-
-    @property
-    def paths(self) -> tuple[str, ...]:
-        """Return the relative paths of the ``.onnx`` files."""
-        return tuple(path for path in (self.path, self.windowed_path) if path is not None)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class Graph:
     """One executable graph of a bundle."""
 
@@ -120,7 +106,6 @@ class Graph:
     weights: dict[str, WeightRecipe]  # stored tensor -> canonical weights
     residual_dtype: DType = "float32"  # of the residual stream
     windowed_path: str | None = None  # the same model with sliding-window caches
-    prefill: PrefillGraph | None = None  # None: prompts run in path or windowed_path
     is_screened: bool = False  # windowed_path screens its head: exporters/onnx/screened_head.py
     max_kld: float = DEFAULT_MAX_KLD  # divergence budget of the parity check, mean nats per token
     calibration: dict[str, Any] | None = None  # the text that quantization used
@@ -142,8 +127,7 @@ class Graph:
     @property
     def paths(self) -> tuple[str, ...]:
         """Return the relative paths of all ``.onnx`` files, or of the archive."""
-        own = tuple(path for path in (self.path, self.windowed_path) if path is not None)
-        return own if self.prefill is None else own + self.prefill.paths
+        return tuple(path for path in (self.path, self.windowed_path) if path is not None)
 
     @property
     def is_fused(self) -> bool:

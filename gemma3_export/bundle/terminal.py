@@ -88,9 +88,6 @@ def graph_lines(graph: Mapping[str, Any]) -> Iterator[str]:
             f"; {int(tokens):,} tokens {size / 1e6:,.1f} MB"
             for tokens, size in graph["windowed_cache_bytes"].items()
         )
-    if graph["prefill_paths"]:
-        size = graph["prefill_bytes"] / 1e6
-        yield f"  graphs for prompts: {size:,.1f} MB more ({', '.join(graph['prefill_paths'])})"
     if graph["screen_bytes"]:
         size = graph["screen_bytes"] / 1e6
         yield f"  screened head: {size:,.1f} MB more, read before the full head"

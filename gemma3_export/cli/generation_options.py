@@ -135,14 +135,6 @@ OPENING = (
         "[default: if the C library can allocate them; always in serve]",
     ),
     click.option(
-        "--prefill",
-        type=click.Choice(("auto", "blocks", "integers")),
-        default="auto",
-        show_default=True,
-        help="How prompts are computed. integers: with the prompt graphs of an export with "
-        "--prefill-graph. blocks: never load them. auto: integers on x86 if the bundle has them.",
-    ),
-    click.option(
         "--trust", is_flag=True, help="Load a torch archive that is not the one that was exported."
     ),
     click.option(
@@ -189,7 +181,6 @@ class OpeningRequest:
     threads: int | None
     share_weights: bool
     huge_pages: bool | None
-    prefill: str
     trust: bool
     check: bool
 
@@ -222,7 +213,6 @@ class OpeningRequest:
             "cuda": cuda_options,
             "shares_weights": self.share_weights,
             "huge_pages": bool(self.huge_pages),
-            "prefill": self.prefill,
         }
 
     def open(self, path: Path, *, warm_up: bool = False) -> Model:

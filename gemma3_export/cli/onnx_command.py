@@ -95,12 +95,6 @@ Examples:
     "runtimes without opset 23; attention and norms become several nodes.  [default: 23]",
 )
 @click.option(
-    "--prefill-graph",
-    is_flag=True,
-    help="Store graphs that process prompts faster on the CPU, with another copy of the layers in "
-    "8 bits (quantized dtypes, target ort).",
-)
-@click.option(
     "--max-kld",
     type=BUDGET,
     help="Fail if the mean KL divergence from full precision exceeds this many nats per token. "
@@ -125,7 +119,6 @@ def onnx(
     calibration: Path | None,
     screen: bool | None,
     opset: str | None,
-    prefill_graph: bool,
 ) -> None:
     """Export to ONNX and prove parity with the model.
 
@@ -164,7 +157,6 @@ def onnx(
         calibration=calibration,
         screen=screen,
         opset=None if opset is None else int(opset),
-        prefill_graph=prefill_graph,
     )
     half = "" if activations == "fp32" else f" with {activations} activations"
     variants = [variant_name(dtype, element_type(activations).name) for dtype in dtypes]

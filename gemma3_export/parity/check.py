@@ -37,13 +37,7 @@ from gemma3_export.parity.ground_truth import GroundTruth
 from gemma3_export.parity.judge import Criteria, Limits, judge_cases
 from gemma3_export.parity.locate import locate
 from gemma3_export.parity.options import HalfPrecision, VerifyOptions
-from gemma3_export.parity.prefill_check import PrefillCheck
-from gemma3_export.parity.quality import (
-    compare_with_full_precision,
-    judge_quality,
-    run_prompts,
-    run_sequences,
-)
+from gemma3_export.parity.quality import compare_with_full_precision, judge_quality, run_sequences
 from gemma3_export.parity.report.model import (
     CaseResult,
     Divergence,
@@ -56,7 +50,7 @@ from gemma3_export.parity.sequences import held_out_sequences
 from gemma3_export.progress import Progress, ignore_progress
 from gemma3_export.reference.weights import WeightSource
 from gemma3_export.runtimes.onnx.mapped_pages import return_freed_memory
-from gemma3_export.runtimes.protocol import PrefillVariants, ReleasesWeights, Runtime
+from gemma3_export.runtimes.protocol import ReleasesWeights, Runtime
 from gemma3_export.tokenizer import Tokenizer
 
 __all__ = ["compare", "verify"]
@@ -182,7 +176,6 @@ class Check:
     releases_candidate: bool = False
     cases: list[CaseResult] = field(default_factory=list, init=False)
     quality: list[LogitDifference] = field(default_factory=list, init=False)
-    prompt_quality: list[LogitDifference] = field(default_factory=list, init=False)
     seconds: dict[str, float] = field(default_factory=dict, init=False)
 
     def run(
@@ -253,30 +246,13 @@ class Check:
                 texts = held_out_sequences(tokenizer, self.candidate.config.max_position_embeddings)
                 full_values = FullPrecisionLogits(full, texts, self.progress)
                 self.quality = run_sequences(self.candidate, full_values, texts, self.progress)
-                sequences = texts
-        if full_values is not None and isinstance(self.candidate, PrefillVariants):
-            integers = self.candidate.with_integer_prefill()
-            if integers is not None:
-                with self._timed("prompts"):
-                    self.prompt_quality = run_prompts(
-                        integers, full_values, sequences, self.progress
-                    )
 
     def _run_variants(self, ground_truth: GroundTruth, limits: Limits) -> None:
-        prompts = PrefillCheck(ground_truth, limits)
-        variants: dict[str, FindVariant] = {
-            "candidates": candidate_variant,
-            "integer prefill": lambda candidate, *_: prompts.variant(candidate),
-            "other caches": other_cache_variant,
-            "integer prefill, other caches": lambda candidate, *_: prompts.other_cache_variant(
-                candidate
-            ),
-        }
+        variants = {"candidates": candidate_variant, "other caches": other_cache_variant}
         if self.baseline is not None:
             variants.clear()
-        variants["float32 matmul"] = float32_matmul_variant
-        for name, find_variant in variants.items():
-            has_own_weights = name not in ("candidates", "integer prefill")
+        for name, find_variant in (variants | {"float32 matmul": float32_matmul_variant}).items():
+            has_own_weights = find_variant is not candidate_variant
             if has_own_weights and self.releases_candidate:
                 if isinstance(self.candidate, ReleasesWeights):
                     self.candidate.release()
@@ -294,12 +270,7 @@ class Check:
             passed=all(case.passed for case in self.cases),
         )
         knows_full = self.full_source is not None or not self.candidate.info.is_quantized
-        quality = judge_quality(
-            self.quality,
-            ground_truth.options,
-            knows_full=knows_full,
-            prompts=self.prompt_quality,
-        )
+        quality = judge_quality(self.quality, ground_truth.options, knows_full=knows_full)
         half = HalfPrecision.of_runtime(self.candidate.info)
         if half is not None and self.ranges is None:
             with self._timed("activation range"):

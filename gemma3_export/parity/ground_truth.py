@@ -22,7 +22,6 @@ from gemma3_export.parity.noise_floor import (
     with_rounding_share,
 )
 from gemma3_export.parity.options import HalfPrecision, VerifyOptions, noise_floor_dtype
-from gemma3_export.parity.prefill_products import PrefillProducts, PrefillTokens
 from gemma3_export.parity.reference_pair import ReferencePair, head_blocks
 from gemma3_export.parity.rounding import ActivationRounding
 from gemma3_export.parity.sequences import TokenSequence, decode_start, sequences_for
@@ -153,8 +152,6 @@ class GroundTruth:
         options: seed, steps and thresholds.
         tokenizer: adds the text prompts.
         progress: called with the stage and how much of it is done.
-        prefill: the tokens of ``sequences`` that run in the bundle's graph for prompts.
-        sequences: the sequences of the check; None makes them from ``options``.
 
     Raises:
         InputError: a weight holds NaN or infinity, or cannot be read.
@@ -168,8 +165,6 @@ class GroundTruth:
         options: VerifyOptions,
         tokenizer: Tokenizer | None = None,
         progress: Progress = ignore_progress,
-        prefill: PrefillTokens | None = None,
-        sequences: Sequence[TokenSequence] | None = None,
     ) -> None:
         self.source = source
         self.config = source.config
@@ -179,17 +174,13 @@ class GroundTruth:
         self.options = options
         self.tokenizer = tokenizer
         self.progress = progress
-        self.prefill = prefill
-        if sequences is not None:
-            self.sequences = list(sequences)
-        else:
-            self.sequences = sequences_for(source.config, options, tokenizer)
-            self.sequences[0] = with_greedy_tokens(
-                runtime,
-                self.sequences[0],
-                decode_start(source.config, options),
-                min(options.greedy_steps, options.decode_steps),
-            )
+        self.sequences = sequences_for(source.config, options, tokenizer)
+        self.sequences[0] = with_greedy_tokens(
+            runtime,
+            self.sequences[0],
+            decode_start(source.config, options),
+            min(options.greedy_steps, options.decode_steps),
+        )
         if not self.config.tie_word_embeddings:  # the head is checked when it is used
             for chunk in source.chunks(EMBEDDING):
                 check_finite(EMBEDDING, chunk)
@@ -241,9 +232,6 @@ class GroundTruth:
         """Run all layers; return the arithmetic with float activations and that of the kernels."""
         sequences, has_both = self.sequences, bool(self.source.activation_blocks)
         pair = self.pair([*sequences, *sequences] if has_both else sequences)
-        hooks = [
-            PrefillProducts(forward.model, self.prefill) for forward in pair.passes if self.prefill
-        ]
         plain = Arithmetic(self.source, sequences, pair, None, self.progress)
         shipped = plain
         if has_both:
@@ -252,12 +240,8 @@ class GroundTruth:
         for _ in pair.layers():
             for index, sequence in enumerate(sequences):
                 self.progress(STAGE, done, total)
-                for hook in hooks:
-                    hook.choose(index, is_rounded=False)
                 exact, rounded = plain.step(pair, index)
                 plain.keep(index, exact, rounded, None)
-                for hook in hooks:
-                    hook.choose(index, is_rounded=True)
                 if has_both:
                     found = shipped.step(pair, index + len(sequences))
                     shipped.keep(index, *found, unquantized=rounded)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from itertools import pairwise
 
 import numpy as np
 import torch
@@ -22,10 +21,9 @@ from gemma3_export.parity.sequences import LogitObservation, TeacherForcing, Tok
 from gemma3_export.progress import Progress
 from gemma3_export.runtimes.protocol import Runtime
 
-__all__ = ["compare_with_full_precision", "judge_quality", "run_prompts", "run_sequences"]
+__all__ = ["compare_with_full_precision", "judge_quality", "run_sequences"]
 
 CHUNK = 32  # tokens per step; all their logits are compared
-PROMPTS = 4  # prompts of each sequence end at multiples of this fraction of it
 
 
 def run_sequences(
@@ -51,31 +49,6 @@ def run_sequences(
     return differences
 
 
-def run_prompts(
-    candidate: Runtime,
-    full: ExpectedLogits,
-    sequences: Sequence[TokenSequence],
-    progress: Progress,
-) -> list[LogitDifference]:
-    """Run prompts of several lengths, and compare what follows each with full precision.
-
-    Each prompt is the start of a sequence, in one step that returns the logits of its last token.
-    They are compared, and those of the tokens up to the end of the next longer prompt.
-    """
-    stage = "comparing prompts with full precision"
-    differences = []
-    for index, sequence in enumerate(sequences):
-        length = len(sequence.ids)
-        ends = sorted({max(1, length * part // PROMPTS) for part in range(1, PROMPTS + 1)})
-        for start, stop in pairwise(ends):
-            progress(stage, index, len(sequences))
-            feed = TeacherForcing(candidate, sequences, [index])
-            items = [*feed.step(start, keep=1), *feed.step(stop - start)]
-            differences += [compare_with_full_precision(item, full, sequences) for item in items]
-    progress(stage, len(sequences), len(sequences))
-    return differences
-
-
 def compare_with_full_precision(
     item: LogitObservation, full: ExpectedLogits, sequences: Sequence[TokenSequence]
 ) -> LogitDifference:
@@ -88,24 +61,19 @@ def compare_with_full_precision(
 
 
 def judge_quality(
-    differences: Sequence[LogitDifference],
-    options: VerifyOptions,
-    *,
-    knows_full: bool,
-    prompts: Sequence[LogitDifference] = (),
+    differences: Sequence[LogitDifference], options: VerifyOptions, *, knows_full: bool
 ) -> GateResult:
     """Judge the KL divergence, the greedy agreement and the perplexity by their thresholds.
 
     Without ``knows_full``, the differences are those from the quantized weights themselves, which
-    say nothing about what quantization changed. ``prompts`` are differences after prompts in a
-    graph for prompts, if the candidate has one.
+    say nothing about what quantization changed.
     """
     joined = LogitDifference.join(differences)
     kld, top1 = float(joined.kld.mean()), float(joined.is_same_top1.mean())
     known = np.isfinite(joined.nll_expected)
     increase = float((joined.nll[known] - joined.nll_expected[known]).mean()) if known.any() else 0
     ratio = math.exp(min(increase, 700.0)) if math.isfinite(increase) else math.inf
-    metrics: tuple[MetricResult, ...] = (
+    metrics = (
         MetricResult(
             name="mean_kld",
             value=kld,
@@ -126,16 +94,6 @@ def judge_quality(
             passed=ratio <= options.max_perplexity_ratio,
         ),
     )
-    if prompts:
-        after = float(LogitDifference.join(prompts).kld.mean())
-        metrics += (
-            MetricResult(
-                name="prefill_mean_kld",
-                value=after,
-                limit=options.max_mean_kld,
-                passed=after <= options.max_mean_kld,
-            ),
-        )
     return GateResult(
         name="quality",
         question="How far are these weights from full precision?"

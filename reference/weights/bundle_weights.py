@@ -26,7 +26,6 @@ from gemma3_export.bundle import (
     Bundle,
     WeightRecipe,
     block_tensors,
-    column_tensors,
 )
 from gemma3_export.errors import InputError
 from gemma3_export.files import is_file
@@ -34,13 +33,7 @@ from gemma3_export.reference.weights.block_matrix import BlockMatrix, unpack_cod
 from gemma3_export.reference.weights.source import WeightSource
 from gemma3_export.runtimes.torch.runtime import ArchiveRuntime, Pt2Runtime, TorchScriptRuntime
 
-__all__ = [
-    "ArchiveWeights",
-    "BundleWeights",
-    "OnnxWeights",
-    "PrefillWeights",
-    "open_bundle_weights",
-]
+__all__ = ["ArchiveWeights", "BundleWeights", "OnnxWeights", "open_bundle_weights"]
 
 ARCHIVES: dict[str, type[ArchiveRuntime]] = {
     "torchscript": TorchScriptRuntime,
@@ -158,7 +151,13 @@ class OnnxWeights(BundleWeights):
 
     def __init__(self, bundle: Bundle) -> None:
         path = bundle.file(bundle.graph("onnx").path)
-        self._initializers = read_initializers(bundle, path)
+        try:
+            self._initializers: Mapping[str, ir.Value] = ir.load(path).graph.initializers
+        except Exception as error:  # protobuf and onnx_ir have no common error type
+            raise InputError(f"{path} cannot be read: {error}; export the bundle again") from error
+        for stored in self._initializers.values():
+            if isinstance(stored.const_value, ir.ExternalTensor):
+                stored.const_value = resolved(stored.const_value, bundle, path)
         super().__init__(bundle, "onnx", origin=str(path))
 
     def _open_matrix(self, name: str, recipe: WeightRecipe) -> StoredMatrix | None:
@@ -180,88 +179,6 @@ class OnnxWeights(BundleWeights):
             if recipe.blocks is not None and recipe.blocks.scale_type == "float32"
             for name in recipe.names
         }
-
-
-class PrefillWeights:
-    """The matrices of a bundle's graph for prompts, by their canonical names.
-
-    Args:
-        bundle: a bundle whose ONNX graph has one.
-
-    Raises:
-        InputError: the graph cannot be read, or does not fit its config.
-    """
-
-    def __init__(self, bundle: Bundle) -> None:
-        graph = bundle.graph("onnx").prefill
-        assert graph is not None
-        initializers = read_initializers(bundle, bundle.file(graph.path))
-        shapes = dict(bundle.config.weight_shapes())
-        self.formats: dict[str, BlockFormat] = {}
-        self._matrices: dict[str, tuple[OnnxColumns, int, int]] = {}  # and its rows there
-        for stored, recipe in graph.weights.items():
-            assert recipe.blocks is not None
-            rows = sum(shapes[name][0] for name in recipe.names)
-            matrix = OnnxColumns(initializers, stored, recipe.blocks, rows)
-            start = 0
-            for name in recipe.names:
-                self.formats[name] = recipe.blocks
-                self._matrices[name] = matrix, start, start + shapes[name][0]
-                start += shapes[name][0]
-
-    def read(self, name: str) -> torch.Tensor:
-        """Return a matrix [N, K], dequantized."""
-        matrix, start, stop = self._matrices[name]
-        return matrix.read(start, stop)
-
-
-class OnnxColumns:
-    """A matrix of a graph for prompts, with one scale per output.
-
-    Raises:
-        InputError: tensors are missing, or do not have the shapes of the format.
-    """
-
-    def __init__(
-        self,
-        initializers: Mapping[str, ir.Value],
-        name: str,
-        block_format: BlockFormat,
-        rows: int,
-    ) -> None:
-        self.format = block_format
-        self.tensors = {}
-        for key, spec in column_tensors(name, rows, block_format.block_size).items():
-            tensor = initializer(initializers, spec.name)
-            if tuple(tensor.shape) != spec.shape:
-                raise InputError(
-                    f"the graph stores {spec.name} as {list(tensor.shape)}, but its config needs "
-                    f"{list(spec.shape)}; export the bundle again"
-                )
-            self.tensors[key] = tensor
-
-    def read(self, start: int, stop: int) -> torch.Tensor:
-        """Return rows [start, stop), dequantized."""
-        codes = torch_tensor(self.tensors[CODES], self.tensors[CODES].numpy()[:, start:stop].T)
-        scales = torch_tensor(self.tensors[SCALES], self.tensors[SCALES].numpy()[start:stop])
-        unsigned = (codes.to(torch.int16) + self.format.zero_point).to(torch.uint8)
-        return BlockMatrix(self.format, unsigned, scales[:, None]).dequantize()
-
-
-def read_initializers(bundle: Bundle, path: Path) -> Mapping[str, ir.Value]:
-    """Return the initializers of one of a bundle's graphs, with the real paths of their files.
-
-    Raises:
-        InputError: the graph cannot be read, or refers to a file outside of the bundle.
-    """
-    try:
-        initializers: Mapping[str, ir.Value] = ir.load(path).graph.initializers
-    except Exception as error:  # protobuf and onnx_ir have no common error type
-        raise InputError(f"{path} cannot be read: {error}; export the bundle again") from error
-    for stored in initializers.values():
-        if isinstance(stored.const_value, ir.ExternalTensor):
-            stored.const_value = resolved(stored.const_value, bundle, path)
-    return initializers
 
 
 class OnnxTensor:
@@ -344,13 +261,13 @@ def torch_tensor(tensor: ir.TensorProtocol, rows: Any) -> torch.Tensor:
 
 
 def initializer(initializers: Mapping[str, ir.Value], name: str) -> ir.TensorProtocol:
-    """Return the value of an initializer with one to three axes.
+    """Return the value of an initializer with two or three axes.
 
     Raises:
         InputError: the graph has none of this name.
     """
     value = initializers.get(name)
-    if value is None or value.const_value is None or len(value.const_value.shape) not in (1, 2, 3):
+    if value is None or value.const_value is None or len(value.const_value.shape) not in (2, 3):
         raise InputError(
             f"the graph lacks {name}, which its manifest lists; export the bundle again"
         )

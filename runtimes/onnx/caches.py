@@ -144,7 +144,7 @@ class InPlaceCache(OnnxCache):
         ]
         self.arrays: list[np.ndarray[Any, Any]] = []  # the buffers' memory, on the CPU
         self.buffers = [self._allocate(shape) for shape in self.shapes]
-        self.bindings: dict[tuple[Any, range], Any] = {}
+        self.bindings: dict[range, Any] = {}
 
     def tensor_capacity(self, index: int) -> int:
         """Return how many tokens one tensor of the cache can hold."""
@@ -173,11 +173,10 @@ class InPlaceCache(OnnxCache):
 
     def binding(self, session: Any, rows: range) -> Any:
         """See :class:`OnnxCache`; the buffers never move, so bindings are reused."""
-        key = session, rows
-        if key not in self.bindings:
-            self.bindings[key] = session.io_binding()
-            self.bind(self.bindings[key], rows)
-        return self.bindings[key]
+        if rows not in self.bindings:
+            self.bindings[rows] = session.io_binding()
+            self.bind(self.bindings[rows], rows)
+        return self.bindings[rows]
 
     def bind(self, binding: Any, rows: range) -> None:
         """Bind the same memory as past and present."""

@@ -6,7 +6,6 @@ requested logits cross to the host.
 
 from __future__ import annotations
 
-import copy
 import itertools
 import logging
 from collections.abc import Iterator, Sequence
@@ -58,7 +57,6 @@ from gemma3_export.runtimes.onnx.graph_selection import (
 from gemma3_export.runtimes.onnx.huge_pages import collapse_new_memory, private_memory
 from gemma3_export.runtimes.onnx.mapped_pages import drop_mapped_pages
 from gemma3_export.runtimes.onnx.ort_values import as_float32, run_graph, zeros
-from gemma3_export.runtimes.onnx.prefill import PrefillSession, prefill_path
 from gemma3_export.runtimes.onnx.session import (
     WEIGHTS_FOLDER,
     check_interface,
@@ -72,7 +70,6 @@ from gemma3_export.runtimes.protocol import (
     KVCache,
     Logits,
     PaddingSide,
-    PrefillProducts,
     RuntimeInfo,
     check_capacity,
     check_step,
@@ -119,8 +116,6 @@ class OnnxRuntime:
             are slower.
         huge_pages: move the loaded weights into huge pages, so that decoding is faster; on the CPU,
             where the system can.
-        prefill: ``integers`` runs long prompts in the bundle's graph for prompts, ``blocks`` never
-            loads it, and ``auto`` uses it where it is known to be faster.
         float32_matmul: multiply quantized matrices by float32 activations, slowly, for the parity
             check.
 
@@ -140,7 +135,6 @@ class OnnxRuntime:
         sliding_window_cache: bool | None = None,
         shares_weights: bool = False,
         huge_pages: bool = False,
-        prefill: PrefillProducts = "auto",
         float32_matmul: bool = False,
     ) -> None:
         self.bundle = bundle if isinstance(bundle, Bundle) else Bundle(bundle)
@@ -173,10 +167,9 @@ class OnnxRuntime:
         )
         for file in {self.bundle.file(graph.path), self.path}:
             drop_mapped_pages(file.with_name(f"{file.name}_data"))
-        check_interface(self.session, (*self.signature.inputs, *self.signature.outputs), self.path)
-        self.prefill = self._open_prefill(graph, "blocks" if float32_matmul else prefill, threads)
         if memory is not None:
             collapse_new_memory(memory)
+        check_interface(self.session, self.signature, self.path)
         self.info = self._info(
             graph,
             threads=threads,
@@ -213,22 +206,6 @@ class OnnxRuntime:
             return path, without_activation_quantization(path), signature
         return path, path, signature
 
-    def _open_prefill(
-        self, graph: Graph, wanted: PrefillProducts, threads: int | None
-    ) -> PrefillSession | None:
-        """Open the graph for prompts if it is to be used."""
-        relative = prefill_path(
-            self.bundle, graph, self.device, wanted, is_windowed=self.uses_sliding_window_cache
-        )
-        if relative is None:
-            return None
-        path = self.bundle.file(relative)
-        session = PrefillSession(path, self.signature, self.device, threads)
-        assert graph.prefill is not None
-        for stored in (graph.path, graph.prefill.path):
-            drop_mapped_pages(self.bundle.file(f"{stored}_data"))
-        return session
-
     def _info(
         self,
         graph: Graph,
@@ -251,7 +228,6 @@ class OnnxRuntime:
             dtype=graph.dtype,
             compute_dtype=graph.cache_dtype,
             residual_dtype=graph.residual_dtype,
-            prefills_with_integers=self.prefill is not None,
             activation_dtype=activation_dtype,
             is_quantized=is_quantized,
             quantizes_activations=is_quantized and not has_half_activations and not float32_matmul,
@@ -314,7 +290,7 @@ class OnnxRuntime:
         self._device_steps.clear()
         self._screened_steps.clear()
         self._helpers = None
-        self.session = self.prefill = None
+        self.session = None
 
     def with_other_cache(self) -> OnnxRuntime | None:
         """See :class:`gemma3_export.runtimes.protocol.CacheVariants`."""
@@ -325,27 +301,7 @@ class OnnxRuntime:
             device="cpu",
             threads=self.info.threads,
             sliding_window_cache=not self.uses_sliding_window_cache,
-            prefill="blocks" if self.prefill is None else "integers",
         )
-
-    @property
-    def has_integer_prefill(self) -> bool:
-        """See :class:`gemma3_export.runtimes.protocol.PrefillVariants`."""
-        return self.bundle.graph("onnx").prefill is not None and self.device.kind == "cpu"
-
-    def with_integer_prefill(self) -> OnnxRuntime | None:
-        """See :class:`gemma3_export.runtimes.protocol.PrefillVariants`."""
-        if not self.has_integer_prefill:
-            return None
-        twin = copy.copy(self)  # the graph for decoding is shared
-        graph = self.bundle.graph("onnx")
-        twin.prefill = self._open_prefill(graph, "integers", self.info.threads)
-        twin.info = replace(self.info, prefills_with_integers=True)
-        return twin
-
-    def prefill_tokens(self, new_tokens: int, num_logits: int) -> int:
-        """See :class:`gemma3_export.runtimes.protocol.PrefillVariants`."""
-        return 0 if self.prefill is None else self.prefill.count(new_tokens, num_logits)
 
     def new_cache(self, batch_size: int, capacity: int) -> KVCache:
         """See :class:`gemma3_export.runtimes.protocol.Runtime`."""
@@ -369,15 +325,10 @@ class OnnxRuntime:
             return np.concatenate(parts)
         logits = np.empty((count, num_logits or new, self.config.vocab_size), np.float32)
         cache.begin(new, rows)
-        first = self.prefill_tokens(new, num_logits)
-        if self.prefill is not None and first:
-            with self._errors_explained(first, cache):
-                self.prefill.run(input_ids[:, :first], cache, rows)
-            input_ids = input_ids[:, first:]
         binding = self._bind(input_ids, cache, logits, rows)
-        with self._errors_explained(input_ids.shape[1], cache):
+        with self._errors_explained(new, cache):
             self.session.run_with_iobinding(binding, self._options())
-        cache.advance(binding, input_ids.shape[1], rows)
+        cache.advance(binding, new, rows)
         return logits
 
     def step_candidates(

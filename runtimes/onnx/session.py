@@ -6,12 +6,12 @@ import functools
 import os
 import platform
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gemma3_export.bundle import MANIFEST, Axis, Graph, TensorSpec
+from gemma3_export.bundle import MANIFEST, Axis, Graph, Signature
 from gemma3_export.device import (
     BOTH_INSTALLED,
     CPU_PACKAGE,
@@ -246,7 +246,7 @@ def first_line(error: Exception) -> str:
     return str(error).strip().split("\n", 1)[0]
 
 
-def check_interface(session: Any, specs: Sequence[TensorSpec], graph: Path) -> None:
+def check_interface(session: Any, signature: Signature, graph: Path) -> None:
     """Reject a graph that does not match its bundle's config and manifest.
 
     Only what shows in the interface is checked; the size of the window or the base of RoPE are
@@ -254,13 +254,13 @@ def check_interface(session: Any, specs: Sequence[TensorSpec], graph: Path) -> N
 
     Args:
         session: the session of the graph.
-        specs: the inputs and outputs that config and manifest declare.
+        signature: the interface that config and manifest declare.
         graph: the graph's file, for the message.
 
     Raises:
         InputError: names, element types or shapes differ.
     """
-    problems = list(_problems(session, specs))
+    problems = list(_problems(session, signature))
     if problems:
         more = (
             f" and {len(problems) - SHOWN_PROBLEMS} more" if len(problems) > SHOWN_PROBLEMS else ""
@@ -272,7 +272,7 @@ def check_interface(session: Any, specs: Sequence[TensorSpec], graph: Path) -> N
         )
 
 
-def _problems(session: Any, specs: Sequence[TensorSpec]) -> Iterator[str]:
+def _problems(session: Any, signature: Signature) -> Iterator[str]:
     found = {
         value.name: value
         for value in (
@@ -281,7 +281,7 @@ def _problems(session: Any, specs: Sequence[TensorSpec]) -> Iterator[str]:
             *session.get_outputs(),
         )
     }
-    declared = {spec.name: spec for spec in specs}
+    declared = {spec.name: spec for spec in (*signature.inputs, *signature.outputs)}
     for name, spec in declared.items():
         value = found.get(name)
         if value is None:
