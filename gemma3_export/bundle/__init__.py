@@ -18,6 +18,7 @@ from gemma3_export.bundle.hf_metadata import generation_config_to_json, write_hf
 from gemma3_export.bundle.manifest import (
     CARD,
     DOCUMENTS,
+    EXACT_PRODUCTS,
     FORMAT_VERSION,
     FULLY_HASHED_BYTES,
     FUSED_TARGETS,
@@ -54,6 +55,7 @@ __all__ = [
     "CARD",
     "CODES",
     "DOCUMENTS",
+    "EXACT_PRODUCTS",
     "FORMAT_VERSION",
     "FULLY_HASHED_BYTES",
     "FUSED_TARGETS",

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from gemma3_export.bundle.manifest import Graph
+from gemma3_export.bundle.manifest import EXACT_PRODUCTS, Graph
 from gemma3_export.bundle.signature import Signature
 from gemma3_export.config import Gemma3Config
 from gemma3_export.staging import write_text_atomically
@@ -57,6 +57,8 @@ def genai_config_to_json(
     search = {
         key: generation[key] for key in SEARCH_KEYS if isinstance(generation.get(key), (int, float))
     }
+    # A file cannot know the processor, so products are exact on all.
+    entries = {EXACT_PRODUCTS: "1"} if graph.has_signed_weights else {}
     return {
         "model": {
             "type": MODEL_TYPE,
@@ -64,7 +66,11 @@ def genai_config_to_json(
             "context_length": config.max_position_embeddings,
             "vocab_size": config.vocab_size,
             "decoder": {
-                "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
+                "session_options": {
+                    "log_id": "onnxruntime-genai",
+                    **entries,
+                    "provider_options": [],
+                },
                 "filename": graph.path,
                 "head_size": config.head_dim,
                 "hidden_size": config.hidden_size,

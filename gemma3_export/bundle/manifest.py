@@ -25,6 +25,7 @@ from gemma3_export.staging import DOCUMENTS, write_text_atomically
 __all__ = [
     "CARD",
     "DOCUMENTS",
+    "EXACT_PRODUCTS",
     "FORMAT_VERSION",
     "FULLY_HASHED_BYTES",
     "FUSED_TARGETS",
@@ -49,8 +50,8 @@ __all__ = [
     "write_manifest",
 ]
 
-# 2 added samples of large files; 3 variants, with parity.json by graph; 5 transposed integers. 4 had
-# graphs for prompts alone, which are no longer run.
+# 2 added samples of large files; 3 variants, with parity.json by graph; 5 transposed integers.
+# Bundles of format 4 can have graphs of their own for prompts, which nothing runs any more.
 FORMAT_VERSION = 5
 READABLE_VERSIONS = (1, 2, 3, FORMAT_VERSION)
 # Backends that run a bundle. All but the reference have a graph of their own in it.
@@ -70,6 +71,10 @@ HASH_BYTES = 2**20  # read at a time
 # Part of the format: other numbers need another format version.
 SAMPLE_BLOCKS = 64
 SAMPLE_BLOCK_BYTES = 2**14
+# Entry of ONNX Runtime's session configuration. On x86 without VNNI, sums of two products of an
+# unsigned and a signed byte saturate at 16 bits unless this is "1". With VNNI, where they are exact
+# anyway, it makes them slower.
+EXACT_PRODUCTS = "session.x64quantprecision"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -133,6 +138,11 @@ class Graph:
     def is_fused(self) -> bool:
         """True if GroupQueryAttention extends the cache in place."""
         return self.target in FUSED_TARGETS
+
+    @property
+    def has_signed_weights(self) -> bool:
+        """True if matrices are signed bytes: see :data:`EXACT_PRODUCTS`."""
+        return any(recipe.blocks and recipe.transposed for recipe in self.weights.values())
 
     @property
     def requires_num_logits(self) -> bool:

@@ -261,13 +261,13 @@ def torch_tensor(tensor: ir.TensorProtocol, rows: Any) -> torch.Tensor:
 
 
 def initializer(initializers: Mapping[str, ir.Value], name: str) -> ir.TensorProtocol:
-    """Return the value of an initializer with two or three axes.
+    """Return the value of an initializer with one to three axes.
 
     Raises:
         InputError: the graph has none of this name.
     """
     value = initializers.get(name)
-    if value is None or value.const_value is None or len(value.const_value.shape) not in (2, 3):
+    if value is None or value.const_value is None or len(value.const_value.shape) not in (1, 2, 3):
         raise InputError(
             f"the graph lacks {name}, which its manifest lists; export the bundle again"
         )

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gemma3_export.bundle import MANIFEST, Axis, Graph, Signature
+from gemma3_export.bundle import EXACT_PRODUCTS, MANIFEST, Axis, Graph, Signature
 from gemma3_export.device import (
     BOTH_INSTALLED,
     CPU_PACKAGE,
@@ -38,7 +38,6 @@ __all__ = [
     "choose_device",
     "cuda_provider_options",
     "first_line",
-    "has_exact_products",
     "import_onnxruntime",
     "open_session",
     "product_entries",
@@ -56,10 +55,7 @@ KERNEL_CHOICES = {"ORT_FPA_INTB_GEMM": "1"}
 SHOWN_PROBLEMS = 2
 ERRORS_ONLY, NOTHING = 3, 4  # levels of ONNX Runtime's logs
 X86 = ("x86_64", "AMD64")
-# Processors that multiply unsigned by signed bytes without saturation. Elsewhere on x86, sums of
-# two products saturate at 16 bits unless ONNX Runtime is told to make the weights unsigned, which
-# would be slower on these processors.
-EXACT_PRODUCTS = "session.x64quantprecision"  # the session option
+# With one of them, products of unsigned by signed bytes are exact.
 EXACT_SETS = {"avx512_vnni", "avx_vnni", "amx_int8"}
 
 
@@ -147,10 +143,8 @@ def open_session(
 
 def product_entries(graph: Graph) -> dict[str, str]:
     """Return the session configuration entries with which ``graph`` multiplies exactly."""
-    has_signed_weights = any(
-        recipe.blocks is not None and recipe.transposed for recipe in graph.weights.values()
-    )
-    return {EXACT_PRODUCTS: "1"} if has_signed_weights and not has_exact_products() else {}
+    is_inexact = graph.has_signed_weights and not has_exact_products()
+    return {EXACT_PRODUCTS: "1"} if is_inexact else {}
 
 
 def has_exact_products() -> bool:
