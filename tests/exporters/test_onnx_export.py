@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -15,9 +16,12 @@ from onnx import numpy_helper
 
 from gemma3_export.bundle import Bundle, TensorSpec
 from gemma3_export.errors import InputError
+from gemma3_export.exporters import decoder_step
 from gemma3_export.exporters.bundle_writer import export_bundle
 from gemma3_export.exporters.onnx import trace, writer
 from gemma3_export.exporters.onnx.writer import OnnxWriter
+from gemma3_export.reference import model
+from gemma3_export.reference.model import RMSNorm
 from gemma3_export.reference.weights import WeightSource
 from gemma3_export.reference.weights.bundle_weights import OnnxWeights
 from tests.support.exported_bundles import (
@@ -27,6 +31,7 @@ from tests.support.exported_bundles import (
     exported_bundle,
     source_of,
 )
+from tests.support.shared_traces import is_patched
 from tests.support.tiny_models import tiny_config
 
 EXPORTS = [
@@ -200,6 +205,18 @@ def test_exports_of_a_fresh_and_of_a_shared_trace_are_identical(
     export_tiny(tmp_path / "fresh", "ort")
     fresh, shared = (Bundle(tmp_path / name).manifest.files for name in ("fresh", "shared"))
     assert fresh == shared
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [(RMSNorm, "forward"), (model, "rotate"), (decoder_step, "dynamic_shapes"), (trace, "TARGETS")],
+)
+def test_tests_that_replace_a_part_of_the_model_do_not_share_traces(
+    owner: Any, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert not is_patched()
+    monkeypatch.setattr(owner, name, None)
+    assert is_patched()
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
