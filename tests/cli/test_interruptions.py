@@ -19,6 +19,8 @@ from tests.support.command_line import RANDOM_EXPORT, error_line, finish, start
 LIMITED_EXPORT = """
 import resource
 from gemma3_export.cli import main
+from tests.support.shared_traces import share_traces
+share_traces()
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 main()
 """
@@ -36,6 +38,8 @@ def write_and_wait(self, data):
         time.sleep(0.01)
 HashingWriter.write = write_and_wait
 from gemma3_export.cli import main
+from tests.support.shared_traces import share_traces
+share_traces()
 main()
 """
 

@@ -1,4 +1,4 @@
-"""A fixed few hundred cases of the harness; `make test-faults` runs thousands of others."""
+"""A few fixed cases of the harness; `make test-faults` runs thousands of others."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ INPUTS = {
     "pt": 40,
     "config": 40,
     "tokenizer": 30,
-    "bundle": 15,
+    "bundle": 20,
     "request": 20,
-    "tokens": 15,
-    "run": 12,
+    "tokens": 20,
+    "run": 16,
 }
 SCHEDULES = {
     "kill": (0, 1, 2, 5),
@@ -35,9 +35,13 @@ def assert_good(results: list[Result]) -> None:
     assert not broken, "\n".join(broken).encode(errors="backslashreplace").decode()
 
 
+@pytest.mark.parametrize("half", [0, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", INPUTS)
-def test_hostile_inputs_give_a_right_result_or_one_line_of_error(kind: str, tmp_path: Path) -> None:
-    results = [KINDS[kind](seed, tmp_path / str(seed)) for seed in range(INPUTS[kind])]
+def test_hostile_inputs_give_a_right_result_or_one_line_of_error(
+    kind: str, half: int, tmp_path: Path
+) -> None:
+    seeds = range(half, INPUTS[kind], 2)
+    results = [KINDS[kind](seed, tmp_path / str(seed)) for seed in seeds]
     assert_good(results)
     kinds = {result.verdict.kind for result in results}
     assert {"right", "rejected"} <= kinds, f"the cases are of one kind: {kinds}"

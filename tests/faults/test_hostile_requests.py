@@ -65,7 +65,7 @@ def model(ort_bundle: Path) -> gemma3_export.Model:
     return gemma3_export.load(ort_bundle, threads=1)
 
 
-@quick(max_examples=80)
+@quick(max_examples=40)
 @given(prompt=prompts, options=requests)
 def test_a_request_is_answered_rightly_or_rejected(
     model: gemma3_export.Model, prompt: Any, options: dict[str, Any]
@@ -115,7 +115,7 @@ def configs(draw: st.DrawFn) -> Gemma3Config:
     )
 
 
-@quick(max_examples=60)
+@quick(max_examples=30)
 @given(config=configs())
 def test_a_config_is_the_same_in_every_dialect(config: Gemma3Config) -> None:
     for dialect in (config_to_json, nested_rope, in_wrapper):

@@ -76,7 +76,7 @@ def trainer_on(folder: Path, examples: dict[str, list[Example]], **options: Any)
 # Rows
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     masks=st.lists(st.lists(st.booleans(), min_size=1, max_size=50), min_size=1, max_size=12),
     context_length=st.integers(1, 20),

@@ -216,25 +216,26 @@ FIELDS: dict[str, tuple[str, ...]] = {
 }
 
 
-def test_500_malformed_requests_never_get_5xx_or_leave_a_slot(served: Running) -> None:
+@pytest.mark.parametrize("examples", [60, pytest.param(260, marks=pytest.mark.slow)])
+def test_malformed_requests_never_get_5xx_or_leave_a_slot(served: Running, examples: int) -> None:
     with served.http as client:
 
         def post(path: str, body: bytes) -> int:
             return client.post(path, content=body, headers=JSON).status_code
 
-        statuses = _damaged_bodies(post) + _random_fields(post)
-    assert len(statuses) >= 500
+        statuses = _damaged_bodies(post, examples) + _random_fields(post, examples)
+    assert len(statuses) >= 2 * examples
     assert all(status < 500 and status != 429 for status in statuses)
-    assert sum(status >= 400 for status in statuses) >= 400
+    assert sum(status >= 400 for status in statuses) >= 1.5 * examples
     wait_for(served.is_idle)
     status, _ = ask(served, COMPLETIONS, b'{"prompt": "a", "max_tokens": 1}')
     assert status == 200
 
 
-def _damaged_bodies(post: Callable[[str, bytes], int]) -> list[int]:
+def _damaged_bodies(post: Callable[[str, bytes], int], examples: int) -> list[int]:
     """Cut, flip and repeat bytes of valid requests."""
     draw, statuses = random.Random(5), []
-    for _ in range(250):
+    for _ in range(examples):
         path = draw.choice([COMPLETIONS, CHATS])
         body = bytearray(json.dumps(VALID[path]).encode())
         at = draw.randrange(len(body))
@@ -249,12 +250,12 @@ def _damaged_bodies(post: Callable[[str, bytes], int]) -> list[int]:
     return statuses
 
 
-def _random_fields(post: Callable[[str, bytes], int]) -> list[int]:
+def _random_fields(post: Callable[[str, bytes], int], examples: int) -> list[int]:
     """Give fields values of other types and sizes."""
     statuses: list[int] = []
 
     @settings(
-        max_examples=260,
+        max_examples=examples,
         deadline=None,
         database=None,
         derandomize=True,

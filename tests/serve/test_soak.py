@@ -9,7 +9,7 @@ from tests.serve.conftest import running
 from tests.serve.soak import soak
 
 
-@pytest.mark.parametrize("seconds", [5, pytest.param(60, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("seconds", [3, pytest.param(60, marks=pytest.mark.slow)])
 def test_random_clients_leave_nothing_behind(model: Model, seconds: int) -> None:
     with running(model, slots=4, queue_limit=8) as served:
         found = soak(served, seconds)

@@ -62,7 +62,12 @@ for _module in MODULES:
 
 import torch  # noqa: E402
 
+from tests.support.exported_bundles import SCRATCH_VARIABLE  # noqa: E402
+from tests.support.shared_traces import share_traces  # noqa: E402
+
 torch.set_num_threads(1)
 torch.set_num_interop_threads(1)
+if SCRATCH_VARIABLE in os.environ:  # it can only be removed by the process that made it
+    share_traces()
 gc.collect()
 gc.freeze()  # the pages of these objects stay shared
