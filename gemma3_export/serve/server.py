@@ -20,12 +20,13 @@ from gemma3_export.serve.connection import http_protocol
 from gemma3_export.serve.gate import Gate, log_to_stderr
 from gemma3_export.serve.settings import ServeOptions, require_key
 
-__all__ = ["CLOSE_S", "DrainingServer", "bind", "log_listening", "serve"]
+__all__ = ["CLOSE_S", "TICKS_PER_S", "DrainingServer", "bind", "log_listening", "serve"]
 
 logger = logging.getLogger(__name__)
 
 KEEP_ALIVE_S = 30
 MAX_HEADER_BYTES = 65536
+TICKS_PER_S = 10  # of uvicorn
 CLOSE_S = 2  # for connections that are left after all requests have been answered
 
 
@@ -116,9 +117,9 @@ class DrainingServer(uvicorn.Server):
         self._signal = int(sig)
 
     async def on_tick(self, counter: int) -> bool:
-        """Return whether to end; uvicorn asks ten times per second."""
+        """Return whether to end; uvicorn asks ``TICKS_PER_S`` times per second."""
         if self._deadline is not None and not self.should_exit:
-            if counter % 10 == 0:
+            if counter % TICKS_PER_S == 0:
                 logger.info("draining", extra={"facts": {"requests": self._app.active}})
             if not self._app.active:
                 self.should_exit = True

@@ -1,4 +1,4 @@
-"""Keep several workers running: start them, restart those that die, pass signals on.
+"""Keep several workers running: start them, replace those that die or hang, pass signals on.
 
 A supervisor computes nothing. It holds the listening socket, which its workers inherit, so that
 clients that connect while a worker is replaced wait instead of being refused.
@@ -25,7 +25,7 @@ from tempfile import TemporaryDirectory
 from gemma3_export.errors import Gemma3ExportError, InputError
 from gemma3_export.limits import shown
 from gemma3_export.serve.gate import log_to_stderr
-from gemma3_export.serve.server import CLOSE_S, log_listening
+from gemma3_export.serve.server import log_listening
 from gemma3_export.serve.settings import require_key
 from gemma3_export.serve.worker import WorkerJob
 
@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 COMMAND = (sys.executable, "-m", "gemma3_export.serve.worker")
 MAX_FOLDER_BYTES = 90  # a Unix socket has a path of about 100
-END_S = 5.0  # for a worker to end once it has drained
+CHECKS = 10  # of a worker that reports nothing, before it is killed
 SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")
 
 
@@ -47,10 +47,12 @@ class RestartPolicy:
         delays_s: seconds to wait after the first, second, ... early end in a row. One more early
             end, and the supervisor gives up.
         early_s: an end is early if it comes within this many seconds of the start.
+        silent_s: a worker that has been ready hangs if it reports nothing for so many seconds.
     """
 
     delays_s: Sequence[float] = (0, 1, 2, 4, 8)
     early_s: float = 60.0
+    silent_s: float = 30.0
 
 
 def supervise(job: WorkerJob, listener: socket.socket) -> int:
@@ -80,7 +82,7 @@ def supervise(job: WorkerJob, listener: socket.socket) -> int:
             [pickle.dumps(replace(job, number=number)) for number in range(job.count)],
             descriptors=(job.listener,),
             on_ready=lambda: log_listening(listener, job.serve, workers=job.count),
-            stop_s=job.serve.drain_s + CLOSE_S + END_S,
+            stop_s=job.stop_s,
         )
         return asyncio.run(supervisor.run())
 
@@ -93,9 +95,9 @@ class Supervisor:
         descriptors: open files that workers inherit.
         on_ready: called when the first worker reports that it is ready.
         stop_s: seconds after which workers that have been told to stop are killed.
-        command: the program of a worker. It writes lines of JSON to stdout: ``{"ready": true}``,
-            or ``{"error": MESSAGE, "exit_code": CODE}``.
-        policy: when a worker is started again.
+        command: the program of a worker. It writes lines of JSON to stdout: ``{"ready": true}`` and
+            then ``{"works": true}`` every second, or ``{"error": MESSAGE, "exit_code": CODE}``.
+        policy: when a worker is killed, and when it is started again.
     """
 
     def __init__(
@@ -206,16 +208,21 @@ class Supervisor:
         assert process.stdin is not None
         assert process.stdout is not None
         error = None
+        watch = _Watch(process, self._policy.silent_s)
         try:
             with suppress(ConnectionError):  # it has ended already
                 process.stdin.write(self._jobs[number])
                 await process.stdin.drain()
             async for line in process.stdout:
                 report = json.loads(line)
+                watch.hear()
+                if "works" in report:
+                    continue
                 if "error" in report:
                     error = Gemma3ExportError(report["error"])
                     error.exit_code = report["exit_code"]
                     continue
+                watch.start()
                 if not self._was_ready:
                     self._was_ready = True
                     self._on_ready()
@@ -225,8 +232,9 @@ class Supervisor:
                     "start_s": round(time.monotonic() - started, 2),
                 }
                 logger.info("worker ready", extra={"facts": facts})
-            return await process.wait(), error
+            return await process.wait(), error or watch.error
         finally:
+            watch.stop()
             _send(process, signal.SIGKILL)
             process.stdin.close()
             del self._processes[number]
@@ -234,6 +242,45 @@ class Supervisor:
     def _kill(self) -> None:
         for process in self._processes.values():
             _send(process, signal.SIGKILL)
+
+
+class _Watch:
+    """Kills a worker that reports nothing for too long.
+
+    Args:
+        process: the worker.
+        silent_s: how long is too long.
+
+    Attributes:
+        error: why the worker was killed; None if it was not.
+    """
+
+    def __init__(self, process: Process, silent_s: float) -> None:
+        self._process, self._silent_s = process, silent_s
+        self._silent_checks = 0
+        self._task: asyncio.Task[None] | None = None
+        self.error: Gemma3ExportError | None = None
+
+    def hear(self) -> None:
+        """Note that the worker has reported something."""
+        self._silent_checks = 0
+
+    def start(self) -> None:
+        """Begin to watch."""
+        self._task = asyncio.create_task(self._run())
+
+    def stop(self) -> None:
+        """End watching."""
+        if self._task is not None:
+            self._task.cancel()
+
+    async def _run(self) -> None:
+        # Checks are counted, and time is not: it also passes while the whole machine is suspended.
+        while self._silent_checks < CHECKS:
+            await asyncio.sleep(self._silent_s / CHECKS)
+            self._silent_checks += 1
+        self.error = Gemma3ExportError(f"it had reported nothing for {self._silent_s:g} s")
+        _send(self._process, signal.SIGKILL)
 
 
 def _send(process: Process, number: int) -> None:

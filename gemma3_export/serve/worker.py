@@ -2,7 +2,7 @@
 
 The supervisor starts ``python -m gemma3_export.serve.worker`` and writes a pickled
 :class:`WorkerJob` to its stdin, which stays open until the supervisor ends. The worker reports on
-stdout, in lines of JSON: that it is ready, or why it cannot start.
+stdout, in lines of JSON: that it is ready, every second that it works, or why it cannot start.
 """
 
 from __future__ import annotations
@@ -11,28 +11,33 @@ import json
 import logging
 import os
 import pickle
+import select
 import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn, TextIO
+from typing import Any, NoReturn
 
-from gemma3_export.api.engine import Engine, EngineOptions
+from gemma3_export.api.engine import Engine, EngineOptions, EngineStats
 from gemma3_export.api.model_files import open_files
 from gemma3_export.errors import Gemma3ExportError
 from gemma3_export.serve.app import create_app
 from gemma3_export.serve.gate import log_to_stderr
-from gemma3_export.serve.server import DrainingServer
+from gemma3_export.serve.server import CLOSE_S, TICKS_PER_S, DrainingServer
 from gemma3_export.serve.settings import ServeOptions
 from gemma3_export.serve.worker_metrics import WorkerMetrics
 
-__all__ = ["SharedListener", "WorkerJob", "WorkerServer"]
+__all__ = ["Pulse", "SharedListener", "WorkerJob", "WorkerServer"]
 
 logger = logging.getLogger(__name__)
+
+END_S = 5.0  # for a worker to end once it has drained
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,6 +61,36 @@ class WorkerJob:
     number: int = 0
     listener: int = -1
     folder: Path = Path()
+
+    @property
+    def stop_s(self) -> float:
+        """Seconds after which a worker that was told to stop has ended, unless it hangs."""
+        return self.serve.drain_s + CLOSE_S + END_S
+
+
+class Pulse:
+    """Tells an engine that computes from one that hangs.
+
+    Args:
+        engine: its totals change with every step.
+        step_s: seconds that one step may take.
+    """
+
+    def __init__(self, engine: Engine, step_s: float) -> None:
+        self._engine, self._step_s = engine, step_s
+        self._stats: EngineStats | None = None
+        self._changed_at = 0.0
+
+    def beats(self, now: float) -> bool:
+        """Return whether the engine is idle, or has finished a step lately.
+
+        Args:
+            now: seconds on a clock that never goes back.
+        """
+        stats = self._engine.stats()  # which takes the engine's lock
+        if stats != self._stats or not (stats.running or stats.waiting):
+            self._stats, self._changed_at = stats, now
+        return now - self._changed_at <= self._step_s
 
 
 class SharedListener(socket.socket):
@@ -97,6 +132,8 @@ class WorkerServer(DrainingServer):
         app = create_app(engine, job.serve, self._metrics)
         super().__init__(app, job.serve, partial(engine.aclose, drain=False))
         self._engine, self._report = engine, report
+        # after a step of this length, no answer is in time
+        self._pulse = Pulse(engine, job.serve.request_s)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Begin to listen, and report that."""
@@ -105,10 +142,12 @@ class WorkerServer(DrainingServer):
         self._report({"ready": True})
 
     async def on_tick(self, counter: int) -> bool:
-        """Return whether to end."""
+        """Report that the worker works, once per second; return whether to end."""
         if not self.is_draining and not self._engine.is_open:
             self.exit_code = 1
             return True
+        if counter % TICKS_PER_S == 0 and self._pulse.beats(time.monotonic()):
+            self._report({"works": True})
         return await super().on_tick(counter)
 
 
@@ -130,14 +169,19 @@ def run(job: WorkerJob, report: Callable[[dict[str, Any]], None]) -> int:
 
 def main() -> NoReturn:
     """Read a job from stdin and do it."""
-    reports = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    reports = os.dup(1)
     os.dup2(2, 1)  # whatever a library prints goes to the log
     with os.fdopen(os.dup(0), "rb") as stdin:
         job = pickle.load(stdin)  # noqa: S301 - from our parent
-    threading.Thread(target=_end_with_supervisor, name="supervisor", daemon=True).start()
+    threading.Thread(
+        target=_end_with_supervisor, args=[job.stop_s], name="supervisor", daemon=True
+    ).start()
 
     def report(fact: dict[str, Any]) -> None:
-        _write(reports, fact)
+        # a supervisor that is suspended reads nothing, and must not suspend its workers
+        if select.select([], [reports], [], 0)[1]:
+            with suppress(BrokenPipeError):  # it has ended, and the other thread sees to it
+                os.write(reports, json.dumps(fact).encode() + b"\n")
 
     try:
         code = run(job, report)
@@ -147,16 +191,13 @@ def main() -> NoReturn:
     sys.exit(code)
 
 
-def _end_with_supervisor() -> None:
+def _end_with_supervisor(stop_s: float) -> None:
     """Drain and end when the supervisor has ended, which closes its end of stdin."""
     while os.read(0, 1):
         continue
     os.kill(os.getpid(), signal.SIGTERM)
-
-
-def _write(stream: TextIO, fact: dict[str, Any]) -> None:
-    stream.write(json.dumps(fact) + "\n")
-    stream.flush()
+    time.sleep(stop_s)
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 if __name__ == "__main__":

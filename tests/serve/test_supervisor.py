@@ -1,4 +1,4 @@
-"""Workers that die are replaced, those that die again and again end the server, signals pass on."""
+"""Workers that die or hang are replaced, crash loops end the server, signals pass on."""
 
 from __future__ import annotations
 
@@ -19,17 +19,24 @@ from gemma3_export import Engine, EngineOptions, Gemma3ExportError, Model
 from gemma3_export.serve.server import bind
 from gemma3_export.serve.settings import ServeOptions
 from gemma3_export.serve.supervisor import RestartPolicy, Supervisor
-from gemma3_export.serve.worker import WorkerJob, WorkerServer
+from gemma3_export.serve.worker import Pulse, WorkerJob, WorkerServer
 from tests.serve.conftest import TIMEOUT_S, wait_for
 from tests.support.chat_templates import chat_bundle
 from tests.support.command_line import error_line, run_rejected, start
+from tests.support.engine_gate import Gate
 
 READY = "import os, signal, sys, time\nprint('{\"ready\": true}', flush=True)\n"
 FOREVER = "sys.stdin.read()"
 
 
 def supervised(
-    code: str, *, count: int = 1, stop_s: float = TIMEOUT_S, stop_again_at: Path | None = None
+    code: str,
+    *,
+    count: int = 1,
+    stop_s: float = TIMEOUT_S,
+    silent_s: float = TIMEOUT_S,
+    stop_at: Path | None = None,
+    stop_again_at: Path | None = None,
 ) -> int:
     """Run a supervisor of programs, and stop it once the first one is ready.
 
@@ -37,12 +44,17 @@ def supervised(
         code: the program.
         count: of workers.
         stop_s: seconds after which they are killed.
+        silent_s: seconds after which one that reports nothing is killed.
+        stop_at: stop it once this file exists instead.
         stop_again_at: stop it a second time once this file exists.
     """
 
     async def main() -> int:
         def on_ready() -> None:
-            supervisor.stop(signal.SIGTERM)
+            if stop_at is not None:
+                check(stop_at)
+            else:
+                supervisor.stop(signal.SIGTERM)
             if stop_again_at is not None:
                 check(stop_again_at)
 
@@ -57,7 +69,7 @@ def supervised(
             on_ready=on_ready,
             stop_s=stop_s,
             command=(sys.executable, "-c", code),
-            policy=RestartPolicy(delays_s=(0, 0.01), early_s=TIMEOUT_S),
+            policy=RestartPolicy(delays_s=(0, 0.01), early_s=TIMEOUT_S, silent_s=silent_s),
         )
         return await supervisor.run()
 
@@ -77,6 +89,27 @@ class TestRestarts:
             supervised(code, count=2)
         ends = [record for record in caplog.records if record.message == "worker ended"]
         assert [record.facts["worker"] for record in ends] == [1, 1, 1]  # type: ignore[attr-defined]
+
+    def test_one_that_hangs_is_replaced_by_one_that_works(
+        self, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        first, second = tmp_path / "first", tmp_path / "second"
+        code = (
+            f"{READY}import pathlib\n"
+            f"first, second = map(pathlib.Path, {[str(first), str(second)]})\n"
+            "if not first.exists():\n"
+            "    first.touch()\n    os.kill(os.getpid(), signal.SIGSTOP)\n"
+            "for _ in range(100):\n"  # for longer than it may be silent
+            "    print('{\"works\": true}', flush=True)\n    time.sleep(0.01)\n"
+            f"second.touch()\n{FOREVER}"
+        )
+        assert supervised(code, silent_s=0.5, stop_at=second) == 0
+        (ended,) = [record for record in caplog.records if record.message == "worker ended"]
+        assert ended.facts == {  # type: ignore[attr-defined]
+            "worker": 0,
+            "cause": "was killed by SIGKILL",
+            "reason": "it had reported nothing for 0.5 s",
+        }
 
     def test_what_keeps_the_first_worker_from_starting_is_said_at_once(self) -> None:
         code = 'print(\'{"error": "no such graph", "exit_code": 3}\'); exit(3)'
@@ -118,15 +151,29 @@ def test_a_worker_says_which_others_answer_and_ends_with_its_engine(
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
-        wait_for(lambda: reports)
+        wait_for(lambda: len(reports) > 1)
         lines = httpx.get(f"{url}/metrics", trust_env=False).text.splitlines()
         engine.close()
         thread.join(TIMEOUT_S)
-    assert reports == [{"ready": True}]
+    assert reports[:2] == [{"ready": True}, {"works": True}]
     for number, up in (("0", "1.0"), ("1", "0.0")):
         assert f'gemma3_export_worker_up{{model_name="a",worker="{number}"}} {up}' in lines
     assert 'vllm:num_requests_running{model_name="a",worker="0"} 0.0' in lines
     assert server.exit_code == 1
+
+
+def test_an_engine_hangs_if_a_step_does_not_end(model: Model, gate: Gate) -> None:
+    with Engine(model, slots=1) as engine:
+        pulse = Pulse(engine, step_s=5.0)
+        assert pulse.beats(0.0)
+        assert pulse.beats(100.0), "idle engines have no steps"
+        stream = engine.stream("a", max_new_tokens=3, ignore_eos=True)
+        assert pulse.beats(200.0)
+        assert not pulse.beats(206.0)
+        gate.allow(2)
+        next(stream)
+        assert pulse.beats(207.0), "it has gone on"
+        gate.open()
 
 
 class Server:
