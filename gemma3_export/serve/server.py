@@ -99,6 +99,7 @@ class DrainingServer(uvicorn.Server):
         super().__init__(_config(app, options))
         self._app, self._cancel, self._drain_s = app, cancel, options.drain_s
         self._deadline: float | None = None
+        self._drain_ticks = 0
         self._signal = 0
         self.exit_code = 0
 
@@ -119,8 +120,9 @@ class DrainingServer(uvicorn.Server):
     async def on_tick(self, counter: int) -> bool:
         """Return whether to end; uvicorn asks ``TICKS_PER_S`` times per second."""
         if self._deadline is not None and not self.should_exit:
-            if counter % TICKS_PER_S == 0:
+            if self._drain_ticks % TICKS_PER_S == 0:
                 logger.info("draining", extra={"facts": {"requests": self._app.active}})
+            self._drain_ticks += 1
             if not self._app.active:
                 self.should_exit = True
             elif time.monotonic() >= self._deadline:

@@ -29,6 +29,12 @@ PATH = "/v1/completions"
 TIMEOUT_S = 240.0  # a safety net
 LONG: dict[str, Any] = {"max_tokens": 800, "temperature": 0}
 PROMPTS = [f"sea {number}" for number in range(6)]
+ENVIRONMENT = {
+    "PYTHONPATH": str(REPOSITORY),
+    "RAY_USAGE_STATS_ENABLED": "0",
+    # `serve run` gives up on a proxy that does not start within three times 5 s on a busy machine
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "50",
+}
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(PYTHON is None, reason="needs Ray; run: make test-ray"),
@@ -67,11 +73,10 @@ class Cluster:
 def launched(log: Path, *command: object) -> Iterator[subprocess.Popen[str]]:
     """Start a program of the environment with Ray; nothing of it is left afterwards."""
     assert PYTHON is not None
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "RAY_USAGE_STATS_ENABLED": "0"}
     with log.open("w") as stderr:
         process = subprocess.Popen(
             [PYTHON, *map(str, command)],
-            env=environment,
+            env=os.environ | ENVIRONMENT,
             stdout=stderr,
             stderr=stderr,
             text=True,
@@ -92,13 +97,19 @@ def launched(log: Path, *command: object) -> Iterator[subprocess.Popen[str]]:
         process.kill()
 
 
+def wait_until_says(text: str, log: Path, process: subprocess.Popen[str]) -> None:
+    """Wait for a text in the log of a program that should still run then."""
+    wait_for(lambda: text in log.read_text() or process.poll() is not None, TIMEOUT_S)
+    assert text in log.read_text(), log.read_text()
+
+
 @contextmanager
 def serving(log: Path, *options: object) -> Iterator[Cluster]:
     """Run ``serve --ray``."""
     bundle = chat_bundle("functiongemma")
     command = ("-m", "gemma3_export", "serve", bundle, "--ray", "--port", 0, *options)
     with launched(log, *command) as process:
-        wait_for(lambda: "listening" in log.read_text() or process.poll() is not None, TIMEOUT_S)
+        wait_until_says("listening", log, process)
         (line,) = [line for line in log.read_text().splitlines() if "listening" in line]
         yield Cluster(process=process, url=json.loads(line)["url"])
 
@@ -194,7 +205,7 @@ def test_serve_run_builds_the_same_application(tmp_path: Path) -> None:
     bundle = chat_bundle("functiongemma")
     with launched(log, "-c", code, "run", build, f"bundle={bundle}", "replicas=1") as process:
         cluster = Cluster(process=process, url="http://localhost:8000")
-        wait_for(lambda: "is ready at" in log.read_text() or process.poll() is not None, TIMEOUT_S)
+        wait_until_says("is ready at", log, process)
         assert ask_for_stream(cluster, "a", None) == (ask(cluster, "a"), "")
         body = {"prompt": "sea 1", "max_tokens": 2000, "stream": True, "temperature": 0}
         with cluster.http as client, client.stream("POST", PATH, json=body) as lines:

@@ -39,6 +39,7 @@ def test_it_serves_until_sigterm_without_torch(tmp_path: Path) -> None:
     assert process.returncode == 0, log
     lines = [json.loads(line) for line in log.splitlines()]
     assert [line["status"] for line in lines if line["event"] == "request"] == [200]
+    assert [line["requests"] for line in lines if line["event"] == "draining"] == [0]
 
 
 def test_another_address_needs_a_key(monkeypatch: pytest.MonkeyPatch) -> None:
