@@ -13,6 +13,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
+from starlette.routing import BaseRoute, Match
 from starlette.types import Receive, Scope, Send
 
 from gemma3_export import __version__
@@ -32,7 +33,7 @@ from gemma3_export.serve.requests import (
     decode,
 )
 from gemma3_export.serve.responses import Writer, event
-from gemma3_export.serve.running import RunningRequest, with_tool_prompt
+from gemma3_export.serve.running import RunningRequest, warm_up_tokenizer, with_tool_prompt
 from gemma3_export.serve.settings import ServeOptions
 
 __all__ = ["LAST_EVENT_S", "Service", "create_app"]
@@ -179,7 +180,7 @@ class _Job(Response):
 
 
 def create_app(engine: Engine, options: ServeOptions, metrics: ServerMetrics | None = None) -> Gate:
-    """Return the ASGI app of a server.
+    """Return the ASGI app of a server, ready for its first request if the engine is warm.
 
     Args:
         engine: generates; the caller closes it.
@@ -188,6 +189,8 @@ def create_app(engine: Engine, options: ServeOptions, metrics: ServerMetrics | N
     """
     if metrics is None:
         metrics = ServerMetrics(engine, {"model_name": options.model_name})
+    if engine.options.warm_up:
+        warm_up_tokenizer(engine)
     service = Service(engine, options, metrics)
     app = FastAPI(
         title="gemma3-export",
@@ -205,7 +208,11 @@ def create_app(engine: Engine, options: ServeOptions, metrics: ServerMetrics | N
     _add_api(app, service)
     _add_pages(app, service)
     app.openapi = cache(partial(describe, app, options))  # type: ignore[method-assign]
-    return Gate(app, options, service.metrics.count_response)
+    return Gate(app, options, service.metrics.count_response, partial(_find_route, app))
+
+
+def _find_route(app: FastAPI, scope: Scope) -> BaseRoute | None:
+    return next((each for each in app.routes if each.matches(scope)[0] != Match.NONE), None)
 
 
 def _add_api(app: FastAPI, service: Service) -> None:

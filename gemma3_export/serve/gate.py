@@ -49,6 +49,7 @@ class Gate:
         app: answers what passes.
         options: the key, and whether one is needed.
         count: called with route and status of each answered request.
+        find_route: returns the route of a request that the app has not seen; None is none.
 
     Attributes:
         active: requests that have not been answered yet.
@@ -56,9 +57,14 @@ class Gate:
     """
 
     def __init__(
-        self, app: ASGIApp, options: ServeOptions, count: Callable[[str, int], None]
+        self,
+        app: ASGIApp,
+        options: ServeOptions,
+        count: Callable[[str, int], None],
+        find_route: Callable[[Scope], Any] = lambda scope: None,
     ) -> None:
         self._app, self._options, self._count = app, options, count
+        self._find_route = find_route
         self.active = 0
         self.is_draining = False
 
@@ -93,6 +99,8 @@ class Gate:
             await error_response(to_api_error(error))(scope, receive, send_marked)
         finally:
             self.active -= 1
+            if "route" not in scope:  # the request has been rejected here
+                scope["route"] = self._find_route(scope)
             self._count(route_of(scope), status)
             logger.log(
                 logging.DEBUG if scope["path"] in QUIET else logging.INFO,

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from gemma3_export.api.engine import Engine
 from gemma3_export.api.engine_stream import EngineStream
-from gemma3_export.errors import TextTooLongError
+from gemma3_export.api.options import GenerateOptions
+from gemma3_export.errors import InputError, TextTooLongError
 from gemma3_export.runtimes.generation.request import Completion, TokenEvent
 from gemma3_export.serve.errors import ApiError, ClientGoneError
 from gemma3_export.serve.requests import Asked
 from gemma3_export.tokenizer import ChatMessage
 
-__all__ = ["Choice", "RunningRequest", "with_tool_prompt"]
+__all__ = ["Choice", "RunningRequest", "warm_up_tokenizer", "with_tool_prompt"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -162,6 +164,18 @@ def _stop_tokens(engine: Engine, asked: Asked) -> tuple[int | str, ...]:
     if not asked.is_chat or asked.options.ignore_eos:
         return ()
     return engine.model.stop_token_ids(is_chat=True)
+
+
+def warm_up_tokenizer(engine: Engine) -> None:
+    """Prepare what the first text and the first conversation would otherwise wait for."""
+    model, limit = engine.model, engine.max_request_tokens
+    if model.tokenizer is None:
+        return
+    for allows in (True, False):
+        model.encode("a", GenerateOptions(allow_control_tokens=allows), most=limit)
+    with suppress(InputError):  # a base model without a chat template, or one with rules of its own
+        model.encode([ChatMessage(role="user", content="a")], most=limit)
+    model.stop_token_ids(is_chat=True)
 
 
 def with_tool_prompt(engine: Engine, asked: Asked) -> Asked:

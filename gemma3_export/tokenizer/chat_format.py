@@ -388,7 +388,7 @@ class ChatFormat:
     def _marked(self, value: Any, start: str, end: str) -> Any:
         if isinstance(value, str):
             completes, begins = self._at_edge(value)
-            text = self._control.sub(lambda match: f"{start}{match[0]}{end}", value)
+            text = self._control.sub(rf"{start}\g<0>{end}", value)
             return f"{end * completes}{text}{end * begins}"
         if isinstance(value, Mapping):
             return {

@@ -97,6 +97,13 @@ class Tokenizer:
             if token.special or token.content in CONTROL_TOKENS
         )
         self.bos_token_id = self._named_id("bos_token", "<bos>")
+        self._bos_text = "" if self.bos_token_id is None else self.token_text(self.bos_token_id)
+        # Text is split at it, and what follows is encoded on its own.
+        self._is_bos_apart = any(
+            token.content == self._bos_text
+            and not (token.normalized or token.lstrip or token.rstrip or token.single_word)
+            for _, token in added
+        )
         self.eos_token_id = self._named_id("eos_token", "<eos>", "<|endoftext|>")
         self.pad_token_id = self._named_id("pad_token", "<pad>")
         self.unk_token_id = self._named_id("unk_token", "<unk>")
@@ -208,10 +215,13 @@ class Tokenizer:
             InputError: ``text`` is not a string of Unicode characters.
             TextTooLongError: its length alone shows that it has more than ``most`` tokens.
         """
+        is_bos_read = allow_control_tokens or self.bos_token_id not in self._special_ids
+        bos = self._bos_text if add_bos and is_bos_read and isinstance(text, str) else ""
+        extra = _repeats(bos, text) if bos else 0  # of the <bos> that start a text, one remains
         if most is not None and isinstance(text, str):
-            # of the <bos> that start a text, one remains
-            drops = add_bos and (allow_control_tokens or self.bos_token_id not in self._special_ids)
-            self.require_shorter(len(text) - self._leading_bos(text) * drops, most)
+            self.require_shorter(len(text) - extra, most)
+        if self._is_bos_apart:  # finding all of them takes long
+            text = text[max(0, extra - len(bos)) :]
         ids = _encode(self._backend if allow_control_tokens else self._ordinary, text)
         if not add_bos or self.bos_token_id is None:
             return ids
@@ -462,12 +472,6 @@ class Tokenizer:
         )
         return most_characters(self._backend, frozenset(pieces))
 
-    def _leading_bos(self, text: str) -> int:
-        """Return the length of the ``<bos>`` at the start of a text."""
-        bos = "" if self.bos_token_id is None else self.token_text(self.bos_token_id)
-        match = re.match(f"(?:{re.escape(bos)})*", text)
-        return len(match[0]) if match else 0
-
     @cached_property
     def _ordinary(self) -> tokenizers.Tokenizer:
         """The same tokenizer, which encodes control tokens as text. The model is shared."""
@@ -486,6 +490,12 @@ class Tokenizer:
             ]
         )
         return ordinary
+
+
+def _repeats(start: str, text: str) -> int:
+    """Return the length of the repetitions of ``start`` at the start of a text."""
+    match = re.match(f"(?:{re.escape(start)})*", text)
+    return len(match[0]) if match else 0
 
 
 class StreamingDecoder:

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any
 
+import httpx
 import pytest
 
 from gemma3_export import InputError, Model
@@ -244,9 +245,11 @@ class TestLogs:
 
 class TestMetrics:
     def test_they_count_what_was_done(self, model: Model) -> None:
-        with running(model) as served, served.http as client:
+        with running(model, key="secret") as served, served.http as client:
             assert client.post(PATH, json=SHORT | {"n": 2}).status_code == 200
             assert client.post(PATH, json={}).status_code == 400
+            for path in (PATH, "/wp-login.php"):
+                assert httpx.post(served.url + path, trust_env=False).status_code == 401
             text = client.get("/metrics").text
         for line in (
             'vllm:num_requests_running{model_name="tiny-it"} 0.0',
@@ -255,6 +258,8 @@ class TestMetrics:
             'vllm:e2e_request_latency_seconds_count{model_name="tiny-it"} 1.0',
             'vllm:request_success_total{finished_reason="length",model_name="tiny-it"} 2.0',
             'http_requests_total{model_name="tiny-it",path="/v1/completions",status="400"} 1.0',
+            'http_requests_total{model_name="tiny-it",path="/v1/completions",status="401"} 1.0',
+            'http_requests_total{model_name="tiny-it",path="none",status="401"} 1.0',
         ):
             assert line in text.splitlines()
 

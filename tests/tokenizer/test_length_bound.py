@@ -6,6 +6,7 @@ from tokenizers import AddedToken, normalizers
 
 from gemma3_export.errors import TextTooLongError
 from gemma3_export.tokenizer import Tokenizer
+from gemma3_export.tokenizer import tokenizer as tokenizer_module
 from tests.support.tiny_tokenizers import tiny_byte_level_tokenizer, tiny_gemma_tokenizer
 from tests.support.tokenizer_corpus import TEXTS
 
@@ -48,3 +49,25 @@ def test_tokenizers_that_drop_text_have_no_bound(way):
         backend.normalizer = normalizers.Sequence([normalizers.Strip(), backend.normalizer])
     text = " " * 5000 + ("<end_of_line>" if way == "strips" else "")
     assert len(Tokenizer(backend).encode(text, most=8)) <= 8
+
+
+@pytest.mark.parametrize("flags", [{}, {"normalized": True}, {"single_word": True}])
+@pytest.mark.parametrize("text", ["<bos>" * 3, "<bos><bos> a", "a<bos>", "<bos> <bos>a", "<bos"])
+def test_one_bos_remains_of_those_at_the_start(flags, text):
+    backend = tokenizers.Tokenizer.from_str(tiny_gemma_tokenizer(700).to_json())
+    settings = {"special": True, "normalized": False} | flags
+    backend.add_special_tokens([AddedToken("<bos>", **settings)])
+    ids = backend.encode(text, add_special_tokens=False).ids
+    while ids[:1] == [2]:
+        ids = ids[1:]
+    assert Tokenizer(backend).encode(text, most=50) == [2, *ids]
+
+
+def test_many_bos_at_the_start_never_reach_the_tokenizer(monkeypatch):
+    tokenizer = tiny_gemma_tokenizer(700)
+    texts, encoding = [], tokenizer_module._encoding
+    monkeypatch.setattr(
+        tokenizer_module, "_encoding", lambda *each: texts.append(each[1]) or encoding(*each)
+    )
+    assert tokenizer.encode("<bos>" * 1_000_000 + "a", most=50) == tokenizer.encode("a")
+    assert texts == ["<bos>a", "a"]
