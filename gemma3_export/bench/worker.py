@@ -19,6 +19,7 @@ from gemma3_export.dtypes import ELEMENT_TYPES, EXPORT_DTYPES
 from gemma3_export.runtimes.generation.candidates import Candidates, SelectsCandidates
 from gemma3_export.runtimes.generation.sampling import SamplingParams
 from gemma3_export.runtimes.onnx.huge_pages import huge_page_bytes
+from gemma3_export.runtimes.onnx.session import import_onnxruntime
 from gemma3_export.runtimes.protocol import IntArray, KVCache, Logits, Runtime, RuntimeInfo
 
 __all__ = ["FULL_PRECISION", "open_candidate"]
@@ -156,7 +157,7 @@ def open_full_precision(weights: str, threads: int) -> Candidate:
 def import_framework(name: str) -> None:
     """Import the framework of a candidate, so that loading is timed without the import."""
     if name == "onnx":
-        import onnxruntime  # noqa: F401
+        import_onnxruntime()
     else:
         import torch  # noqa: F401
 

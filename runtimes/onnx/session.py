@@ -52,6 +52,7 @@ WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 # Environment variables of ONNX Runtime. It has faster kernels on CUDA for products with 8-bit
 # blocks of at least 32: 0.37 instead of 0.47 ms for a step of the 270M on an H100.
 KERNEL_CHOICES = {"ORT_FPA_INTB_GEMM": "1"}
+TELEMETRY_OFF = "ORT_DISABLE_TELEMETRY"
 SHOWN_PROBLEMS = 2
 ERRORS_ONLY, NOTHING = 3, 4  # levels of ONNX Runtime's logs
 X86 = ("x86_64", "AMD64")
@@ -186,11 +187,13 @@ def cuda_provider_options(cuda: CudaOptions, device: Device) -> dict[str, str]:
 
 
 def import_onnxruntime() -> Any:
-    """Import and return the ``onnxruntime`` module.
+    """Import and return the ``onnxruntime`` module, whose telemetry is off by default.
 
     Raises:
         UnavailableError: it is not installed.
     """
+    # Read during the import. With telemetry, 1.32 also warns where it cannot write to a cache.
+    os.environ.setdefault(TELEMETRY_OFF, "1")
     try:
         import onnxruntime
     except ImportError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -444,3 +445,24 @@ def test_invalid_steps_are_rejected_with_the_same_message(
     with pytest.raises(InputError, match=complaint):
         runtime.step(np.zeros(shape, np.int64), cache, **arguments)
     assert cache.lengths.tolist() == [0, 0]
+
+
+def test_onnxruntime_collects_nothing_and_says_nothing_where_home_is_read_only() -> None:
+    code = (
+        "import os; from gemma3_export.runtimes.onnx import session; session.import_onnxruntime()\n"
+        "print(os.environ['ORT_DISABLE_TELEMETRY'])"
+    )
+    for given, found in (({}, "1"), ({"ORT_DISABLE_TELEMETRY": "0"}, "0")):
+        environment = os.environ | {"HOME": "/dev/null/home"} | given
+        environment.pop("XDG_CACHE_HOME", None)
+        if not given:
+            environment.pop("ORT_DISABLE_TELEMETRY", None)
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert done.stdout.strip() == found
+        assert not done.stderr or given
