@@ -36,8 +36,20 @@ rounds_option = click.option(
     metavar="N",
     help="Measured rounds.",
 )
+
+
+def _with_folder(context: click.Context, parameter: click.Parameter, path: Path | None) -> Any:
+    """Check before anything is measured that the folder of a report exists."""
+    if path is not None and not path.absolute().parent.is_dir():
+        raise click.BadParameter(f"there is no folder {path.parent}; create it first")
+    return path
+
+
 report_option = click.option(
-    "--report", type=click.Path(path_type=Path), help="Write all measurements to a JSON file."
+    "--report",
+    type=click.Path(path_type=Path, dir_okay=False),
+    callback=_with_folder,
+    help="Write all measurements to a JSON file.",
 )
 
 

@@ -36,6 +36,7 @@ from gemma3_export.tokenizer import Tokenizer
 __all__ = ["main"]
 
 TEXT_CHARACTERS = 200_000
+MAX_CLIENTS = 512  # connections of our server
 LEAST_REQUESTS = 8  # of a round, so that one client gives percentiles too
 COLUMNS = {  # figure: title, digits
     "new_tokens_per_s": ("tokens/s", 1),
@@ -210,7 +211,13 @@ def benchmark_text(bundle: Bundle, longest: int) -> list[int]:
             f"of {limit}; reduce --prompt-tokens or --new-tokens"
         )
     text = "\n".join(topics.topics.values())[:TEXT_CHARACTERS]
-    return Tokenizer.from_folder(bundle.path).encode_ordinary(text)
+    ids = Tokenizer.from_folder(bundle.path).encode_ordinary(text)
+    if longest > len(ids):
+        raise InputError(
+            f"the longest prompt and its new tokens are {longest}, and the text that prompts are "
+            f"cut from has {len(ids)}; reduce --prompt-tokens"
+        )
+    return ids
 
 
 def servers_for(bundle: Bundle, llama: Path | None, limits: Limits) -> list[Server]:
@@ -230,7 +237,11 @@ def servers_for(bundle: Bundle, llama: Path | None, limits: Limits) -> list[Serv
     "server is measured.",
 )
 @click.option(
-    "--clients", type=click.IntRange(1), multiple=True, default=(1, 4, 8, 16), show_default=True
+    "--clients",
+    type=click.IntRange(1, MAX_CLIENTS),
+    multiple=True,
+    default=(1, 4, 8, 16),
+    show_default=True,
 )
 @click.option(
     "--prompt-tokens", type=click.IntRange(2), multiple=True, default=(128, 512), show_default=True

@@ -82,7 +82,8 @@ async def _run(
     fields: Mapping[str, Any],
 ) -> Load:
     waiting, answers = deque(prompts), list[Answer]()
-    limits = httpx.Limits(max_connections=clients)
+    # A connection per request: a server may close an idle one while the next request is on its way.
+    limits = httpx.Limits(max_connections=clients, max_keepalive_connections=0)
     busy = time.process_time()
     async with httpx.AsyncClient(
         base_url=url, timeout=TIMEOUT_S, limits=limits, trust_env=False

@@ -503,6 +503,7 @@ class _Worker:
         """Fill every slot once, so that the first requests find kernels and memory ready."""
         prompt, new_tokens = warm_up_prompt(self._runtime.config)
         limits = GenerationOptions(max_new_tokens=new_tokens, stop_token_ids=())
+        prompt = prompt[: self._capacity]
         for index in range(self._options.slots):
             request = prepare_request(
                 self._runtime, index, prompt, SamplingParams(), limits, self._capacity

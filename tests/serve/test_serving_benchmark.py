@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
+import httpx
 import pytest
 from click.testing import CliRunner
 
@@ -86,8 +89,32 @@ def test_the_output_of_a_server_that_ends_is_shown() -> None:
         pass
 
 
-def test_prompts_that_do_not_fit_the_model_are_rejected() -> None:
-    bundle = str(chat_bundle("functiongemma"))
-    result = CliRunner().invoke(main, [bundle, "--prompt-tokens", "2000"])
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--prompt-tokens", "2000"], "more than the model's context of 2048"),
+        (["--clients", "513"], "1<=x<=512"),
+        (["--report", "/nowhere/report.json"], "no folder /nowhere"),
+    ],
+)
+def test_what_cannot_be_measured_is_rejected_first(options: list[str], says: str) -> None:
+    result = CliRunner().invoke(main, [str(chat_bundle("functiongemma")), *options])
     assert result.exit_code == 2
-    assert "more than the model's context of 2048" in result.output
+    assert says in result.output
+
+
+def test_no_connection_is_used_twice(served: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server may close one while the next request is on its way."""
+    ports = set[Any]()
+    original = httpx.AsyncClient.stream
+
+    @asynccontextmanager
+    async def noted(*arguments: Any, **options: Any) -> Any:
+        async with original(*arguments, **options) as response:
+            stream = response.extensions["network_stream"]
+            ports.add(stream.get_extra_info("client_addr"))
+            yield response
+
+    monkeypatch.setattr(httpx.AsyncClient, "stream", noted)
+    put_under_load(served.url, [[2, 40, 41]] * 5, 2, 3, {})
+    assert len(ports) == 5
