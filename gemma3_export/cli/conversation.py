@@ -34,16 +34,20 @@ SETTINGS = (
     "top_p",
     "min_p",
     "repetition_penalty",
+    "frequency_penalty",
+    "presence_penalty",
     "seed",
     "max_new_tokens",
 )
+NO_EFFECT = {"repetition_penalty": 1.0, "frequency_penalty": 0.0, "presence_penalty": 0.0}
 NO_SYSTEM = "-"
 HELP = f"""\
 /system TEXT      set the system message and start over; {NO_SYSTEM} removes it; alone, shows it
 /reset            forget the conversation, but not the system message
 /save FILE        write the conversation as a line of JSON, which `data` reads
-/set NAME VALUE   change {", ".join(SETTINGS[:4])},
-                  {", ".join(SETTINGS[4:])}; off turns a filter off; alone, lists them
+/set NAME VALUE   change {", ".join(SETTINGS[:5])},
+                  {", ".join(SETTINGS[5:])};
+                  off turns a filter off; alone, lists them
 /help             list the commands
 /quit             leave, as Ctrl-D does
 Ctrl-C ends an answer. A message of several lines begins and ends with {FENCE}.
@@ -241,7 +245,7 @@ def _parse_number(name: str, text: str) -> float | int | None:
         InputError: it is not a number.
     """
     if text.lower() in ("off", "none"):
-        return 1.0 if name == "repetition_penalty" else None
+        return NO_EFFECT.get(name)
     for kind in (int, float):
         try:
             return kind(text)

@@ -74,6 +74,29 @@ SAMPLING = (
         help="Penalize tokens that occurred before; 1 is off.",
     ),
     click.option(
+        "--frequency-penalty",
+        type=REAL,
+        default=0.0,
+        show_default=True,
+        metavar="F",
+        help="Subtract F from a token's logit for each time that the answer has it, -2 to 2.",
+    ),
+    click.option(
+        "--presence-penalty",
+        type=REAL,
+        default=0.0,
+        show_default=True,
+        metavar="P",
+        help="Subtract P from a token's logit once the answer has it, -2 to 2.",
+    ),
+    click.option(
+        "--logit-bias",
+        multiple=True,
+        metavar="ID=B",
+        callback=lambda context, parameter, biases: logit_bias_of(biases),
+        help="Add B, -100 to 100, to the logit of a token; repeatable.",
+    ),
+    click.option(
         "--seed",
         type=WHOLE,
         metavar="N",
@@ -269,6 +292,27 @@ def _with_options(command: Command, options: Sequence[Callable[..., Any]]) -> Co
 def stop_tokens_of(tokens: Sequence[str]) -> tuple[int | str, ...]:
     """Return the values of ``--stop-token``: ids as integers, and names."""
     return tuple(int(token) if re.fullmatch(r"[0-9]{1,10}", token) else token for token in tokens)
+
+
+def logit_bias_of(biases: Sequence[str]) -> dict[int, float] | None:
+    """Return the value of ``--logit-bias``: numbers by token id.
+
+    Raises:
+        click.BadParameter: one is not ``ID=B``, or a token has two.
+    """
+    found: dict[int, float] = {}
+    for text in biases:
+        token, _, bias = text.partition("=")
+        try:
+            token_id, value = int(token) if re.fullmatch(r"[0-9]{1,10}", token) else -1, float(bias)
+        except ValueError:
+            token_id = -1
+        if token_id < 0:
+            raise click.BadParameter(f"{text!r:.60} is not ID=B, such as 236761=-5")
+        if token_id in found:
+            raise click.BadParameter(f"token {token_id} has two biases; leave one of them out")
+        found[token_id] = value
+    return found or None
 
 
 def read_schema(path: Path) -> str:

@@ -12,9 +12,16 @@ import msgspec
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
+from gemma3_export.runtimes.generation.sampling import MAX_BIAS
 from gemma3_export.serve.gate import PUBLIC
 from gemma3_export.serve.metrics import CONTENT_TYPE
-from gemma3_export.serve.requests import MAX_LOGPROBS, ChatRequest, CompletionRequest, Strict
+from gemma3_export.serve.requests import (
+    MAX_LOGPROBS,
+    TOKEN_ID,
+    ChatRequest,
+    CompletionRequest,
+    Strict,
+)
 from gemma3_export.serve.settings import ServeOptions
 
 __all__ = ["describe"]
@@ -260,9 +267,12 @@ def _restrictions(limits: ServeOptions, kind: type[msgspec.Struct]) -> dict[str,
         "logprobs": {"minimum": 0, "maximum": MAX_LOGPROBS},
         "top_logprobs": {"minimum": 0, "maximum": MAX_LOGPROBS},
         "messages": {"minItems": 1},
-        "frequency_penalty": {"enum": [None, 0]},
-        "presence_penalty": {"enum": [None, 0]},
-        "logit_bias": {"maxProperties": 0},
+        "frequency_penalty": {"minimum": -2, "maximum": 2},
+        "presence_penalty": {"minimum": -2, "maximum": 2},
+        "logit_bias": {
+            "propertyNames": {"pattern": f"^{TOKEN_ID.pattern}$"},
+            "additionalProperties": {"type": "number", "minimum": -MAX_BIAS, "maximum": MAX_BIAS},
+        },
         "best_of": {"enum": [None, 1]},
         "suffix": {"enum": [None]},
     }

@@ -15,6 +15,7 @@ import msgspec
 
 from gemma3_export.api.options import GenerateOptions
 from gemma3_export.api.prompts import Prompt
+from gemma3_export.errors import InputError
 from gemma3_export.limits import shown
 from gemma3_export.records import is_deeper
 from gemma3_export.runtimes.structured.function_calls import CHOICES
@@ -24,6 +25,7 @@ from gemma3_export.tokenizer import ChatMessage
 
 __all__ = [
     "MAX_LOGPROBS",
+    "TOKEN_ID",
     "Asked",
     "ChatRequest",
     "CompletionRequest",
@@ -39,6 +41,7 @@ MAX_DEPTH = 64  # of a request's JSON; schemas of tools are the deepest
 MAX_LOGPROBS = 20
 DEFAULT_MAX_TOKENS = 16  # of completions, as in OpenAI's API
 UNKNOWN_FIELD = re.compile(r"Object contains unknown field `(?P<field>.*)`", re.DOTALL)
+TOKEN_ID = re.compile(r"[0-9]{1,10}")
 PLACE = re.compile(r" - at `\$\.?(?P<place>.*)`$", re.DOTALL)
 Request = TypeVar("Request", bound="SharedFields")
 
@@ -84,13 +87,12 @@ class SharedFields(Strict):
     top_k: int | None = None
     min_p: float | None = None
     repetition_penalty: float | None = None
-    ignore_eos: bool | None = None
-    response_format: ResponseFormat | None = None
-    regex: str | None = None
-    # Only their defaults are accepted.
     frequency_penalty: float | None = None
     presence_penalty: float | None = None
     logit_bias: dict[str, float] | None = None
+    ignore_eos: bool | None = None
+    response_format: ResponseFormat | None = None
+    regex: str | None = None
     # Accepted and ignored: they do not change an answer.
     user: str | None = None
     metadata: dict[str, Any] | None = None
@@ -370,9 +372,6 @@ def _options(
             f"{limits.max_choices}; send several requests",
             param="n",
         )
-    for name in ("frequency_penalty", "presence_penalty", "logit_bias"):
-        if getattr(asked, name):
-            raise _unsupported(name)
     schema, regex = None, asked.regex
     wanted = asked.response_format
     if wanted is not None and wanted.type == "json_object":
@@ -387,6 +386,9 @@ def _options(
         top_k=asked.top_k,
         min_p=asked.min_p,
         repetition_penalty=1.0 if asked.repetition_penalty is None else asked.repetition_penalty,
+        frequency_penalty=asked.frequency_penalty or 0.0,
+        presence_penalty=asked.presence_penalty or 0.0,
+        logit_bias=_logit_bias(asked.logit_bias),
         seed=asked.seed,
         stop=_stops(asked.stop, limits),
         ignore_eos=bool(asked.ignore_eos),
@@ -394,6 +396,22 @@ def _options(
         regex=regex,
         **more,
     )
+
+
+def _logit_bias(bias: dict[str, float] | None) -> dict[int, float] | None:
+    """Return biases by token id; in JSON, keys are texts.
+
+    Raises:
+        InputError: one is no token id, or appears twice in different spellings.
+    """
+    found: dict[int, float] = {}
+    for key, value in (bias or {}).items():
+        if not TOKEN_ID.fullmatch(key):
+            raise InputError(f"logit_bias has the key {shown(key)}, which is no token id")
+        if int(key) in found:
+            raise InputError(f"logit_bias has token {int(key)} twice; leave one of them out")
+        found[int(key)] = value
+    return found or None
 
 
 def _prompts(prompt: str | list[Any]) -> list[Prompt]:

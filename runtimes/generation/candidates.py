@@ -74,7 +74,7 @@ class SelectsCandidates(Protocol):
 
 def candidates_needed(params: SamplingParams) -> int | None:
     """Return how many of the largest logits decide; None if all of them do."""
-    if params.logprobs is not None or params.repetition_penalty != 1.0:
+    if params.logprobs is not None or params.changes_logits:
         return None
     if params.is_greedy:
         return 1

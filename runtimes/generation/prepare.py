@@ -96,10 +96,16 @@ def prepare_request(
         drafter: makes its drafter; None drafts nothing.
 
     Raises:
-        InputError: there are stop texts, and nothing to decode the tokens with.
+        InputError: there are stop texts, and nothing to decode the tokens with; or a bias is on a
+            token that the vocabulary does not have.
     """
     if options.stop_texts and detokenize is None:
         raise InputError("stop_texts need a tokenizer to see the text; give detokenize")
+    vocab_size = runtime.config.vocab_size
+    if (biased := max(params.logit_bias or {}, default=0)) >= vocab_size:
+        raise InputError(
+            f"logit_bias has token id {biased}, outside the model's vocabulary of {vocab_size}"
+        )
     stop_token_ids = options.stop_token_ids
     state = RequestState(
         index,

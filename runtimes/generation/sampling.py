@@ -1,10 +1,11 @@
 """The sampler, shared by all backends: from the logits of one position to one token.
 
-Filters apply in this order: repetition penalty, temperature, top-k, top-p, min-p. Each keeps what
-the Hugging Face filter of the same name keeps. The token is then drawn by inverting the cumulative
-distribution in token-id order, with a random number that depends only on seed, request and
-position. So a seed gives the same text on every backend: if two backends disagree on the order of
-two nearly equal logits, the cumulative sums hardly move and the draw stays the same.
+Logits are changed in this order, which is vLLM's: logit bias, repetition penalty, frequency and
+presence penalty, temperature, top-k, top-p, min-p. Each filter keeps what the Hugging Face filter
+of the same name keeps. The token is then drawn by inverting the cumulative distribution in token-id
+order, with a random number that depends only on seed, request and position. So a seed gives the
+same text on every backend: if two backends disagree on the order of two nearly equal logits, the
+cumulative sums hardly move and the draw stays the same.
 
 Shapes: V vocabulary, C candidates that passed the filters.
 """
@@ -14,7 +15,7 @@ from __future__ import annotations
 import functools
 import secrets
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any
@@ -23,9 +24,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gemma3_export.errors import Gemma3ExportError, InputError
-from gemma3_export.limits import MAX_COUNT, shown
+from gemma3_export.limits import MAX_COUNT, is_number, shown
 
-__all__ = ["SampledToken", "Sampler", "SamplingParams", "report_logprobs", "select_candidates"]
+__all__ = [
+    "MAX_BIAS",
+    "SampledToken",
+    "Sampler",
+    "SamplingParams",
+    "report_logprobs",
+    "select_candidates",
+]
 
 Ids = NDArray[np.int64]
 Scores = NDArray[np.float32]
@@ -33,12 +41,15 @@ Weights = NDArray[np.float32] | NDArray[np.float64]
 
 _Rule = tuple[str, type, Callable[[Any], bool], str]
 _LARGEST = sys.float_info.max
+MAX_BIAS = 100
 _RULES: tuple[_Rule, ...] = (  # field, type, valid range, the range in words
     ("temperature", Real, lambda t: 0 <= t <= _LARGEST, "a finite number, 0 or more"),
     ("top_k", Integral, lambda k: 0 <= k <= MAX_COUNT, "an integer, 0 (off) or more"),
     ("top_p", Real, lambda p: 0 < p <= 1, "a number above 0 and up to 1 (off)"),
     ("min_p", Real, lambda p: 0 <= p <= 1, "a number from 0 (off) to 1"),
     ("repetition_penalty", Real, lambda r: 0 < r <= _LARGEST, "a finite number above 0 (1: off)"),
+    ("frequency_penalty", Real, lambda p: -2 <= p <= 2, "a number from -2 to 2 (0: off)"),
+    ("presence_penalty", Real, lambda p: -2 <= p <= 2, "a number from -2 to 2 (0: off)"),
     ("seed", Integral, lambda s: 0 <= s < 2**64, "an integer from 0 to 2**64 - 1"),
     ("request_index", Integral, lambda i: 0 <= i < 2**64, "an integer from 0 to 2**64 - 1"),
     (
@@ -54,6 +65,7 @@ _RULES: tuple[_Rule, ...] = (  # field, type, valid range, the range in words
         "an integer, 0 (the prompt's tokens) or more",
     ),
 )
+_REQUIRED = ("repetition_penalty", "frequency_penalty", "presence_penalty", "request_index")
 _STRIDES = 64  # rows into which the vocabulary is reshaped to find its largest logits
 _BLOCK = 512  # candidates per partial sum; only the drawn block needs its own cumulative sum
 _SORTABLE = 1024  # below this size, sorting is cheaper than partitioning
@@ -71,7 +83,10 @@ class SamplingParams:
     top_k: int | None = None  # keep the k largest and ties with the last; 0 or None is off
     top_p: float | None = None  # keep the fewest tokens that reach probability p; 1 or None is off
     min_p: float | None = None  # keep tokens with this share of the largest; 0 or None is off
-    repetition_penalty: float = 1.0  # above 1 discourages tokens seen so far
+    repetition_penalty: float = 1.0  # above 1 discourages tokens of the prompt and the answer
+    frequency_penalty: float = 0.0  # subtracted for each time that a token is in the answer
+    presence_penalty: float = 0.0  # subtracted once if a token is in the answer
+    logit_bias: Mapping[int, float] | None = None  # added to the logits of tokens, by id
     seed: int | None = None  # None draws a random one
     request_index: int = 0  # distinguishes requests that share a seed
     logprobs: int | None = None  # alternatives to report; 0: chosen token only; None: nothing
@@ -80,11 +95,13 @@ class SamplingParams:
     def __post_init__(self) -> None:
         for name, kind, is_legal, words in _RULES:
             value = getattr(self, name)
-            if value is None and name not in ("repetition_penalty", "request_index"):
+            if value is None and name not in _REQUIRED:
                 continue
             # NaN fails every comparison; bool is a number to Python
             if not isinstance(value, kind) or isinstance(value, bool) or not is_legal(value):
                 raise InputError(f"{name} is {shown(value)}; it must be {words}")
+        if self.logit_bias is not None:
+            object.__setattr__(self, "logit_bias", _checked_bias(self.logit_bias))
 
     @property
     def has_filter(self) -> bool:
@@ -99,17 +116,48 @@ class SamplingParams:
         return 1.0 if self.has_filter else 0.0
 
     @property
+    def changes_logits(self) -> bool:
+        """Return True if a penalty or a bias changes logits before the filters."""
+        return self.repetition_penalty != 1.0 or self.counts_tokens or bool(self.logit_bias)
+
+    @property
+    def counts_tokens(self) -> bool:
+        """Return True if it matters how often the answer has a token."""
+        return self.frequency_penalty != 0.0 or self.presence_penalty != 0.0
+
+    @property
     def is_greedy(self) -> bool:
         """Return True if the largest logit always wins."""
         return self.effective_temperature == 0.0
+
+
+def _checked_bias(bias: object) -> dict[int, float]:
+    """Return a bias per token id.
+
+    Raises:
+        InputError: it is not a mapping of token ids to numbers from -100 to 100.
+    """
+    if not isinstance(bias, Mapping):
+        raise InputError(f"logit_bias is {shown(bias)}; it must map token ids to numbers")
+    found = {}
+    for token_id, value in bias.items():
+        if not is_number(token_id, Integral) or not 0 <= token_id <= MAX_COUNT:
+            raise InputError(f"logit_bias has the key {shown(token_id)}, which is no token id")
+        if not is_number(value, Real) or not -MAX_BIAS <= value <= MAX_BIAS:
+            raise InputError(
+                f"logit_bias of token {token_id} is {shown(value)}; it must be a number from "
+                f"-{MAX_BIAS} to {MAX_BIAS}"
+            )
+        found[int(token_id)] = float(value)
+    return found
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SampledToken:
     """One sampled token, with log-probabilities if ``SamplingParams.logprobs`` is set.
 
-    They are those of the model, before penalty, temperature and filters, and before a constraint:
-    tokens that it does not allow count and are reported too.
+    They are those of the model, before bias, penalties, temperature and filters, and before a
+    constraint: tokens that it does not allow count and are reported too.
     """
 
     token_id: int
@@ -128,20 +176,25 @@ class Sampler:
         self.params = params
         self.seed = secrets.randbits(64) if params.seed is None else int(params.seed)
         self.position = 0  # tokens sampled so far
-        self._is_penalized = params.repetition_penalty != 1.0
-        seen = np.fromiter(prompt_ids if self._is_penalized else (), dtype=np.int64)
-        self._seen: Ids = np.unique(seen)
+        is_repetition_penalized = params.repetition_penalty != 1.0
+        seen = np.fromiter(prompt_ids if is_repetition_penalized else (), dtype=np.int64)
+        self._seen: Ids | None = np.unique(seen) if is_repetition_penalized else None
+        bias = params.logit_bias or {}
+        self._biased: Ids = np.fromiter(bias, dtype=np.int64)
+        self._biases: Scores = np.fromiter(bias.values(), dtype=np.float32)
+        self._counted: Ids = np.empty(0, dtype=np.int64)  # the tokens of the answer
+        self._counts: Scores = np.empty(0, dtype=np.float32)  # how often it has each
 
     def choose(self, ids: Ids, scores: Scores) -> SampledToken:
         """Choose the next token from candidates, as :meth:`sample` would from all logits.
 
-        Penalties and log-probabilities need all logits, so they must be off.
+        Penalties, biases and log-probabilities need all logits, so they must be off.
 
         Args:
             ids: [C] tokens in ascending order.
             scores: [C] their logits, including every token that could be chosen.
         """
-        assert not self._is_penalized
+        assert not self.params.changes_logits
         assert self.params.logprobs is None
         if self.params.is_greedy:
             token_id = int(ids[scores.argmax()])
@@ -164,7 +217,7 @@ class Sampler:
         """
         if logits.ndim != 1:
             raise InputError(f"logits have shape {logits.shape}; give those of one position, [V]")
-        scores, kept = self._penalize(logits), None
+        scores, kept = self._changed(logits), None
         if allowed is not None:
             _check_finite(logits.max())  # of the tokens that are not allowed, too
             kept = np.flatnonzero(allowed)
@@ -177,24 +230,41 @@ class Sampler:
             index = int(ids[_draw(weights, self._uniform())])
         token_id = index if kept is None else int(kept[index])
         self.position += 1
-        if self._is_penalized and token_id not in self._seen:
-            self._seen = np.append(self._seen, token_id)
+        self._count(token_id)
         if self.params.logprobs is None:
             return SampledToken(token_id=token_id)
         return report_logprobs(logits, token_id, self.params.logprobs)
 
-    def _penalize(self, logits: Scores) -> Scores:
-        """Divide positive and multiply negative logits [V] of tokens already seen."""
-        if not self._seen.size:
+    def _changed(self, logits: Scores) -> Scores:
+        """Return logits [V] with the bias and the penalties; banned tokens stay banned."""
+        if not self.params.changes_logits:
             return logits
-        most = float(np.finfo(logits.dtype).max) / 4  # differences must be finite too
+        scores = logits.copy()
+        scores[self._biased] += self._biases
+        if self._seen is not None:
+            scores[self._seen] = self._penalized(scores[self._seen])
+        each, once = self.params.frequency_penalty, self.params.presence_penalty
+        scores[self._counted] -= np.float32(each) * self._counts + np.float32(once)
+        return scores
+
+    def _penalized(self, seen: Scores) -> Scores:
+        """Divide positive and multiply negative logits of tokens already seen."""
+        most = float(np.finfo(seen.dtype).max) / 4  # differences must be finite too
         penalty = min(max(self.params.repetition_penalty, 1 / most), most)
-        seen = logits[self._seen]
         with np.errstate(over="ignore"):
             penalized = np.where(seen > 0, seen / penalty, seen * penalty).clip(-most, most)
-        scores = logits.copy()
-        scores[self._seen] = np.where(np.isfinite(seen), penalized, seen)
-        return scores
+        return np.where(np.isfinite(seen), penalized, seen)
+
+    def _count(self, token_id: int) -> None:
+        """Note that the answer has a token."""
+        if self._seen is not None and token_id not in self._seen:
+            self._seen = np.append(self._seen, token_id)
+        if self.params.counts_tokens:
+            at = np.flatnonzero(self._counted == token_id)
+            self._counts[at] += 1
+            if not at.size:
+                self._counted = np.append(self._counted, token_id)
+                self._counts = np.append(self._counts, np.float32(1))
 
     def _uniform(self) -> float:
         """Return a number in [0, 1) that is a function of seed, request and position."""
@@ -207,7 +277,7 @@ def select_candidates(scores: Scores, params: SamplingParams) -> tuple[Ids, Weig
     """Apply temperature, top-k, top-p and min-p; return tokens and unnormalized probabilities.
 
     Args:
-        scores: [V] float32 logits, after the repetition penalty.
+        scores: [V] float32 logits, after bias and penalties.
         params: must not be greedy.
 
     Returns:

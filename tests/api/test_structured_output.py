@@ -47,6 +47,7 @@ SAMPLING = (
     {"min_p": 0.5, "temperature": 3.0, "seed": 4},
     {"repetition_penalty": 1.7, "top_k": 40, "seed": 5},
     {"repetition_penalty": 0.5},
+    {"frequency_penalty": 2.0, "presence_penalty": -2.0, "logit_bias": {3: 100.0, 9: -100.0}},
 )
 
 

@@ -183,6 +183,21 @@ def test_a_prompt_longer_than_the_context_is_rejected(ort_bundle):
 
 
 @pytest.mark.parametrize(
+    ("values", "says"),
+    [(["3"], "not ID=B"), (["a=1"], "not ID=B"), (["3=x"], "not ID=B"), (["3=1", "3=2"], "two")],
+)
+def test_a_logit_bias_is_one_number_per_token(ort_bundle, values, says):
+    options = [word for value in values for word in ("--logit-bias", value)]
+    assert says in run_rejected("generate", ort_bundle, "--prompt", "a", *options)
+
+
+def test_a_bias_decides_the_text(ort_bundle):
+    options = ("--logit-bias", "7=100", "--max-new-tokens", 3, "--json")
+    done = run_ok("generate", ort_bundle, "--prompt", "a", *options)
+    assert json.loads(done.stdout)["token_ids"] == [7, 7, 7]
+
+
+@pytest.mark.parametrize(
     ("option", "value"),
     [
         ("--temperature", "nan"),
@@ -194,6 +209,10 @@ def test_a_prompt_longer_than_the_context_is_rejected(ort_bundle):
         ("--top-p", "1.5"),
         ("--min-p", "-0.1"),
         ("--repetition-penalty", "0"),
+        ("--frequency-penalty", "2.5"),
+        ("--presence-penalty", "nan"),
+        ("--logit-bias", "3=101"),
+        ("--logit-bias", "99999999=1"),
         ("--seed", "-1"),
     ],
 )

@@ -203,6 +203,9 @@ def test_logits_that_are_not_finite_are_left_to_the_sampler(total: float) -> Non
     [
         SamplingParams(logprobs=2),
         SamplingParams(repetition_penalty=1.2),
+        SamplingParams(frequency_penalty=0.1),
+        SamplingParams(presence_penalty=-0.1),
+        SamplingParams(logit_bias={3: 1.0}),
         SamplingParams(temperature=1.0),
         SamplingParams(top_p=0.9),
         SamplingParams(top_k=5000),

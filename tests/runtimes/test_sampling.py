@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,7 @@ from transformers import (
     LogitsProcessorList,
     MinPLogitsWarper,
     RepetitionPenaltyLogitsProcessor,
+    SequenceBiasLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
@@ -82,6 +85,8 @@ class TestParams:
             ("top_p", [0, -0.5, 1.01, float("nan"), float("inf")]),
             ("min_p", [-0.1, 1.1, float("nan")]),
             ("repetition_penalty", [0, -1.0, float("nan"), float("inf"), None]),
+            ("frequency_penalty", [-2.1, 2.1, float("nan"), None, True]),
+            ("presence_penalty", [-2.1, 2.1, float("nan"), None, "1"]),
             ("seed", [-1, 2**64, 1.0]),
             ("request_index", [-1, None]),
             ("logprobs", [-1, 0.5, True]),
@@ -92,6 +97,14 @@ class TestParams:
             with pytest.raises(InputError, match=f"{name} is .*; it must be a") as caught:
                 SamplingParams(**{name: value})
             assert repr(value) in str(caught.value)
+
+    @pytest.mark.parametrize(
+        "bias",
+        [[(1, 2.0)], {-1: 1.0}, {1.0: 1.0}, {True: 1.0}, {"1": 1.0}, {1: 101}, {1: float("nan")}],
+    )
+    def test_a_bias_maps_token_ids_to_numbers_in_range(self, bias):
+        with pytest.raises(InputError, match="logit_bias"):
+            SamplingParams(logit_bias=bias)
 
 
 class TestFilters:
@@ -188,6 +201,36 @@ class TestFilters:
             np.testing.assert_array_equal(logits, before)
             history.append(token_id)
         assert len(set(history)) > 6
+
+    @pytest.mark.parametrize("temperature", [0.0, 1.0])
+    def test_penalties_count_the_answer_as_openai_defines_them(self, temperature):
+        """With the formula of OpenAI's documentation; a bias is that of transformers."""
+        bias = {7: 0.75, 11: -100.0, 39: 100.0, 5: 1.5}
+        params = SamplingParams(
+            temperature=temperature,
+            seed=3,
+            repetition_penalty=1.25,
+            frequency_penalty=0.5,
+            presence_penalty=-0.25,
+            logit_bias=bias,
+        )
+        sampler, prompt, answer = Sampler(params, [7, 3]), [7, 3], []
+        for step in range(30):
+            logits = random_logits(40, seed=step // 10)  # so that tokens repeat
+            logits[[2, 39]] = -np.inf
+            history = torch.tensor([[*prompt, *answer]])
+            scores = torch.from_numpy(logits.copy())[None]
+            biases = {(token,): float(value) for token, value in bias.items()}
+            scores = SequenceBiasLogitsProcessor(biases)(history, scores)
+            scores = RepetitionPenaltyLogitsProcessor(1.25)(history, scores)[0].numpy()
+            for token, count in Counter(answer).items():
+                scores[token] = scores[token] - count * 0.5 - float(count > 0) * -0.25
+            token_id = sampler.sample(logits).token_id
+            plain = Sampler(SamplingParams(temperature=temperature, seed=3))
+            plain.position = step
+            assert token_id == plain.sample(scores).token_id
+            answer.append(token_id)
+        assert max(Counter(answer).values()) > 2
 
     @pytest.mark.filterwarnings("error")
     @pytest.mark.parametrize("temperature", [0.0, 1.0])

@@ -69,6 +69,32 @@ def test_stops_cut_the_text(served: Running, model: Model) -> None:
     assert found.choices[0].finish_reason == "stop"
 
 
+@pytest.mark.parametrize("frequency", [0.0, 1.5])
+def test_biases_and_penalties_are_the_models(
+    served: Running, model: Model, frequency: float
+) -> None:
+    asked = {"frequency_penalty": frequency, "presence_penalty": 0.5}
+    bias = {9: 30, 11: 29.0}
+    answer = served.openai.completions.create(
+        model=NAME,
+        prompt="a",
+        max_tokens=6,
+        temperature=0,
+        logit_bias={str(token): int(value) for token, value in bias.items()},
+        **asked,
+    )
+    expected = model.generate("a", max_new_tokens=6, logit_bias=bias, **asked)
+    assert answer.choices[0].text == expected.text
+    assert set(expected.token_ids) == ({9} if frequency == 0 else {9, 11})
+
+
+def test_clients_may_send_the_defaults(served: Running) -> None:
+    defaults = {"frequency_penalty": 0, "presence_penalty": 0.0, "logit_bias": {}, "best_of": 1}
+    for more in (defaults, dict.fromkeys(defaults)):
+        asked = {"prompt": "a", "max_tokens": 1} | more
+        assert served.http.post("/v1/completions", json=asked).status_code == 200
+
+
 @pytest.mark.parametrize("is_chat", [False, True])
 def test_ignore_eos_goes_on_to_max_tokens(
     served: Running, model: Model, monkeypatch: pytest.MonkeyPatch, is_chat: bool
