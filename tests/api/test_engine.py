@@ -468,7 +468,8 @@ class TestClosing:
 class TestOptions:
     def test_options_of_loading_reach_the_model(self, ort_bundle: Path) -> None:
         options = EngineOptions(device="cpu", threads=1, sliding_window_cache=False, slots=2)
-        with Engine(ort_bundle, options, warm_up=True) as engine:
+        # fewer tokens than the prompt that warms up has
+        with Engine(ort_bundle, options, warm_up=True, max_request_tokens=3) as engine:
             assert engine.model.options.threads == 1
             assert not engine.model.runtime.uses_sliding_window_cache
             assert engine.stats().slots == 2
