@@ -192,9 +192,9 @@ def test_a_logit_bias_is_one_number_per_token(ort_bundle, values, says):
 
 
 def test_a_bias_decides_the_text(ort_bundle):
-    options = ("--logit-bias", "7=100", "--max-new-tokens", 3, "--json")
+    options = ("--logit-bias", "11=100", "--max-new-tokens", 3, "--json")
     done = run_ok("generate", ort_bundle, "--prompt", "a", *options)
-    assert json.loads(done.stdout)["token_ids"] == [7, 7, 7]
+    assert json.loads(done.stdout)["token_ids"] == [11, 11, 11]
 
 
 @pytest.mark.parametrize(
