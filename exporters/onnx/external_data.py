@@ -20,6 +20,7 @@ from gemma3_export.bundle import (
     LOOKUP_SCALES,
     MINIMUMS,
     SCALES,
+    SMOOTHING,
     StoredTensor,
     WeightRecipe,
     block_tensors,
@@ -147,6 +148,8 @@ def write_blocks(
         else:
             writer.write(raw_bytes(pack_codes(matrix)))
         collected[SCALES].append(matrix.scales)
+        if matrix.smoothing is not None:
+            collected[SMOOTHING] = [matrix.smoothing]
         if matrix.minimums is not None:
             collected[MINIMUMS].append(matrix.minimums)
     if recipe.transposed:

@@ -20,7 +20,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from gemma3_export.bundle import CODES, MAX_ROTATION, SCALES, BlockFormat
+from gemma3_export.bundle import CODES, MAX_ROTATION, SCALES, SMOOTHING, BlockFormat
 from gemma3_export.errors import InputError
 from gemma3_export.exporters.onnx.quantize_weights import DOMAIN, FLOAT, MatrixNodes
 from gemma3_export.reference.weights.block_matrix import hadamard
@@ -36,6 +36,12 @@ LEAST_ROTATION = 16  # of published sizes, every matrix has 32
 # KLD 0.0054 on the 270M; 64 gives 0.0049 at twice the cost
 WEB_ROTATION = 32
 LARGEST_CODE = 127.0
+# The input of a node that scales its output by channel.
+SCALE_INPUTS = {
+    "RMSNormalization": 1,
+    "SkipSimplifiedLayerNormalization": 2,
+    "MatMulIntegerToFloat": 3,
+}
 SMALLEST_SCALE = float(np.finfo(np.float32).tiny)  # rows of zeros must not divide by zero
 
 
@@ -131,15 +137,28 @@ class ColumnProducts(RotatedProducts):
         x = old.inputs[0]
         assert x is not None
         if old.op_type == "Gemm":
-            before, (after,) = x.producer(), old.outputs[0].consumers()
-            assert before is not None
-            assert before.op_type == after.op_type == "Reshape"
-            x, old = before.inputs[0], after
+            x = producer(x, "Reshape").inputs[0]
             assert x is not None
+            (old,) = old.outputs[0].consumers()
+            assert old.op_type == "Reshape"
+        if self.format.is_smoothed:
+            self._smooth(x)
         codes, scale = self.rounded_rows(old, x, 2)
         # Without a zero point of weights: ONNX Runtime fails where it makes a shared one unsigned.
         inputs = [codes, self.tensors[CODES], scale, self.tensors[SCALES], self.zero_point()]
         self.take_over(old, self.insert(old, DOMAIN, "MatMulIntegerToFloat", inputs))
+
+    def _smooth(self, x: ir.Value) -> None:
+        """Divide what scales ``x`` by the factors of its channels; both are constants."""
+        factors = self.tensors[SMOOTHING]
+        node = producer(x, "Mul", *SCALE_INPUTS)
+        if node.op_type == "Mul":  # GELU of one half of a product, times the other half
+            node = producer(producer(node.inputs[1], "Split").inputs[0], "MatMulIntegerToFloat")
+            ones = self.constant(f"ones_{self.columns}", np.ones(self.columns, np.float32))
+            factors = self.insert(node, "", "Concat", [ones, factors], {"axis": 0}, FLOAT)
+        index = SCALE_INPUTS[node.op_type]
+        inputs = [node.inputs[index], factors]
+        node.replace_input_with(index, self.insert(node, "", "Div", inputs, None, FLOAT, "smooth"))
 
     def replace_lookup(self, old: ir.Node) -> None:
         """Replace ``Gather(W, ids)`` with the lookup of a column and its scale."""
@@ -188,3 +207,11 @@ class IntegerProducts(RotatedProducts):
         )
         row = self.insert(old, "", "Mul", [centered, scales], kind=FLOAT)
         self.take_over(old, self.rotate(old, row, 2))
+
+
+def producer(value: ir.Value | None, *op_types: str) -> ir.Node:
+    """Return the node that computes ``value``, which has one of these types."""
+    node = None if value is None else value.producer()
+    assert node is not None
+    assert node.op_type in op_types, node.op_type
+    return node

@@ -69,6 +69,7 @@ from gemma3_export.exporters.quantize.quantizers import (
     RoundToNearest,
     matrix_names,
 )
+from gemma3_export.exporters.quantize.smoothing import measure_smoothing
 from gemma3_export.files import is_file
 from gemma3_export.parity.options import HalfPrecision
 from gemma3_export.progress import Progress
@@ -361,7 +362,11 @@ class OnnxWriter:
                 else self._format(bits=8)
                 for name in matrix_names(source.config)
             }
-            return RoundToNearest(source=source, formats=formats)
+            smoothing = {}
+            if self.is_per_channel:
+                smoothing = measure_smoothing(source, tokenizer_in(folder), progress)
+                formats |= {name: replace(formats[name], is_smoothed=True) for name in smoothing}
+            return RoundToNearest(source=source, formats=formats, smoothing=smoothing)
         if EXPORT_DTYPES[self.dtype].is_calibrated:
             formats = dict.fromkeys(matrix_names(source.config), self._format(bits=4))
             check_formats(source.config, formats)

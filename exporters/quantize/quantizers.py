@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
+
+from torch import Tensor
 
 from gemma3_export.bundle import BlockFormat, WeightRecipe, common_format
 from gemma3_export.config import EMBEDDING, Gemma3Config
@@ -56,6 +58,7 @@ class RoundToNearest:
     Args:
         source: canonical weights.
         formats: format of each canonical matrix; others stay float32.
+        smoothing: the factors [K] of those with smoothed formats.
 
     Raises:
         InputError: a matrix is not a multiple of its block size.
@@ -63,6 +66,7 @@ class RoundToNearest:
 
     source: WeightSource
     formats: Mapping[str, BlockFormat]
+    smoothing: Mapping[str, Tensor] = field(default_factory=dict)
     calibration: None = None
 
     def __post_init__(self) -> None:
@@ -80,7 +84,7 @@ class RoundToNearest:
         for name in recipe.names:
             for weights in self.source.chunks(name, max_bytes=CHUNK_BYTES):
                 check_finite(name, weights)
-                yield quantize(weights, recipe.blocks)
+                yield quantize(weights, recipe.blocks, smoothing=self.smoothing.get(name))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,6 +18,7 @@ __all__ = [
     "MAX_ROTATION",
     "MINIMUMS",
     "SCALES",
+    "SMOOTHING",
     "ZERO_POINTS",
     "BlockFormat",
     "StoredTensor",
@@ -26,10 +27,11 @@ __all__ = [
 ]
 
 CODES, SCALES, MINIMUMS, ZERO_POINTS = "codes", "scales", "minimums", "zero_points"
+SMOOTHING = "smoothing"  # by which inputs are divided, and the weights of each input multiplied
 LOOKUP_SCALES = "lookup_scales"  # the scales in the shape that GatherBlockQuantized reads
 BITS = (4, 8)
 MAX_ROTATION = 128
-MINIMUM_BYTES = 4  # always float32
+MINIMUM_BYTES = SMOOTHING_BYTES = 4  # always float32
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,6 +45,8 @@ class BlockFormat:
         scale_type: element type of the scales; kernels require that of the activations.
         rotation: consecutive inputs that a Hadamard matrix mixes before rounding, a power of two;
             1 mixes none. A rotated matrix has one scale per row: ``block_size`` is K.
+        is_smoothed: what is rotated is the weights of each input, times a factor by which the graph
+            divides that input (arXiv:2211.10438). Rotated matrices only.
 
     Raises:
         InputError: another number of bits or block size.
@@ -53,11 +57,14 @@ class BlockFormat:
     has_minimum: bool = False
     scale_type: DType = "float32"
     rotation: int = 1
+    is_smoothed: bool = False
 
     def __post_init__(self) -> None:
         if self.bits not in BITS:
             raise InputError(f"{self.bits}-bit weights are not supported; choose 4 or 8")
         size = self.block_size
+        if self.is_smoothed and not self.is_rotated:
+            raise InputError("only rotated rows can be smoothed; export the bundle again")
         if self.is_rotated:
             if self.bits != 8 or self.has_minimum or size % self.rotation:
                 raise InputError(
@@ -70,7 +77,8 @@ class BlockFormat:
 
     def __str__(self) -> str:
         if self.is_rotated:
-            return f"int{self.bits} rows, rotated by {self.rotation}"
+            smoothed = "smoothed and " if self.is_smoothed else ""
+            return f"int{self.bits} rows, {smoothed}rotated by {self.rotation}"
         scales = "" if self.scale_type == "float32" else f" {self.scale_type}"
         return f"int{self.bits} b{self.block_size}{' min' if self.has_minimum else ''}{scales}"
 
@@ -116,6 +124,8 @@ class BlockFormat:
             size += rows * blocks * MINIMUM_BYTES
             if self.bits == 4:
                 size += rows * ((blocks + 1) // 2)  # explicit zero points
+        if self.is_smoothed:
+            size += columns * SMOOTHING_BYTES
         return size
 
 
@@ -152,11 +162,6 @@ def block_tensors(
     can be ``transposed``. Their layout is that of ``MatMulIntegerToFloat``: inputs first, signed,
     one scale per output.
     """
-    if transposed:
-        return {
-            CODES: StoredTensor(f"{name}.{CODES}", (columns, rows), "int8"),
-            SCALES: StoredTensor(f"{name}.{SCALES}", (rows,), block_format.scale_type),
-        }
     blocks = columns // block_format.block_size
     codes: tuple[int, ...] = (rows, blocks, block_format.block_size * block_format.bits // 8)
     if block_format.is_rotated:
@@ -165,6 +170,10 @@ def block_tensors(
         CODES: (codes, "uint8"),
         SCALES: ((rows, blocks), block_format.scale_type),
     }
+    if transposed:
+        shapes = {CODES: ((columns, rows), "int8"), SCALES: ((rows,), block_format.scale_type)}
+    if block_format.is_smoothed:
+        shapes[SMOOTHING] = ((columns,), "float32")
     if block_format.has_minimum:
         shapes[MINIMUMS] = ((rows, blocks), "float32")
         if block_format.bits == 4:

@@ -61,7 +61,7 @@ class Arithmetic:
         self.plain = plain
         self.models = [forward.model for forward in pair.passes]
         self.rounding = [
-            ActivationRounding(model, source.activation_blocks if plain else {})
+            ActivationRounding(model, source.activation_blocks if plain else {}, source.smoothing)
             for model in self.models
         ]
         self.expected = ExpectedFromReference(

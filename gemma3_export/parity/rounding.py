@@ -41,8 +41,13 @@ __all__ = [
 ROUNDING_SHARE = 0.2
 
 
-def round_to_int8(x: Tensor, weights: BlockFormat) -> Tensor:
-    """Return x [..., K] rounded to 255 levels, in blocks and rotated as ``weights`` are."""
+def round_to_int8(x: Tensor, weights: BlockFormat, smoothing: Tensor | None = None) -> Tensor:
+    """Return x [..., K] rounded to 255 levels, in blocks, smoothed and rotated as ``weights`` are.
+
+    ``smoothing`` [K] is what a graph divides the inputs by, if anything.
+    """
+    if smoothing is not None:
+        return round_to_int8(x / smoothing.to(x), weights) * smoothing.to(x)
     blocks = rotate(x, weights.rotation).reshape(*x.shape[:-1], -1, weights.block_size)
     scales = blocks.abs().amax(-1, keepdim=True) / 127
     codes = torch.round(blocks / scales.where(scales > 0, 1.0))
@@ -55,16 +60,23 @@ class ActivationRounding:
     Args:
         model: the model that receives the hooks.
         formats: format of the weights by canonical name; a tied embedding refers to the head.
+        smoothing: what the inputs of some of them are divided by first.
     """
 
-    def __init__(self, model: Gemma3, formats: Mapping[str, BlockFormat]) -> None:
+    def __init__(
+        self,
+        model: Gemma3,
+        formats: Mapping[str, BlockFormat],
+        smoothing: Mapping[str, Tensor] | None = None,
+    ) -> None:
         self.is_enabled = False
         self._hooks = []
         head = model.config.head_name
         for name, block_format in formats.items():
             module = model.head if name == head else model.get_submodule(name.rpartition(".")[0])
             if name == head or isinstance(module, nn.Linear):  # a lookup has no input to round
-                self._hooks.append(module.register_forward_pre_hook(self._hook(block_format)))
+                hook = self._hook(block_format, (smoothing or {}).get(name))
+                self._hooks.append(module.register_forward_pre_hook(hook))
 
     def remove(self) -> None:
         """Remove the hooks from the model."""
@@ -80,11 +92,11 @@ class ActivationRounding:
         finally:
             self.is_enabled = False
 
-    def _hook(self, block_format: BlockFormat) -> Any:
+    def _hook(self, block_format: BlockFormat, smoothing: Tensor | None) -> Any:
         def hook(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
             if not self.is_enabled:
                 return None
-            return (round_to_int8(inputs[0], block_format), *inputs[1:])
+            return (round_to_int8(inputs[0], block_format, smoothing), *inputs[1:])
 
         return hook
 

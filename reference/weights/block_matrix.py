@@ -40,6 +40,7 @@ class BlockMatrix:
     codes: Tensor  # [N, K] uint8, one code per element, also for 4 bits
     scales: Tensor  # [N, G] float32, whatever the stored type
     minimums: Tensor | None = None  # [N, G] float32
+    smoothing: Tensor | None = None  # [K] float32
 
     def dequantize(self) -> Tensor:
         """Return the weights, [N, K] float32."""
@@ -47,7 +48,8 @@ class BlockMatrix:
         weights = self.scales[..., None] * (blocks.to(torch.float32) - self.format.zero_point)
         if self.minimums is not None:
             weights -= self.minimums[..., None]
-        return rotate(weights.flatten(1), self.format.rotation)
+        weights = rotate(weights.flatten(1), self.format.rotation)
+        return weights if self.smoothing is None else weights / self.smoothing
 
     def convert(self, wanted: BlockFormat) -> BlockMatrix:
         """Return the same weights in a format at least as wide; see ``common_format``."""
@@ -75,6 +77,7 @@ class BlockMatrix:
             torch.cat([part.codes for part in parts]),
             torch.cat([part.scales for part in parts]),
             torch.cat(minimums) if minimums else None,
+            first.smoothing,
         )
 
 
@@ -106,7 +109,10 @@ def in_blocks(matrix: Tensor, block_format: BlockFormat) -> Tensor:
 
 
 def quantize(
-    weights: Tensor, block_format: BlockFormat, importance: Tensor | None = None
+    weights: Tensor,
+    block_format: BlockFormat,
+    importance: Tensor | None = None,
+    smoothing: Tensor | None = None,
 ) -> BlockMatrix:
     """Round ``weights`` to the nearest codes.
 
@@ -118,11 +124,13 @@ def quantize(
         weights: finite numbers, [N, K].
         block_format: a format without minimums.
         importance: weight of the error in each input, [K]; None weights all equally.
+        smoothing: of a smoothed format, the factor of each input, [K] float32.
     """
-    weights = rotate(weights.float(), block_format.rotation)
+    weights = weights.float() if smoothing is None else weights.float() * smoothing
+    weights = rotate(weights, block_format.rotation)
     scales = block_scales(weights, block_format, importance)
-    blocks = in_blocks(weights.float(), block_format)
-    return BlockMatrix(block_format, codes_of(blocks, scales, block_format).flatten(1), scales)
+    codes = codes_of(in_blocks(weights, block_format), scales, block_format)
+    return BlockMatrix(block_format, codes.flatten(1), scales, smoothing=smoothing)
 
 
 def block_scales(

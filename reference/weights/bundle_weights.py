@@ -22,6 +22,7 @@ from gemma3_export.bundle import (
     MINIMUMS,
     MODEL_PREFIX,
     SCALES,
+    SMOOTHING,
     BlockFormat,
     Bundle,
     WeightRecipe,
@@ -180,6 +181,15 @@ class OnnxWeights(BundleWeights):
             for name in recipe.names
         }
 
+    @property
+    def smoothing(self) -> Mapping[str, torch.Tensor]:
+        """See :class:`gemma3_export.reference.weights.WeightSource`."""
+        return {
+            name: matrix.smoothing
+            for name, (matrix, _) in self._rows.items()
+            if isinstance(matrix, OnnxBlocks) and matrix.smoothing is not None
+        }
+
 
 class OnnxTensor:
     """A float tensor of an ONNX graph; see :class:`StoredMatrix`."""
@@ -222,7 +232,9 @@ class OnnxBlocks:
         *,
         is_transposed: bool,
     ) -> None:
-        keys = (CODES, SCALES, MINIMUMS) if block_format.has_minimum else (CODES, SCALES)
+        keys = [CODES, SCALES]
+        keys += [MINIMUMS] if block_format.has_minimum else []
+        keys += [SMOOTHING] if block_format.is_smoothed else []
         self.format = block_format
         self.tensors = {key: initializer(initializers, f"{name}.{key}") for key in keys}
         self.is_transposed = is_transposed
@@ -236,13 +248,21 @@ class OnnxBlocks:
                     f"({block_format}) needs {list(expected[key].shape)}; export the bundle again"
                 )
 
+    @property
+    def smoothing(self) -> torch.Tensor | None:
+        """The factor of each input, if the matrix is smoothed."""
+        tensor = self.tensors.get(SMOOTHING)
+        return None if tensor is None else torch_tensor(tensor, tensor.numpy())
+
     def read(self, start: int, stop: int) -> torch.Tensor:
         """Return rows [start, stop), dequantized."""
         if self.is_transposed:
             codes = torch_tensor(self.tensors[CODES], self.tensors[CODES].numpy()[:, start:stop].T)
             scales = torch_tensor(self.tensors[SCALES], self.tensors[SCALES].numpy()[start:stop])
             codes = unsigned_codes(codes, self.format)
-            return BlockMatrix(self.format, codes, scales[:, None]).dequantize()
+            return BlockMatrix(
+                self.format, codes, scales[:, None], smoothing=self.smoothing
+            ).dequantize()
         part = {
             key: torch_tensor(tensor, tensor.numpy()[start:stop])
             for key, tensor in self.tensors.items()

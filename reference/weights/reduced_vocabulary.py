@@ -63,6 +63,11 @@ class ReducedSource(WeightSource):
         return self.base.activation_blocks
 
     @property
+    def smoothing(self) -> Mapping[str, torch.Tensor]:
+        """See :attr:`WeightSource.smoothing`."""
+        return self.base.smoothing
+
+    @property
     def saved_parameters(self) -> int:
         """Return how many parameters the full model has more."""
         return self.base.config.num_parameters - self.config.num_parameters

@@ -54,6 +54,11 @@ class WeightSource(ABC):
         """Formats of the matrices whose inputs kernels round to int8, by canonical name."""
         return {}
 
+    @property
+    def smoothing(self) -> Mapping[str, torch.Tensor]:
+        """What kernels divide the inputs of such a matrix by before they round them, [K]."""
+        return {}
+
     @abstractmethod
     def read(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
         """Read rows [start, stop) of the canonical tensor ``name``, contiguous and on the CPU.
