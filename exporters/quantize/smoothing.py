@@ -24,7 +24,7 @@ from gemma3_export.reference.loading import LayerwiseForward
 from gemma3_export.reference.weights import WeightSource
 from gemma3_export.tokenizer import Tokenizer
 
-__all__ = ["measure_smoothing"]
+__all__ = ["measure_smoothing", "smoothing_factors"]
 
 # Products of a layer that share an input.
 GROUPS = (

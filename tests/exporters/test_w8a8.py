@@ -11,13 +11,17 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+import torch
 
 from gemma3_export.api.opening import open_runtime
-from gemma3_export.bundle import Bundle
+from gemma3_export.bundle import BlockFormat, Bundle
 from gemma3_export.errors import InputError
 from gemma3_export.exporters.onnx.writer import OnnxWriter
+from gemma3_export.exporters.quantize.smoothing import smoothing_factors
 from gemma3_export.parity import ParityReport, VerifyOptions, verify
+from gemma3_export.parity.rounding import round_to_int8
 from gemma3_export.processor_kind import parse_cpuinfo
+from gemma3_export.reference.weights.block_matrix import quantize
 from gemma3_export.reference.weights.bundle_weights import open_bundle_weights
 from gemma3_export.reference.weights.source import RandomSource
 from gemma3_export.runtimes.onnx import session
@@ -118,6 +122,44 @@ def test_dequantized_weights_are_close_to_those_that_were_exported() -> None:
         assert error < 0.01
         part = weights.read(name, 1, shape[0] - 1)
         assert bool((part == weights.read(name)[1:-1]).all())
+
+
+def test_smoothing_gives_activations_and_weights_the_same_range() -> None:
+    activations, weights = torch.tensor([400.0, 2.0, 0.0, 9.0]), torch.tensor([0.25, 8.0, 3.0, 0.0])
+    factors = smoothing_factors(activations, weights)
+    assert factors[2:].tolist() == [1.0, 1.0]  # one has no input, one no weight
+    ratios = ((activations / factors) / (weights * factors))[:2]
+    assert float(ratios[0] / ratios[1]) == pytest.approx(1, rel=1e-5)
+    assert float(factors.log().sum()) == pytest.approx(0, abs=1e-5)
+    assert smoothing_factors(torch.tensor([1.0, 1e30]), torch.ones(2)).tolist() == [1 / 64, 64]
+
+
+def test_smoothing_an_outlier_makes_products_more_accurate() -> None:
+    generator = torch.Generator().manual_seed(6)
+    x, weights = (torch.randn(size, 64, generator=generator) for size in (20, 30))
+    x[:, 5] *= 300
+    rows = BlockFormat.rotated_rows(64)
+    factors = smoothing_factors(x.abs().amax(0), weights.abs().amax(0))
+
+    def error(weight_format: BlockFormat, smoothing: torch.Tensor | None) -> float:
+        stored = quantize(weights, weight_format, smoothing=smoothing).dequantize()
+        product = round_to_int8(x, weight_format, smoothing) @ stored.T
+        return float((product - x @ weights.T).square().mean())
+
+    assert error(replace(rows, is_smoothed=True), factors) < error(rows, None) / 4
+
+
+def test_smoothing_changes_constants_only() -> None:
+    graph = graph_of(bundle().path)
+    known = {tensor.name for tensor in graph.initializer}
+    divided = 0
+    for node in graph.node:
+        if all(name in known for name in node.input):
+            known.update(node.output)
+            divided += sum(name.endswith(".smoothing") for name in node.input)
+        else:
+            assert not any(name.endswith(".smoothing") for name in node.input)
+    assert divided == 3 * LAYERS
 
 
 @pytest.mark.parametrize(
