@@ -1,8 +1,8 @@
 """Reproduce the reduced-precision arithmetic of quantized and half-precision graphs.
 
 8-bit kernels: ONNX Runtime's ``MatMulNBits`` (``accuracy_level`` 4, on the CPU) also rounds its
-input, one block at a time, to ``round(127 x / max|x|)``; exports for browsers do so one row at a
-time, after a rotation. That costs more accuracy than any float32
+input, one block at a time, to ``round(127 x / max|x|)``; exports in ``w8a8`` and those for browsers
+do so one row at a time, after a rotation. That costs more accuracy than any float32
 rounding. A quantized graph is therefore checked twice: with float products, as strictly as a
 float32 graph, which shows that the graph and its weights are correct; and as it is shipped, against
 a reference that rounds in the same way, which shows that the kernels are correct.
