@@ -282,6 +282,26 @@ def interrupted(number: int, rows: int, *arguments: object) -> subprocess.Comple
     )
 
 
+@pytest.fixture
+def interrupt(monkeypatch):
+    """Return a function that interrupts a command in this process after ``rows`` rows."""
+
+    def run_until(rows: int, *arguments: object) -> None:
+        add, finished = UnfinishedResults.add, []
+
+        def add_and_stop(self, index, result):
+            add(self, index, result)
+            finished.append(index)
+            if len(finished) == rows:
+                raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(UnfinishedResults, "add", add_and_stop)
+            assert run(*arguments).exit_code == 130
+
+    return run_until
+
+
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_run_continues_without_losing_or_repeating_a_row(
     ort_bundle, source, target, tmp_path, number, monkeypatch
@@ -318,10 +338,10 @@ def test_an_interrupted_run_continues_without_losing_or_repeating_a_row(
 
 
 def test_an_unfinished_run_is_continued_only_by_the_same_input_options_and_bundle(
-    ort_bundle, portable_bundle, source, target, tmp_path
+    ort_bundle, portable_bundle, source, target, tmp_path, interrupt
 ):
     arguments = batch(ort_bundle, source, target, "--batch-size", 2)
-    interrupted(signal.SIGKILL, 3, *arguments)
+    interrupt(3, *arguments)
     kept = results_file(target).read_bytes()
     line = error_line(*arguments, "--top-k", 5)
     assert "top_k was None and is 5" in line
@@ -336,9 +356,9 @@ def test_an_unfinished_run_is_continued_only_by_the_same_input_options_and_bundl
     assert len(read_rows(target)) == len(TEXTS)
 
 
-def test_another_seed_does_not_continue_a_run(ort_bundle, source, target):
+def test_another_seed_does_not_continue_a_run(ort_bundle, source, target, interrupt):
     arguments = batch(ort_bundle, source, target, "--temperature", 1)
-    interrupted(signal.SIGKILL, 2, *arguments, "--seed", 4)
+    interrupt(2, *arguments, "--seed", 4)
     assert "seed was 4 and is 5" in error_line(*arguments, "--seed", 5)
     run_ok(*arguments)  # takes the seed of the earlier run
     assert read_rows(target)[2]["seed"] == row_seed(4, 2)
@@ -353,9 +373,9 @@ def test_another_seed_does_not_continue_a_run(ort_bundle, source, target):
         b"[]\n",
     ],
 )
-def test_damaged_results_are_not_continued(ort_bundle, source, target, damage):
+def test_damaged_results_are_not_continued(ort_bundle, source, target, damage, interrupt):
     arguments = batch(ort_bundle, source, target)
-    interrupted(signal.SIGINT, 2, *arguments)
+    interrupt(2, *arguments)
     with results_file(target).open("ab") as file:
         file.write(damage)
     assert "is damaged; pass --restart" in error_line(*arguments)
