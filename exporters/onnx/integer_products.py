@@ -31,11 +31,17 @@ __all__ = [
     "rotated_rows",
 ]
 
-INT8, INT32, UINT8 = ir.DataType.INT8, ir.DataType.INT32, ir.DataType.UINT8
+INT8, INT32, INT64, UINT8 = (
+    ir.DataType.INT8,
+    ir.DataType.INT32,
+    ir.DataType.INT64,
+    ir.DataType.UINT8,
+)
 LEAST_ROTATION = 16  # of published sizes, every matrix has 32
 # KLD 0.0054 on the 270M; 64 gives 0.0049 at twice the cost
 WEB_ROTATION = 32
 LARGEST_CODE = 127.0
+ZERO_POINTS = "integer_products.zero_points"  # the node that all layers share
 # The input of a node that scales its output by channel.
 SCALE_INPUTS = {
     "RMSNormalization": 1,
@@ -62,26 +68,7 @@ def rotated_rows(name: str, columns: int, target: str) -> BlockFormat:
 
 
 class RotatedProducts(MatrixNodes):
-    """The nodes that rotate activations and round them to 8 bits, with one scale per row."""
-
-    def rounded_rows(self, old: ir.Node, x: ir.Value, leading: int) -> tuple[ir.Value, ir.Value]:
-        """Return the codes [..., K] uint8 and scales [..., 1] of ``x``, rotated.
-
-        Codes are unsigned: on x86 without VNNI, ONNX Runtime adds products of unsigned and signed
-        bytes in 16 bits, where they saturate, and the weights of a graph can be made unsigned too.
-
-        Args:
-            old: the node to insert before.
-            x: the activations [..., K].
-            leading: number of other axes.
-        """
-        rotated = self.rotate(old, x, leading)
-        scale = self._row_scale(old, rotated)
-        ratio = self.insert(old, "", "Div", [rotated, scale], kind=FLOAT)
-        rounded = self.insert(old, "", "Round", [ratio], kind=FLOAT)
-        shifted = self.insert(old, "", "Add", [rounded, self.shift()], kind=FLOAT)
-        codes = self.insert(old, "", "Cast", [shifted], {"to": UINT8.value}, UINT8, "code")
-        return codes, scale
+    """The nodes that rotate activations, and their scales of 8 bits."""
 
     def rotate(self, old: ir.Node, x: ir.Value, leading: int) -> ir.Value:
         """Return ``x`` [..., K], with ``leading`` other axes, rotated."""
@@ -93,15 +80,13 @@ class RotatedProducts(MatrixNodes):
         mixed = self.insert(old, "", "MatMul", [split, matrix], kind=FLOAT, role="rotate")
         return self.insert(old, "", "Reshape", [mixed, whole], kind=FLOAT, role="merge")
 
-    def _row_scale(self, old: ir.Node, x: ir.Value) -> ir.Value:
-        """Return the scale of each row of ``x``, [..., 1]."""
+    def row_scale(self, old: ir.Node, x: ir.Value) -> ir.Value:
+        """Return the scale of each row of ``x``, [..., 1]; rows of zeros have 0."""
         size = self.insert(old, "", "Abs", [x], kind=FLOAT)
         last = self.integers(old, "last", [-1])
         largest = self.insert(old, "", "ReduceMax", [size, last], {"keepdims": 1}, FLOAT)
         code = self.number("largest_code", LARGEST_CODE)
-        scale = self.insert(old, "", "Div", [largest, code], kind=FLOAT, role="scale")
-        least = self.number("smallest_scale", SMALLEST_SCALE)
-        return self.insert(old, "", "Max", [scale, least], kind=FLOAT)
+        return self.insert(old, "", "Div", [largest, code], kind=FLOAT, role="scale")
 
     def shift(self) -> ir.Value:
         """Return the code that means zero, float32."""
@@ -143,10 +128,38 @@ class ColumnProducts(RotatedProducts):
             assert old.op_type == "Reshape"
         if self.format.is_smoothed:
             self._smooth(x)
-        codes, scale = self.rounded_rows(old, x, 2)
+        codes, scale = self._rounded_rows(old, self.rotate(old, x, 2))
         # Without a zero point of weights: ONNX Runtime fails where it makes a shared one unsigned.
         inputs = [codes, self.tensors[CODES], scale, self.tensors[SCALES], self.zero_point()]
         self.take_over(old, self.insert(old, DOMAIN, "MatMulIntegerToFloat", inputs))
+
+    def _rounded_rows(self, old: ir.Node, x: ir.Value) -> tuple[ir.Value, ir.Value]:
+        """Return the codes [B, T, K] uint8 and scales [B, T, 1] of ``x``.
+
+        One node rounds each row as a block. The codes of a row of zeros are not defined, but they
+        are multiplied by its scale, which is 0.
+        """
+        scale = self.row_scale(old, x)
+        zeros = self._zero_points(old, x, is_head=old.op_type == "Reshape")
+        attributes = {"axis": -1, "block_size": self.columns}
+        inputs = [x, scale, zeros]
+        return self.insert(old, "", "QuantizeLinear", inputs, attributes, UINT8), scale
+
+    def _zero_points(self, old: ir.Node, x: ir.Value, *, is_head: bool) -> ir.Value:
+        """Return the code that means zero for each row, [B, T, 1] uint8; layers share them."""
+        if not is_head:
+            for node in self.graph:
+                if node.name == ZERO_POINTS:
+                    return node.outputs[0]
+        sizes = self.insert(old, "", "Shape", [x], {"end": 2}, INT64)
+        one = self.constant("one", np.array([1], np.int64))
+        shape = self.insert(old, "", "Concat", [sizes, one], {"axis": 0}, INT64, "shape")
+        zeros = self.insert(old, "", "Expand", [self.zero_point(), shape], kind=UINT8)
+        if not is_head:
+            expanded = zeros.producer()
+            assert expanded is not None
+            expanded.name = ZERO_POINTS
+        return zeros
 
     def _smooth(self, x: ir.Value) -> None:
         """Divide what scales ``x`` by the factors of its channels; both are constants."""
@@ -183,7 +196,7 @@ class IntegerProducts(RotatedProducts):
         x = old.inputs[0]
         assert x is not None
         swap = {"perm": [1, 0] if old.op_type == "Gemm" else [0, 2, 1]}
-        codes, scale = self.rounded_rows(old, x, 1 if old.op_type == "Gemm" else 2)
+        codes, scale = self._rounded_rows(old, x, 1 if old.op_type == "Gemm" else 2)
         columns = self.insert(old, "", "Transpose", [codes], swap, UINT8, "code")
         inputs = [self.tensors[CODES], columns, self.zero_point(), self.zero_point()]
         product = self.insert(old, "", "MatMulInteger", inputs, kind=INT32)
@@ -193,6 +206,26 @@ class IntegerProducts(RotatedProducts):
         )
         product = self.insert(old, "", "Transpose", [product], swap, FLOAT, "product")
         self.take_over(old, self.insert(old, "", "Mul", [product, scale], role="input"))
+
+    def _rounded_rows(self, old: ir.Node, x: ir.Value, leading: int) -> tuple[ir.Value, ir.Value]:
+        """Return the codes [..., K] uint8 and scales [..., 1] of ``x``, rotated.
+
+        Codes are unsigned as the weights are: on x86 without VNNI, ONNX Runtime adds products of
+        unsigned and signed bytes in 16 bits, where they saturate.
+
+        Args:
+            old: the node to insert before.
+            x: the activations [..., K].
+            leading: number of other axes.
+        """
+        rotated = self.rotate(old, x, leading)
+        least = self.number("smallest_scale", SMALLEST_SCALE)
+        scale = self.insert(old, "", "Max", [self.row_scale(old, rotated), least], kind=FLOAT)
+        ratio = self.insert(old, "", "Div", [rotated, scale], kind=FLOAT)
+        rounded = self.insert(old, "", "Round", [ratio], kind=FLOAT)
+        shifted = self.insert(old, "", "Add", [rounded, self.shift()], kind=FLOAT)
+        codes = self.insert(old, "", "Cast", [shifted], {"to": UINT8.value}, UINT8, "code")
+        return codes, scale
 
     def replace_lookup(self, old: ir.Node) -> None:
         """Replace ``Gather(W, ids)`` with the lookup of a row and its scale."""

@@ -346,22 +346,22 @@ class FineProducts:
 
     def _replace(self, node: Any) -> None:
         codes, _, scale, *_ = node.input
-        shifted = self.producer[self.producer[codes].input[0]]
-        rounded = self.producer[shifted.input[0]]
-        zero = shifted.input[1]
+        quantized = self.producer[codes]
+        rest, _, zeros = quantized.input
+        rows = {
+            item.name: self.onnx.helper.get_attribute_value(item) for item in quantized.attribute
+        }
         finer = self._constant("finer", [FINER], self.onnx.TensorProto.FLOAT)
         axis = self._constant("axis", [0], self.onnx.TensorProto.INT64)
         all_codes, all_scales = [], []
-        exact, whole = rounded.input[0], rounded.output[0]
         for part in range(PARTS):
             if part:
-                rest = self._append("Sub", node, f"rest{part}", [exact, whole])
-                exact = self._append("Mul", node, f"exact{part}", [rest, finer])
-                whole = self._append("Round", node, f"whole{part}", [exact])
+                inputs = [codes, scale, zeros]
+                whole = self._append("DequantizeLinear", node, f"whole{part}", inputs, **rows)
+                rest = self._append("Sub", node, f"rest{part}", [rest, whole])
                 scale = self._append("Div", node, f"scale{part}", [scale, finer])
-                raised = self._append("Add", node, f"raised{part}", [whole, zero])
-                kind = self.onnx.TensorProto.UINT8
-                codes = self._append("Cast", node, f"codes{part}", [raised], to=kind)
+                inputs = [rest, scale, zeros]
+                codes = self._append("QuantizeLinear", node, f"codes{part}", inputs, **rows)
             all_codes.append(self._append("Unsqueeze", node, f"part{part}", [codes, axis]))
             all_scales.append(self._append("Unsqueeze", node, f"unit{part}", [scale, axis]))
         inputs = list(node.input)
