@@ -220,7 +220,7 @@ class Tokenizer:
         extra = _repeats(bos, text) if bos else 0  # of the <bos> that start a text, one remains
         if most is not None and isinstance(text, str):
             self.require_shorter(len(text) - extra, most)
-        if self._is_bos_apart:  # finding all of them takes long
+        if extra and self._is_bos_apart:  # finding all of them takes long
             text = text[max(0, extra - len(bos)) :]
         ids = _encode(self._backend if allow_control_tokens else self._ordinary, text)
         if not add_bos or self.bos_token_id is None:
