@@ -41,6 +41,7 @@ ENGINES = "engines"  # name of the deployment
 HEALTH_PERIOD_S = 5.0
 HEALTH_TIMEOUT_S = 30.0
 POLL_S = 0.2  # how often a replica that ends looks whether its requests have
+AUTH_MODE = "RAY_AUTH_MODE"  # without it, Ray sends its token only to a cluster that it finds
 STOP_S = 5.0  # for a replica's engine to end after them
 OUR_ERROR = re.compile(r"\bgemma3_export\.errors\.(\w+): (.+)")  # in a traceback
 QUIET = {"log_level": "WARNING", "enable_access_log": False}
@@ -173,9 +174,13 @@ def _connected(cluster: RayOptions, engine: EngineOptions) -> Iterator[None]:
                 log_to_driver=False,
                 logging_level=logging.ERROR,
             )
-        except (ConnectionError, RuntimeError, ValueError) as error:
-            where = "a Ray cluster" if cluster.address is None else f"{cluster.address!r:.80}"
-            raise Gemma3ExportError(f"cannot connect to {where}: {error}") from error
+        except Exception as error:  # Ray's errors share no base class
+            if cluster.address is None:
+                raise Gemma3ExportError(f"cannot start a Ray cluster: {error}") from error
+            raise Gemma3ExportError(
+                f"cannot connect to {cluster.address!r:.80}: {error}; if the cluster requires a "
+                f"token, give auto as the address, or set {AUTH_MODE}=token"
+            ) from error
         for number, handler in handlers.items():  # Ray replaces them
             signal.signal(number, handler)
         logging.getLogger("ray").setLevel(logging.ERROR)
