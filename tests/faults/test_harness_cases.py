@@ -35,12 +35,12 @@ def assert_good(results: list[Result]) -> None:
     assert not broken, "\n".join(broken).encode(errors="backslashreplace").decode()
 
 
-@pytest.mark.parametrize("half", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("every", [2, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", INPUTS)
 def test_hostile_inputs_give_a_right_result_or_one_line_of_error(
-    kind: str, half: int, tmp_path: Path
+    kind: str, every: int, tmp_path: Path
 ) -> None:
-    seeds = range(half, INPUTS[kind], 2)
+    seeds = range(0, INPUTS[kind], every)
     results = [KINDS[kind](seed, tmp_path / str(seed)) for seed in seeds]
     assert_good(results)
     kinds = {result.verdict.kind for result in results}

@@ -27,7 +27,7 @@ def run_ok(*arguments: object) -> Result:
 def real_export(request, real_gguf, tmp_path_factory) -> tuple[Path, str]:
     """The bundle for ONNX Runtime, and the output of the export.
 
-    The quick check decodes fewer steps; half of them cross the window's edge, as in the full one.
+    The quick check decodes fewer steps, half of them before the window's edge, as in the full one.
     """
     output = tmp_path_factory.mktemp("real") / "270m"
     with pytest.MonkeyPatch.context() as patch:
