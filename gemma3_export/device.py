@@ -17,6 +17,7 @@ __all__ = [
     "DRIVER_LIBRARY",
     "GPU_PACKAGE",
     "REINSTALL",
+    "TELEMETRY_OFF",
     "CudaOptions",
     "Device",
     "count_gpus",
@@ -26,6 +27,7 @@ __all__ = [
 ]
 
 DRIVER_LIBRARY = "libcuda.so.1"
+TELEMETRY_OFF = "ORT_DISABLE_TELEMETRY"  # environment variable of ONNX Runtime
 CPU_PACKAGE, GPU_PACKAGE = "onnxruntime", "onnxruntime-gpu"
 CUDA_EXTRA = 'pip install "gemma3-export[cuda]"'
 REINSTALL = f"pip uninstall -y onnxruntime onnxruntime-gpu && {CUDA_EXTRA}"

@@ -181,7 +181,7 @@ def element_type(name: str) -> ElementType:
     """Return the element type called ``name``: ``float32``, or ``fp32`` as ``--dtype`` says.
 
     Raises:
-        InputError: it is unknown, or stores matrices in blocks.
+        InputError: it is unknown, or stores matrices as integers.
     """
     for item in ELEMENT_TYPES.values():
         if name == item.name:

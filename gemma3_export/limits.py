@@ -19,6 +19,7 @@ __all__ = [
     "MAX_KLD",
     "MAX_SEED",
     "MAX_SIZE_BYTES",
+    "PREFILL_CHUNK",
     "QUEUE_LIMIT",
     "SLOTS",
     "check_integer",
@@ -36,6 +37,7 @@ BELOW_1 = math.nextafter(1, 0)
 MAX_KLD = 100.0  # nats per token; a uniform guess among all of Gemma's tokens diverges by 12.5
 SLOTS = 8  # of an engine, by default
 QUEUE_LIMIT = 256  # of an engine, by default
+PREFILL_CHUNK = 512  # prompt tokens of a step, by default
 THREADS_PER_PROCESSOR = 4  # more only wait for each other: 1,000 threads take minutes to start
 
 

@@ -137,14 +137,20 @@ def write_blocks(
 ) -> None:
     """Write one quantized matrix: codes as they are made, then scales and minimums.
 
-    Codes are transposed once all rows are made.
+    Transposed codes are held until all rows are made, in one byte per weight.
     """
     writer.align()
+    shape = graph.initializers[f"{name}.{CODES}"].shape
+    assert shape is not None
+    transposed = torch.empty(shape.numpy() if recipe.transposed else (0, 0), dtype=torch.int8)
+    made = 0
     offsets = {CODES: writer.position}
     collected: dict[str, list[torch.Tensor]] = {CODES: [], SCALES: [], MINIMUMS: []}
     for matrix in quantizer.matrices(recipe):
         if recipe.transposed:
-            collected[CODES].append(signed_codes(matrix))
+            codes = signed_codes(matrix)
+            transposed[:, made : made + len(codes)] = codes.T
+            made += len(codes)
         else:
             writer.write(raw_bytes(pack_codes(matrix)))
         collected[SCALES].append(matrix.scales)
@@ -153,7 +159,7 @@ def write_blocks(
         if matrix.minimums is not None:
             collected[MINIMUMS].append(matrix.minimums)
     if recipe.transposed:
-        writer.write(raw_bytes(torch.cat(collected.pop(CODES)).T.contiguous()))
+        writer.write(raw_bytes(transposed))
     rows = sum(len(scales) for scales in collected[SCALES])
     assert recipe.blocks is not None
     columns = collected[SCALES][0].shape[1] * recipe.blocks.block_size

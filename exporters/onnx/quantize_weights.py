@@ -2,7 +2,7 @@
 
 Quantizing after the trace lets one model definition serve every format, and lets every matrix have
 a format of its own. :class:`BlockProducts` turns ``MatMul`` and ``Gemm`` into ``MatMulNBits``, and
-the embedding's ``Gather`` into ``GatherBlockQuantized``; for browsers, see
+the embedding's ``Gather`` into ``GatherBlockQuantized``; for ``w8a8`` and browsers, see
 :mod:`gemma3_export.exporters.onnx.integer_products`. The tied embedding remains one tensor.
 
 With half-precision activations the scales are half precision too, and the kernels use their inputs
@@ -104,7 +104,7 @@ def make_attribute(name: str, value: int | Sequence[int]) -> ir.Attr:
 
 
 class QuantizeWeights(ir.passes.InPlacePass):
-    """Pass that rewrites every use of the given matrices to read blocks of integers.
+    """Pass that rewrites every use of the given matrices to read integers.
 
     The new initializers have no values yet.
 

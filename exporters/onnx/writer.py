@@ -92,8 +92,8 @@ class OnnxWriter:
             ``web`` for what transformers.js and onnxruntime-web run fast.
         dtype: one of :func:`gemma3_export.dtypes.dtype_choices` for ``onnx``.
         activations: compute type of a quantized graph: ``fp32``, ``bf16`` or ``fp16``.
-        block_size: columns of a quantized matrix that share a scale; target ``web`` has one scale
-            per row.
+        block_size: columns of a quantized matrix that share a scale; target ``web`` and dtype
+            ``w8a8`` have one scale per row.
         max_kld: largest divergence from full precision at which the export passes, in mean nats
             per token; defaults to that of ``dtype``.
         calibration: the text for 4-bit weights.

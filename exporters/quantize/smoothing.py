@@ -81,7 +81,8 @@ def _record(largest: dict[Any, Tensor], group: Any, module: nn.Module, inputs: A
 def smoothing_factors(activations: Tensor, weights: Tensor) -> Tensor:
     """Return the factor of each channel, from the largest sizes [K] of inputs and weights.
 
-    Their geometric mean is 1. Channels without any activation or weight are left as they are.
+    Before the limit, the geometric mean of those in use is 1. Channels without any activation or
+    weight are left as they are.
     """
     is_used = (activations > 0) & (weights > 0)
     ratio = torch.where(is_used, activations / weights, 1.0)

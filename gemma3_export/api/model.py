@@ -36,6 +36,7 @@ from gemma3_export.api.stream import TextStream
 from gemma3_export.bundle import Bundle
 from gemma3_export.config import Gemma3Config
 from gemma3_export.errors import InputError
+from gemma3_export.limits import PREFILL_CHUNK
 from gemma3_export.runtimes.generation.generate import Cancel, Generation
 from gemma3_export.runtimes.generation.generate import generate as start_generation
 from gemma3_export.runtimes.generation.kept_cache import KeptCache
@@ -262,7 +263,7 @@ class Model:
             )
         ids = np.array(checked, np.int64)
         cache = self.runtime.new_cache(1, ids.size)
-        size = GenerateOptions().prefill_chunk
+        size = PREFILL_CHUNK
         chunks = [ids[None, start : start + size] for start in range(0, ids.size, size)]
         parts = [self.runtime.step(chunk, cache, num_logits=0)[0] for chunk in chunks]
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
@@ -323,6 +324,7 @@ class Model:
         index: int,
         capacity: int,
         seed: int | None = None,
+        prefill_chunk: int = PREFILL_CHUNK,
     ) -> ScheduledRequest:
         """Return a request for a generation loop that others share.
 
@@ -333,12 +335,17 @@ class Model:
             index: identifies the request in its events.
             capacity: tokens that a row of the loop's cache can hold.
             seed: sample as if the prompt were alone, with this seed; None uses that of the options.
+            prefill_chunk: prompt tokens of a step, unless the options say.
 
         Raises:
             InputError: as :meth:`generate`.
         """
         token_ids = self.encode(prompt, options, most=capacity)
-        limits = replace(self._limits([prompt], options), capacity=capacity)
+        limits = replace(
+            self._limits([prompt], options),
+            capacity=capacity,
+            prefill_chunk=options.prefill_chunk or prefill_chunk,
+        )
         (prompt_ids,) = check_prompts([token_ids], self.config)
         choose_capacity([prompt_ids], limits, self.config)
         constraint = self._constraint(options, limits.stop_token_ids or ())
@@ -451,7 +458,7 @@ class Model:
             max_new_tokens=options.max_new_tokens,
             stop_token_ids=stop_token_ids,
             stop_texts=stop_texts,
-            prefill_chunk=options.prefill_chunk,
+            prefill_chunk=options.prefill_chunk or PREFILL_CHUNK,
         )
 
     def _with_drafts(

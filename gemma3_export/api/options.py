@@ -108,7 +108,7 @@ class GenerateOptions(SamplingParams):
             0 is off, None is 16 on the CPU and off for quantized bundles and on CUDA.
         draft_model: a smaller bundle that drafts tokens instead.
         prefix_cache_bytes: memory for prefixes that the prompts of one call share; 0 is off.
-        prefill_chunk: prompt tokens to process per step.
+        prefill_chunk: prompt tokens to compute per step; None is 512, or what the engine is set to.
         allow_control_tokens: recognize control tokens that a text prompt spells. Set it to False
             for text from others, which could otherwise end its turn or begin another. Messages of
             a conversation never contain control tokens.
@@ -136,7 +136,7 @@ class GenerateOptions(SamplingParams):
     prompt_lookup: int | None = None
     draft_model: Path | str | None = None
     prefix_cache_bytes: int = PREFIX_CACHE_BYTES
-    prefill_chunk: int = 512
+    prefill_chunk: int | None = None
     allow_control_tokens: bool = True
     show_special_tokens: bool = False
     tools: Sequence[Mapping[str, Any]] | None = None

@@ -16,6 +16,7 @@ from gemma3_export.bench.serving import Candidate, Load, serve
 from gemma3_export.bundle import Bundle
 from gemma3_export.device import CudaOptions
 from gemma3_export.dtypes import ELEMENT_TYPES, EXPORT_DTYPES
+from gemma3_export.limits import PREFILL_CHUNK
 from gemma3_export.runtimes.generation.candidates import Candidates, SelectsCandidates
 from gemma3_export.runtimes.generation.sampling import SamplingParams
 from gemma3_export.runtimes.onnx.huge_pages import huge_page_bytes
@@ -26,7 +27,6 @@ __all__ = ["FULL_PRECISION", "open_candidate"]
 
 TRANSFORMERS = ("transformers", "transformers:static")
 FULL_PRECISION = "full precision"  # the float32 reference model with weights of its own
-PREFILL_CHUNK = 512  # as in `generate`
 
 
 class RuntimeCandidate:

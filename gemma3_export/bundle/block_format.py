@@ -1,7 +1,8 @@
-"""The block formats of quantized matrices: small integers in blocks of columns that share a scale.
+"""The formats of quantized matrices: small integers in blocks of columns that share a scale.
 
 A weight is ``scale * (code - zero_point) - minimum``. The layout is that of ONNX Runtime's
-``MatMulNBits`` and ``GatherBlockQuantized``.
+``MatMulNBits`` and ``GatherBlockQuantized``. Rotated matrices have one block per row, and may be
+stored transposed and signed, as ``MatMulIntegerToFloat`` reads them: see :func:`block_tensors`.
 """
 
 from __future__ import annotations
@@ -45,8 +46,8 @@ class BlockFormat:
         scale_type: element type of the scales; kernels require that of the activations.
         rotation: consecutive inputs that a Hadamard matrix mixes before rounding, a power of two;
             1 mixes none. A rotated matrix has one scale per row: ``block_size`` is K.
-        is_smoothed: what is rotated is the weights of each input, times a factor by which the graph
-            divides that input (arXiv:2211.10438). Rotated matrices only.
+        is_smoothed: before the rotation, the weights of each input are multiplied by a factor that
+            the graph divides that input by (arXiv:2211.10438). Rotated matrices only.
 
     Raises:
         InputError: another number of bits or block size.
@@ -161,6 +162,9 @@ def block_tensors(
     ``lookup_scales`` is not among them: it shares the bytes of ``scales``. Only rotated matrices
     can be ``transposed``. Their layout is that of ``MatMulIntegerToFloat``: inputs first, signed,
     one scale per output.
+
+    Raises:
+        InputError: ``transposed`` is for a matrix that is not rotated.
     """
     blocks = columns // block_format.block_size
     codes: tuple[int, ...] = (rows, blocks, block_format.block_size * block_format.bits // 8)
@@ -171,6 +175,8 @@ def block_tensors(
         SCALES: ((rows, blocks), block_format.scale_type),
     }
     if transposed:
+        if not block_format.is_rotated:
+            raise InputError(f"{name} is transposed, but its format is {block_format}")
         shapes = {CODES: ((columns, rows), "int8"), SCALES: ((rows,), block_format.scale_type)}
     if block_format.is_smoothed:
         shapes[SMOOTHING] = ((columns,), "float32")

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from gemma3_export.bundle.manifest import EXACT_PRODUCTS, Graph
+from gemma3_export.bundle.manifest import Graph
 from gemma3_export.bundle.signature import Signature
 from gemma3_export.config import Gemma3Config
 from gemma3_export.staging import write_text_atomically
@@ -58,7 +58,7 @@ def genai_config_to_json(
         key: generation[key] for key in SEARCH_KEYS if isinstance(generation.get(key), (int, float))
     }
     # A file cannot know the processor, so products are exact on all.
-    entries = {EXACT_PRODUCTS: "1"} if graph.has_signed_weights else {}
+    entries = graph.session_entries
     return {
         "model": {
             "type": MODEL_TYPE,

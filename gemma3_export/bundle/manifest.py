@@ -51,7 +51,7 @@ __all__ = [
 ]
 
 # 2 added samples of large files; 3 variants, with parity.json by graph; 5 transposed integers.
-# Bundles of format 4 can have graphs of their own for prompts, which nothing runs any more.
+# Format 4 is rejected: such bundles can have graphs of their own for prompts, which nothing runs.
 FORMAT_VERSION = 5
 READABLE_VERSIONS = (1, 2, 3, FORMAT_VERSION)
 # Backends that run a bundle. All but the reference have a graph of their own in it.
@@ -143,6 +143,11 @@ class Graph:
     def has_signed_weights(self) -> bool:
         """True if matrices are signed bytes: see :data:`EXACT_PRODUCTS`."""
         return any(recipe.blocks and recipe.transposed for recipe in self.weights.values())
+
+    @property
+    def session_entries(self) -> dict[str, str]:
+        """Session options of ONNX Runtime with which results are right on every processor."""
+        return {EXACT_PRODUCTS: "1"} if self.has_signed_weights else {}
 
     @property
     def requires_num_logits(self) -> bool:

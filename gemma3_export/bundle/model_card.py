@@ -84,6 +84,7 @@ class _CardGraph:
     purpose: str
     dtype: str  # the variant
     is_quantized: bool
+    session_entries: dict[str, str]  # without which results can be wrong
     cache_dtype: str
     numpy_dtype: str | None
     size_bytes: int
@@ -275,6 +276,7 @@ def _describe(graph: Graph, manifest: Manifest) -> _CardGraph:
         purpose=_purpose(graph),
         dtype=graph.variant,
         is_quantized=EXPORT_DTYPES[graph.dtype].is_quantized,
+        session_entries=graph.session_entries,
         cache_dtype=graph.cache_dtype,
         numpy_dtype=graph.cache_dtype if graph.cache_dtype in NUMPY_DTYPES else None,
         size_bytes=sum(sizes),

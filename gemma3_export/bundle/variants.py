@@ -50,7 +50,7 @@ def graph_stem(dtype: str, activations: DType = FULL_PRECISION) -> str:
 
 def _half_activations(dtype: str, activations: DType) -> str | None:
     """Return a quantized graph's half precision as ``--activations`` names it."""
-    if not EXPORT_DTYPES[dtype].is_quantized or activations == FULL_PRECISION:
+    if not EXPORT_DTYPES[dtype].has_half_activations or activations == FULL_PRECISION:
         return None
     names = {EXPORT_DTYPES[name].element: name for name in FLOAT_DTYPES}
     return names.get(activations)

@@ -47,7 +47,7 @@ HELP = f"""\
 /save FILE        write the conversation as a line of JSON, which `data` reads
 /set NAME VALUE   change {", ".join(SETTINGS[:5])},
                   {", ".join(SETTINGS[5:])};
-                  off turns a filter off; alone, lists them
+                  off turns a filter or penalty off; alone, lists them
 /help             list the commands
 /quit             leave, as Ctrl-D does
 Ctrl-C ends an answer. A message of several lines begins and ends with {FENCE}.

@@ -26,6 +26,7 @@ from gemma3_export.cli.options import (
     is_given,
     is_terminal,
 )
+from gemma3_export.limits import PREFILL_CHUNK
 
 if TYPE_CHECKING:
     from gemma3_export.cli.generate_output import Printer
@@ -123,7 +124,7 @@ Examples:
 @click.option(
     "--prefill-chunk",
     type=integer(),
-    default=512,
+    default=PREFILL_CHUNK,
     show_default=True,
     metavar="N",
     help="Prompt tokens to compute per step. Quantized bundles and CUDA reuse whole chunks only.",

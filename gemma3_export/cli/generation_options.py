@@ -79,7 +79,7 @@ SAMPLING = (
         default=0.0,
         show_default=True,
         metavar="F",
-        help="Subtract F from a token's logit for each time that the answer has it, -2 to 2.",
+        help="Subtract F from a token's logit for each time it occurs in the answer, -2 to 2.",
     ),
     click.option(
         "--presence-penalty",
@@ -87,7 +87,7 @@ SAMPLING = (
         default=0.0,
         show_default=True,
         metavar="P",
-        help="Subtract P from a token's logit once the answer has it, -2 to 2.",
+        help="Subtract P from a token's logit if it occurs in the answer, -2 to 2.",
     ),
     click.option(
         "--logit-bias",

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from gemma3_export.cuda.facts import PROVIDER
 from gemma3_export.cuda.libraries import LOADED_LATER
+from gemma3_export.device import TELEMETRY_OFF
 from gemma3_export.errors import Gemma3ExportError, UnavailableError
 
 __all__ = ["COUNTERS", "CUDA_FIX", "compile_stub", "cuda_environment", "find_provider"]
@@ -66,6 +67,7 @@ def cuda_environment(python: Path) -> Iterator[dict[str, str]]:
         stub = compile_stub(library, folder)
         searched = [name, *filter(None, [os.environ.get("LD_LIBRARY_PATH")])]
         yield {
+            TELEMETRY_OFF: "1",
             **os.environ,
             "LD_PRELOAD": str(stub),
             "LD_LIBRARY_PATH": os.pathsep.join(searched),

@@ -402,12 +402,12 @@ def _logit_bias(bias: dict[str, float] | None) -> dict[int, float] | None:
     """Return biases by token id; in JSON, keys are texts.
 
     Raises:
-        InputError: one is no token id, or appears twice in different spellings.
+        InputError: one is not a token id, or appears twice in different spellings.
     """
     found: dict[int, float] = {}
     for key, value in (bias or {}).items():
         if not TOKEN_ID.fullmatch(key):
-            raise InputError(f"logit_bias has the key {shown(key)}, which is no token id")
+            raise InputError(f"logit_bias has the key {shown(key)}, which is not a token id")
         if int(key) in found:
             raise InputError(f"logit_bias has token {int(key)} twice; leave one of them out")
         found[int(key)] = value

@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 COMMAND = (sys.executable, "-m", "gemma3_export.serve.worker")
 MAX_FOLDER_BYTES = 90  # a Unix socket has a path of about 100
-CHECKS = 10  # of a worker that reports nothing, before it is killed
+CHECKS = 10  # without a report before a worker is killed
 SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")
 
 

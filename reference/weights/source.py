@@ -56,7 +56,7 @@ class WeightSource(ABC):
 
     @property
     def smoothing(self) -> Mapping[str, torch.Tensor]:
-        """What kernels divide the inputs of such a matrix by before they round them, [K]."""
+        """Smoothing factors [K] of the inputs of some of those matrices, by canonical name."""
         return {}
 
     @abstractmethod

@@ -9,6 +9,7 @@ import numpy as np
 
 from gemma3_export.config import Gemma3Config
 from gemma3_export.errors import InputError
+from gemma3_export.limits import PREFILL_CHUNK
 from gemma3_export.runtimes.generation.candidates import SelectsCandidates, candidates_needed
 from gemma3_export.runtimes.generation.request import (
     RequestState,
@@ -55,7 +56,7 @@ class GenerationOptions:
     max_new_tokens: int
     stop_token_ids: tuple[int, ...] | None = None
     stop_texts: tuple[str, ...] = ()
-    prefill_chunk: int = 512
+    prefill_chunk: int = PREFILL_CHUNK
     capacity: int | None = None
     max_draft_tokens: int = MAX_DRAFT_TOKENS
 

@@ -142,7 +142,7 @@ def _checked_bias(bias: object) -> dict[int, float]:
     found = {}
     for token_id, value in bias.items():
         if not is_number(token_id, Integral) or not 0 <= token_id <= MAX_COUNT:
-            raise InputError(f"logit_bias has the key {shown(token_id)}, which is no token id")
+            raise InputError(f"logit_bias has the key {shown(token_id)}, which is not a token id")
         if not is_number(value, Real) or not -MAX_BIAS <= value <= MAX_BIAS:
             raise InputError(
                 f"logit_bias of token {token_id} is {shown(value)}; it must be a number from "

@@ -20,6 +20,7 @@ from typing import Protocol
 import numpy as np
 
 from gemma3_export.errors import InputError
+from gemma3_export.limits import PREFILL_CHUNK
 from gemma3_export.runtimes.generation.request import RequestState
 from gemma3_export.runtimes.protocol import KVCache, Logits, Runtime
 
@@ -39,7 +40,6 @@ __all__ = [
 MAX_DRAFT_TOKENS = 16
 ALLOWANCE = 0.02  # time that drafts may lose, in plain decode steps per token
 FIRST_TOKENS = 3  # length of the longest first draft
-PREFILL_CHUNK = 512  # of draft models
 SPARE_TOKENS = 3  # drafted tokens that can be saved up for, beyond the longest draft
 
 

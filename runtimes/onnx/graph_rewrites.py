@@ -31,7 +31,7 @@ Q_NORM_WEIGHT, K_NORM_WEIGHT = 14, 15  # inputs of GroupQueryAttention
 WIDE = "__float32"
 EXACT = "__unrounded"
 PARTS = 3  # 8-bit numbers in whose sum activations are as exact as in float32
-FINER = 254.0  # what rounding leaves is at most half a step, of which the largest code is 127
+FINER = 254.0  # the remainder is at most half a step, or 127 codes of 1/254 step
 FLOAT_BLOCK = 128  # of inputs, at most, when a whole row is read as blocks
 
 

@@ -18,6 +18,7 @@ from gemma3_export.device import (
     CUDA_EXTRA,
     GPU_PACKAGE,
     REINSTALL,
+    TELEMETRY_OFF,
     CudaOptions,
     Device,
     gpu_count,
@@ -52,7 +53,6 @@ WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 # Environment variables of ONNX Runtime. It has faster kernels on CUDA for products with 8-bit
 # blocks of at least 32: 0.37 instead of 0.47 ms for a step of the 270M on an H100.
 KERNEL_CHOICES = {"ORT_FPA_INTB_GEMM": "1"}
-TELEMETRY_OFF = "ORT_DISABLE_TELEMETRY"
 SHOWN_PROBLEMS = 2
 ERRORS_ONLY, NOTHING = 3, 4  # levels of ONNX Runtime's logs
 X86 = ("x86_64", "AMD64")

@@ -118,14 +118,14 @@ class TestResults:
             assert engine.stats().reused_tokens == 48
 
     @pytest.mark.parametrize(
-        ("engine_chunk", "own_chunk", "longest"), [(None, 512, 64), (23, 512, 23), (23, 7, 7)]
+        ("engine_chunk", "own_chunk", "longest"), [(None, None, 32), (23, None, 23), (23, 7, 7), (7, 64, 64)]
     )
     def test_prompts_run_in_chunks_that_let_answers_go_on(
         self,
         model: Model,
         monkeypatch: pytest.MonkeyPatch,
-        engine_chunk: int,
-        own_chunk: int,
+        engine_chunk: int | None,
+        own_chunk: int | None,
         longest: int,
     ) -> None:
         prompt = [2, *range(30, 180)]

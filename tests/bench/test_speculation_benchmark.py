@@ -47,7 +47,7 @@ def rounds_of(*ratios: float) -> list[Any]:
 
 
 def test_all_groups_are_measured_and_all_texts_compared(bundle: Path, tmp_path: Path) -> None:
-    report = tmp_path / "new" / "report.json"
+    report = tmp_path / "report.json"
     options = ["--threads", "1", "--rounds", "2", "--new-tokens", "24", "--report", str(report)]
     result = CliRunner().invoke(speculation.main, [str(bundle), *options])
     assert result.exit_code == 0, result.output

@@ -61,7 +61,7 @@ def ask(served: Running, path: str, body: bytes, **headers: str) -> tuple[int, d
         ({"frequency_penalty": 2.5}, "frequency_penalty", "from -2 to 2"),
         ({"presence_penalty": -2.5}, "presence_penalty", "from -2 to 2"),
         ({"logit_bias": {"5": 101}}, "logit_bias", "from -100 to 100"),
-        ({"logit_bias": {"sea": 1}}, "logit_bias", "no token id"),
+        ({"logit_bias": {"sea": 1}}, "logit_bias", "not a token id"),
         ({"logit_bias": {"5": 1, "05": 2}}, "logit_bias", "twice"),
         ({"logit_bias": {"999999999": 1}}, "logit_bias", "outside the model's vocabulary"),
         ({"stream_options": {}}, "stream_options", "needs stream"),
