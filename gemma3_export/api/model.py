@@ -345,6 +345,7 @@ class Model:
             self._limits([prompt], options),
             capacity=capacity,
             prefill_chunk=options.prefill_chunk or prefill_chunk,
+            idle_prefill_chunk=options.prefill_chunk or PREFILL_CHUNK,
         )
         (prompt_ids,) = check_prompts([token_ids], self.config)
         choose_capacity([prompt_ids], limits, self.config)

@@ -56,7 +56,7 @@ OPTIONS = (
         "--prefill-chunk",
         type=integer(),
         metavar="N",
-        help="Prompt tokens to compute per step, while answers wait.  [default: 32 on the CPU, 512 "
+        help="Prompt tokens to compute per step, while answers wait.  [default: 64 on the CPU, 512 "
         "on a GPU]",
     ),
     click.option(

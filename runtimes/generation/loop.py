@@ -96,7 +96,7 @@ class GenerationLoop:
         begun = perf_counter()
         if isinstance(plan, PrefillChunk):
             if plan.start == 0:
-                plan = self._after_stored_prefix(plan.request)
+                plan = self._after_stored_prefix(plan)
             logits = self._compute_chunk(plan)
             return self._commit_chunk(plan, logits, perf_counter() - begun)
         rows = self._compute_tokens(plan)
@@ -117,16 +117,17 @@ class GenerationLoop:
 
     # --- compute --------------------------------------------------------------------------------
 
-    def _after_stored_prefix(self, request: ScheduledRequest) -> PrefillChunk:
+    def _after_stored_prefix(self, plan: PrefillChunk) -> PrefillChunk:
         """Load what the prefix cache holds of a prompt, and return the first chunk after it.
 
         It waits until the prompt's turn, because the prompts before it may share its prefix.
         """
+        request = plan.request
         if self.prefix_cache is not None and request.state.params.prompt_logprobs is None:
             request.prefilled_tokens = request.state.reused_tokens = self.prefix_cache.load(
                 self.cache, request.row, request.state.prompt_ids, request.prefill_chunk
             )
-        return request.next_chunk()
+        return request.next_chunk(is_idle=plan.is_idle)
 
     def _compute_chunk(self, plan: PrefillChunk) -> Logits:
         """Feed a chunk of a prompt; return logits [T, V] that follow its last or all tokens."""

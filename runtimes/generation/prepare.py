@@ -44,6 +44,7 @@ class GenerationOptions:
             ``eos_token_id``, empty is none.
         stop_texts: texts that end a prompt's generation; they need a tokenizer.
         prefill_chunk: prompt tokens to process per step.
+        idle_prefill_chunk: the same while no answer waits for the step; None is as many.
         capacity: tokens of prompt and answer that a row of the cache holds; None is what the
             longest prompt needs, within the model's context.
         max_draft_tokens: the most tokens to draft at once; sliding-window caches, which cannot
@@ -57,6 +58,7 @@ class GenerationOptions:
     stop_token_ids: tuple[int, ...] | None = None
     stop_texts: tuple[str, ...] = ()
     prefill_chunk: int = PREFILL_CHUNK
+    idle_prefill_chunk: int | None = None
     capacity: int | None = None
     max_draft_tokens: int = MAX_DRAFT_TOKENS
 
@@ -123,10 +125,13 @@ def prepare_request(
     longest = _longest_draft(runtime, options.max_draft_tokens)
     if drafter and longest:
         speculation = Speculation(state, drafter(), longest, _step_costs(runtime, state))
-    chunk = options.prefill_chunk
+    chunk, idle = options.prefill_chunk, options.idle_prefill_chunk
     if params.prompt_logprobs is not None:
-        chunk = min(chunk, LOGPROBS_CHUNK)
-    return ScheduledRequest(state=state, prefill_chunk=chunk, speculation=speculation)
+        chunk, idle = min(chunk, LOGPROBS_CHUNK), None
+    idle = max(chunk, idle // chunk * chunk) if idle else chunk
+    return ScheduledRequest(
+        state=state, prefill_chunk=chunk, idle_chunk=idle, speculation=speculation
+    )
 
 
 def check_prompts(

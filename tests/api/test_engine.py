@@ -118,7 +118,8 @@ class TestResults:
             assert engine.stats().reused_tokens == 48
 
     @pytest.mark.parametrize(
-        ("engine_chunk", "own_chunk", "longest"), [(None, None, 32), (23, None, 23), (23, 7, 7), (7, 64, 64)]
+        ("engine_chunk", "own_chunk", "longest"),
+        [(None, None, 64), (23, None, 23), (23, 7, 7), (7, 64, 64)],
     )
     def test_prompts_run_in_chunks_that_let_answers_go_on(
         self,
@@ -144,9 +145,15 @@ class TestResults:
             monkeypatch.setattr(OnnxRuntime, "step", counted)
             assert engine.stream(prompt, options).result().token_ids == alone.token_ids
             answering.cancel()
-        assert max(count for _, count in steps) == longest
-        first = steps.index((1, longest))
-        assert steps[first + 1] == (1, 1), "the answer goes on after one chunk"
+            answering.result()
+            beside = [*steps]
+            steps.clear()
+            assert engine.stream(prompt, options).result().token_ids == alone.token_ids
+        assert max(count for _, count in beside) == longest
+        first = beside.index((1, longest))
+        assert beside[first + 1] == (1, 1), "the answer goes on after one chunk"
+        idle = longest if own_chunk else min(len(prompt), 512 // longest * longest)
+        assert max(count for _, count in steps) == idle, "no answer waits"
 
     def test_drafts_do_not_change_texts(self, engine: Engine, model: Model) -> None:
         prompts = [[2, *[20, 21, 22] * size] for size in (2, 4, 6)]
