@@ -52,8 +52,8 @@ Examples:
 @dtype_option(
     "onnx",
     "bf16: the recommended half precision. fp16: rejected if activations approach its "
-    "maximum. int8: 8-bit blocks. w8a8: 8 bits with one scale per output, the fastest on CPUs "
-    "(target ort). int4: 4-bit blocks, calibrated on text. mixed: the smallest "
+    "maximum. int8: 8-bit blocks. w8a8: 8 bits with one scale per output, fast on CPUs for "
+    "prompts and batches (target ort). int4: 4-bit blocks, calibrated on text. mixed: the smallest "
     "format for each matrix that stays within --max-kld. keep: the blocks of a quantized GGUF, "
     "bit for bit.",
 )
