@@ -138,7 +138,7 @@ $(LINT_VENV)/.installed: Makefile
 		check-jsonschema==0.39.0 kubernetes-validate==1.37.0
 	@touch $@
 
-test: lint $(WEIGHTS) tokenizer ## Run lint and the tests (12 minutes on 2 cores)
+test: lint $(WEIGHTS) tokenizer ## Run lint and the tests (13 minutes on 2 cores)
 	$(BIN)/python -m pytest $(PYTEST_PARALLEL) -m "not slow and not network and not cuda and not placement" $(PYTEST_ARGS)
 
 test-full: lint $(WEIGHTS) tokenizer ## Run lint and all tests, including slow and network tests
