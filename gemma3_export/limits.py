@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from numbers import Integral, Real
 from typing import Any
 
@@ -22,6 +23,7 @@ __all__ = [
     "PREFILL_CHUNK",
     "QUEUE_LIMIT",
     "SLOTS",
+    "TOKEN_ID",
     "check_integer",
     "check_number",
     "check_threads",
@@ -31,6 +33,7 @@ __all__ = [
 ]
 
 MAX_COUNT = 2**31 - 1
+TOKEN_ID = re.compile(r"[0-9]{1,10}")  # in text
 MAX_SEED = 2**63 - 1  # generators take a bit more, numpy's integers do not
 MAX_SIZE_BYTES = 2**63 - 1
 BELOW_1 = math.nextafter(1, 0)

@@ -31,12 +31,12 @@ from gemma3_export.errors import Gemma3ExportError, InputError, UnavailableError
 from gemma3_export.processor_kind import Processor
 from gemma3_export.processors import available_processors
 from gemma3_export.runtimes.onnx.session import import_onnxruntime
+from gemma3_export.serve.settings import MAX_CONNECTIONS
 from gemma3_export.tokenizer import Tokenizer
 
 __all__ = ["main"]
 
 TEXT_CHARACTERS = 200_000
-MAX_CLIENTS = 512  # connections of our server
 LEAST_REQUESTS = 8  # of a round, so that one client gives percentiles too
 COLUMNS = {  # figure: title, digits
     "new_tokens_per_s": ("tokens/s", 1),
@@ -238,7 +238,7 @@ def servers_for(bundle: Bundle, llama: Path | None, limits: Limits) -> list[Serv
 )
 @click.option(
     "--clients",
-    type=click.IntRange(1, MAX_CLIENTS),
+    type=click.IntRange(1, MAX_CONNECTIONS),
     multiple=True,
     default=(1, 4, 8, 16),
     show_default=True,

@@ -140,27 +140,27 @@ def write_blocks(
     Transposed codes are held until all rows are made, in one byte per weight.
     """
     writer.align()
-    shape = graph.initializers[f"{name}.{CODES}"].shape
-    assert shape is not None
-    transposed = torch.empty(shape.numpy() if recipe.transposed else (0, 0), dtype=torch.int8)
-    made = 0
+    transposed: torch.Tensor | None = None
+    if recipe.transposed:
+        shape = graph.initializers[f"{name}.{CODES}"].shape
+        assert shape is not None
+        transposed = torch.empty(shape.numpy(), dtype=torch.int8)
+    rows = 0
     offsets = {CODES: writer.position}
     collected: dict[str, list[torch.Tensor]] = {CODES: [], SCALES: [], MINIMUMS: []}
     for matrix in quantizer.matrices(recipe):
-        if recipe.transposed:
-            codes = signed_codes(matrix)
-            transposed[:, made : made + len(codes)] = codes.T
-            made += len(codes)
-        else:
+        if transposed is None:
             writer.write(raw_bytes(pack_codes(matrix)))
+        else:
+            transposed[:, rows : rows + len(matrix.codes)] = signed_codes(matrix).T
+        rows += len(matrix.codes)
         collected[SCALES].append(matrix.scales)
         if matrix.smoothing is not None:
             collected[SMOOTHING] = [matrix.smoothing]
         if matrix.minimums is not None:
             collected[MINIMUMS].append(matrix.minimums)
-    if recipe.transposed:
+    if transposed is not None:
         writer.write(raw_bytes(transposed))
-    rows = sum(len(scales) for scales in collected[SCALES])
     assert recipe.blocks is not None
     columns = collected[SCALES][0].shape[1] * recipe.blocks.block_size
     tensors = block_tensors(name, recipe.blocks, rows, columns, transposed=recipe.transposed)

@@ -68,7 +68,7 @@ def rotated_rows(name: str, columns: int, target: str) -> BlockFormat:
 
 
 class RotatedProducts(MatrixNodes):
-    """The nodes that rotate activations, and their scales of 8 bits."""
+    """The nodes that rotate activations, and that compute the scale of each row."""
 
     def rotate(self, old: ir.Node, x: ir.Value, leading: int) -> ir.Value:
         """Return ``x`` [..., K], with ``leading`` other axes, rotated."""
@@ -119,34 +119,38 @@ class ColumnProducts(RotatedProducts):
 
     def replace_product(self, old: ir.Node) -> None:
         """Replace ``MatMul(x, W)``, or ``Gemm`` with the reshapes around it, which copy logits."""
-        x = old.inputs[0]
+        x, is_head = old.inputs[0], old.op_type == "Gemm"
         assert x is not None
-        if old.op_type == "Gemm":
+        if is_head:
             x = producer(x, "Reshape").inputs[0]
             assert x is not None
             (old,) = old.outputs[0].consumers()
             assert old.op_type == "Reshape"
         if self.format.is_smoothed:
             self._smooth(x)
-        codes, scale = self._rounded_rows(old, self.rotate(old, x, 2))
+        rotated = self.rotate(old, x, 2)
+        scale = self.row_scale(old, rotated)
+        codes = self._rounded_rows(old, rotated, scale, self._zero_points(old, x, is_head=is_head))
         # Without a zero point of weights: ONNX Runtime fails where it makes a shared one unsigned.
         inputs = [codes, self.tensors[CODES], scale, self.tensors[SCALES], self.zero_point()]
         self.take_over(old, self.insert(old, DOMAIN, "MatMulIntegerToFloat", inputs))
 
-    def _rounded_rows(self, old: ir.Node, x: ir.Value) -> tuple[ir.Value, ir.Value]:
-        """Return the codes [B, T, K] uint8 and scales [B, T, 1] of ``x``.
+    def _rounded_rows(
+        self, old: ir.Node, x: ir.Value, scale: ir.Value, zeros: ir.Value
+    ) -> ir.Value:
+        """Return the codes [B, T, K] uint8 of ``x``, whose rows have a scale and a zero point each.
 
         One node rounds each row as a block. The codes of a row of zeros are not defined, but they
         are multiplied by its scale, which is 0.
         """
-        scale = self.row_scale(old, x)
-        zeros = self._zero_points(old, x, is_head=old.op_type == "Reshape")
         attributes = {"axis": -1, "block_size": self.columns}
-        inputs = [x, scale, zeros]
-        return self.insert(old, "", "QuantizeLinear", inputs, attributes, UINT8), scale
+        return self.insert(old, "", "QuantizeLinear", [x, scale, zeros], attributes, UINT8)
 
     def _zero_points(self, old: ir.Node, x: ir.Value, *, is_head: bool) -> ir.Value:
-        """Return the code that means zero for each row, [B, T, 1] uint8; layers share them."""
+        """Return the code that means zero for each row, [B, T, 1] uint8; all layers share them.
+
+        The head has other rows: those of the wanted logits.
+        """
         if not is_head:
             for node in self.graph:
                 if node.name == ZERO_POINTS:

@@ -146,9 +146,7 @@ class OnnxWriter:
                 "ONNX Runtime 1.24 or newer, because the window of older releases is one token "
                 "longer.)"
             )
-        if self.block_size != OnnxWriter.block_size and (
-            self.target == "web" or self.is_per_channel
-        ):
+        if self.block_size != OnnxWriter.block_size and self.has_rotated_rows:
             name = "target web" if self.target == "web" else f"dtype {self.dtype}"
             raise InputError(
                 f"block_size is {self.block_size}, but {name} has one scale per row; omit "
@@ -193,6 +191,11 @@ class OnnxWriter:
     def is_quantized(self) -> bool:
         """True if matrices are stored as integers."""
         return EXPORT_DTYPES[self.dtype].is_quantized
+
+    @property
+    def has_rotated_rows(self) -> bool:
+        """True if quantized matrices are rotated, with one scale per row."""
+        return self.is_per_channel or (self.is_quantized and self.target == "web")
 
     @property
     def is_per_channel(self) -> bool:
@@ -354,11 +357,11 @@ class OnnxWriter:
     ) -> Quantizer | None:
         if self.dtype == "keep":
             return GgufRepacker(source=source)
-        if self.dtype in ("int8", "w8a8"):
+        if self.dtype == "int8" or self.is_per_channel:
             shapes = dict(source.config.weight_shapes())
             formats = {
                 name: rotated_rows(name, shapes[name][1], self.target)
-                if self.target == "web" or self.is_per_channel
+                if self.has_rotated_rows
                 else self._format(bits=8)
                 for name in matrix_names(source.config)
             }

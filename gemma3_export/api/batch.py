@@ -34,7 +34,7 @@ from gemma3_export.api.options import GenerateOptions
 from gemma3_export.api.prompts import resolve_stops
 from gemma3_export.errors import InputError
 from gemma3_export.files import is_file, open_regular, to_path
-from gemma3_export.limits import PREFILL_CHUNK, shown
+from gemma3_export.limits import shown
 from gemma3_export.progress import Progress, ignore_progress
 from gemma3_export.runtimes.generation.generate import generate_each
 from gemma3_export.runtimes.generation.loop import GenerationLoop
@@ -294,7 +294,7 @@ class _Reader:
             )
         self.tokenizer: Tokenizer = model.tokenizer
         self._model, self._options, self._batch = model, options, batch
-        self.prefixes = _Prefixes({MIN_SHARED_TOKENS, options.prefill_chunk or PREFILL_CHUNK})
+        self.prefixes = _Prefixes({MIN_SHARED_TOKENS, options.own_prefill_chunk})
 
     def plan(
         self, file: IO[bytes], path: Path, progress: Progress

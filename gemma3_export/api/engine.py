@@ -71,7 +71,7 @@ class EngineOptions(LoadOptions):
         queue_limit: requests that may wait.
         prefill_chunk: prompt tokens of a step for which running answers wait, for requests that do
             not say. Fewer make answers smoother, and more finish prompts sooner. None is 64 on the
-            CPU, 512 on a GPU. While there is no answer, 512 tokens are computed at once.
+            CPU, 512 on a GPU. While no answer is running, 512 tokens are computed at once.
 
     Raises:
         InputError: a value is out of range.

@@ -263,8 +263,8 @@ class Model:
             )
         ids = np.array(checked, np.int64)
         cache = self.runtime.new_cache(1, ids.size)
-        size = PREFILL_CHUNK
-        chunks = [ids[None, start : start + size] for start in range(0, ids.size, size)]
+        starts = range(0, ids.size, PREFILL_CHUNK)
+        chunks = [ids[None, start : start + PREFILL_CHUNK] for start in starts]
         parts = [self.runtime.step(chunk, cache, num_logits=0)[0] for chunk in chunks]
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
@@ -345,7 +345,7 @@ class Model:
             self._limits([prompt], options),
             capacity=capacity,
             prefill_chunk=options.prefill_chunk or prefill_chunk,
-            idle_prefill_chunk=options.prefill_chunk or PREFILL_CHUNK,
+            idle_prefill_chunk=options.own_prefill_chunk,
         )
         (prompt_ids,) = check_prompts([token_ids], self.config)
         choose_capacity([prompt_ids], limits, self.config)
@@ -459,7 +459,7 @@ class Model:
             max_new_tokens=options.max_new_tokens,
             stop_token_ids=stop_token_ids,
             stop_texts=stop_texts,
-            prefill_chunk=options.prefill_chunk or PREFILL_CHUNK,
+            prefill_chunk=options.own_prefill_chunk,
         )
 
     def _with_drafts(

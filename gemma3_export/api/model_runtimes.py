@@ -17,7 +17,6 @@ from gemma3_export.api.options import GenerateOptions, LoadOptions
 from gemma3_export.api.prompts import shared_length
 from gemma3_export.bundle import Bundle
 from gemma3_export.errors import InputError
-from gemma3_export.limits import PREFILL_CHUNK
 from gemma3_export.runtimes.generation.prefix_cache import PrefixCache
 from gemma3_export.runtimes.generation.speculation import (
     MAX_DRAFT_TOKENS,
@@ -111,8 +110,7 @@ class ModelRuntimes:
         if (kept := self.kept_prefixes(runtime)) is not None:
             return kept
         granularity = _granularity(runtime)
-        chunk = options.prefill_chunk or PREFILL_CHUNK
-        fewest = max(granularity or chunk, MIN_SHARED_TOKENS)
+        fewest = max(granularity or options.own_prefill_chunk, MIN_SHARED_TOKENS)
         if not options.prefix_cache_bytes or _evicts(runtime) or shared_length(prompts) < fewest:
             return None
         return PrefixCache(runtime, max_bytes=options.prefix_cache_bytes, granularity=granularity)
@@ -164,8 +162,7 @@ class ModelRuntimes:
         if (options.prompt_lookup or 0) >= self._files.config.sliding_window:
             return True
         is_quantized = self._files.is_quantized(self._options.runtime)
-        chunk = options.prefill_chunk or PREFILL_CHUNK
-        fewest = chunk if is_quantized else MIN_SHARED_TOKENS
+        fewest = options.own_prefill_chunk if is_quantized else MIN_SHARED_TOKENS
         return bool(options.prefix_cache_bytes) and shared_length(prompts) >= max(
             fewest, MIN_SHARED_TOKENS
         )

@@ -22,6 +22,7 @@ from gemma3_export.device import CudaOptions
 from gemma3_export.errors import InputError
 from gemma3_export.limits import (
     MAX_SIZE_BYTES,
+    PREFILL_CHUNK,
     check_threads,
     is_number,
 )
@@ -178,6 +179,11 @@ class GenerateOptions(SamplingParams):
     def stop_texts(self) -> tuple[str, ...]:
         """The stop texts as a tuple."""
         return (self.stop,) if isinstance(self.stop, str) else self.stop
+
+    @property
+    def own_prefill_chunk(self) -> int:
+        """Prompt tokens to compute per step, outside an engine."""
+        return self.prefill_chunk or PREFILL_CHUNK
 
     @property
     def stop_token_names(self) -> tuple[int | str, ...]:

@@ -19,7 +19,6 @@ from gemma3_export.bundle.hf_metadata import generation_config_to_json, write_hf
 from gemma3_export.bundle.manifest import (
     CARD,
     DOCUMENTS,
-    EXACT_PRODUCTS,
     FORMAT_VERSION,
     FULLY_HASHED_BYTES,
     FUSED_TARGETS,
@@ -56,7 +55,6 @@ __all__ = [
     "CARD",
     "CODES",
     "DOCUMENTS",
-    "EXACT_PRODUCTS",
     "FORMAT_VERSION",
     "FULLY_HASHED_BYTES",
     "FUSED_TARGETS",

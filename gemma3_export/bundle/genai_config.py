@@ -57,8 +57,6 @@ def genai_config_to_json(
     search = {
         key: generation[key] for key in SEARCH_KEYS if isinstance(generation.get(key), (int, float))
     }
-    # A file cannot know the processor, so products are exact on all.
-    entries = graph.session_entries
     return {
         "model": {
             "type": MODEL_TYPE,
@@ -68,7 +66,7 @@ def genai_config_to_json(
             "decoder": {
                 "session_options": {
                     "log_id": "onnxruntime-genai",
-                    **entries,
+                    **graph.session_entries,
                     "provider_options": [],
                 },
                 "filename": graph.path,

@@ -25,7 +25,6 @@ from gemma3_export.staging import DOCUMENTS, write_text_atomically
 __all__ = [
     "CARD",
     "DOCUMENTS",
-    "EXACT_PRODUCTS",
     "FORMAT_VERSION",
     "FULLY_HASHED_BYTES",
     "FUSED_TARGETS",
@@ -140,14 +139,10 @@ class Graph:
         return self.target in FUSED_TARGETS
 
     @property
-    def has_signed_weights(self) -> bool:
-        """True if matrices are signed bytes: see :data:`EXACT_PRODUCTS`."""
-        return any(recipe.blocks and recipe.transposed for recipe in self.weights.values())
-
-    @property
     def session_entries(self) -> dict[str, str]:
         """Session options of ONNX Runtime with which results are right on every processor."""
-        return {EXACT_PRODUCTS: "1"} if self.has_signed_weights else {}
+        is_signed = any(recipe.blocks and recipe.transposed for recipe in self.weights.values())
+        return {EXACT_PRODUCTS: "1"} if is_signed else {}
 
     @property
     def requires_num_logits(self) -> bool:

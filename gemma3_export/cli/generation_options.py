@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -23,6 +22,7 @@ from gemma3_export.cli.options import (
     runtime_threads_option,
     variant_option,
 )
+from gemma3_export.limits import TOKEN_ID
 
 if TYPE_CHECKING:
     from gemma3_export.api.model import Model
@@ -291,7 +291,7 @@ def _with_options(command: Command, options: Sequence[Callable[..., Any]]) -> Co
 
 def stop_tokens_of(tokens: Sequence[str]) -> tuple[int | str, ...]:
     """Return the values of ``--stop-token``: ids as integers, and names."""
-    return tuple(int(token) if re.fullmatch(r"[0-9]{1,10}", token) else token for token in tokens)
+    return tuple(int(token) if TOKEN_ID.fullmatch(token) else token for token in tokens)
 
 
 def logit_bias_of(biases: Sequence[str]) -> dict[int, float] | None:
@@ -304,7 +304,7 @@ def logit_bias_of(biases: Sequence[str]) -> dict[int, float] | None:
     for text in biases:
         token, _, bias = text.partition("=")
         try:
-            token_id, value = int(token) if re.fullmatch(r"[0-9]{1,10}", token) else -1, float(bias)
+            token_id, value = int(token) if TOKEN_ID.fullmatch(token) else -1, float(bias)
         except ValueError:
             token_id = -1
         if token_id < 0:

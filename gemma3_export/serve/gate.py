@@ -49,7 +49,7 @@ class Gate:
         app: answers what passes.
         options: the key, and whether one is needed.
         count: called with route and status of each answered request.
-        find_route: returns the route of a request that the app has not seen; None is none.
+        find_route: returns the route of a request that the app has not seen, or None.
 
     Attributes:
         active: requests that have not been answered yet.

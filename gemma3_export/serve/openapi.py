@@ -12,12 +12,12 @@ import msgspec
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
+from gemma3_export.limits import TOKEN_ID
 from gemma3_export.runtimes.generation.sampling import MAX_BIAS
 from gemma3_export.serve.gate import PUBLIC
 from gemma3_export.serve.metrics import CONTENT_TYPE
 from gemma3_export.serve.requests import (
     MAX_LOGPROBS,
-    TOKEN_ID,
     ChatRequest,
     CompletionRequest,
     Strict,

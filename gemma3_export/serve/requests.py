@@ -16,7 +16,7 @@ import msgspec
 from gemma3_export.api.options import GenerateOptions
 from gemma3_export.api.prompts import Prompt
 from gemma3_export.errors import InputError
-from gemma3_export.limits import shown
+from gemma3_export.limits import TOKEN_ID, shown
 from gemma3_export.records import is_deeper
 from gemma3_export.runtimes.structured.function_calls import CHOICES
 from gemma3_export.serve.errors import ApiError
@@ -25,7 +25,6 @@ from gemma3_export.tokenizer import ChatMessage
 
 __all__ = [
     "MAX_LOGPROBS",
-    "TOKEN_ID",
     "Asked",
     "ChatRequest",
     "CompletionRequest",
@@ -41,7 +40,6 @@ MAX_DEPTH = 64  # of a request's JSON; schemas of tools are the deepest
 MAX_LOGPROBS = 20
 DEFAULT_MAX_TOKENS = 16  # of completions, as in OpenAI's API
 UNKNOWN_FIELD = re.compile(r"Object contains unknown field `(?P<field>.*)`", re.DOTALL)
-TOKEN_ID = re.compile(r"[0-9]{1,10}")
 PLACE = re.compile(r" - at `\$\.?(?P<place>.*)`$", re.DOTALL)
 Request = TypeVar("Request", bound="SharedFields")
 

@@ -29,6 +29,7 @@ KEY_VARIABLE = "GEMMA3_API_KEY"
 # Defaults of ServeOptions, of commands and of applications on Ray.
 MAX_TOKENS = 4096
 MAX_CHOICES = 64
+MAX_CONNECTIONS = 512
 MAX_BODY_BYTES = 2_000_000
 REQUEST_S = 600.0
 BODY_S = 30.0
@@ -67,7 +68,7 @@ class ServeOptions:
     max_stops: int = 16
     max_stop_characters: int = 256
     max_body_bytes: int = MAX_BODY_BYTES
-    max_connections: int = 512
+    max_connections: int = MAX_CONNECTIONS
     request_s: float = REQUEST_S
     body_s: float = BODY_S
     header_s: float = 10.0

@@ -18,7 +18,7 @@ __all__ = ["most_characters"]
 def most_characters(backend: tokenizers.Tokenizer, byte_pieces: Set[str]) -> int | None:
     """Return how many characters of a text a token takes at most.
 
-    None if there is no limit: a tokenizer that drops text, or has one token for a run of unknown
+    None if nothing limits it: a tokenizer that drops text, or has one token for a run of unknown
     characters, may encode any length to few tokens.
 
     Args:

@@ -465,7 +465,7 @@ class Tokenizer:
 
     @cached_property
     def _most_characters(self) -> int | None:
-        """The most characters that a token takes; None if there is no limit."""
+        """The most characters that a token takes; None if nothing limits it."""
         bytes_of = character_of_byte()
         pieces = (
             bytes_of[byte] if self._is_byte_level else f"<0x{byte:02X}>" for byte in range(256)

@@ -226,7 +226,7 @@ def prompts_first(scheduler: Scheduler) -> Plan | None:
 def in_turns(scheduler: Scheduler) -> Plan | None:
     """Plan one chunk of a prompt after each decode step, so that prompts do not stall answers.
 
-    While there is no answer, chunks are longer, which takes less time in total.
+    While no answer is running, chunks are longer, which takes less time in total.
 
     Half of the chunks go to the prompt that has the least left, so that a short prompt does not
     wait for a long one, and the other half to the oldest, so that short ones do not starve it.

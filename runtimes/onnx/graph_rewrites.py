@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from gemma3_export.errors import InputError, UnavailableError
 
@@ -249,28 +249,46 @@ def without_activation_quantization(path: Path) -> bytes:
     return serialized
 
 
-class FloatProducts:
+class ProductRewrite:
+    """Replaces the nodes of one operator in a graph, in place."""
+
+    operator: ClassVar[str]
+
+    def __init__(self, onnx: Any, graph: Any) -> None:
+        self.onnx, self.graph = onnx, graph
+        self.producer = {name: node for node in graph.node for name in node.output}
+        self.nodes: list[Any] = []
+
+    def run(self) -> None:
+        """Rewrite every product."""
+        for node in self.graph.node:
+            if node.op_type == self.operator:
+                self._replace(node)
+            else:
+                self.nodes.append(node)
+        del self.graph.node[:]
+        self.graph.node.extend(self.nodes)
+
+    def _replace(self, node: Any) -> None:
+        raise NotImplementedError
+
+
+class FloatProducts(ProductRewrite):
     """Replaces ``MatMulInteger`` of one graph in place: see the exporter's ``IntegerProducts``.
 
     ``W @ Transpose(Cast(Round(x) + 128))`` becomes ``Transpose(MatMulNBits(x, W))``, which reads
     the same codes and leaves ``x`` as it is.
     """
 
+    operator = "MatMulInteger"
+
     def __init__(self, onnx: Any, graph: Any) -> None:
-        self.onnx, self.graph = onnx, graph
-        self.producer = {name: node for node in graph.node for name in node.output}
+        super().__init__(onnx, graph)
         self.weights = {tensor.name: tensor for tensor in graph.initializer}
-        self.nodes: list[Any] = []
 
     def run(self) -> None:
         """Rewrite every product."""
-        for node in self.graph.node:
-            if node.op_type == "MatMulInteger":
-                self._replace(node)
-            else:
-                self.nodes.append(node)
-        del self.graph.node[:]
-        self.graph.node.extend(self.nodes)
+        super().run()
         del self.graph.value_info[:]  # they describe the integers
 
     def _replace(self, node: Any) -> None:
@@ -319,30 +337,17 @@ class FloatProducts:
                 del reader.attribute[:]
 
 
-class FineProducts:
+class FineProducts(ProductRewrite):
     """Refines ``MatMulIntegerToFloat`` of one graph in place: see ``ColumnProducts``.
 
     What rounding to 8 bits leaves of the activations is rounded to 8 bits as well, twice. One call
     multiplies all three parts, and their sum is as exact as a product in float32. The kernel reads
-    the weights as in the graph that is shipped, and there is no copy of them in float32.
+    the weights as in the graph that is shipped, without a copy in float32.
 
     Shapes: P parts, B batch rows, T tokens, K inputs, N outputs.
     """
 
-    def __init__(self, onnx: Any, graph: Any) -> None:
-        self.onnx, self.graph = onnx, graph
-        self.producer = {name: node for node in graph.node for name in node.output}
-        self.nodes: list[Any] = []
-
-    def run(self) -> None:
-        """Rewrite every product."""
-        for node in self.graph.node:
-            if node.op_type == "MatMulIntegerToFloat":
-                self._replace(node)
-            else:
-                self.nodes.append(node)
-        del self.graph.node[:]
-        self.graph.node.extend(self.nodes)
+    operator = "MatMulIntegerToFloat"
 
     def _replace(self, node: Any) -> None:
         codes, _, scale, *_ = node.input

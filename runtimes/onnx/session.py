@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gemma3_export.bundle import EXACT_PRODUCTS, MANIFEST, Axis, Graph, Signature
+from gemma3_export.bundle import MANIFEST, Axis, Graph, Signature
 from gemma3_export.device import (
     BOTH_INSTALLED,
     CPU_PACKAGE,
@@ -144,8 +144,7 @@ def open_session(
 
 def product_entries(graph: Graph) -> dict[str, str]:
     """Return the session configuration entries with which ``graph`` multiplies exactly."""
-    is_inexact = graph.has_signed_weights and not has_exact_products()
-    return {EXACT_PRODUCTS: "1"} if is_inexact else {}
+    return {} if has_exact_products() else graph.session_entries
 
 
 def has_exact_products() -> bool:

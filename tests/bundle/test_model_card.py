@@ -18,10 +18,12 @@ from gemma3_export.bundle import (
     GIT_ATTRIBUTES,
     NOTICE,
     PLOT,
+    BlockFormat,
     Bundle,
     FileRecord,
     Graph,
     Manifest,
+    WeightRecipe,
 )
 from gemma3_export.bundle.inspection import read_proofs
 from gemma3_export.bundle.model_card import GEMMA_NOTICE, documents_of, render_card
@@ -252,6 +254,17 @@ class TestWhatTheCardSays:
         assert "gemma3-export chat . --runtime torchscript\n" in text
         assert "open `torchscript/model_quantized.ts`." in text
         assert ModelCard(text).data["library_name"] is None
+
+    def test_a_program_for_signed_weights_sets_the_option_that_makes_products_exact(self) -> None:
+        blocks = BlockFormat.rotated_rows(64)
+        recipe = WeightRecipe(names=("model.norm.weight",), transposed=True, blocks=blocks)
+        for weights, is_set in (({"head": recipe}, True), ({}, False)):
+            graph = replace(GRAPH, dtype="w8a8", weights=weights)
+            text = card(tiny_config(), manifest(graph, names=("tokenizer.json",)))
+            entry = 'add_session_config_entry("session.x64quantprecision", "1")'
+            assert (entry in text) is is_set
+            assert ('model.onnx", options)' in text) is is_set
+            assert ("### optimum-onnx" in text) is not is_set
 
     def test_names_from_outside_cannot_write_markdown_or_yaml(self) -> None:
         described = manifest(GRAPH, location="x`\n# Owned\n[a](http://b) | <c>")
