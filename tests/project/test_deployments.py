@@ -90,7 +90,7 @@ def serve_values(arguments: list[str], settings: dict[str, str]) -> dict[str, An
     filled = [
         re.sub(r"<(\w+)>", lambda match: settings.get(match[1], "default"), word) for word in filled
     ]
-    context = click.Context(command_line)
+    context = click.Context(command_line, **command_line.context_settings)
     command = command_line.get_command(context, filled[0])
     assert command is not None
     return command.make_context(filled[0], filled[1:], parent=context).params
