@@ -245,7 +245,7 @@ class LastTokens(nn.Module):
     """Selects the last tokens, whose logits are wanted."""
 
     def forward(self, x_BTD: Tensor, count: Tensor | int) -> Tensor:
-        """Return the last ``count`` tokens of [B, T, D]; 0 keeps all of them."""
+        """Return the last ``count`` tokens of [B, T, D]; 0 keeps all of them, -T none."""
         return x_BTD[:, -count:]
 
 
@@ -323,7 +323,7 @@ class Gemma3(nn.Module):
             attention_mask: [B, S] int64, 1 for tokens and 0 for padding, including cached tokens.
                 Padding may be anywhere. None means no padding.
             past_key_values: one (key, value) per layer, each [B, K, S - T, H]; None means empty.
-            num_logits_to_keep: number of last tokens to return logits for; 0 returns all.
+            num_logits_to_keep: number of last tokens to return logits for; 0 returns all, -T none.
             labels: [B, T] int64 token that each position should predict (already shifted); -100
                 is ignored.
         """
@@ -353,7 +353,7 @@ class Gemma3(nn.Module):
             input_ids: [B, T] int64 new tokens.
             attention_mask: see :meth:`forward`.
             past_key_values: see :meth:`forward`.
-            num_tokens_to_keep: number of last tokens to return; 0 returns all of them.
+            num_tokens_to_keep: number of last tokens to return; 0 returns all of them, -T none.
             use_cache: see :meth:`run_layers`.
             run_layer: see :meth:`run_layers`.
             documents: [B, T] int64 number of each token's document, without a cache: tokens see

@@ -15,6 +15,7 @@ from gemma3_export.runtimes.protocol import (
     PaddingSide,
     RuntimeInfo,
     check_step,
+    num_logits_to_keep,
 )
 from gemma3_export.runtimes.torch.cache import TorchCache
 from gemma3_export.runtimes.torch.tensors import as_numpy, device_of, dtype_of, to_device
@@ -78,7 +79,7 @@ class ReferenceRuntime:
             torch.from_numpy(input_ids).to(self.device),
             mask,
             list(zip(past[::2], past[1::2], strict=True)),
-            num_logits_to_keep=num_logits,
+            num_logits_to_keep=num_logits_to_keep(num_logits, new),
         )
         present = [tensor for pair in output.past_key_values for tensor in pair]
         cache.accept(present, new, rows)

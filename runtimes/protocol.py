@@ -23,6 +23,7 @@ from gemma3_export.dtypes import DType
 from gemma3_export.errors import InputError
 
 __all__ = [
+    "NO_LOGITS",
     "CacheKind",
     "CacheVariants",
     "Float32MatMul",
@@ -44,13 +45,17 @@ __all__ = [
     "check_segment",
     "check_step",
     "check_truncation",
+    "count_logits",
     "describe_layout",
     "empty_lengths",
+    "num_logits_to_keep",
 ]
 
 IntArray = NDArray[np.int64]
 Logits = NDArray[np.float32]
 LayerKV = tuple[NDArray[np.float32], NDArray[np.float32]]  # key and value, each [K, L, H]
+
+NO_LOGITS = -1  # the ``num_logits`` of a step that computes none; 0 has always meant all
 
 RuntimeName = BundleRuntime | Literal["transformers", "dry-run"]
 CacheKind = Literal["full", "windowed"]  # windowed: sliding layers keep their newest tokens only
@@ -180,7 +185,7 @@ class Runtime(Protocol):
         anything, except on devices that always compute every row.
 
         Returns:
-            [R, num_logits, V] float32; ``num_logits`` 0 means all T.
+            [R, num_logits, V] float32; ``num_logits`` 0 means all T, and ``NO_LOGITS`` none.
 
         Raises:
             InputError: a row has no room for T more tokens, T is 0, or the arguments do not match
@@ -201,11 +206,21 @@ def check_step(cache: KVCache, input_ids: IntArray, num_logits: int, row: int = 
         )
     rows, new_tokens = input_ids.shape
     check_capacity(cache, new_tokens, row, rows)
-    if not 0 <= num_logits <= new_tokens:
+    if num_logits != NO_LOGITS and not 0 <= num_logits <= new_tokens:
         raise InputError(
             f"num_logits is {num_logits}; a step of {new_tokens} tokens has logits for 1 to "
-            f"{new_tokens}, and 0 means all"
+            f"{new_tokens}; 0 means all, and {NO_LOGITS} none"
         )
+
+
+def count_logits(num_logits: int, new_tokens: int) -> int:
+    """Return how many tokens of a step get logits; see :meth:`Runtime.step`."""
+    return 0 if num_logits == NO_LOGITS else num_logits or new_tokens
+
+
+def num_logits_to_keep(num_logits: int, new_tokens: int) -> int:
+    """Return the model's argument of that name: 0 keeps all T tokens, and -T, minus all, none."""
+    return -new_tokens if num_logits == NO_LOGITS else num_logits
 
 
 def check_capacity(cache: KVCache, new_tokens: int, row: int, rows: int = 1) -> None:

@@ -73,7 +73,8 @@ class RotatedProducts(MatrixNodes):
     def rotate(self, old: ir.Node, x: ir.Value, leading: int) -> ir.Value:
         """Return ``x`` [..., K], with ``leading`` other axes, rotated."""
         size = self.format.rotation
-        blocks = self.integers(old, "blocks", [*[0] * leading, -1, size])
+        # without -1, which cannot be inferred where there are no tokens
+        blocks = self.integers(old, "blocks", [*[0] * leading, self.columns // size, size])
         whole = self.integers(old, "whole", [*[0] * leading, self.columns])
         split = self.insert(old, "", "Reshape", [x, blocks], kind=FLOAT, role="split")
         matrix = self.constant(f"hadamard_{size}", hadamard(size).float().numpy())

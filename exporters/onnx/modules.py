@@ -169,7 +169,7 @@ class MarkedLayer(DecoderLayer):
 
 
 class SliceLastTokens(LastTokens):
-    """``x[:, -count:]`` with ``count`` as a graph input; 0 keeps all tokens."""
+    """``x[:, -count:]`` with ``count`` as a graph input; 0 keeps all of T tokens, -T none."""
 
     def forward(self, x_BTD: Tensor, count: Tensor | int) -> Tensor:
         """Slice [B, T, D] to [B, count, D]; the trace claims T, and a pass drops that shape."""
@@ -205,6 +205,7 @@ class GemmHead(LMHead):
         logits = ops.symbolic(
             "Reshape",
             [product, target],
+            {"allowzero": 1},  # so that there may be no tokens
             dtype=product.dtype,
             shape=(*x.shape[:2], vocab_size),
             version=21,

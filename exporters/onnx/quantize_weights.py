@@ -288,7 +288,8 @@ class BlockProducts(MatrixNodes):
 
     def _block_sums(self, old: ir.Node, x: ir.Value) -> ir.Value:
         """Return the sum of each block, [..., K] to [..., G]: the factors of the minimums."""
-        blocks = [0, 0, -1, self.format.block_size]  # Gemm's input has two axes, MatMul's three
+        size = self.format.block_size
+        blocks = [0, 0, self.columns // size, size]  # Gemm's input has two axes, MatMul's three
         if old.op_type == "Gemm":
             del blocks[0]
         target = self.integers(old, "blocks", blocks)

@@ -181,8 +181,6 @@ class ScreenHead(ir.passes.InPlacePass):
         reshape = None if rows is None else rows.producer()
         hidden = None if reshape is None else reshape.inputs[0]
         assert hidden is not None
-        for node, _ in tuple(product.outputs[0].uses()):  # a Reshape, possibly to no rows
-            node.attributes["allowzero"] = ir.AttrInt64("allowzero", 1)
         screen = ir.from_proto(parser.parse_model(graph_text(self.config))).graph
         for node, index in tuple(hidden.uses()):
             node.replace_input_with(index, screen.outputs[-1])

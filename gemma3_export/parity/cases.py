@@ -27,6 +27,7 @@ from gemma3_export.parity.sequences import (
     required_tokens,
 )
 from gemma3_export.runtimes.protocol import (
+    NO_LOGITS,
     IntArray,
     KVCache,
     LayerKV,
@@ -35,6 +36,7 @@ from gemma3_export.runtimes.protocol import (
     PaddingSide,
     Runtime,
     RuntimeInfo,
+    count_logits,
 )
 
 __all__ = [
@@ -216,11 +218,15 @@ def equal_batch(runtime: Runtime, *, sequences: Sequences) -> Iterator[Observati
 
 
 def kept_logits(runtime: Runtime, *, sequences: Sequences) -> Iterator[Observation]:
-    """Feed the same prompt with ``num_logits`` 0 (all), 1 and 3."""
+    """Feed the same prompt with ``num_logits`` 0 (all), 1 and 3, and its first half with none."""
+    length = len(sequences[SHORT[1]].ids)
     for keep in (0, 1, 3):
         feed = TeacherForcing(runtime, sequences, [SHORT[1]])
-        length = len(sequences[SHORT[1]].ids)
         yield from feed.step(length, keep=min(keep, length))
+    feed = TeacherForcing(runtime, sequences, [SHORT[1]])
+    if length > 1:
+        feed.step(length // 2, keep=NO_LOGITS)
+    yield from feed.step(length - feed.fed[0], keep=1)
 
 
 def text(runtime: Runtime, *, sequences: Sequences, index: int) -> Iterator[Observation]:
@@ -306,7 +312,7 @@ class PlanningRuntime:
         del cache, row
         rows, new = input_ids.shape
         self.work += STEP_WORK + rows * new
-        return np.zeros((rows, num_logits or new, 0), np.float32)
+        return np.zeros((rows, count_logits(num_logits, new), 0), np.float32)
 
 
 def needed_positions(

@@ -16,7 +16,7 @@ import numpy as np
 
 from gemma3_export.config import Gemma3Config
 from gemma3_export.parity.options import VerifyOptions
-from gemma3_export.runtimes.protocol import IntArray, LayerKV, Logits, Runtime
+from gemma3_export.runtimes.protocol import IntArray, LayerKV, Logits, Runtime, count_logits
 from gemma3_export.tokenizer import Tokenizer
 
 __all__ = [
@@ -168,7 +168,7 @@ class TeacherForcing:
 
         Args:
             count: tokens per row.
-            keep: 0 keeps the logits of all ``count`` tokens.
+            keep: 0 keeps the logits of all ``count`` tokens, ``NO_LOGITS`` those of none.
             row: the only row to feed; None feeds all rows.
         """
         rows = range(len(self.rows)) if row is None else [row]
@@ -179,7 +179,7 @@ class TeacherForcing:
         observations = []
         for index, r in enumerate(rows):
             self.fed[r] += count
-            positions = np.arange(self.fed[r] - (keep or count), self.fed[r])
+            positions = np.arange(self.fed[r] - count_logits(keep, count), self.fed[r])
             observations.append(
                 LogitObservation(self.rows[r], positions, logits[index], self.steps)
             )

@@ -24,6 +24,7 @@ from gemma3_export.runtimes.protocol import (
     check_step,
     check_truncation,
     empty_lengths,
+    num_logits_to_keep,
 )
 from gemma3_export.runtimes.torch.tensors import device_of, dtype_of
 
@@ -136,7 +137,7 @@ class TransformersRuntime:
                 input_ids=torch.from_numpy(input_ids[index : index + 1]),
                 past_key_values=cache.caches[r],
                 use_cache=True,
-                logits_to_keep=num_logits,
+                logits_to_keep=num_logits_to_keep(num_logits, new),
             )
             cache.lengths[r] += new
             found.append(output.logits[..., : self.vocab_size].float().numpy())

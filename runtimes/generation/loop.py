@@ -26,7 +26,7 @@ from gemma3_export.runtimes.generation.scheduler import (
     Scheduler,
     prompts_first,
 )
-from gemma3_export.runtimes.protocol import KVCache, Logits, Runtime
+from gemma3_export.runtimes.protocol import NO_LOGITS, KVCache, Logits, Runtime
 
 __all__ = ["GenerationLoop", "StepEvent"]
 
@@ -130,10 +130,12 @@ class GenerationLoop:
         return request.next_chunk(is_idle=plan.is_idle)
 
     def _compute_chunk(self, plan: PrefillChunk) -> Logits:
-        """Feed a chunk of a prompt; return logits [T, V] that follow its last or all tokens."""
+        """Feed a chunk of a prompt; return logits [T, V] of the prompt's last, all or no tokens."""
         state = plan.request.state
         ids = state.prompt_ids[None, plan.start : plan.stop]
-        count = 1 if state.params.prompt_logprobs is None else plan.stop - plan.start
+        count = 1 if plan.is_last else NO_LOGITS
+        if state.params.prompt_logprobs is not None:
+            count = 0  # all
         logits: Logits = self.runtime.step(ids, self.cache, num_logits=count, row=plan.request.row)[
             0
         ]

@@ -66,6 +66,7 @@ from gemma3_export.runtimes.onnx.session import (
     product_entries,
 )
 from gemma3_export.runtimes.protocol import (
+    NO_LOGITS,
     IntArray,
     KVCache,
     Logits,
@@ -73,6 +74,8 @@ from gemma3_export.runtimes.protocol import (
     RuntimeInfo,
     check_capacity,
     check_step,
+    count_logits,
+    num_logits_to_keep,
 )
 
 __all__ = ["OnnxRuntime"]
@@ -323,9 +326,14 @@ class OnnxRuntime:
                 for index, each in enumerate(rows)
             ]
             return np.concatenate(parts)
-        logits = np.empty((count, num_logits or new, self.config.vocab_size), np.float32)
+        if num_logits == NO_LOGITS and self.device.kind != "cpu":
+            # Kernels of other providers need not take products of no rows.
+            return self.step(input_ids, cache, num_logits=1, row=row)[:, :0]
+        shape = (count, count_logits(num_logits, new), self.config.vocab_size)
+        logits = np.empty(shape, np.float32)
         cache.begin(new, rows)
-        binding = self._bind(input_ids, cache, logits, rows)
+        kept = num_logits_to_keep(num_logits, new)
+        binding = self._bind(input_ids, cache, kept, logits, rows)
         with self._errors_explained(new, cache):
             self.session.run_with_iobinding(binding, self._options())
         cache.advance(binding, new, rows)
@@ -398,15 +406,15 @@ class OnnxRuntime:
             options.add_run_config_entry(GRAPH_ID, str(graph_id))
         return options
 
-    def _bind(self, input_ids: IntArray, cache: OnnxCache, logits: Logits, rows: range) -> Any:
+    def _bind(
+        self, input_ids: IntArray, cache: OnnxCache, kept: int, logits: Logits, rows: range
+    ) -> Any:
         signature = self.signature
         mask = cache.attention_mask(input_ids.shape[1], rows)
         binding = cache.binding(self.session, rows)
         binding.bind_cpu_input(signature.input_ids.name, np.ascontiguousarray(input_ids))
         binding.bind_cpu_input(signature.attention_mask.name, mask)
-        binding.bind_ortvalue_input(
-            signature.num_logits_to_keep.name, self._num_logits_value(logits.shape[1])
-        )
+        binding.bind_ortvalue_input(signature.num_logits_to_keep.name, self._num_logits_value(kept))
         binding.bind_output(
             signature.logits.name, "cpu", 0, np.float32, logits.shape, logits.ctypes.data
         )

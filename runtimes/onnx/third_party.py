@@ -31,6 +31,7 @@ from gemma3_export.runtimes.onnx.session import (
     open_session,
 )
 from gemma3_export.runtimes.protocol import (
+    NO_LOGITS,
     IntArray,
     KVCache,
     LayerKV,
@@ -173,6 +174,8 @@ class ThirdPartyRuntime:
         assert isinstance(cache, ThirdPartyCache)
         check_step(cache, input_ids, num_logits, row)
         rows = list(range(row, row + len(input_ids)))
+        if num_logits == NO_LOGITS:  # which these graphs do not know
+            return self.step(input_ids, cache, num_logits=1, row=row)[:, :0]
         keep = num_logits or input_ids.shape[1]
         if self._takes_single_tokens and input_ids.shape[1] > 1:
             steps = [

@@ -40,6 +40,7 @@ from gemma3_export.runtimes.protocol import (
     RuntimeName,
     check_capacity,
     check_step,
+    num_logits_to_keep,
 )
 from gemma3_export.runtimes.torch.cache import TorchCache
 from gemma3_export.runtimes.torch.decode_steps import TorchDecodeSteps
@@ -176,8 +177,9 @@ class ArchiveRuntime:
         rows = slice(row, row + count)
         mask, past = cache.prepare(new, rows)
         ids = to_device(input_ids, self.device)
+        kept = self.num_logits_tensor(num_logits_to_keep(num_logits, new))
         with self._errors_explained(new, cache):
-            logits, *present = self.module(ids, mask, past, self.num_logits_tensor(num_logits))
+            logits, *present = self.module(ids, mask, past, kept)
         cache.accept(present, new, rows)
         return as_numpy(logits)
 

@@ -28,7 +28,7 @@ from gemma3_export.runtimes.generation.scheduler import (
 )
 from gemma3_export.runtimes.generation.speculation import PromptLookup
 from gemma3_export.runtimes.onnx.runtime import OnnxRuntime
-from gemma3_export.runtimes.protocol import Runtime
+from gemma3_export.runtimes.protocol import NO_LOGITS, Runtime
 from gemma3_export.runtimes.torch.runtime import Pt2Runtime, TorchScriptRuntime
 from tests.support.exported_bundles import VARIANTS, exported, exported_bundle, source_of
 from tests.support.fake_runtime import ByteDecoder, FakeRuntime, ScriptedRuntime
@@ -131,6 +131,13 @@ class TestPlans:
         loop.add(0, 9, 1)
         loop.finish()
         assert loop.plans == [(0, 0, 4), (0, 4, 8), (0, 8, 9)]
+
+    def test_only_the_last_chunk_of_a_prompt_computes_logits(self) -> None:
+        loop = Observed(1)
+        loop.add(0, 11, 2)
+        loop.finish()
+        assert loop.plans == [(0, 0, 4), (0, 4, 8), (0, 8, 11), [0]]
+        assert loop.runtime.num_logits == [NO_LOGITS, NO_LOGITS, 1, 1]
 
     def test_a_short_prompt_does_not_wait_for_a_long_one(self) -> None:
         loop = Observed(2, plan_next=in_turns)

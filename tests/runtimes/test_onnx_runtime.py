@@ -22,7 +22,7 @@ from gemma3_export.errors import Gemma3ExportError, InputError, UnavailableError
 from gemma3_export.reference.loading import load_reference
 from gemma3_export.reference.runtime import ReferenceRuntime
 from gemma3_export.runtimes.onnx.runtime import OnnxRuntime
-from gemma3_export.runtimes.protocol import IntArray, KVCache, Logits, Runtime
+from gemma3_export.runtimes.protocol import NO_LOGITS, IntArray, KVCache, Logits, Runtime
 from tests.support.exported_bundles import TARGETS, edit_json, exported_bundle, source_of
 from tests.support.tiny_models import TINY
 
@@ -142,6 +142,18 @@ def test_num_logits_keeps_the_last_ones(target: str, count: int) -> None:
     kept = runtime.step(ids, runtime.new_cache(2, 9), num_logits=count)
     assert kept.shape == (2, count, TINY.vocab_size)
     np.testing.assert_allclose(kept, everything[:, -count:], rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_step_without_logits_fills_the_cache_all_the_same(target: str, rows: int) -> None:
+    runtime, ids = onnx_runtime(target), random_ids(rows, 9)
+    caches = [runtime.new_cache(rows, 9) for _ in range(2)]
+    runtime.step(ids[:, :5], caches[0], num_logits=1)
+    none = runtime.step(ids[:, :5], caches[1], num_logits=NO_LOGITS)
+    assert none.shape == (rows, 0, TINY.vocab_size)
+    after, also_after = (runtime.step(ids[:, 5:], cache, num_logits=0) for cache in caches)
+    np.testing.assert_array_equal(also_after, after)
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -428,7 +440,7 @@ def test_a_cache_that_does_not_fit_into_memory_is_a_clear_error(copied: Path) ->
         ((1, 0), {"num_logits": 0, "row": 1}, "a step of 0 tokens"),
         ((1, 3), {"num_logits": 1, "row": 2}, "row 2 .* the cache has 2"),
         ((1, 3), {"num_logits": 1, "row": -1}, "row -1 .* the cache has 2"),
-        ((2, 3), {"num_logits": -1}, "num_logits is -1"),
+        ((2, 3), {"num_logits": -2}, "num_logits is -2"),
         ((2, 3), {"num_logits": 4}, "num_logits is 4; a step of 3 tokens"),
         ((0, 3), {"num_logits": 1}, r"shape \[0, 3\]; a step takes \[R, T\]"),
         ((3, 3), {"num_logits": 1}, "row 2 .* the cache has 2"),

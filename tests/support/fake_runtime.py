@@ -24,6 +24,7 @@ from gemma3_export.runtimes.protocol import (
     check_rows,
     check_segment,
     check_truncation,
+    num_logits_to_keep,
 )
 from tests.support.tiny_models import tiny_config
 
@@ -90,6 +91,7 @@ class FakeRuntime:
     def __init__(self, config: Gemma3Config = FAKE_CONFIG) -> None:
         self._config = config
         self.calls: list[tuple[tuple[int, ...], int]] = []  # shape of input_ids, and first row
+        self.num_logits: list[int] = []  # of each step
         self.cache: FakeCache | None = None
 
     @property
@@ -115,6 +117,7 @@ class FakeRuntime:
         rows = range(row, row + count)
         check_capacity(cache, new_tokens, row, count)
         self.calls.append((input_ids.shape, row))
+        self.num_logits.append(num_logits)
         logits = []
         for index, ids in zip(rows, input_ids, strict=True):
             history = cache.histories[index]
@@ -122,7 +125,7 @@ class FakeRuntime:
             for token_id in ids:
                 history.append(int(token_id))
                 per_token.append(self.logits_after(history))
-            logits.append(per_token[-num_logits:])
+            logits.append(per_token[-num_logits_to_keep(num_logits, new_tokens) :])
         return np.array(logits, dtype=np.float32)
 
     def logits_after(self, history: Sequence[int]) -> Logits:
