@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -11,7 +12,7 @@ from pathlib import Path
 
 from gemma3_export.errors import UnavailableError
 
-__all__ = ["Echo", "create_environment", "python_of", "run"]
+__all__ = ["Echo", "create_environment", "free_port", "python_of", "run"]
 
 STDERR = 2  # the output of pip and of converters is not ours
 Echo = Callable[[str], None]
@@ -69,3 +70,11 @@ def run(command: Sequence[str], purpose: str, variables: Mapping[str, str] | Non
         raise UnavailableError(
             f"{purpose} failed with exit code {done.returncode}; its output above says why"
         )
+
+
+def free_port() -> int:
+    """Return a port of this machine on which nothing listens yet."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port: int = found.getsockname()[1]
+        return port

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -17,6 +16,7 @@ from typing import Any
 
 import httpx
 
+from benchmarks.environments import free_port
 from gemma3_export.errors import Gemma3ExportError
 
 __all__ = ["Limits", "Running", "Server", "llama_server", "our_server", "started"]
@@ -105,7 +105,7 @@ def started(server: Server) -> Iterator[Running]:
         Gemma3ExportError: it ended, or was not ready in time; its output is in the message.
     """
     with tempfile.TemporaryFile() as log:
-        port = _free_port()
+        port = free_port()
         process = subprocess.Popen(
             [*server.command, "--host", "127.0.0.1", "--port", str(port)],
             stdin=subprocess.DEVNULL,
@@ -140,10 +140,3 @@ def _wait_until_ready(running: Running) -> str | None:
                 pass
             time.sleep(POLL_S)
     return f"was not ready after {START_S:g} s"
-
-
-def _free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port: int = found.getsockname()[1]
-        return port

@@ -300,6 +300,7 @@ class OnnxWriter:
             windowed = path.with_name(f"{path.stem}_windowed.onnx")
             hashes |= write_sliding_window_graph(model, plan, windowed, count)
         graph = Graph(
+            takes_no_logits=True,
             runtime=self.runtime,
             path=self.path,
             dtype=self.dtype,

@@ -44,7 +44,7 @@ class FlatLMHead(LMHead):
     def product(self, x: Tensor, weight_VD: Tensor) -> Tensor:
         """Multiply [B, T, D] to [B, T, V]."""
         flat = F.linear(x.reshape(-1, x.shape[-1]), weight_VD)
-        return flat.view(x.shape[0], x.shape[1], -1)
+        return flat.view(x.shape[0], x.shape[1], weight_VD.shape[0])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,6 +108,7 @@ class Pt2Writer:
         torch.export.save(program, path, extra_files={CONFIG_NAME: config})
         progress("writing weights", 1, 1)
         graph = Graph(
+            takes_no_logits=True,
             runtime=self.runtime,
             path=self.path,
             dtype=self.dtype,

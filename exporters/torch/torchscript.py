@@ -142,6 +142,7 @@ class TorchScriptWriter:
             strip_debug_records(path)
             progress("writing weights", 1, 1)
         graph = Graph(
+            takes_no_logits=True,
             runtime=self.runtime,
             path=self.path,
             dtype=self.dtype,

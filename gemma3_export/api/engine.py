@@ -37,7 +37,13 @@ from gemma3_export.api.options import GenerateOptions, LoadOptions, merged
 from gemma3_export.api.prompts import Prompt, is_one_prompt
 from gemma3_export.bundle import Bundle
 from gemma3_export.errors import EngineClosedError, InputError, QueueFullError
-from gemma3_export.limits import MAX_SIZE_BYTES, PREFILL_CHUNK, QUEUE_LIMIT, SLOTS
+from gemma3_export.limits import (
+    CPU_PREFILL_CHUNK,
+    MAX_SIZE_BYTES,
+    PREFILL_CHUNK,
+    QUEUE_LIMIT,
+    SLOTS,
+)
 from gemma3_export.runtimes.generation.loop import GenerationLoop, StepEvent
 from gemma3_export.runtimes.generation.prefix_cache import require_transferable
 from gemma3_export.runtimes.generation.prepare import GenerationOptions, prepare_request
@@ -55,7 +61,6 @@ __all__ = ["Engine", "EngineOptions", "EngineStats"]
 logger = logging.getLogger(__name__)
 
 DEFAULT_REQUEST_TOKENS = 8192
-CPU_PREFILL_CHUNK = 64  # on a Zen 3, the w8a8 270M needs 75 ms, and 30 for a step of 8 answers
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,9 +74,10 @@ class EngineOptions(LoadOptions):
         cache_bytes: maximum memory for keys and values. A request waits until what it may need is
             free; None waits for a slot only.
         queue_limit: requests that may wait.
-        prefill_chunk: prompt tokens of a step for which running answers wait, for requests that do
-            not say. Fewer make answers smoother, and more finish prompts sooner. None is 64 on the
-            CPU, 512 on a GPU. While no answer is running, 512 tokens are computed at once.
+        prefill_chunk: prompt tokens per step while other requests are generating, unless the
+            request sets its own. Fewer make answers smoother, and more finish prompts sooner. None
+            is 32 on the CPU, 512 on a GPU. While none is generating, a step has up to 512, in whole
+            chunks.
 
     Raises:
         InputError: a value is out of range.

@@ -109,6 +109,7 @@ class Graph:
     cache_dtype: DType
     weights: dict[str, WeightRecipe]  # stored tensor -> canonical weights
     residual_dtype: DType = "float32"  # of the residual stream
+    takes_no_logits: bool = False  # a step may ask for none: num_logits_to_keep is -T
     windowed_path: str | None = None  # the same model with sliding-window caches
     is_screened: bool = False  # windowed_path screens its head: exporters/onnx/screened_head.py
     max_kld: float = DEFAULT_MAX_KLD  # divergence budget of the parity check, mean nats per token

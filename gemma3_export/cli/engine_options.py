@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from gemma3_export.cli.options import cache_size, integer, memory_size
-from gemma3_export.limits import QUEUE_LIMIT, SLOTS
+from gemma3_export.limits import CPU_PREFILL_CHUNK, PREFILL_CHUNK, QUEUE_LIMIT, SLOTS
 from gemma3_export.serve.settings import MAX_TOKENS
 
 __all__ = ["engine_options"]
@@ -56,8 +56,8 @@ OPTIONS = (
         "--prefill-chunk",
         type=integer(),
         metavar="N",
-        help="Prompt tokens to compute per step, while answers wait.  [default: 64 on the CPU, 512 "
-        "on a GPU]",
+        help="Prompt tokens to compute per step while other requests are generating.  [default: "
+        f"{CPU_PREFILL_CHUNK} on the CPU, {PREFILL_CHUNK} on a GPU]",
     ),
     click.option(
         "--prefix-cache",

@@ -217,7 +217,7 @@ def serve(
         raise click.UsageError(f"{given[0]} needs --ray; add it, or leave {given[0]} out")
 
     from gemma3_export.api.engine import EngineOptions
-    from gemma3_export.serve.ray_settings import ray_options
+    from gemma3_export.serve.ray_settings import ray_options, send_token
     from gemma3_export.serve.server import bind
     from gemma3_export.serve.settings import ServeOptions, read_key_file, require_key
 
@@ -254,6 +254,7 @@ def serve(
     )
     with bind(host, port) as listener:
         if on_ray:
+            send_token()
             from gemma3_export.serve.ray_serve import serve_on_ray
 
             code = serve_on_ray(files.path, engine, options, cluster, listener)

@@ -40,8 +40,8 @@ logger = logging.getLogger(__name__)
 ENGINES = "engines"  # name of the deployment
 HEALTH_PERIOD_S = 5.0
 HEALTH_TIMEOUT_S = 30.0
+CONNECT_S = 10.0
 POLL_S = 0.2  # how often a replica that ends looks whether its requests have
-AUTH_MODE = "RAY_AUTH_MODE"  # without it, Ray sends its token only to a cluster that it finds
 STOP_S = 5.0  # for a replica's engine to end after them
 OUR_ERROR = re.compile(r"\bgemma3_export\.errors\.(\w+): (.+)")  # in a traceback
 QUIET = {"log_level": "WARNING", "enable_access_log": False}
@@ -165,6 +165,8 @@ def _connected(cluster: RayOptions, engine: EngineOptions) -> Iterator[None]:
         "include_dashboard": False,
         "num_cpus": max(wanted, available_processors()),
     }
+    if cluster.address not in (None, "auto"):
+        _check_reachable(cluster)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         try:
@@ -177,9 +179,11 @@ def _connected(cluster: RayOptions, engine: EngineOptions) -> Iterator[None]:
         except Exception as error:  # Ray's errors share no base class
             if cluster.address is None:
                 raise Gemma3ExportError(f"cannot start a Ray cluster: {error}") from error
+            remedy = "if it requires a token, copy it from ~/.ray/auth_token on its first machine"
+            if cluster.address == "auto":
+                remedy = "`ray start --head` starts one on this machine"
             raise Gemma3ExportError(
-                f"cannot connect to {cluster.address!r:.80}: {error}; if the cluster requires a "
-                f"token, give auto as the address, or set {AUTH_MODE}=token"
+                f"cannot connect to a Ray cluster at {cluster.address!r:.80}: {error}; {remedy}"
             ) from error
         for number, handler in handlers.items():  # Ray replaces them
             signal.signal(number, handler)
@@ -191,6 +195,22 @@ def _connected(cluster: RayOptions, engine: EngineOptions) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()  # which ends a cluster that it has started
+
+
+def _check_reachable(cluster: RayOptions) -> None:
+    """Find out at once what Ray would try for minutes.
+
+    Raises:
+        Gemma3ExportError: nothing listens at the address.
+    """
+    try:
+        with socket.create_connection(cluster.host_and_port(), timeout=CONNECT_S):
+            pass
+    except OSError as error:
+        raise Gemma3ExportError(
+            f"cannot connect to a Ray cluster at {cluster.address!r:.80}: {error}; `ray status` on "
+            "a machine of the cluster prints whether it runs, and `ray start --head` starts one"
+        ) from error
 
 
 def build_app(args: dict[str, Any]) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -24,9 +25,12 @@ from gemma3_export.serve.settings import (
     ServeOptions,
 )
 
-__all__ = ["AppArguments", "RayOptions", "ray_options", "read_arguments"]
+__all__ = ["AppArguments", "RayOptions", "ray_options", "read_arguments", "send_token"]
 
 MAX_REPLICAS = 1000
+# Where Ray looks for its token, and whether it sends one to an address. To a cluster that it finds
+# itself, it always does.
+AUTH_TOKEN, AUTH_PATH, AUTH_MODE = "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_AUTH_MODE"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,11 +62,28 @@ class RayOptions:
                 f"the Ray address {self.address!r:.80} belongs to Ray's client, which is "
                 "not supported; run the command on a machine of the cluster, with auto"
             )
+        if self.address not in (None, "auto"):
+            self.host_and_port()
         if self.max_replicas < self.min_replicas:
             raise InputError(
                 f"max_replicas is {self.max_replicas}, fewer than min_replicas, which is "
                 f"{self.min_replicas}; raise it"
             )
+
+    def host_and_port(self) -> tuple[str, int]:
+        """Return the parts of an address that is ``HOST:PORT``.
+
+        Raises:
+            InputError: it is not.
+        """
+        host, _, port = (self.address or "").rpartition(":")
+        is_number = port.isascii() and port.isdigit() and len(port) <= 5
+        if not host or not is_number or not 0 < int(port) < 65536:
+            raise InputError(
+                f"the Ray address {self.address!r:.80} is neither auto nor HOST:PORT, such as "
+                "127.0.0.1:6379"
+            )
+        return host.strip("[]"), int(port)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -157,6 +178,16 @@ def ray_options(
         least = most = replicas
     least = 1 if least is None else least
     return RayOptions(min_replicas=least, max_replicas=least if most is None else most, **more)
+
+
+def send_token() -> None:
+    """Let Ray send this user's token, if there is one, to a cluster at an address, too.
+
+    Call it before Ray is imported, which reads the mode once. A mode that is set stays.
+    """
+    path = Path(os.environ.get(AUTH_PATH) or Path.home() / ".ray" / "auth_token")
+    if AUTH_TOKEN in os.environ or path.is_file():
+        os.environ.setdefault(AUTH_MODE, "token")
 
 
 def read_arguments(args: Mapping[str, Any]) -> AppArguments:

@@ -41,7 +41,7 @@ SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RestartPolicy:
-    """When a worker that has ended is started again.
+    """When a worker is killed, and when one that has ended is started again.
 
     Args:
         delays_s: seconds to wait after the first, second, ... early end in a row. One more early

@@ -19,7 +19,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -78,7 +78,8 @@ class Pulse:
 
     def __init__(self, engine: Engine, step_s: float) -> None:
         self._engine, self._step_s = engine, step_s
-        self._stats: EngineStats | None = None
+        self._done: EngineStats | None = None  # without the requests that wait
+        self._is_busy = False
         self._changed_at = 0.0
 
     def beats(self, now: float) -> bool:
@@ -88,8 +89,11 @@ class Pulse:
             now: seconds on a clock that never goes back.
         """
         stats = self._engine.stats()  # which takes the engine's lock
-        if stats != self._stats or not (stats.running or stats.waiting):
-            self._stats, self._changed_at = stats, now
+        done = replace(stats, waiting=0)  # new requests may wait for an engine that hangs
+        is_busy, was_busy = bool(stats.running or stats.waiting), self._is_busy
+        self._is_busy = is_busy
+        if done != self._done or not (is_busy and was_busy):
+            self._done, self._changed_at = done, now
         return now - self._changed_at <= self._step_s
 
 

@@ -64,7 +64,7 @@ class TritonOptions:
             model's context, at most 8192.
         max_tokens: maximum number of tokens that a request may ask for.
         cache_bytes: limit on keys and values of running requests; None for no limit.
-        prefill_chunk: prompt tokens of a step; None is 64 on the CPU, 512 on a GPU.
+        prefill_chunk: see :class:`gemma3_export.api.engine.EngineOptions`.
         kept_prefix_bytes: memory for prompt prefixes that are kept between requests; 0 is off.
 
     Raises:

@@ -125,7 +125,7 @@ class GenerationLoop:
         request = plan.request
         if self.prefix_cache is not None and request.state.params.prompt_logprobs is None:
             request.prefilled_tokens = request.state.reused_tokens = self.prefix_cache.load(
-                self.cache, request.row, request.state.prompt_ids, request.prefill_chunk
+                self.cache, request.row, request.state.prompt_ids, request.chunk_sizes
             )
         return request.next_chunk(is_idle=plan.is_idle)
 
@@ -215,9 +215,7 @@ class GenerationLoop:
         # what continues a row, or has all logits, was not computed in whole prefill chunks
         is_whole = not request.continues_row and state.params.prompt_logprobs is None
         if self.prefix_cache is not None and is_whole:
-            self.prefix_cache.store(
-                self.cache, request.row, state.prompt_ids, request.prefill_chunk
-            )
+            self.prefix_cache.store(self.cache, request.row, state.prompt_ids, request.chunk_sizes)
         self.scheduler.begin_decoding(request)
         event = self._accept(request, logits[-1])
         state.time_to_first_token_s = perf_counter() - request.submitted_s

@@ -5,8 +5,9 @@ prompts share are stored once.
 
 A token's keys and values depend, in their last bits, on the chunk in which they were computed.
 Reuse that ends on a boundary of prefill chunks leaves the same chunks to compute, so results are
-bitwise those without reuse. Elsewhere they agree up to rounding, which int8 products amplify: the
-difference is that between two chunk sizes.
+bitwise those without reuse if all chunks have the same size. If it depends on other requests, as by
+default in an engine, or reuse ends elsewhere, they agree up to rounding, which int8 products
+amplify: the difference is that between two chunk sizes.
 """
 
 from __future__ import annotations
@@ -28,7 +29,10 @@ from gemma3_export.runtimes.protocol import (
     TransferableCache,
 )
 
-__all__ = ["PrefixCache", "require_transferable"]
+__all__ = ["ChunkSizes", "PrefixCache", "require_transferable"]
+
+# Prompt tokens of a step beside other answers, and while there are none.
+ChunkSizes = tuple[int, int]
 
 
 @dataclass(eq=False, slots=True)
@@ -63,9 +67,9 @@ class PrefixCache:
     Args:
         runtime: the runtime whose keys and values are stored; no other may use them.
         max_bytes: the most memory for keys and values, on the device of the runtime's caches.
-        granularity: reuse ends at a multiple of this many tokens. The default is the prefill
-            chunk, with which results are bitwise unchanged; 1 reuses every common token, and
-            results agree up to rounding.
+        granularity: reuse ends at a multiple of this many tokens. The default is the smaller
+            prefill chunk of the request: results are bitwise unchanged if it has only one size.
+            1 reuses every common token, and results agree up to rounding.
 
     Raises:
         InputError: a number is not positive, or the runtime's caches do not keep every token.
@@ -83,7 +87,7 @@ class PrefixCache:
         self.runtime = runtime
         self.max_bytes = max_bytes
         self._granularity = granularity
-        self._roots: dict[int, list[Segment]] = {}  # by prefill chunk
+        self._roots: dict[ChunkSizes, list[Segment]] = {}
         self._used_bytes = self._clock = 0
         self._lock = threading.Lock()
 
@@ -111,18 +115,24 @@ class PrefixCache:
             self._roots.clear()
             self._used_bytes = 0
 
-    def load(self, cache: KVCache, row: int, token_ids: IntArray, prefill_chunk: int) -> int:
+    def load(self, cache: KVCache, row: int, token_ids: IntArray, chunks: ChunkSizes) -> int:
         """Fill an empty row with the longest stored prefix, and return its length.
 
         The prompt's last token is never loaded, because its logits are needed.
+
+        Args:
+            cache: the cache to fill.
+            row: an empty row of it.
+            token_ids: [T] the prompt.
+            chunks: the sizes of the chunks in which the rest will be computed.
 
         Raises:
             InputError: tokens cannot be copied to the cache, or it has no room.
         """
         cache = require_transferable(cache)
-        step = self._granularity or prefill_chunk
+        step = self._granularity or chunks[0]
         with self._lock:
-            segment, same = self._find(token_ids[:-1], prefill_chunk)
+            segment, same = self._find(token_ids[:-1], chunks)
             count = same // step * step
             path = segment.path(count) if segment is not None else []
             self._touch(path)
@@ -131,22 +141,22 @@ class PrefixCache:
             cache.load_tokens(row, segment.stored, stop - segment.start)
         return count
 
-    def store(self, cache: KVCache, row: int, token_ids: IntArray, prefill_chunk: int) -> None:
+    def store(self, cache: KVCache, row: int, token_ids: IntArray, chunks: ChunkSizes) -> None:
         """Store the tokens of a prompt that are new, as far as there is room.
 
         Args:
             cache: a cache that holds the prompt.
             row: the prompt's row.
             token_ids: [T] the prompt.
-            prefill_chunk: the chunk size with which it was computed.
+            chunks: the sizes of the chunks in which it was computed.
 
         Raises:
             InputError: tokens cannot be copied from the cache.
         """
         cache = require_transferable(cache)
-        step = self._granularity or prefill_chunk
+        step = self._granularity or chunks[0]
         with self._lock:
-            segment, same = self._find(token_ids, prefill_chunk)
+            segment, same = self._find(token_ids, chunks)
             start, wanted = same // step * step, token_ids.size // step * step
             path = segment.path(start) if segment is not None else []
             self._touch(path)
@@ -156,7 +166,7 @@ class PrefixCache:
             stop = start + min(wanted - start, room) // step * step
             if stop <= start:
                 return
-            roots = self._roots.setdefault(prefill_chunk, [])
+            roots = self._roots.setdefault(chunks, [])
             added = Segment(
                 start=start,
                 token_ids=token_ids[start:stop].copy(),
@@ -168,10 +178,10 @@ class PrefixCache:
             self._used_bytes += added.stored.size_bytes
             self._touch([added])
 
-    def _find(self, token_ids: IntArray, prefill_chunk: int) -> tuple[Segment | None, int]:
+    def _find(self, token_ids: IntArray, chunks: ChunkSizes) -> tuple[Segment | None, int]:
         """Return the segment where the longest stored prefix ends, and the prefix's length."""
         best, longest = None, 0
-        ahead = list(self._roots.get(prefill_chunk, ()))
+        ahead = list(self._roots.get(chunks, ()))
         while ahead:
             segment = ahead.pop()
             end = segment.start + common_length(segment.token_ids, token_ids[segment.start :])

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from time import perf_counter
 
 from gemma3_export.errors import InputError
+from gemma3_export.runtimes.generation.prefix_cache import ChunkSizes
 from gemma3_export.runtimes.generation.request import RequestState
 from gemma3_export.runtimes.generation.speculation import Speculation
 
@@ -41,6 +42,11 @@ class ScheduledRequest:
     row: int = NO_ROW
     prefilled_tokens: int = 0  # of the prompt, in the cache
     continues_row: bool = False  # its row was kept from an earlier generation
+
+    @property
+    def chunk_sizes(self) -> ChunkSizes:
+        """The sizes of its chunks, by which prefixes are kept."""
+        return self.prefill_chunk, self.idle_chunk
 
     @property
     def remaining_prompt(self) -> int:

@@ -183,6 +183,8 @@ class OnnxRuntime:
             shares_weights=shares_weights,
             float32_matmul=float32_matmul,
         )
+        # Kernels of other providers need not take products of no rows.
+        self._takes_no_logits = graph.takes_no_logits and self.device.kind == "cpu"
         # Steps at fixed addresses pay off if host and logits are far apart.
         self.decodes_on_device = self.cuda is not None and self.is_fused
         self._device_steps: WeakKeyDictionary[KVCache, DeviceDecodeSteps] = WeakKeyDictionary()
@@ -326,8 +328,7 @@ class OnnxRuntime:
                 for index, each in enumerate(rows)
             ]
             return np.concatenate(parts)
-        if num_logits == NO_LOGITS and self.device.kind != "cpu":
-            # Kernels of other providers need not take products of no rows.
+        if num_logits == NO_LOGITS and not self._takes_no_logits:
             return self.step(input_ids, cache, num_logits=1, row=row)[:, :0]
         shape = (count, count_logits(num_logits, new), self.config.vocab_size)
         logits = np.empty(shape, np.float32)

@@ -32,6 +32,7 @@ from gemma3_export.runtimes.generation.candidates import (
 )
 from gemma3_export.runtimes.generation.sampling import SamplingParams
 from gemma3_export.runtimes.protocol import (
+    NO_LOGITS,
     IntArray,
     KVCache,
     Logits,
@@ -110,6 +111,7 @@ class ArchiveRuntime:
             logger.warning("%s: decoding is slower than with torchscript or onnx", problem)
         if cuda is not None and cuda.graph is False:
             self.captures = False
+        self._takes_no_logits = graph.takes_no_logits
         self.module = self.load(bundle.file(graph.path))
         self._steps: WeakKeyDictionary[KVCache, TorchDecodeSteps] = WeakKeyDictionary()
 
@@ -173,6 +175,8 @@ class ArchiveRuntime:
         """See :class:`gemma3_export.runtimes.protocol.Runtime`."""
         assert isinstance(cache, TorchCache)
         check_step(cache, input_ids, num_logits, row)
+        if num_logits == NO_LOGITS and not self._takes_no_logits:
+            return self.step(input_ids, cache, num_logits=1, row=row)[:, :0]
         count, new = input_ids.shape
         rows = slice(row, row + count)
         mask, past = cache.prepare(new, rows)

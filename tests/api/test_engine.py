@@ -30,6 +30,7 @@ from gemma3_export import (
     QueueFullError,
 )
 from gemma3_export.api import engine as engine_module
+from gemma3_export.limits import CPU_PREFILL_CHUNK
 from gemma3_export.runtimes.generation.scheduler import ScheduledRequest
 from gemma3_export.runtimes.onnx.runtime import OnnxRuntime
 from tests.support.engine_gate import Gate
@@ -119,7 +120,7 @@ class TestResults:
 
     @pytest.mark.parametrize(
         ("engine_chunk", "own_chunk", "longest"),
-        [(None, None, 64), (23, None, 23), (23, 7, 7), (7, 64, 64)],
+        [(None, None, CPU_PREFILL_CHUNK), (23, None, 23), (23, 7, 7), (7, 64, 64)],
     )
     def test_prompts_run_in_chunks_that_let_answers_go_on(
         self,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import distributed
 
+from benchmarks.environments import free_port
 from gemma3_export.reference.training.checkpoints import checkpoint_steps
 from gemma3_export.reference.training.metrics import read_metrics_log
 from gemma3_export.reference.training.runs import resume_training, train
@@ -51,9 +51,7 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 def run_on_two(arguments: list[str], log: Path) -> str:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     processes, files = [], []
     for rank in range(2):
         environment = os.environ | {

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime as ort
@@ -154,6 +155,30 @@ def test_a_step_without_logits_fills_the_cache_all_the_same(target: str, rows: i
     assert none.shape == (rows, 0, TINY.vocab_size)
     after, also_after = (runtime.step(ids[:, 5:], cache, num_logits=0) for cache in caches)
     np.testing.assert_array_equal(also_after, after)
+
+
+@pytest.mark.parametrize("is_old", [False, True])
+def test_graphs_of_older_bundles_are_never_asked_for_no_logits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_old: bool
+) -> None:
+    shutil.copytree(exported_bundle("ort"), tmp_path / "bundle")
+    path = tmp_path / "bundle" / "manifest.json"
+    (graph,) = json.loads(path.read_text())["graphs"]
+    if is_old:
+        del graph["takes_no_logits"]
+    edit_json(path, graphs=[graph])
+    runtime = OnnxRuntime(tmp_path / "bundle", device="cpu", threads=1)
+    asked: list[int] = []
+    value = OnnxRuntime._num_logits_value
+
+    def recorded(self: OnnxRuntime, count: int) -> Any:
+        asked.append(count)
+        return value(self, count)
+
+    monkeypatch.setattr(OnnxRuntime, "_num_logits_value", recorded)
+    none = runtime.step(random_ids(1, 5), runtime.new_cache(1, 8), num_logits=NO_LOGITS)
+    assert none.shape == (1, 0, TINY.vocab_size)
+    assert asked == [1 if is_old else -5]
 
 
 @pytest.mark.parametrize("target", TARGETS)

@@ -274,10 +274,15 @@ def test_any_sequence_of_prompts_gives_the_same_results_as_without_a_cache(seed:
         assert {completion.finish_reason for completion in cancelled} == {"cancelled"}
 
 
-def reused(runtime: Runtime, cache: PrefixCache, *prompt: int, chunk: int = 512) -> int:
-    (done,) = generate(
-        runtime, [prompt], GREEDY, max_new_tokens=1, prefix_cache=cache, prefill_chunk=chunk
-    ).collect()
+def reused(
+    runtime: Runtime,
+    cache: PrefixCache,
+    *prompt: int,
+    chunk: int = 512,
+    idle_chunk: int | None = None,
+) -> int:
+    options = {"max_new_tokens": 1, "prefill_chunk": chunk, "idle_prefill_chunk": idle_chunk}
+    (done,) = generate(runtime, [prompt], GREEDY, prefix_cache=cache, **options).collect()
     return done.reused_tokens
 
 
@@ -328,6 +333,9 @@ class TestLimit:
         cache = PrefixCache(runtime, max_bytes=PLENTY)
         prompt = list(range(20, 60))
         assert [reused(runtime, cache, *prompt, chunk=c) for c in (8, 4, 8, 4)] == [0, 0, 32, 36]
+        sizes = [(8, 16), (8, 8), (8, 16)]
+        found = [reused(runtime, cache, *prompt, chunk=c, idle_chunk=i) for c, i in sizes]
+        assert found == [0, 32, 32]
 
     def test_long_chains_of_growing_prompts_are_found(self) -> None:
         runtime = FakeRuntime()

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import hypothesis.strategies as st
 import pytest
 from hypothesis import HealthCheck, given, settings
 
+import gemma3_export
 from tests.serve.conftest import Running, running, wait_for
-from tests.support.chat_templates import WEATHER
+from tests.support.chat_templates import WEATHER, chat_bundle
+from tests.support.exported_bundles import accept_changes, edit_json
 
 COMPLETIONS, CHATS = "/v1/completions", "/v1/chat/completions"
 USER = {"role": "user", "content": "a"}
@@ -286,3 +290,16 @@ def test_limits_are_those_of_the_options(model: Any) -> None:
         ):
             body = json.dumps({"prompt": "a", "max_tokens": 1} | fields).encode()
             assert ask(served, COMPLETIONS, body)[0] == status
+
+
+def test_a_chat_template_that_does_not_compile_costs_chats_only(tmp_path: Path) -> None:
+    bundle = tmp_path / "bundle"
+    shutil.copytree(chat_bundle("functiongemma"), bundle)
+    edit_json(bundle / "tokenizer_config.json", chat_template="{% if %}")
+    accept_changes(bundle)
+    with running(gemma3_export.load(bundle, device="cpu", threads=1)) as served:
+        body = json.dumps({"prompt": "a", "max_tokens": 1}).encode()
+        assert ask(served, COMPLETIONS, body)[0] == 200
+        status, answer = ask(served, CHATS, json.dumps({"messages": [USER]}).encode())
+        assert status == 400
+        assert "template" in answer["error"]["message"]

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import threading
 from collections import Counter
@@ -20,6 +21,7 @@ import httpx
 import psutil
 import pytest
 
+from benchmarks.environments import free_port
 from tests.serve.conftest import wait_for
 from tests.support.chat_templates import chat_bundle
 from tests.support.command_line import REPOSITORY
@@ -212,6 +214,59 @@ def test_serve_run_builds_the_same_application(tmp_path: Path) -> None:
             next(lines.iter_lines())
         wait_for(lambda: cluster.count("vllm:num_requests_running") == 0)
         assert cluster.count('vllm:request_success_total{finished_reason="cancelled"') == 1
+
+
+def test_replicas_are_added_under_load(tmp_path: Path) -> None:
+    options = ("--min-replicas", 1, "--max-replicas", 2, "--threads", 1, "--slots", 1)
+    with serving(tmp_path / "log", *options) as cluster, ThreadPoolExecutor(8) as pool:
+        expected = {prompt: ask(cluster, prompt) for prompt in PROMPTS}
+        assert len(cluster.replicas()) == 1
+        has_grown = threading.Event()
+
+        def ask_until_it_has_grown(prompt: str) -> None:
+            while not has_grown.is_set():
+                assert ask(cluster, prompt) == expected[prompt]
+
+        load = [pool.submit(ask_until_it_has_grown, prompt) for prompt in PROMPTS]
+        try:
+            wait_for(lambda: cluster.count("gemma3_export:replicas") == 2, TIMEOUT_S)
+        finally:
+            has_grown.set()
+        for each in load:
+            each.result()
+
+
+@contextmanager
+def head_node(log: Path) -> Iterator[str]:
+    """Start a cluster that is not the server's, and return its address."""
+    port = free_port()
+    start = "from ray.scripts.scripts import main; main()"
+    options = ("--head", "--block", f"--port={port}", "--num-cpus=2", "--include-dashboard=false")
+    with launched(log, "-c", start, "start", *options) as process:
+        wait_until_says("started", log, process)
+        yield f"127.0.0.1:{port}"
+
+
+@pytest.mark.parametrize("address", ["auto", None])
+def test_it_joins_a_cluster_and_leaves_it_running(tmp_path: Path, address: str | None) -> None:
+    with head_node(tmp_path / "head") as head:
+        options = ("--ray-address", address or head, "--threads", 1)
+        with serving(tmp_path / "log", *options) as cluster:
+            assert ask_for_stream(cluster, "a", None) == (ask(cluster, "a"), "")
+            cluster.process.send_signal(signal.SIGINT)
+            assert cluster.process.wait(TIMEOUT_S) == 0
+        host, port = head.split(":")
+        socket.create_connection((host, int(port)), timeout=TIMEOUT_S).close()
+
+
+def test_an_address_at_which_there_is_no_cluster_is_an_error_at_once(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    address = f"127.0.0.1:{free_port()}"
+    command = ("-m", "gemma3_export", "serve", chat_bundle("functiongemma"), "--ray")
+    with launched(log, *command, "--ray-address", address, "--port", 0) as process:
+        assert process.wait(TIMEOUT_S) == 1
+    assert f"at '{address}'" in log.read_text()
+    assert "Connection refused" in log.read_text()  # found before Ray tries for minutes
 
 
 def test_replicas_that_do_not_start_are_explained(tmp_path: Path) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,7 +12,7 @@ import yaml
 
 from gemma3_export import InputError
 from gemma3_export.cli import serve_command
-from gemma3_export.serve.ray_settings import RayOptions, read_arguments
+from gemma3_export.serve.ray_settings import RayOptions, read_arguments, send_token
 from gemma3_export.serve.settings import ServeOptions
 from tests.support.command_line import REPOSITORY, error_line, run_rejected
 
@@ -77,5 +80,39 @@ def test_more_replicas_under_load_is_autoscaling() -> None:
     assert RayOptions(min_replicas=2, max_replicas=4).target_requests is None
     with pytest.raises(InputError, match="target_requests"):
         RayOptions(target_requests=0)
-    with pytest.raises(InputError, match="ray://host"):
-        RayOptions(address="ray://host:10001")
+
+
+@pytest.mark.parametrize(
+    "address", ["ray://host:10001", "head", "head:", ":6379", "head:http", "head:0", "head:65536"]
+)
+def test_an_address_is_auto_or_a_host_and_a_port(address: str) -> None:
+    with pytest.raises(InputError, match=re.escape(repr(address))):
+        RayOptions(address=address)
+
+
+@pytest.mark.parametrize(
+    ("address", "parts"), [("head:6379", ("head", 6379)), ("[::1]:1", ("::1", 1))]
+)
+def test_an_address_has_two_parts(address: str, parts: tuple[str, int]) -> None:
+    assert RayOptions(address=address).host_and_port() == parts
+
+
+@pytest.mark.parametrize(
+    ("variables", "mode"),
+    [
+        ({}, None),
+        ({"RAY_AUTH_TOKEN": "a"}, "token"),
+        ({"RAY_AUTH_TOKEN_PATH": "token"}, "token"),
+        ({"RAY_AUTH_TOKEN_PATH": "nothing"}, None),
+        ({"RAY_AUTH_TOKEN": "a", "RAY_AUTH_MODE": "disabled"}, "disabled"),
+    ],
+)
+def test_a_token_is_sent_if_there_is_one(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, variables: dict[str, str], mode: str | None
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "token").write_text("a")
+    monkeypatch.setattr(os, "environ", {"HOME": str(tmp_path)} | variables)
+    send_token()
+    assert os.environ.get("RAY_AUTH_MODE") == mode

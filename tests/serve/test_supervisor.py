@@ -169,7 +169,8 @@ def test_an_engine_hangs_if_a_step_does_not_end(model: Model, gate: Gate) -> Non
         assert pulse.beats(100.0), "idle engines have no steps"
         stream = engine.stream("a", max_new_tokens=3, ignore_eos=True)
         assert pulse.beats(200.0)
-        assert not pulse.beats(206.0)
+        engine.stream("b", max_new_tokens=1)
+        assert not pulse.beats(206.0), "new requests are no sign of life"
         gate.allow(2)
         next(stream)
         assert pulse.beats(207.0), "it has gone on"

@@ -13,7 +13,6 @@ import http.client
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import sysconfig
@@ -25,6 +24,7 @@ from typing import Any
 import numpy as np
 
 import gemma3_export
+from benchmarks.environments import free_port
 from gemma3_export import Model
 from gemma3_export.bundle import Bundle
 from gemma3_export.triton.model_config import TritonOptions
@@ -78,12 +78,6 @@ def start(folder: Path) -> tuple[subprocess.Popen[bytes], dict[str, int]]:
         "PATH": f"{sys.prefix}/bin:{os.environ['PATH']}",  # the backend runs this Python
     }
     return subprocess.Popen(command, env=environment), ports
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
 
 
 def wait_until_ready(server: subprocess.Popen[bytes], port: int) -> None:
