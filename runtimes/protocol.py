@@ -55,7 +55,7 @@ IntArray = NDArray[np.int64]
 Logits = NDArray[np.float32]
 LayerKV = tuple[NDArray[np.float32], NDArray[np.float32]]  # key and value, each [K, L, H]
 
-NO_LOGITS = -1  # the ``num_logits`` of a step that computes none; 0 has always meant all
+NO_LOGITS = -1  # the ``num_logits`` of a step that computes none; 0 means all
 
 RuntimeName = BundleRuntime | Literal["transformers", "dry-run"]
 CacheKind = Literal["full", "windowed"]  # windowed: sliding layers keep their newest tokens only

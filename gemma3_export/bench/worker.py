@@ -21,7 +21,14 @@ from gemma3_export.runtimes.generation.candidates import Candidates, SelectsCand
 from gemma3_export.runtimes.generation.sampling import SamplingParams
 from gemma3_export.runtimes.onnx.huge_pages import huge_page_bytes
 from gemma3_export.runtimes.onnx.session import import_onnxruntime
-from gemma3_export.runtimes.protocol import IntArray, KVCache, Logits, Runtime, RuntimeInfo
+from gemma3_export.runtimes.protocol import (
+    NO_LOGITS,
+    IntArray,
+    KVCache,
+    Logits,
+    Runtime,
+    RuntimeInfo,
+)
 
 __all__ = ["FULL_PRECISION", "open_candidate"]
 
@@ -50,7 +57,8 @@ class RuntimeCandidate:
         cache = runtime.new_cache(prompt.shape[0], length + new_tokens)
         for start in range(0, length, PREFILL_CHUNK):
             chunk = np.ascontiguousarray(prompt[:, start : start + PREFILL_CHUNK])
-            logits = runtime.step(chunk, cache, num_logits=1)
+            is_last = start + PREFILL_CHUNK >= length
+            logits = runtime.step(chunk, cache, num_logits=1 if is_last else NO_LOGITS)
         tokens = [logits[:, -1:].argmax(-1)]
         first = time.perf_counter()
         for _ in range(new_tokens):
