@@ -175,7 +175,7 @@ def warm_up_tokenizer(engine: Engine) -> None:
         model.encode("a", GenerateOptions(allow_control_tokens=allows), most=limit)
     with suppress(InputError):  # a base model without a chat template, or one with rules of its own
         model.encode([ChatMessage(role="user", content="a")], most=limit)
-        model.stop_token_ids(is_chat=True)
+    model.stop_token_ids(is_chat=True)
 
 
 def with_tool_prompt(engine: Engine, asked: Asked) -> Asked:
