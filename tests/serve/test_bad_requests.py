@@ -14,6 +14,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 
 import gemma3_export
+from gemma3_export import Engine
+from gemma3_export.serve.app import create_app
+from gemma3_export.serve.settings import ServeOptions
 from tests.serve.conftest import Running, running, wait_for
 from tests.support.chat_templates import WEATHER, chat_bundle
 from tests.support.exported_bundles import accept_changes, edit_json
@@ -297,7 +300,10 @@ def test_a_chat_template_that_does_not_compile_costs_chats_only(tmp_path: Path) 
     shutil.copytree(chat_bundle("functiongemma"), bundle)
     edit_json(bundle / "tokenizer_config.json", chat_template="{% if %}")
     accept_changes(bundle)
-    with running(gemma3_export.load(bundle, device="cpu", threads=1)) as served:
+    model = gemma3_export.load(bundle, device="cpu", threads=1)
+    with Engine(bundle, device="cpu", threads=1, slots=1, warm_up=True) as engine:
+        create_app(engine, ServeOptions(model_name="a"))  # which prepares conversations
+    with running(model) as served:
         body = json.dumps({"prompt": "a", "max_tokens": 1}).encode()
         assert ask(served, COMPLETIONS, body)[0] == 200
         status, answer = ask(served, CHATS, json.dumps({"messages": [USER]}).encode())
