@@ -18,6 +18,7 @@ from gemma3_export.parity.expected import ExpectedFromReference, with_greedy_tok
 from gemma3_export.parity.noise_floor import (
     NoiseFloor,
     compare_key_values,
+    larger,
     next_ids,
     with_rounding_share,
 )
@@ -73,6 +74,7 @@ class Arithmetic:
             sequences=sequences, compute=self.compute, by_sequence=[[] for _ in sequences]
         )
         self.normed: tuple[list[Tensor], list[Tensor]]  # input [S, D] of the head, by precision
+        self.resampled: list[Tensor] = []  # the same of the second sample of the rounded pass
 
     @contextmanager
     def enabled(self) -> Iterator[None]:
@@ -87,11 +89,20 @@ class Arithmetic:
         return (exact[0][0], exact[1][0]), (rounded[0][0], rounded[1][0])
 
     def keep(
-        self, sequence: int, exact: KeyValue, rounded: KeyValue, unquantized: KeyValue | None
+        self,
+        sequence: int,
+        exact: KeyValue,
+        rounded: KeyValue,
+        *,
+        resampled: KeyValue | None = None,
+        unquantized: KeyValue | None = None,
     ) -> None:
         """Keep the exact keys and values of the next layer, and the errors of the rounded ones."""
         self.expected.caches[sequence].append(exact)
         key, value = compare_key_values(exact, rounded)
+        if resampled is not None:
+            other_key, other_value = compare_key_values(exact, resampled)
+            key, value = larger(key, other_key), larger(value, other_value)
         if unquantized is not None:
             key_cost, value_cost = compare_key_values(exact, unquantized)
             key, value = with_rounding_share(key, key_cost), with_rounding_share(value, value_cost)
@@ -112,8 +123,9 @@ class Arithmetic:
             next_ids(self.sequences[sequence], np.array([position]))[0]
             for sequence, position in keys
         ]
-        error, cost = LogitComparison(following), LogitComparison(following)
+        error, again, cost = (LogitComparison(following) for _ in range(3))
         exact_inputs, rounded_inputs = (gather(normed, keys) for normed in self.normed)
+        resampled_inputs = gather(self.resampled, keys) if self.resampled else None
         plain_inputs = gather(self.plain.normed[1], keys) if self.plain else None
         self.expected.stored.add(keys)
         for first, weight in head_blocks(self.source, len(keys)):
@@ -124,9 +136,13 @@ class Arithmetic:
                 rounded = self.models[1].head(rounded_inputs, narrow)
             self.expected.stored.write(keys, first, exact)
             error.add(first, exact, rounded)
+            if resampled_inputs is not None:
+                again.add(first, exact, self.models[1].head(resampled_inputs, narrow))
             if plain_inputs is not None:
                 cost.add(first, exact, self.models[1].head(plain_inputs, narrow))
         difference = error.result()
+        if resampled_inputs is not None:
+            difference = larger(difference, again.result())
         if plain_inputs is not None:
             difference = with_rounding_share(difference, cost.result())
         for index, key in enumerate(keys):
@@ -208,13 +224,16 @@ class GroundTruth:
         """
         return cls(source, runtime, options or VerifyOptions(), tokenizer, progress)
 
-    def pair(self, batches: Sequence[TokenSequence]) -> ReferencePair:
+    def pair(
+        self, batches: Sequence[TokenSequence], resampled: Sequence[TokenSequence] = ()
+    ) -> ReferencePair:
         """Return the reference, exact and rounded, ready to run over ``batches``."""
         return ReferencePair(
             self.source,
             [torch.from_numpy(sequence.ids) for sequence in batches],
             self.dtype,
             has_wide_residual=self.has_wide_residual,
+            resampled=[torch.from_numpy(sequence.ids) for sequence in resampled],
         )
 
     def prepare(self, positions: Mapping[int, Iterable[int]]) -> None:
@@ -231,24 +250,33 @@ class GroundTruth:
     def _run_layers(self) -> tuple[Arithmetic, Arithmetic]:
         """Run all layers; return the arithmetic with float activations and that of the kernels."""
         sequences, has_both = self.sequences, bool(self.source.activation_blocks)
-        pair = self.pair([*sequences, *sequences] if has_both else sequences)
+        resamples = self.dtype == torch.float32 and not has_both  # see noise_floor.py
+        pair = self.pair(
+            [*sequences, *sequences] if has_both else sequences, sequences if resamples else ()
+        )
         plain = Arithmetic(self.source, sequences, pair, None, self.progress)
         shipped = plain
         if has_both:
             shipped = Arithmetic(self.source, sequences, pair, plain, self.progress)
+        count, resampled = len(sequences), None
         done, total = 0, self.config.num_hidden_layers * sum(len(item.ids) for item in sequences)
         for _ in pair.layers():
             for index, sequence in enumerate(sequences):
                 self.progress(STAGE, done, total)
                 exact, rounded = plain.step(pair, index)
-                plain.keep(index, exact, rounded, None)
+                if resamples:
+                    key, value = pair.rounded.step(index + count)[1]
+                    resampled = key[0], value[0]
+                plain.keep(index, exact, rounded, resampled=resampled)
                 if has_both:
-                    found = shipped.step(pair, index + len(sequences))
+                    found = shipped.step(pair, index + count)
                     shipped.keep(index, *found, unquantized=rounded)
                 done += len(sequence.ids)
         self.progress(STAGE, done, total)
         exact_states, rounded_states = pair.normed()
-        count = len(sequences)
         plain.normed = exact_states[:count], rounded_states[:count]
-        shipped.normed = exact_states[-count:], rounded_states[-count:]
+        if resamples:
+            plain.resampled = rounded_states[count:]
+        else:
+            shipped.normed = exact_states[-count:], rounded_states[-count:]
         return plain, shipped

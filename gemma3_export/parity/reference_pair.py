@@ -34,6 +34,8 @@ class ReferencePair:
         batches: token ids [S] of each sequence.
         dtype: the precision of the second pass.
         has_wide_residual: keep its residual stream in float32 when ``dtype`` is half precision.
+        resampled: token ids [S] of sequences that the second pass runs once more, after those of
+            ``batches``, from embeddings that differ by their rounding.
     """
 
     def __init__(
@@ -43,12 +45,16 @@ class ReferencePair:
         dtype: torch.dtype,
         *,
         has_wide_residual: bool = False,
+        resampled: Sequence[Tensor] = (),
     ) -> None:
         self.source, self.dtype = source, dtype
         rows = [ids[None] for ids in batches]
+        again = [ids[None] for ids in resampled]
         self.exact = LayerwiseForward(source, rows, dtype=torch.float64)
         # float64 holds every stored dtype exactly, so a copy equals rounding the source itself.
-        self.rounded = LayerwiseForward(source, rows, dtype=dtype, copies=self.exact)
+        self.rounded = LayerwiseForward(source, [*rows, *again], dtype=dtype, copies=self.exact)
+        for batch in range(len(rows), len(rows) + len(again)):
+            self.rounded.states[batch] = with_other_rounding(self.rounded.states[batch], batch)
         if has_wide_residual:
             widen_residual(self.rounded.model)
             self.rounded.states = [states.float() for states in self.rounded.states]
@@ -68,7 +74,7 @@ class ReferencePair:
             yield index
 
     def normed(self) -> tuple[list[Tensor], list[Tensor]]:
-        """Return the input [S, D] of the head for each batch, exact and rounded.
+        """Return the input [S, D] of the head for each batch, exact and rounded (and again).
 
         Raises:
             InputError: a weight holds NaN or infinity, or the source cannot be read.
@@ -78,6 +84,14 @@ class ReferencePair:
             for forward in self.passes
         )
         return [exact[0](x) for x in exact[1]], [rounded[0](x) for x in rounded[1]]
+
+
+def with_other_rounding(states: Tensor, seed: int) -> Tensor:
+    """Return ``states`` with relative errors of at most half a unit in the last place."""
+    generator = torch.Generator().manual_seed(seed)
+    errors = torch.rand(states.shape, generator=generator, dtype=torch.float64) * 2 - 1
+    limit = torch.finfo(states.dtype).eps / 2
+    return (states.double() * (1 + limit * errors)).to(states.dtype)
 
 
 def head_blocks(source: WeightSource, positions: int) -> Iterator[tuple[int, Tensor]]:
