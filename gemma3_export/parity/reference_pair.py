@@ -87,7 +87,7 @@ class ReferencePair:
 
 
 def with_other_rounding(states: Tensor, seed: int) -> Tensor:
-    """Return ``states`` with relative errors of at most half a unit in the last place."""
+    """Return ``states`` changed by at most half a unit in the last place, and rounded again."""
     generator = torch.Generator().manual_seed(seed)
     errors = torch.rand(states.shape, generator=generator, dtype=torch.float64) * 2 - 1
     limit = torch.finfo(states.dtype).eps / 2
